@@ -1,0 +1,13 @@
+"""The ``slos-serve`` command: one file a sub-command, wired here."""
+
+from __future__ import annotations
+
+import typer
+
+app = typer.Typer(
+    name="slos-serve",
+    help="Serve LLM requests so that each keeps its own latency promises.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)

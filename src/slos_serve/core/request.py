@@ -1,0 +1,119 @@
+"""The planner's picture of every request in an engine: one row a request, in one array.
+
+Rows live in slots that are reused. Adapters (the vLLM plug-in, the simulator, a router's mirror) write rows when an
+event happens; kernels read whole columns. ``now_s`` and all ``*_s`` columns of one table share one clock.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+class Status(IntEnum):
+    """Where a request stands with its promise."""
+
+    UNDECIDED = 0
+    """Waits; may still be admitted."""
+    ADMITTED = 1
+    """Its promise is being kept."""
+    BEST_EFFORT = 2
+    """Runs in what is left over: no SLO, or one that could not be kept."""
+
+
+REQUEST_DTYPE = np.dtype(
+    [
+        ("arrival_s", np.float64),
+        ("ttft_due_s", np.float64),  # when the first token is due; inf without a TTFT promise
+        ("tpot_s", np.float64),  # of the current stage; inf without a TPOT promise
+        ("stage_start_s", np.float64),  # when the stage's first token came (predicted while in flight); nan before
+        ("last_token_s", np.float64),  # when the newest token came or will come; arrival_s before the first
+        ("max_stall_s", np.float64),
+        ("weight", np.float64),
+        ("prompt_tokens", np.int64),
+        ("computed_tokens", np.int64),  # tokens with KV, those of steps in flight counted
+        ("output_tokens", np.int64),  # tokens generated, those of steps in flight counted
+        ("stage_tokens", np.int64),  # the part of output_tokens that belongs to the current stage
+        ("max_tokens", np.int64),  # hard cap on output_tokens
+        ("expected_tokens", np.int64),  # forecast of the final output_tokens
+        ("cached_tokens", np.int64),  # prompt tokens that a prefix cache will supply when it starts
+        ("class_index", np.int64),
+        ("order", np.int64),  # arrival order, grows
+        ("status", np.int64),
+        ("has_slo", np.int64),  # 1 when anything is promised
+        ("running", np.int64),  # 1 when the engine holds KV for it (its "running" list)
+    ]
+)
+
+RequestArray = NDArray[np.void]
+SlotArray = NDArray[np.int64]
+
+
+class RequestTable:
+    """Slots of :data:`REQUEST_DTYPE`, grown by doubling.
+
+    ``rows`` is replaced when the table grows, so read it anew after :meth:`add`.
+    """
+
+    def __init__(self, capacity: int = 64) -> None:
+        self.rows: RequestArray = np.zeros(max(capacity, 1), dtype=REQUEST_DTYPE)
+        self._free: list[int] = list(range(len(self.rows) - 1, -1, -1))
+        self._num_added = 0
+
+    def __len__(self) -> int:
+        return len(self.rows) - len(self._free)
+
+    def add(
+        self,
+        *,
+        arrival_s: float,
+        prompt_tokens: int,
+        max_tokens: int,
+        ttft_due_s: float = np.inf,
+        tpot_s: float = np.inf,
+        class_index: int = 0,
+        weight: float = 1.0,
+        max_stall_s: float = np.inf,
+        expected_tokens: int = 0,
+        cached_tokens: int = 0,
+    ) -> int:
+        """Enter a waiting request; returns its slot."""
+        if not self._free:
+            self._grow()
+        slot = self._free.pop()
+        row = self.rows[slot]
+        has_slo = bool(np.isfinite(ttft_due_s) or np.isfinite(tpot_s))
+        row["arrival_s"] = arrival_s
+        row["ttft_due_s"] = ttft_due_s
+        row["tpot_s"] = tpot_s
+        row["stage_start_s"] = np.nan
+        row["last_token_s"] = arrival_s
+        row["max_stall_s"] = max_stall_s
+        row["weight"] = weight
+        row["prompt_tokens"] = prompt_tokens
+        row["computed_tokens"] = 0
+        row["output_tokens"] = 0
+        row["stage_tokens"] = 0
+        row["max_tokens"] = max_tokens
+        row["expected_tokens"] = expected_tokens or max_tokens
+        row["cached_tokens"] = cached_tokens
+        row["class_index"] = class_index
+        row["order"] = self._num_added
+        row["status"] = Status.UNDECIDED if has_slo else Status.BEST_EFFORT
+        row["has_slo"] = has_slo
+        row["running"] = 0
+        self._num_added += 1
+        return slot
+
+    def remove(self, slot: int) -> None:
+        """Free a slot; its row may be reused by the next :meth:`add`."""
+        self._free.append(slot)
+
+    def _grow(self) -> None:
+        old = len(self.rows)
+        rows = np.zeros(2 * old, dtype=REQUEST_DTYPE)
+        rows[:old] = self.rows
+        self.rows = rows
+        self._free = list(range(2 * old - 1, old - 1, -1))

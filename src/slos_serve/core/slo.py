@@ -1,0 +1,190 @@
+"""What a request is promised: SLOs, the stages they apply to, and the classes that name them.
+
+A promise is per stage. The first stage begins with the prompt and carries the time to first token; each stage carries
+a time per output token. Times are in milliseconds where people write them and in seconds everywhere else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from slos_serve.core.errors import InvalidFieldError
+
+MAX_LATENCY_MS = 86_400_000.0
+MAX_WEIGHT = 1000.0
+MAX_CLASSES = 32
+DEFAULT_TTFT_FLOOR_MS = 200.0
+DEFAULT_MAX_STALL_MS = 2000.0
+NO_SLO_CLASS = "none"
+_CLASS_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class SLO:
+    """Latency promises of one stage. All ``None`` means best effort.
+
+    Attributes:
+        ttft_ms: first token of the stage within this many milliseconds of its start.
+        ttft_slowdown: first token within this multiple of the prompt's zero-load time (one batch that holds the whole
+            prompt). Used when ``ttft_ms`` is not given.
+        ttft_floor_ms: least TTFT that a slowdown can ask for; a ten-token prompt cannot beat a running batch.
+        tpot_ms: mean time per output token after the first.
+    """
+
+    ttft_ms: float | None = None
+    ttft_slowdown: float | None = None
+    ttft_floor_ms: float = DEFAULT_TTFT_FLOOR_MS
+    tpot_ms: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_ms", "tpot_ms", "ttft_floor_ms"):
+            value = getattr(self, name)
+            if value is not None:
+                check_number(name, value, low=0.0, high=MAX_LATENCY_MS)
+        if self.ttft_slowdown is not None:
+            check_number("ttft_slowdown", self.ttft_slowdown, low=1.0, high=10_000.0, low_included=True)
+
+    @property
+    def best_effort(self) -> bool:
+        """True when nothing is promised."""
+        return self.ttft_ms is None and self.ttft_slowdown is None and self.tpot_ms is None
+
+    def ttft_s(self, zero_load_s: float) -> float:
+        """Promised time to first token in seconds (``inf`` when none), given the prompt's zero-load time."""
+        if self.ttft_ms is not None:
+            return self.ttft_ms / 1000.0
+        if self.ttft_slowdown is not None:
+            return max(self.ttft_slowdown * zero_load_s, self.ttft_floor_ms / 1000.0)
+        return math.inf
+
+    @property
+    def tpot_s(self) -> float:
+        """Promised time per output token in seconds, ``inf`` when none."""
+        return math.inf if self.tpot_ms is None else self.tpot_ms / 1000.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One decode stage of a request and what ends it.
+
+    Attributes:
+        slo: promises of the stage; its TTFT counts only for the first stage of a call.
+        end_token_id: token that ends the stage (a think-end token), ``None`` when it runs to the end.
+        max_tokens: token count that ends the stage, ``None`` when unbounded.
+    """
+
+    slo: SLO
+    end_token_id: int | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.end_token_id is not None and self.end_token_id < 0:
+            raise InvalidFieldError("end_token_id", self.end_token_id, "a token id, 0 or more")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise InvalidFieldError("stage max_tokens", self.max_tokens, "a whole number, 1 or more")
+
+
+@dataclass(frozen=True, slots=True)
+class SLOClass:
+    """A named promise that requests refer to.
+
+    Attributes:
+        name: letters, digits, ``_ . -``; bounded so that it can label a metric.
+        stages: one or more stages in order; ``stages[0].slo`` holds the TTFT.
+        weight: what attaining one request is worth to admission, relative to others.
+        max_stall_ms: longest gap the scheduler may cause between two tokens of a stream.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    weight: float = 1.0
+    max_stall_ms: float = DEFAULT_MAX_STALL_MS
+
+    def __post_init__(self) -> None:
+        if not _CLASS_NAME.fullmatch(self.name):
+            raise InvalidFieldError("class name", self.name, "1 to 63 letters, digits, '_', '.', '-'")
+        if not self.stages:
+            raise InvalidFieldError(f"classes.{self.name}.stages", self.stages, "at least one stage")
+        check_number("weight", self.weight, low=0.0, high=MAX_WEIGHT)
+        check_number("max_stall_ms", self.max_stall_ms, low=0.0, high=MAX_LATENCY_MS)
+
+    @property
+    def slo(self) -> SLO:
+        """Promises of the first stage."""
+        return self.stages[0].slo
+
+    def with_overrides(self, ttft_ms: float | None = None, tpot_ms: float | None = None) -> SLOClass:
+        """The same class with a request's own absolute TTFT, or TPOT for every stage."""
+        stages = self.stages
+        if tpot_ms is not None:
+            stages = tuple(replace(stage, slo=replace(stage.slo, tpot_ms=tpot_ms)) for stage in stages)
+        if ttft_ms is not None:
+            first = replace(stages[0], slo=replace(stages[0].slo, ttft_ms=ttft_ms, ttft_slowdown=None))
+            stages = (first, *stages[1:])
+        return replace(self, stages=stages)
+
+
+def single_stage(name: str, slo: SLO, weight: float = 1.0, max_stall_ms: float = DEFAULT_MAX_STALL_MS) -> SLOClass:
+    """A class whose requests have one decode stage."""
+    return SLOClass(name=name, stages=(Stage(slo=slo),), weight=weight, max_stall_ms=max_stall_ms)
+
+
+@dataclass(frozen=True)
+class ClassSet:
+    """The classes an engine serves.
+
+    Attributes:
+        classes: by name, in file order.
+        default: class of requests that name none; ``None`` leaves them without an SLO, as in stock vLLM.
+    """
+
+    classes: Mapping[str, SLOClass] = field(default_factory=dict)
+    default: str | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.classes) > MAX_CLASSES:
+            raise InvalidFieldError("classes", len(self.classes), f"at most {MAX_CLASSES} classes")
+        if self.default is not None and self.default not in self.classes:
+            raise InvalidFieldError("default_class", self.default, f"one of {sorted(self.classes)}")
+
+    def __iter__(self) -> Iterator[SLOClass]:
+        return iter(self.classes.values())
+
+    def __len__(self) -> int:
+        return len(self.classes)
+
+    def resolve(
+        self, name: str | None, ttft_ms: float | None = None, tpot_ms: float | None = None
+    ) -> SLOClass | None:
+        """The class a request gets, its own numbers applied; ``None`` when it asked for nothing.
+
+        Raises:
+            InvalidFieldError: the class is unknown or a number is out of range.
+        """
+        chosen = self.default if name is None else name
+        if chosen is None or (chosen == NO_SLO_CLASS and chosen not in self.classes):
+            if ttft_ms is None and tpot_ms is None:
+                return None
+            return single_stage("custom", SLO(ttft_ms=ttft_ms, tpot_ms=tpot_ms))
+        found = self.classes.get(chosen)
+        if found is None:
+            known = sorted({*self.classes, NO_SLO_CLASS})
+            raise InvalidFieldError("slo_class", chosen, f"one of {known}")
+        return found if ttft_ms is None and tpot_ms is None else found.with_overrides(ttft_ms, tpot_ms)
+
+
+def check_number(
+    name: str, value: object, *, low: float, high: float, low_included: bool = False, where: str | None = None
+) -> float:
+    """Return ``value`` as a float when it is a real number in range, else raise :class:`InvalidFieldError`."""
+    opening = "[" if low_included else "("
+    allowed = f"a number in {opening}{low:g}, {high:g}]"
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise InvalidFieldError(name, value, allowed, where)
+    number = float(value)
+    if number > high or number < low or (number == low and not low_included):
+        raise InvalidFieldError(name, value, allowed, where)
+    return number

@@ -1,0 +1,136 @@
+"""How long a batch takes, and how many tokens fit in a given time (design section 3).
+
+    T(batch) = max(k_c * n + b_c, k_m * n + b_m) + k_ctx * ctx + k_q * quad + k_seq * seqs + k_s * s
+
+with ``n`` new tokens, ``ctx`` KV-cache tokens read, ``quad`` the sum over prefill chunks of chunk * (chunk + 2 * done),
+``seqs`` requests in the batch and ``s`` sequential draft steps. The two branches are the compute-bound and the
+memory-bound side of a roofline. ``k_seq`` is the part that each request costs however few tokens it has (sampling,
+detokenising, attention on a CPU); zero where the measurements do not show it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slos_serve.core.errors import InvalidFieldError
+
+# Positions of the coefficients in the array that kernels take.
+K_C, B_C, K_M, B_M, K_CTX, K_Q, K_SEQ, K_S = range(8)
+NUM_COEFFICIENTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class BatchShape:
+    """What a batch asks of the hardware.
+
+    Attributes:
+        new_tokens: prefill chunks, decode tokens and drafts to verify.
+        context_tokens: KV tokens read: for each request of the batch, its tokens cached before this step.
+        quad_tokens2: sum over prefill chunks of chunk * (chunk + 2 * done).
+        num_seqs: requests in the batch.
+        draft_steps: sequential steps of the draft model.
+    """
+
+    new_tokens: int
+    context_tokens: int = 0
+    quad_tokens2: int = 0
+    num_seqs: int = 1
+    draft_steps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTimeModel:
+    """Coefficients in seconds; all >= 0, at least one slope > 0.
+
+    Attributes:
+        k_c_s, b_c_s: compute-bound branch, per token and constant.
+        k_m_s, b_m_s: memory-bound branch, per token and constant.
+        k_ctx_s: per cached token read.
+        k_q_s: per unit of ``quad``.
+        k_seq_s: per request in the batch.
+        k_s_s: per sequential draft step.
+    """
+
+    k_c_s: float
+    b_c_s: float
+    k_m_s: float
+    b_m_s: float
+    k_ctx_s: float = 0.0
+    k_q_s: float = 0.0
+    k_seq_s: float = 0.0
+    k_s_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in zip(self.__slots__, self.coefficients, strict=True):
+            if not np.isfinite(value) or value < 0.0:
+                raise InvalidFieldError(f"batch_time.{name}", float(value), "a finite number of seconds, 0 or more")
+        if max(self.k_c_s, self.k_m_s) <= 0.0:
+            raise InvalidFieldError("batch_time.k_c_s", self.k_c_s, "a slope above 0 in at least one branch")
+
+    @property
+    def coefficients(self) -> NDArray[np.float64]:
+        """float64 [8], in the order of ``K_C .. K_S``; what kernels take."""
+        return np.array([getattr(self, name) for name in self.__slots__], dtype=np.float64)
+
+    def step_s(self, shape: BatchShape) -> float:
+        """Seconds the batch takes; 0 for an empty one."""
+        if shape.new_tokens == 0:
+            return 0.0
+        linear = max(self.k_c_s * shape.new_tokens + self.b_c_s, self.k_m_s * shape.new_tokens + self.b_m_s)
+        return (
+            linear
+            + self.k_ctx_s * shape.context_tokens
+            + self.k_q_s * shape.quad_tokens2
+            + self.k_seq_s * shape.num_seqs
+            + self.k_s_s * shape.draft_steps
+        )
+
+    def zero_load_s(self, prompt_tokens: int) -> float:
+        """Seconds from start to first token of a prompt alone on the engine, in one batch."""
+        return self.step_s(BatchShape(new_tokens=prompt_tokens, quad_tokens2=prompt_tokens * prompt_tokens))
+
+    def tokens_within(self, budget_s: float, context_tokens: int = 0, num_seqs: int = 0) -> int:
+        """Most new tokens a batch may hold to end within ``budget_s``; 0 when not even one fits.
+
+        The inverse of :meth:`step_s` for a batch that reads ``context_tokens`` and holds ``num_seqs`` requests,
+        quadratic term left out.
+        """
+        left_s = budget_s - self.k_ctx_s * context_tokens - self.k_seq_s * num_seqs
+        best = float("inf")
+        for slope, constant in ((self.k_c_s, self.b_c_s), (self.k_m_s, self.b_m_s)):
+            if left_s < constant:
+                return 0
+            if slope > 0.0:
+                best = min(best, (left_s - constant) / slope)
+        return int(best + 1e-9)
+
+    def chunk_within(self, budget_s: float, *, new_tokens: int, fixed_s: float, done_tokens: int) -> int:
+        """Largest prefill chunk that may join a batch so that it still ends within ``budget_s``.
+
+        Args:
+            budget_s: length the batch may have.
+            new_tokens: tokens already in it.
+            fixed_s: its context, quadratic, per-request and draft seconds so far, this request's included.
+            done_tokens: tokens of this prompt computed before; the chunk's attention grows with them.
+        """
+        largest = float("inf")
+        for slope, constant in ((self.k_c_s, self.b_c_s), (self.k_m_s, self.b_m_s)):
+            room_s = budget_s - fixed_s - constant - slope * new_tokens
+            largest = min(largest, _largest_root(self.k_q_s, slope + 2.0 * self.k_q_s * done_tokens, room_s))
+        return int(largest + 1e-9) if np.isfinite(largest) else np.iinfo(np.int64).max
+
+    def scaled(self, factor: float) -> BatchTimeModel:
+        """The same model with every coefficient multiplied (online correction, planning at a quantile)."""
+        return BatchTimeModel(*(factor * self.coefficients).tolist())
+
+
+def _largest_root(square: float, linear: float, room: float) -> float:
+    """Largest x >= 0 with square * x^2 + linear * x <= room."""
+    if room <= 0.0:
+        return 0.0
+    if square <= 0.0:
+        return float("inf") if linear <= 0.0 else room / linear
+    return float((np.sqrt(linear * linear + 4.0 * square * room) - linear) / (2.0 * square))

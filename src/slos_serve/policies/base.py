@@ -1,0 +1,27 @@
+"""The one interface every scheduling policy has, whoever drives it: vLLM, the simulator or a router's mirror."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from slos_serve.core.plan import EngineView, StepPlan
+from slos_serve.perf.batch_time import BatchShape
+
+
+class Policy(Protocol):
+    """Decides each step. Knows no clock, does no I/O and never logs; told of what happened, asked what to do."""
+
+    def plan(self, now_s: float, view: EngineView) -> StepPlan:
+        """Plan the step that starts at ``now_s`` (predicted, when the engine runs one ahead).
+
+        May change ``status`` and ``expected_tokens`` of rows in ``view.table``; nothing else.
+        """
+        ...
+
+    def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
+        """Learn from an executed batch how long it really took."""
+        ...
+
+    def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
+        """Learn the length of a request that ended by itself (not aborted)."""
+        ...
