@@ -1,0 +1,1 @@
+"""What arrives when: scenarios, lengths, arrival processes and recorded traces."""

@@ -1,0 +1,114 @@
+"""Trace readers: formats, jitter, optional columns, and errors that name the line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.workload.trace_files import read_trace
+
+
+def test_azure_seven_digits_and_crlf(tmp_path: Path) -> None:
+    file = tmp_path / "azure.csv"
+    file.write_bytes(
+        b"TIMESTAMP,ContextTokens,GeneratedTokens\r\n"
+        b"2023-11-16 18:17:03.9799600,4808,10\r\n"
+        b"2023-11-16 18:17:04.0319601,3180,8\r\n"
+    )
+    first, second = read_trace(file)
+    assert (first.arrival_s, first.prompt_tokens, first.output_tokens) == (0.0, 4808, 10)
+    assert second.arrival_s == pytest.approx(0.0520001, abs=1e-6)
+
+
+def test_azure_optional_columns(tmp_path: Path) -> None:
+    file = tmp_path / "azure.csv"
+    file.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens,slo_class,ttft_ms,tpot_ms\n"
+        "2024-05-10 00:00:00.009930+00:00,10,5,chat,500,\n"
+    )
+    (request,) = read_trace(file)
+    assert (request.slo_class, request.ttft_ms, request.tpot_ms) == ("chat", 500.0, None)
+
+
+def test_broken_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "azure.csv"
+    file.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.0,1,1\n2023-11-16 18:17:03.0,x,1\n")
+    with pytest.raises(InvalidFieldError, match=r"azure\.csv:3: ContextTokens: got 'x'"):
+        read_trace(file)
+
+
+def test_short_line_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "azure.csv"
+    file.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.0,1\n")
+    with pytest.raises(InvalidFieldError, match=r"azure\.csv:2: GeneratedTokens"):
+        read_trace(file)
+
+
+def test_unknown_header_names_the_formats(tmp_path: Path) -> None:
+    file = tmp_path / "other.csv"
+    file.write_text("a,b,c\n1,2,3\n")
+    with pytest.raises(InvalidFieldError, match="TIMESTAMP,ContextTokens,GeneratedTokens"):
+        read_trace(file)
+
+
+def test_missing_and_empty_files(tmp_path: Path) -> None:
+    with pytest.raises(InvalidFieldError, match="existing file"):
+        read_trace(tmp_path / "none.csv")
+    empty = tmp_path / "empty.csv"
+    empty.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n")
+    with pytest.raises(InvalidFieldError, match="at least one request"):
+        read_trace(empty)
+
+
+def _mooncake(path: Path, rows: list[dict[str, object]]) -> Path:
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_mooncake_ticks_are_spread_the_same_way_every_time(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"timestamp": tick, "input_length": 1000, "output_length": 5, "hash_ids": [0, number]}
+        for number, tick in enumerate([0, 0, 0, 3000, 3000])
+    ]
+    file = _mooncake(tmp_path / "mooncake.jsonl", rows)
+    requests = read_trace(file)
+    arrivals = [request.arrival_s for request in requests]
+    assert arrivals == sorted(set(arrivals))
+    assert arrivals == [request.arrival_s for request in read_trace(file)]
+    assert arrivals[-1] < 6.0
+    assert [request.shared_prefix_tokens for request in requests] == [0, 512, 512, 512, 512]
+
+
+def test_mooncake_errors_name_the_line(tmp_path: Path) -> None:
+    file = _mooncake(tmp_path / "m.jsonl", [{"timestamp": 1, "input_length": 4, "output_length": 1}, {"timestamp": 2}])
+    with pytest.raises(InvalidFieldError, match=r"m\.jsonl:2: input_length"):
+        read_trace(file)
+    file.write_text('{"timestamp": 1, "input_length": 4, "output_length": 1}\n{broken\n')
+    with pytest.raises(InvalidFieldError, match=r"m\.jsonl:2: line"):
+        read_trace(file)
+
+
+def test_burstgpt_skips_failures(tmp_path: Path) -> None:
+    file = tmp_path / "burst.csv"
+    file.write_text(
+        "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
+        "5,ChatGPT,472,18,490,Conversation log\n45,GPT-4,100,0,100,API log\n118,ChatGPT,1087,230,1317,API log\n"
+    )
+    read = [(request.arrival_s, request.prompt_tokens, request.output_tokens) for request in read_trace(file)]
+    assert read == [(0, 472, 18), (113, 1087, 230)]
+
+
+def test_impossible_slo_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "burst.csv"
+    file.write_text("Timestamp,Request tokens,Response tokens,ttft_ms\n5,472,18,-3\n")
+    with pytest.raises(InvalidFieldError, match=r"burst\.csv:2: ttft_ms"):
+        read_trace(file)
+
+
+def test_limit(tmp_path: Path) -> None:
+    file = tmp_path / "burst.csv"
+    file.write_text("Timestamp,Request tokens,Response tokens\n" + "1,2,3\n" * 10)
+    assert len(read_trace(file, limit=4)) == 4
