@@ -1,0 +1,102 @@
+"""What the load client sends and what it notes down: plain data, one clock.
+
+Assumes that every ``*_s`` of one run counts from the run's start on one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slos_serve.metrics.summary import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRequest:
+    """One request of a workload.
+
+    Attributes:
+        request_id: sent as ``X-Request-Id``; unique within a run.
+        arrival_s: when it is due to be sent.
+        prompt: text; the user's message on the chat endpoint.
+        max_tokens: hard cap on the answer.
+        slo_class: name of its class, ``None`` for a request without an SLO.
+        ttft_ms, tpot_ms: the request's own numbers, above those of its class.
+        phase: part of the run it belongs to ("calm", "burst"); empty when the run has one.
+        ignore_eos: ask for exactly ``max_tokens`` (an extension of vLLM and SGLang).
+    """
+
+    request_id: str
+    arrival_s: float
+    prompt: str
+    max_tokens: int
+    slo_class: str | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    phase: str = ""
+    ignore_eos: bool = False
+
+
+@dataclass(slots=True)
+class Response:
+    """What came back for one request.
+
+    Attributes:
+        request: what was sent.
+        sent_s: when it was really sent; scoring starts here.
+        ended_s: when the answer ended or failed.
+        chunk_times_s: when each chunk that carries tokens arrived.
+        chunk_tokens: tokens in each of them.
+        prompt_tokens, output_tokens: as the server counted them; 0 when it told nothing.
+        token_ids: output token ids, when they were asked for.
+        outcome: how it ended.
+        status: HTTP status, 0 when none was received.
+        error: what went wrong, for people.
+        finish_reason: the server's.
+        class_applied: class that the server says it applied, ``None`` when it says nothing.
+        retry_after_s: of a rejection.
+        text: the answer, when kept.
+    """
+
+    request: BenchRequest
+    sent_s: float = 0.0
+    ended_s: float = 0.0
+    chunk_times_s: list[float] = field(default_factory=list)
+    chunk_tokens: list[int] = field(default_factory=list)
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    token_ids: list[int] = field(default_factory=list)
+    outcome: Outcome = Outcome.ERROR
+    status: int = 0
+    error: str = ""
+    finish_reason: str | None = None
+    class_applied: str | None = None
+    retry_after_s: float | None = None
+    text: str = ""
+
+    @property
+    def token_times_s(self) -> NDArray[np.float64]:
+        """float64 [output tokens received], each token at the time of its chunk."""
+        return np.repeat(np.asarray(self.chunk_times_s, dtype=np.float64), self.chunk_tokens)
+
+    @property
+    def lag_s(self) -> float:
+        """How late the client itself was in sending."""
+        return self.sent_s - self.request.arrival_s
+
+
+@dataclass(slots=True)
+class LoadResult:
+    """A finished run.
+
+    Attributes:
+        responses: one for every request, in order of arrival.
+        wall_s: from the first scheduled arrival's clock zero to the last answer's end.
+        started_unix_s: wall clock at zero.
+    """
+
+    responses: list[Response]
+    wall_s: float
+    started_unix_s: float
