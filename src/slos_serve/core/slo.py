@@ -182,9 +182,9 @@ def check_number(
     """Return ``value`` as a float when it is a real number in range, else raise :class:`InvalidFieldError`."""
     opening = "[" if low_included else "("
     allowed = f"a number in {opening}{low:g}, {high:g}]"
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         raise InvalidFieldError(name, value, allowed, where)
-    number = float(value)
-    if number > high or number < low or (number == low and not low_included):
+    # Compared before it is converted: a whole number may be too large for a float. A nan fails the first comparison.
+    if not low <= value <= high or (value == low and not low_included):
         raise InvalidFieldError(name, value, allowed, where)
-    return number
+    return float(value)

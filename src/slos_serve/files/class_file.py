@@ -1,0 +1,234 @@
+"""Read the class file: the YAML in which an operator writes what each class of requests is promised.
+
+    default_class: chat
+    classes:
+      chat:   {ttft_slowdown: 5, tpot_ms: 100}
+      code:   {ttft_ms: 1500, tpot_ms: 50, weight: 2}
+      reason:
+        ttft_slowdown: 3
+        stages:
+          - {tpot_ms: 50, end_token_id: 151668}   # thinking, up to the think-end token
+          - {tpot_ms: 100}                        # the answer
+
+A class without promises (``batch: {}``) is a name for best effort. ``tpot_ms`` of a class holds for each of its stages
+that gives none. Nothing is guessed: an unknown key, a key given twice or a number out of range is an error that names
+the file, the line, the field, what was given and what is allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.slo import (
+    DEFAULT_MAX_STALL_MS,
+    DEFAULT_TTFT_FLOOR_MS,
+    MAX_LATENCY_MS,
+    MAX_WEIGHT,
+    NO_SLO_CLASS,
+    SLO,
+    ClassSet,
+    SLOClass,
+    Stage,
+    check_number,
+)
+
+CUSTOM_CLASS = "custom"
+MAX_STAGES = 16
+MAX_STAGE_TOKENS = 10_000_000
+_TOP_KEYS = ("classes", "default_class", "max_stall_ms")
+_CLASS_KEYS = ("ttft_ms", "ttft_slowdown", "ttft_floor_ms", "tpot_ms", "weight", "max_stall_ms", "stages")
+_STAGE_KEYS = ("tpot_ms", "end_token_id", "max_tokens")
+_RESERVED = (NO_SLO_CLASS, CUSTOM_CLASS)
+
+
+def load_classes(path: str | Path) -> ClassSet:
+    """Read a class file.
+
+    Raises:
+        InvalidFieldError: the file cannot be read, is no YAML, or holds a field that cannot be used; ``where`` is
+            ``file:line``.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidFieldError("class file", str(path), f"a readable UTF-8 file ({error})") from error
+    return parse_classes(text, str(path))
+
+
+def parse_classes(text: str, name: str) -> ClassSet:
+    """Read the text of a class file; ``name`` is what errors call it."""
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        raise _syntax_error(error, name) from error
+    return _FileReader(name).class_set(root)
+
+
+class _FileReader:
+    """Turns composed YAML nodes, which know their lines, into classes."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._scalars = yaml.constructor.SafeConstructor()
+
+    def class_set(self, root: yaml.Node | None) -> ClassSet:
+        if root is None:
+            raise InvalidFieldError("class file", "", "a mapping with the key 'classes'", f"{self._name}:1")
+        top = self._mapping(root, "class file", _TOP_KEYS)
+        if "classes" not in top:
+            raise InvalidFieldError("classes", None, "at least one class", self._where(root))
+        max_stall_ms = self._number(top, "", "max_stall_ms", MAX_LATENCY_MS) or DEFAULT_MAX_STALL_MS
+        named = self._mapping(top["classes"], "classes", None)
+        if not named:
+            raise InvalidFieldError("classes", {}, "at least one class", self._where(top["classes"]))
+        classes = {name: self._slo_class(name, node, max_stall_ms) for name, node in named.items()}
+        node = top.get("default_class")
+        default = None if node is None else self._name_of(node, "default_class")
+        try:
+            return ClassSet(classes, default)
+        except InvalidFieldError as error:
+            raise self._placed(error, node if error.field == "default_class" else top["classes"]) from None
+
+    def _slo_class(self, name: str, node: yaml.Node, max_stall_ms: float) -> SLOClass:
+        field = f"classes.{name}"
+        if name in _RESERVED:
+            raise InvalidFieldError("class name", name, f"any name but {list(_RESERVED)}", self._where(node))
+        keys = self._mapping(node, field, _CLASS_KEYS)
+        slo = self._slo(keys, field)
+        stages = self._stages(keys["stages"], field, slo) if "stages" in keys else (Stage(slo=slo),)
+        weight = self._number(keys, field, "weight", MAX_WEIGHT)
+        stall_ms = self._number(keys, field, "max_stall_ms", MAX_LATENCY_MS)
+        try:
+            return SLOClass(
+                name=name,
+                stages=stages,
+                weight=1.0 if weight is None else weight,
+                max_stall_ms=max_stall_ms if stall_ms is None else stall_ms,
+            )
+        except InvalidFieldError as error:
+            raise self._placed(error, node) from None
+
+    def _slo(self, keys: Mapping[str, yaml.Node], field: str) -> SLO:
+        if "ttft_ms" in keys and "ttft_slowdown" in keys:
+            where = self._where(keys["ttft_slowdown"])
+            raise InvalidFieldError(f"{field}.ttft_slowdown", "both", "ttft_ms or ttft_slowdown, not both", where)
+        if "ttft_floor_ms" in keys and "ttft_slowdown" not in keys:
+            where = self._where(keys["ttft_floor_ms"])
+            raise InvalidFieldError(f"{field}.ttft_floor_ms", "no ttft_slowdown", "only beside ttft_slowdown", where)
+        floor_ms = self._number(keys, field, "ttft_floor_ms", MAX_LATENCY_MS)
+        return SLO(
+            ttft_ms=self._number(keys, field, "ttft_ms", MAX_LATENCY_MS),
+            ttft_slowdown=self._number(keys, field, "ttft_slowdown", 10_000.0, low=1.0, low_included=True),
+            ttft_floor_ms=DEFAULT_TTFT_FLOOR_MS if floor_ms is None else floor_ms,
+            tpot_ms=self._number(keys, field, "tpot_ms", MAX_LATENCY_MS),
+        )
+
+    def _stages(self, node: yaml.Node, field: str, first: SLO) -> tuple[Stage, ...]:
+        field = f"{field}.stages"
+        if not isinstance(node, yaml.SequenceNode) or not 1 <= len(node.value) <= MAX_STAGES:
+            raise InvalidFieldError(field, _shown(node), f"a list of 1 to {MAX_STAGES} stages", self._where(node))
+        last = len(node.value) - 1
+        return tuple(
+            self._stage(item, f"{field}[{index}]", first, is_first=index == 0, is_last=index == last)
+            for index, item in enumerate(node.value)
+        )
+
+    def _stage(self, node: yaml.Node, field: str, first: SLO, *, is_first: bool, is_last: bool) -> Stage:
+        keys = self._mapping(node, field, _STAGE_KEYS)
+        ends = [key for key in ("end_token_id", "max_tokens") if key in keys]
+        if is_last and ends:
+            allowed = "nothing on the last stage, which runs to the end of the request"
+            raise InvalidFieldError(f"{field}.{ends[0]}", _shown(keys[ends[0]]), allowed, self._where(keys[ends[0]]))
+        if not is_last and not ends:
+            allowed = "end_token_id or max_tokens, or the next stage would never begin"
+            raise InvalidFieldError(field, "no end", allowed, self._where(node))
+        own_tpot_ms = self._number(keys, field, "tpot_ms", MAX_LATENCY_MS)
+        tpot_ms = first.tpot_ms if own_tpot_ms is None else own_tpot_ms
+        return Stage(
+            slo=SLO(first.ttft_ms, first.ttft_slowdown, first.ttft_floor_ms, tpot_ms)
+            if is_first
+            else SLO(tpot_ms=tpot_ms),
+            end_token_id=self._whole(keys, field, "end_token_id", 0),
+            max_tokens=self._whole(keys, field, "max_tokens", 1),
+        )
+
+    def _mapping(self, node: yaml.Node, field: str, allowed: tuple[str, ...] | None) -> dict[str, yaml.Node]:
+        """Values by key; an empty value (``batch:``) counts as an empty mapping."""
+        if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise InvalidFieldError(field, _shown(node), "a mapping (key: value)", self._where(node))
+        found: dict[str, yaml.Node] = {}
+        for key_node, value in node.value:
+            key = self._name_of(key_node, f"key of {field}")
+            inner = key if field == "class file" else f"{field}.{key}"
+            if allowed is not None and key not in allowed:
+                raise InvalidFieldError(f"key of {field}", key, f"one of {list(allowed)}", self._where(key_node))
+            if key in found:
+                raise InvalidFieldError(inner, "given twice", "once", self._where(key_node))
+            found[key] = value
+        return found
+
+    def _number(
+        self,
+        keys: Mapping[str, yaml.Node],
+        field: str,
+        key: str,
+        high: float,
+        low: float = 0.0,
+        low_included: bool = False,
+    ) -> float | None:
+        if key not in keys:
+            return None
+        name = f"{field}.{key}" if field else key
+        value, where = self._scalar(keys[key]), self._where(keys[key])
+        return check_number(name, value, low=low, high=high, low_included=low_included, where=where)
+
+    def _whole(self, keys: Mapping[str, yaml.Node], field: str, key: str, low: int) -> int | None:
+        if key not in keys:
+            return None
+        value = self._scalar(keys[key])
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_STAGE_TOKENS:
+            allowed = f"a whole number in [{low}, {MAX_STAGE_TOKENS}]"
+            raise InvalidFieldError(f"{field}.{key}", value, allowed, self._where(keys[key]))
+        return value
+
+    def _scalar(self, node: yaml.Node) -> object:
+        """The node's value as YAML types it; what it is called when it is no scalar or not what its tag says."""
+        if not isinstance(node, yaml.ScalarNode):
+            return _shown(node)
+        try:
+            value: object = self._scalars.construct_object(node)
+        except (yaml.YAMLError, ValueError):
+            return node.value
+        return value
+
+    def _name_of(self, node: yaml.Node, field: str) -> str:
+        """Text of a name as written: a class may be called ``no`` or ``7b`` without quotes."""
+        if not isinstance(node, yaml.ScalarNode):
+            raise InvalidFieldError(field, _shown(node), "a name", self._where(node))
+        return str(node.value)
+
+    def _where(self, node: yaml.Node) -> str:
+        return f"{self._name}:{node.start_mark.line + 1}"
+
+    def _placed(self, error: InvalidFieldError, node: yaml.Node | None) -> InvalidFieldError:
+        where = self._name if node is None else self._where(node)
+        return InvalidFieldError(error.field, error.given, error.allowed, where)
+
+
+def _shown(node: yaml.Node) -> str:
+    if isinstance(node, yaml.ScalarNode):
+        return str(node.value)
+    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
+
+
+def _syntax_error(error: yaml.YAMLError, name: str) -> InvalidFieldError:
+    mark = getattr(error, "problem_mark", None)
+    line = mark.line + 1 if mark is not None else 1
+    problem = getattr(error, "problem", None) or str(error)
+    return InvalidFieldError("class file", problem, "YAML", f"{name}:{line}")

@@ -1,0 +1,145 @@
+"""The SLO fields of one request: where they may be given, which one counts, and what is refused.
+
+A request says what it wants in HTTP headers or in ``vllm_xargs`` of the body; a header counts over the body, and both
+count over the default of the class. The values come from whoever can reach the server, so every one is bounded here:
+numbers by range, strings by length. A ``slo_*`` key of ``vllm_xargs`` that does not exist is refused, because a typo
+that changes nothing is worse than an error; other keys belong to others and pass untouched.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.slo import MAX_LATENCY_MS, ClassSet, SLOClass, check_number
+
+KEY_PREFIX = "slo_"
+SLO_KEYS = ("slo_class", "slo_ttft_ms", "slo_tpot_ms", "slo_expected_tokens", "slo_last_round")
+SESSION_KEY = "session_id"  # vLLM's own key, shared with its session affinity
+MAX_NAME_CHARS = 63
+MAX_SESSION_CHARS = 256
+MAX_EXPECTED_TOKENS = 10_000_000
+
+HEADER_KEYS: Mapping[str, str] = {
+    "x-slo-class": "slo_class",
+    "x-slo-ttft-ms": "slo_ttft_ms",
+    "x-llm-d-slo-ttft-ms": "slo_ttft_ms",
+    "x-slo-tpot-ms": "slo_tpot_ms",
+    "x-llm-d-slo-tpot-ms": "slo_tpot_ms",
+}
+SESSION_HEADER = "x-session-id"
+_HEADER_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?")
+
+
+@dataclass(frozen=True, slots=True)
+class SloArgs:
+    """What one request asks for, checked.
+
+    Attributes:
+        slo_class: class by name; ``None`` takes the server's default.
+        ttft_ms, tpot_ms: the request's own promises in milliseconds, over those of its class.
+        expected_tokens: the client's hint of its output length.
+        session_id: which conversation or agent loop the request belongs to.
+        last_round: no further call of this session follows.
+    """
+
+    slo_class: str | None = None
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    expected_tokens: int | None = None
+    session_id: str | None = None
+    last_round: bool = False
+
+    def applied(self, classes: ClassSet) -> SLOClass | None:
+        """The class it gets among ``classes``; ``None`` when nothing is promised.
+
+        Raises:
+            InvalidFieldError: the class is unknown.
+        """
+        return classes.resolve(self.slo_class, self.ttft_ms, self.tpot_ms)
+
+
+def from_extra_args(extra_args: Mapping[str, object] | None) -> SloArgs:
+    """Read the SLO fields of ``vllm_xargs``, which the scheduler sees as ``sampling_params.extra_args``.
+
+    Raises:
+        InvalidFieldError: a ``slo_*`` key is unknown or its value cannot be used.
+    """
+    if not extra_args:
+        return SloArgs()
+    unknown = [key for key in extra_args if key.startswith(KEY_PREFIX) and key not in SLO_KEYS]
+    if unknown:
+        raise InvalidFieldError("vllm_xargs", unknown[0], f"one of {list(SLO_KEYS)} among the keys with '{KEY_PREFIX}'")
+    return SloArgs(
+        slo_class=_text(extra_args, "slo_class", MAX_NAME_CHARS),
+        ttft_ms=_milliseconds(extra_args, "slo_ttft_ms"),
+        tpot_ms=_milliseconds(extra_args, "slo_tpot_ms"),
+        expected_tokens=_tokens(extra_args, "slo_expected_tokens"),
+        session_id=_session(extra_args),
+        last_round=_flag(extra_args, "slo_last_round"),
+    )
+
+
+def header_args(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str | float]:
+    """The ``vllm_xargs`` that a request's headers stand for; names in lower case, as ASGI has them.
+
+    Raises:
+        InvalidFieldError: a value cannot be used, or two headers for one field disagree; names the header.
+    """
+    found: dict[str, str | float] = {}
+    for raw_name, raw_value in headers:
+        name = raw_name.decode("latin-1").lower()
+        key = SESSION_KEY if name == SESSION_HEADER else HEADER_KEYS.get(name)
+        if key is None:
+            continue
+        text = raw_value.decode("latin-1").strip()
+        value = header_number(name, text) if key.endswith("_ms") else text
+        if found.setdefault(key, value) != value:
+            raise InvalidFieldError(name, text, f"one value; another header says {found[key]!r}")
+    _text(found, "slo_class", MAX_NAME_CHARS, field="x-slo-class")
+    return found
+
+
+def header_number(name: str, text: str) -> float:
+    """A header's milliseconds: digits, with at most one decimal point."""
+    if not _HEADER_NUMBER.fullmatch(text):
+        raise InvalidFieldError(name, text, f"milliseconds as digits, in (0, {MAX_LATENCY_MS:g}]")
+    value = check_number(name, float(text), low=0.0, high=MAX_LATENCY_MS)
+    return int(value) if value.is_integer() else value
+
+
+def _text(args: Mapping[str, object], key: str, max_chars: int, field: str | None = None) -> str | None:
+    if key not in args:
+        return None
+    value = args[key]
+    if not isinstance(value, str) or not 1 <= len(value) <= max_chars:
+        raise InvalidFieldError(field or key, value, f"a string of 1 to {max_chars} characters")
+    return value
+
+
+def _milliseconds(args: Mapping[str, object], key: str) -> float | None:
+    return check_number(key, args[key], low=0.0, high=MAX_LATENCY_MS) if key in args else None
+
+
+def _tokens(args: Mapping[str, object], key: str) -> int | None:
+    if key not in args:
+        return None
+    value = args[key]
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_EXPECTED_TOKENS:
+        raise InvalidFieldError(key, value, f"a whole number in [1, {MAX_EXPECTED_TOKENS}]")
+    return value
+
+
+def _flag(args: Mapping[str, object], key: str) -> bool:
+    value = args.get(key, False)
+    if not isinstance(value, bool | int) or value not in (0, 1):
+        raise InvalidFieldError(key, value, "0 or 1")
+    return bool(value)
+
+
+def _session(args: Mapping[str, object]) -> str | None:
+    """vLLM owns the key, so a value that is no short string is left to vLLM and means no session here."""
+    value = args.get(SESSION_KEY)
+    return value if isinstance(value, str) and 1 <= len(value) <= MAX_SESSION_CHARS else None

@@ -1,0 +1,116 @@
+"""The class file: what is read from it, and that every error leads to the line to mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.slo import SLO, Stage
+from slos_serve.files.class_file import load_classes, parse_classes
+
+EXAMPLE = """\
+default_class: chat
+max_stall_ms: 1500
+classes:
+  chat: {ttft_slowdown: 5, tpot_ms: 100}
+  code: {ttft_ms: 1500, tpot_ms: 50, weight: 2, max_stall_ms: 500}
+  reason:
+    ttft_slowdown: 3
+    ttft_floor_ms: 400
+    stages: [{tpot_ms: 50, end_token_id: 7}, {tpot_ms: 100}]
+  batch:
+"""
+
+
+def test_reads_every_field() -> None:
+    classes = parse_classes(EXAMPLE, "classes.yaml")
+    assert list(classes.classes) == ["chat", "code", "reason", "batch"]
+    assert classes.default == "chat"
+    chat, code, reason, batch = classes
+    assert chat.slo == SLO(ttft_slowdown=5.0, tpot_ms=100.0)
+    assert chat.max_stall_ms == 1500.0
+    assert (code.slo.ttft_ms, code.weight, code.max_stall_ms) == (1500.0, 2.0, 500.0)
+    assert reason.stages == (
+        Stage(slo=SLO(ttft_slowdown=3.0, ttft_floor_ms=400.0, tpot_ms=50.0), end_token_id=7),
+        Stage(slo=SLO(tpot_ms=100.0)),
+    )
+    assert batch.slo.best_effort
+
+
+def test_tpot_of_the_class_holds_for_stages_that_give_none() -> None:
+    text = "classes: {a: {tpot_ms: 80, stages: [{max_tokens: 10}, {tpot_ms: 40}]}}"
+    (found,) = parse_classes(text, "f")
+    assert [stage.slo.tpot_ms for stage in found.stages] == [80.0, 40.0]
+
+
+def test_names_are_taken_as_written() -> None:
+    assert list(parse_classes("classes: {no: {}, 7: {tpot_ms: 5}}", "f").classes) == ["no", "7"]
+
+
+def test_reads_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "classes.yaml"
+    path.write_text(EXAMPLE)
+    assert len(load_classes(path)) == 4
+    assert load_classes(str(path)).default == "chat"
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "field", "said"),
+    [
+        ("", 1, "class file", "classes"),
+        ("- a\n", 1, "class file", "mapping"),
+        ("classes: [\n", 2, "class file", "YAML"),
+        ("default_class: a\n", 1, "classes", "at least one"),
+        ("classes:\n", 1, "classes", "at least one"),
+        ("classes: {a: {}}\ncolour: 1\n", 2, "key of class file", "default_class"),
+        ("classes:\n  a:\n    tpot: 5\n", 3, "key of classes.a", "tpot_ms"),
+        ("classes:\n  a: {}\n  a: {}\n", 3, "classes.a", "once"),
+        ("classes:\n  a:\n    tpot_ms: 5\n    tpot_ms: 6\n", 4, "classes.a.tpot_ms", "once"),
+        ("classes:\n  a:\n    tpot_ms: fast\n", 3, "classes.a.tpot_ms", "number in (0"),
+        ("classes:\n  a:\n    tpot_ms: true\n", 3, "classes.a.tpot_ms", "number in (0"),
+        ("classes:\n  a:\n    tpot_ms: -1\n", 3, "classes.a.tpot_ms", "number in (0"),
+        ("classes:\n  a:\n    tpot_ms: .nan\n", 3, "classes.a.tpot_ms", "number in (0"),
+        ("classes:\n  a:\n    tpot_ms: [1]\n", 3, "classes.a.tpot_ms", "number in (0"),
+        ("classes:\n  a:\n    tpot_ms:\n", 3, "classes.a.tpot_ms", "number in (0"),
+        ("classes:\n  a:\n    weight: 1001\n", 3, "classes.a.weight", "1000]"),
+        ("classes:\n  a:\n    ttft_slowdown: 0.5\n", 3, "classes.a.ttft_slowdown", "[1,"),
+        ("classes:\n  a:\n    ttft_ms: 5\n    ttft_slowdown: 5\n", 4, "classes.a.ttft_slowdown", "not both"),
+        ("classes:\n  a:\n    ttft_floor_ms: 5\n", 3, "classes.a.ttft_floor_ms", "beside ttft_slowdown"),
+        ("max_stall_ms: 0\nclasses: {a: {}}\n", 1, "max_stall_ms", "number in (0"),
+        ("classes:\n  a b: {}\n", 2, "class name", "letters"),
+        ("classes:\n  none: {}\n", 2, "class name", "any name but"),
+        ("classes:\n  a: 5\n", 2, "classes.a", "mapping"),
+        ("classes: {a: {}}\ndefault_class: b\n", 2, "default_class", "['a']"),
+        ("classes: {a: {}}\ndefault_class: [a]\n", 2, "default_class", "a name"),
+        ("classes:\n  a:\n    stages: []\n", 3, "classes.a.stages", "1 to 16"),
+        ("classes:\n  a:\n    stages:\n    - {}\n    - {}\n", 4, "classes.a.stages[0]", "never begin"),
+        ("classes:\n  a:\n    stages: [{max_tokens: 5}]\n", 3, "classes.a.stages[0].max_tokens", "last stage"),
+        ("classes:\n  a:\n    stages: [{max_tokens: 0}, {}]\n", 3, "classes.a.stages[0].max_tokens", "[1,"),
+        ("classes:\n  a:\n    stages: [{end_token_id: 1.5}, {}]\n", 3, "classes.a.stages[0].end_token_id", "[0,"),
+        ("classes:\n  a:\n    stages: [{ttft_ms: 5}]\n", 3, "key of classes.a.stages[0]", "end_token_id"),
+        ("classes:\n  ? [a]\n  : {}\n", 2, "key of classes", "a name"),
+    ],
+)
+def test_an_error_names_line_field_and_what_is_allowed(text: str, line: int, field: str, said: str) -> None:
+    with pytest.raises(InvalidFieldError) as raised:
+        parse_classes(text, "my.yaml")
+    assert raised.value.where == f"my.yaml:{line}"
+    assert raised.value.field == field
+    assert said in str(raised.value)
+
+
+def test_too_many_classes_are_refused() -> None:
+    text = "classes:\n" + "".join(f"  c{index}: {{}}\n" for index in range(33))
+    with pytest.raises(InvalidFieldError, match=r"my.yaml:2: classes: got 33; allowed: at most 32"):
+        parse_classes(text, "my.yaml")
+
+
+@pytest.mark.parametrize("content", [None, b"\xff\xfe\x00"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "gone.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InvalidFieldError, match=r"gone\.yaml"):
+        load_classes(path)
