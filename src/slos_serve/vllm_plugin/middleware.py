@@ -1,0 +1,246 @@
+"""ASGI middleware for ``--middleware slos_serve.vllm_plugin.SLOMiddleware``: SLO headers in, class applied out.
+
+Headers do not reach vLLM's engine by themselves, so they are moved into ``vllm_xargs`` of the body. SLO fields of both
+are checked here, where a client can still be told (HTTP 400 in the OpenAI error shape, naming the field); the response
+says which class and numbers were applied. A request that gives no SLO header reaches vLLM byte for byte as it came, and
+bodies that cannot be read (no JSON, no object, too large) are left to vLLM to judge. Responses are never buffered, and
+a client that hangs up still reaches vLLM.
+
+The classes are read once, from the file that ``SLOS_SERVE_CLASSES`` names; without one only a request's own numbers
+count. vLLM runs this middleware outside its own authentication, so nothing secret may go into its answers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.slo import NO_SLO_CLASS, ClassSet, SLOClass
+from slos_serve.files.class_file import load_classes
+from slos_serve.vllm_plugin.slo_args import SESSION_KEY, SloArgs, from_extra_args, header_args
+
+Message = MutableMapping[str, Any]
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+RawHeaders = list[tuple[bytes, bytes]]
+
+SLO_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+MAX_BODY_BYTES = 64 * 1024 * 1024
+CLASSES_ENV = "SLOS_SERVE_CLASSES"
+_XARGS = "vllm_xargs"
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Body:
+    """A request body as read so far, and whether more of it is to come."""
+
+    data: bytes
+    more: bool = False
+
+
+class SLOMiddleware:
+    """Pure ASGI 3 application around ``app``; holds no state that changes, so it serves any number of requests.
+
+    Args:
+        app: what it wraps.
+        classes: classes served; by default those of the file named by ``SLOS_SERVE_CLASSES``.
+        max_body_bytes: largest body that is looked into.
+
+    Raises:
+        InvalidFieldError: the class file cannot be used; the server does not start.
+    """
+
+    def __init__(self, app: App, classes: ClassSet | None = None, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+        self._app = app
+        self._classes = _classes_from_environment() if classes is None else classes
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection; see the module's docstring."""
+        if scope["type"] == "lifespan":
+            _warn_without_scheduler(scope)
+        if not _carries_slo(scope):
+            await self._app(scope, receive, send)
+            return
+        body = await _read(receive, self._max_body_bytes)
+        if body is None:
+            return  # the client hung up before its request was whole: nobody is left to answer
+        try:
+            slo_headers = header_args(scope["headers"])
+            if len(body.data) > self._max_body_bytes:
+                await self._pass_unread(scope, body, receive, send, given=slo_headers)
+                return
+            document = _document(body.data, wanted=self._adds_to_body(slo_headers))
+            applied = self._applied(_checked(slo_headers, document), scope["headers"])
+        except InvalidFieldError as error:
+            await _refuse(send, 400, error.field, str(error), anthropic=_path(scope) == "/v1/messages")
+            return
+        asked = applied is not None or _asks_for_slo(slo_headers)
+        data = _merged(body.data, document, slo_headers) if asked else body.data
+        if data is not body.data:
+            scope = {**scope, "headers": _with_length(scope["headers"], len(data))}
+        await self._app(scope, _replay(data, receive), _announcing(send, applied))
+
+    def _adds_to_body(self, slo_headers: dict[str, str | float]) -> bool:
+        """A session alone matters only to a request that has an SLO, be it by default."""
+        return _asks_for_slo(slo_headers) or (bool(slo_headers) and self._classes.default is not None)
+
+    def _applied(self, args: SloArgs, headers: RawHeaders) -> SLOClass | None:
+        try:
+            return args.applied(self._classes)
+        except InvalidFieldError as error:
+            field = "x-slo-class" if any(name.lower() == b"x-slo-class" for name, _ in headers) else error.field
+            raise InvalidFieldError(field, error.given, error.allowed) from None
+
+    async def _pass_unread(
+        self, scope: Scope, body: _Body, receive: Receive, send: Send, given: dict[str, str | float]
+    ) -> None:
+        """A body too large to look into: vLLM gets it whole, unless it would lose the SLO its headers ask for."""
+        if _asks_for_slo(given):
+            message = f"a request with SLO headers may hold at most {self._max_body_bytes} bytes"
+            await _refuse(send, 413, "body", message, anthropic=_path(scope) == "/v1/messages")
+            return
+        await self._app(scope, _replay(body.data, receive, more_body=body.more), send)
+
+
+def _asks_for_slo(slo_headers: dict[str, str | float]) -> bool:
+    return any(key != SESSION_KEY for key in slo_headers)
+
+
+def _classes_from_environment() -> ClassSet:
+    path = os.environ.get(CLASSES_ENV)
+    return load_classes(path) if path else ClassSet()
+
+
+def _warn_without_scheduler(scope: Scope) -> None:
+    """Say at start when SLOs would be accepted and then ignored, because vLLM runs another scheduler."""
+    args = getattr(getattr(scope.get("app"), "state", None), "args", None)
+    if args is not None and "slos_serve" not in str(getattr(args, "scheduler_cls", None)):
+        _logger.warning(
+            "SLOs are checked but not kept: vLLM runs its own scheduler; "
+            "add --scheduler-cls slos_serve.vllm_plugin.SLOScheduler"
+        )
+
+
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(str(scope.get("root_path", ""))).rstrip("/")
+
+
+def _carries_slo(scope: Scope) -> bool:
+    return scope["type"] == "http" and scope["method"] == "POST" and _path(scope) in SLO_PATHS
+
+
+async def _read(receive: Receive, max_bytes: int) -> _Body | None:
+    """The body, or as much of it as first passes ``max_bytes``; ``None`` when the client hangs up before its end."""
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return None
+        part = message.get("body", b"")
+        parts.append(part)
+        size += len(part)
+        more = message.get("more_body", False)
+        if not more or size > max_bytes:
+            return _Body(b"".join(parts), more)
+
+
+def _document(data: bytes, wanted: bool) -> dict[str, Any] | None:
+    r"""The body as a JSON object, ``None`` when it is none or need not be looked into.
+
+    A body without SLO fields is not parsed. ``\u00`` might spell an ASCII letter of a key, so it counts as a hint too.
+    """
+    if not wanted and b"slo_" not in data and b"\\u00" not in data:
+        return None
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _checked(slo_headers: dict[str, str | float], document: dict[str, Any] | None) -> SloArgs:
+    """Headers over body. The body's own fields are checked even where a header overrides them."""
+    xargs = None if document is None else document.get(_XARGS)
+    in_body = xargs if isinstance(xargs, dict) else {}
+    from_extra_args(in_body)
+    return from_extra_args({**in_body, **slo_headers})
+
+
+def _merged(data: bytes, document: dict[str, Any] | None, slo_headers: dict[str, str | float]) -> bytes:
+    """The body with the headers' fields in ``vllm_xargs``; unchanged when there is nothing to add or nowhere to."""
+    if document is None or not slo_headers:
+        return data
+    xargs = document.get(_XARGS)
+    if xargs is not None and not isinstance(xargs, dict):
+        return data  # vLLM refuses it and says why
+    try:
+        return json.dumps({**document, _XARGS: {**(xargs or {}), **slo_headers}}).encode("ascii")
+    except RecursionError:
+        return data
+
+
+def _with_length(headers: RawHeaders, length: int) -> RawHeaders:
+    kept = [(name, value) for name, value in headers if name.lower() not in (b"content-length", b"transfer-encoding")]
+    return [*kept, (b"content-length", str(length).encode("ascii"))]
+
+
+def _replay(data: bytes, receive: Receive, more_body: bool = False) -> Receive:
+    """A ``receive`` that hands out ``data`` and then goes on with the original, so a hang-up reaches vLLM."""
+    pending = True
+
+    async def replayed() -> Message:
+        nonlocal pending
+        if pending:
+            pending = False
+            return {"type": "http.request", "body": data, "more_body": more_body}
+        return await receive()
+
+    return replayed
+
+
+def _announcing(send: Send, applied: SLOClass | None) -> Send:
+    """A ``send`` that adds what was applied to the head of an answer (not to an error: nothing was applied then)."""
+
+    async def announced(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] < 400:
+            message = {**message, "headers": [*message.get("headers", ()), *applied_headers(applied)]}
+        await send(message)
+
+    return announced
+
+
+def applied_headers(applied: SLOClass | None) -> Iterable[tuple[bytes, bytes]]:
+    """Response headers for the class a request got. A slowdown SLO depends on the prompt, so it is told as it is."""
+    if applied is None:
+        return [(b"x-slo-class", NO_SLO_CLASS.encode("ascii"))]
+    slo = applied.slo
+    numbers = {
+        "x-slo-ttft-ms": slo.ttft_ms,
+        "x-slo-ttft-slowdown": slo.ttft_slowdown if slo.ttft_ms is None else None,
+        "x-slo-tpot-ms": slo.tpot_ms,
+    }
+    told = [(name.encode("ascii"), _plain(value)) for name, value in numbers.items() if value is not None]
+    return [(b"x-slo-class", applied.name.encode("ascii")), *told]
+
+
+def _plain(value: float) -> bytes:
+    return f"{value:.6f}".rstrip("0").rstrip(".").encode("ascii")
+
+
+async def _refuse(send: Send, status: int, field: str, message: str, *, anthropic: bool = False) -> None:
+    kind = "invalid_request_error"
+    error: dict[str, object] = {"message": message, "type": kind, "param": field, "code": status}
+    body = json.dumps({"type": "error", "error": error} if anthropic else {"error": error}).encode("ascii")
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode("ascii"))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
