@@ -77,6 +77,7 @@ class StepPlan:
         preempt: slots to preempt before the step (best effort giving way).
         admitted: slots whose promise this plan makes (first tokens of their prefill are in it).
         demoted: slots that lose their promise with this plan.
+        rejected: waiting slots to drop unserved (policies that decline instead of serving best effort).
         predicted_s: predicted duration of the step in seconds.
         draft_tokens: draft length of each entry of ``slots``; empty without speculation.
     """
@@ -91,6 +92,7 @@ class StepPlan:
     demoted: SlotArray = field(default_factory=_no_slots)
     predicted_s: float = 0.0
     draft_tokens: SlotArray = field(default_factory=_no_slots)
+    rejected: SlotArray = field(default_factory=_no_slots)
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,97 @@
+"""DistServe: prefill and decode on replicas of their own, so that neither disturbs the other.
+
+A prefill replica batches whole prompts first come, first served, up to the length at which its compute saturates; a
+decode replica runs all its requests in every step and starts what has arrived while memory lasts. Which replicas do
+which is the split, searched over for the workload as the paper's placement does; the KV cache moves in between.
+Source: Zhong et al., OSDI 2024 (arXiv 2401.09670), sections 3 and 4.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slos_serve.core.plan import EngineView, StepPlan
+from slos_serve.core.slo import check_number
+from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
+from slos_serve.policies.queue_order import chunked, step_plan, whole_prompts
+
+# Prompts are batched until the compute-bound branch exceeds the constant work of a step this many times over.
+SATURATION = 2.0
+MIN_PREFILL_TOKENS = 512
+
+
+def saturating_tokens(model: BatchTimeModel) -> int:
+    """Prompt tokens in a batch beyond which more of them only add up (the paper's L_m)."""
+    slope = max(model.k_c_s, model.k_m_s)
+    constant = max(model.b_c_s, model.b_m_s)
+    return max(MIN_PREFILL_TOKENS, int(SATURATION * constant / slope))
+
+
+class DistServePrefill:
+    """Policy of a prefill replica; see :class:`slos_serve.policies.base.Policy`.
+
+    Args:
+        model: batch-time model, for the batch length at which compute saturates.
+    """
+
+    def __init__(self, model: BatchTimeModel) -> None:
+        self._token_budget = saturating_tokens(model)
+
+    def plan(self, now_s: float, view: EngineView) -> StepPlan:
+        """Whole prompts in order, up to the saturating length; one that is longer runs alone."""
+        size = len(view.waiting)
+        slots, tokens = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+        count = whole_prompts(
+            view.table.rows,
+            view.waiting,
+            len(view.running),
+            min(self._token_budget, view.max_num_batched_tokens),
+            view.max_num_seqs,
+            view.free_blocks,
+            view.block_size,
+            0,
+            slots,
+            tokens,
+        )
+        return step_plan(slots[:count], tokens[:count])
+
+    def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
+        """Learns nothing."""
+
+    def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
+        """Learns nothing."""
+
+
+class DistServeDecode:
+    """Policy of a decode replica; see :class:`slos_serve.policies.base.Policy`.
+
+    Args:
+        token_budget: most tokens in a step; only a request preempted for memory has more than one.
+    """
+
+    def __init__(self, token_budget: int = 8192) -> None:
+        self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
+
+    def plan(self, now_s: float, view: EngineView) -> StepPlan:
+        """Everything that runs, then what has arrived."""
+        size = len(view.running) + len(view.waiting)
+        slots, tokens = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+        count = chunked(
+            view.table.rows,
+            view.running,
+            view.waiting,
+            min(self._token_budget, view.max_num_batched_tokens),
+            view.max_num_seqs,
+            view.free_blocks,
+            view.block_size,
+            0,
+            slots,
+            tokens,
+        )
+        return step_plan(slots[:count], tokens[:count])
+
+    def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
+        """Learns nothing."""
+
+    def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
+        """Learns nothing."""

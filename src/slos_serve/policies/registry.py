@@ -1,0 +1,90 @@
+"""Policies by name: how to make one, and the parameters worth trying when each is to be at its best."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.planning.settings import PlannerSettings
+from slos_serve.policies.base import Policy
+from slos_serve.policies.distserve import DistServeDecode, DistServePrefill
+from slos_serve.policies.edf import EarliestDeadlineFirst
+from slos_serve.policies.sarathi import Sarathi
+from slos_serve.policies.scorpio import Scorpio
+from slos_serve.policies.slos_serve import SLOsServePolicy
+from slos_serve.policies.vllm_order import VllmOrder
+from slos_serve.policies.vllm_v0 import VllmV0
+
+Parameters = Mapping[str, Any]
+Factory = Callable[[BatchTimeModel, int, Parameters], Policy]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyEntry:
+    """A policy that can be named.
+
+    Attributes:
+        make: (batch-time model, number of classes, parameters) -> policy of one replica.
+        variants: parameter sets that a fair comparison tries; the first one is the default.
+        make_decode: set when prefill and decode are apart; then ``make`` is for prefill replicas.
+    """
+
+    make: Factory
+    variants: tuple[Parameters, ...] = field(default=({},))
+    make_decode: Factory | None = None
+
+
+POLICIES: dict[str, PolicyEntry] = {
+    "slos-serve": PolicyEntry(
+        lambda model, classes, given: SLOsServePolicy(model, classes, PlannerSettings(**given) if given else None)
+    ),
+    "vllm": PolicyEntry(
+        lambda model, classes, given: VllmOrder(**given), ({"token_budget": 2048}, {"token_budget": 8192})
+    ),
+    "vllm-v0": PolicyEntry(lambda model, classes, given: VllmV0(**given), ({"token_budget": 8192},)),
+    "sarathi": PolicyEntry(
+        lambda model, classes, given: Sarathi(**given), tuple({"chunk_tokens": size} for size in (512, 256, 1024))
+    ),
+    "distserve": PolicyEntry(
+        lambda model, classes, given: DistServePrefill(model, **given),
+        make_decode=lambda model, classes, given: DistServeDecode(**given),
+    ),
+    "scorpio": PolicyEntry(
+        lambda model, classes, given: Scorpio(model, classes, **given), ({"chunk_tokens": 0}, {"chunk_tokens": 512})
+    ),
+    "edf": PolicyEntry(
+        lambda model, classes, given: EarliestDeadlineFirst(**given),
+        tuple({"token_budget": size, "drop_late": late} for size in (2048, 512) for late in (False, True)),
+    ),
+}
+
+
+def policy_entry(name: str) -> PolicyEntry:
+    """The entry of a name.
+
+    Raises:
+        InvalidFieldError: no such policy, with the list of those there are.
+    """
+    if name not in POLICIES:
+        raise InvalidFieldError("policy", name, f"one of {sorted(POLICIES)}")
+    return POLICIES[name]
+
+
+def make_policy(
+    name: str, model: BatchTimeModel, num_classes: int, parameters: Parameters | None = None, *, decode: bool = False
+) -> Policy:
+    """A fresh policy for one replica; ``None`` parameters are the default ones.
+
+    Raises:
+        InvalidFieldError: unknown policy or parameter, or a value out of range.
+    """
+    entry = policy_entry(name)
+    given = entry.variants[0] if parameters is None else parameters
+    factory = entry.make_decode if decode and entry.make_decode is not None else entry.make
+    try:
+        return factory(model, num_classes, given)
+    except TypeError as fault:
+        raise InvalidFieldError(f"parameters of {name}", dict(given), str(fault)) from fault

@@ -1,0 +1,187 @@
+"""SCORPIO: least deadline first with rejection (TTFT guard), virtual-batch-size admission and credits (TPOT guard).
+
+A waiting request is rejected once the prompts ahead of it in deadline order could not be prefilled before its deadline.
+The rest start in deadline order while the step time predicted for the *virtual* batch size, the sum over running
+requests of (tightest TPOT / own TPOT), stays under the tightest TPOT. A looser request earns that ratio as credit in
+each decode step and takes part when it has a whole one, so it decodes just as fast as it was promised. Answer lengths
+are predicted; here by the class's mean of answers seen. The base engine is vLLM V0 (prefill first); ``chunk_tokens``
+gives the chunked variant. Source: Tang et al. 2025 (arXiv 2505.23022), sections 4.1 to 4.3.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slos_serve.core.plan import EngineView, StepPlan
+from slos_serve.core.request import RequestArray
+from slos_serve.core.slo import check_number
+from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
+from slos_serve.policies.queue_order import IntArray, chunked, step_plan, whole_prompts
+
+# Margins of the authors' implementation: seconds added to a predicted wait, and share of the TPOT that may be used.
+WAIT_MARGIN_S = 0.05
+TPOT_SHARE = 0.99
+WATERMARK = 0.01
+# Without any answer seen, this many output tokens are assumed.
+PRIOR_OUTPUT_TOKENS = 256.0
+
+
+class Scorpio:
+    """See :class:`slos_serve.policies.base.Policy`.
+
+    Args:
+        model: batch-time model, in the place of the authors' fitted predictors.
+        num_classes: classes whose answer lengths are learnt apart.
+        token_budget: prompt tokens of a prefill step.
+        chunk_tokens: above 0, the token budget of a chunked step that decodes and prefills together.
+    """
+
+    def __init__(
+        self, model: BatchTimeModel, num_classes: int, token_budget: int = 8192, chunk_tokens: int = 0
+    ) -> None:
+        self._model = model
+        self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
+        self._chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, low=0, high=1e6, low_included=True))
+        self._credits = np.zeros(64, dtype=np.float64)
+        self._owner = np.full(64, -1, dtype=np.int64)
+        self._answers = np.full((num_classes, 2), (1.0, PRIOR_OUTPUT_TOKENS))
+
+    def plan(self, now_s: float, view: EngineView) -> StepPlan:
+        """Reject, order, admit, and give the step to prompts or to the decodes whose credit is due."""
+        rows = view.table.rows
+        waiting, rejected = self._ttft_guard(now_s, rows, view.waiting)
+        admitted = self._tpot_guard(rows, view, waiting)
+        prefills = self._start(rows, view, admitted) if not self._chunk_tokens else None
+        if prefills is not None and len(prefills.slots):
+            prefills.rejected = rejected
+            return prefills
+        decodes = self._with_credit(rows, view.running)
+        if self._chunk_tokens:
+            plan = self._mixed(rows, view, decodes, admitted)
+        else:
+            plan = step_plan(decodes, np.ones(len(decodes), dtype=np.int64))
+        plan.rejected = rejected
+        return plan
+
+    def _ttft_guard(self, now_s: float, rows: RequestArray, waiting: IntArray) -> tuple[IntArray, IntArray]:
+        """Waiting slots in deadline order, and those that cannot be in time any more."""
+        due_s = rows["ttft_due_s"][waiting]
+        ordered = waiting[np.lexsort((rows["order"][waiting], due_s))]
+        left = rows["prompt_tokens"][ordered] + rows["output_tokens"][ordered] - rows["cached_tokens"][ordered]
+        started = rows["output_tokens"][ordered] > 0
+        keep = np.ones(len(ordered), dtype=np.bool_)
+        ahead = 0
+        for i, slot in enumerate(ordered):
+            ahead += int(left[i])
+            wait_s = self._model.step_s(BatchShape(ahead)) + WAIT_MARGIN_S
+            if not started[i] and now_s + wait_s > rows["ttft_due_s"][slot]:
+                keep[i] = False
+                ahead -= int(left[i])
+        return ordered[keep], ordered[~keep]
+
+    def _tpot_guard(self, rows: RequestArray, view: EngineView, ordered: IntArray) -> IntArray:
+        """The longest prefix of ``ordered`` that the predicted step time of the virtual batch allows."""
+        tpots = rows["tpot_s"][view.running]
+        lengths = (rows["prompt_tokens"] + rows["output_tokens"])[view.running]
+        limits, total_length = list(tpots[np.isfinite(tpots)]), float(lengths.sum())
+        count = len(view.running)
+        for i, slot in enumerate(ordered):
+            tpot = float(rows["tpot_s"][slot])
+            total_length += float(rows["prompt_tokens"][slot] + rows["output_tokens"][slot])
+            count += 1
+            if np.isfinite(tpot):
+                limits.append(tpot)
+            if not limits:
+                continue
+            tightest = min(limits)
+            virtual = float(np.sum(tightest / np.asarray(limits)))
+            context = total_length / count + 0.5 * self._expected_output(int(rows["class_index"][slot]))
+            if self._decode_s(virtual, context) >= TPOT_SHARE * tightest and (i or len(view.running)):
+                return ordered[:i]
+        return ordered
+
+    def _decode_s(self, virtual_batch: float, context_tokens: float) -> float:
+        shape = BatchShape(
+            new_tokens=max(round(virtual_batch), 1),
+            context_tokens=round(virtual_batch * context_tokens),
+            num_seqs=max(round(virtual_batch), 1),
+        )
+        return self._model.step_s(shape)
+
+    def _expected_output(self, class_index: int) -> float:
+        count, total = self._answers[class_index]
+        return float(total / count)
+
+    def _start(self, rows: RequestArray, view: EngineView, admitted: IntArray) -> StepPlan:
+        slots, tokens = np.empty(len(admitted), dtype=np.int64), np.empty(len(admitted), dtype=np.int64)
+        count = whole_prompts(
+            rows,
+            admitted,
+            len(view.running),
+            min(self._token_budget, view.max_num_batched_tokens),
+            view.max_num_seqs,
+            view.free_blocks,
+            view.block_size,
+            int(WATERMARK * view.total_blocks) if len(view.running) else 0,
+            slots,
+            tokens,
+        )
+        return step_plan(slots[:count], tokens[:count])
+
+    def _with_credit(self, rows: RequestArray, running: IntArray) -> IntArray:
+        """Running slots that decode in this step; spends and earns credits."""
+        if len(rows) > len(self._credits):
+            grown = len(rows) - len(self._credits)
+            self._credits = np.concatenate((self._credits, np.zeros(grown)))
+            self._owner = np.concatenate((self._owner, np.full(grown, -1, dtype=np.int64)))
+        if len(running) == 0:
+            return running.copy()
+        new = self._owner[running] != rows["order"][running]  # the slot went to another request
+        self._credits[running[new]] = 0.0
+        self._owner[running] = rows["order"][running]
+        tpots = rows["tpot_s"][running]
+        tightest = float(tpots.min())
+        earned = self._earned(tpots, tightest)
+        self._credits[running] += earned
+        due = (self._credits[running] >= 1.0 - 1e-9) | (tpots <= tightest)
+        self._credits[running[due]] = np.maximum(self._credits[running[due]] - 1.0, 0.0)
+        return np.asarray(running[due])
+
+    @staticmethod
+    def _earned(tpots: NDArray[np.float64], tightest: float) -> NDArray[np.float64]:
+        """Ratio of the tightest TPOT to each own; 1 for those without a promise when nobody has one."""
+        if not np.isfinite(tightest):
+            return np.ones_like(tpots)
+        return np.asarray(np.where(np.isfinite(tpots), tightest / tpots, 0.1))
+
+    def _mixed(self, rows: RequestArray, view: EngineView, decodes: IntArray, admitted: IntArray) -> StepPlan:
+        """The chunked variant: decodes with credit, running prompts, then admitted ones, in one token budget."""
+        left = rows["prompt_tokens"] + rows["output_tokens"] - rows["computed_tokens"]
+        prompts = view.running[left[view.running] > 1]
+        decodes = decodes[left[decodes] == 1]
+        ordered = np.concatenate((decodes, prompts))
+        size = len(ordered) + len(admitted)
+        slots, tokens = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+        # Held decodes stay in the engine: their places do not go to others.
+        places = view.max_num_seqs - (len(view.running) - len(ordered))
+        count = chunked(
+            rows,
+            ordered,
+            admitted,
+            min(self._chunk_tokens, view.max_num_batched_tokens),
+            places,
+            view.free_blocks,
+            view.block_size,
+            int(WATERMARK * view.total_blocks) if len(view.running) else 0,
+            slots,
+            tokens,
+        )
+        return step_plan(slots[:count], tokens[:count])
+
+    def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
+        """Learns nothing: the authors fit their predictors offline."""
+
+    def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
+        """Learn the mean answer length of a class."""
+        self._answers[class_index] += (1.0, float(output_tokens))

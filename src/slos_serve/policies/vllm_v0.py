@@ -1,0 +1,53 @@
+"""vLLM V0's order: whole prompts first, and a decode step of all running requests only when no prompt can start.
+
+This is what "vLLM" means in papers of 2023 and 2024: no chunks, prefill takes precedence, 1 % of the KV blocks stay free
+when a prompt starts (the watermark). Source: ``_schedule_default`` of vllm/core/scheduler.py up to vLLM 0.8.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slos_serve.core.plan import EngineView, StepPlan
+from slos_serve.core.slo import check_number
+from slos_serve.perf.batch_time import BatchShape
+from slos_serve.policies.queue_order import step_plan, whole_prompts
+
+WATERMARK = 0.01
+
+
+class VllmV0:
+    """See :class:`slos_serve.policies.base.Policy`.
+
+    Args:
+        token_budget: most prompt tokens in a prefill step; a longer prompt runs alone.
+    """
+
+    def __init__(self, token_budget: int = 8192) -> None:
+        self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
+
+    def plan(self, now_s: float, view: EngineView) -> StepPlan:
+        """A prefill step when a prompt can start, else a decode step."""
+        size = len(view.waiting)
+        slots, tokens = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+        count = whole_prompts(
+            view.table.rows,
+            view.waiting,
+            len(view.running),
+            min(self._token_budget, view.max_num_batched_tokens),
+            view.max_num_seqs,
+            view.free_blocks,
+            view.block_size,
+            int(WATERMARK * view.total_blocks) if len(view.running) else 0,
+            slots,
+            tokens,
+        )
+        if count:
+            return step_plan(slots[:count], tokens[:count])
+        return step_plan(view.running.copy(), np.ones(len(view.running), dtype=np.int64))
+
+    def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
+        """Learns nothing."""
+
+    def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
+        """Learns nothing."""

@@ -1,0 +1,193 @@
+"""Replicas behind a router, driven by one event heap in virtual time.
+
+Events are ``(time, priority, sequence, ...)``: a total order, so equal inputs give equal runs. At one instant steps end
+first, then replicas die, then calls arrive, and only then replicas plan, so that a plan sees everything that happened.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+
+from slos_serve.sim.recording import Recording
+from slos_serve.sim.replica import IDLE_TICK_S, Replica
+from slos_serve.sim.routers import Router
+from slos_serve.sim.step import LOST, REJECTED
+
+
+class Event(IntEnum):
+    """Kinds of events; the value is the priority at equal times."""
+
+    STEP_END = 0
+    DEATH = 1
+    ARRIVAL = 2
+    HANDOVER = 3
+    PLAN = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """From prefill replicas to decode replicas.
+
+    Attributes:
+        seconds_per_token: time to move the KV of one token.
+        router: picks the decode replica.
+    """
+
+    seconds_per_token: float
+    router: Router
+
+
+@dataclass(slots=True)
+class Cluster:
+    """What is simulated.
+
+    Attributes:
+        recording: of the workload that arrives.
+        replicas: all of them; with ``handover``, those that are ``prefill_only`` take arrivals.
+        router: picks a replica for each arriving call.
+        handover: set when prefill and decode are apart.
+        deaths: (virtual seconds, replica index) at which replicas die.
+        check_every_s: virtual seconds between calls of ``stop``.
+        stop: tells whether to cut the run short.
+        progress: told the virtual time now and then.
+    """
+
+    recording: Recording
+    replicas: Sequence[Replica]
+    router: Router
+    handover: Handover | None = None
+    deaths: Sequence[tuple[float, int]] = ()
+    check_every_s: float = 5.0
+    stop: Callable[[Recording, float], bool] | None = None
+    progress: Callable[[float], None] | None = None
+    _heap: list[tuple[float, int, int, int]] = field(default_factory=list)
+    _sequence: int = 0
+    _next_plan_s: dict[int, float] = field(default_factory=dict)
+
+    def run(self) -> Recording:
+        """Simulate until every call ended (or ``stop`` says so); returns the recording, filled."""
+        recording = self.recording
+        arrivals = recording.workload.calls["arrival_s"]
+        order = np.argsort(arrivals, kind="stable")
+        order = order[np.isfinite(arrivals[order])]
+        for at_s, replica in self.deaths:
+            self._push(at_s, Event.DEATH, replica)
+        next_first = 0
+        if len(order):
+            self._push(float(arrivals[order[0]]), Event.ARRIVAL, int(order[0]))
+        check_s = self.check_every_s
+        while self._heap:
+            now_s, kind, _, subject = heapq.heappop(self._heap)
+            if kind == Event.STEP_END:
+                self._end_step(now_s, self.replicas[subject])
+            elif kind == Event.PLAN:
+                self._plan(now_s, self.replicas[subject])
+            elif kind == Event.ARRIVAL:
+                if next_first < len(order) and subject == order[next_first]:
+                    next_first += 1
+                    if next_first < len(order):
+                        following = int(order[next_first])
+                        self._push(float(arrivals[following]), Event.ARRIVAL, following)
+                self._arrive(now_s, subject)
+            elif kind == Event.HANDOVER:
+                self._take_over(now_s, subject)
+            else:
+                self._kill(now_s, self.replicas[subject])
+            recording.end_s = max(recording.end_s, now_s)
+            if now_s >= check_s:
+                check_s = now_s + self.check_every_s
+                if self.progress is not None:
+                    self.progress(now_s)
+                if self.stop is not None and self.stop(recording, now_s):
+                    recording.stopped_early = True
+                    break
+        return recording
+
+    def _push(self, at_s: float, kind: Event, subject: int) -> None:
+        self._sequence += 1
+        heapq.heappush(self._heap, (at_s, int(kind), self._sequence, subject))
+
+    def _ask(self, at_s: float, replica: Replica) -> None:
+        """Let a replica plan at ``at_s``, unless it will before."""
+        if self._next_plan_s.get(replica.index, math.inf) > at_s:
+            self._next_plan_s[replica.index] = at_s
+            self._push(at_s, Event.PLAN, replica.index)
+
+    def _plan(self, now_s: float, replica: Replica) -> None:
+        if self._next_plan_s.get(replica.index) != now_s:
+            return  # overtaken by an earlier one
+        del self._next_plan_s[replica.index]
+        if replica.busy or not replica.alive:
+            return
+        end_s = replica.start_step(now_s)
+        if end_s is not None:
+            self._push(end_s, Event.STEP_END, replica.index)
+        elif replica.num_requests:
+            self._ask(now_s + IDLE_TICK_S, replica)
+
+    def _end_step(self, now_s: float, replica: Replica) -> None:
+        if not replica.alive:
+            return
+        for call in replica.finish_step(now_s):
+            self._call_left(now_s, replica, call)
+        if replica.num_requests:
+            self._ask(now_s, replica)
+
+    def _call_left(self, now_s: float, replica: Replica, call: int) -> None:
+        calls = self.recording.workload.calls
+        if replica.prefill_only and calls["output_tokens"][call] > 1 and self.handover is not None:
+            moved_s = self.handover.seconds_per_token * float(calls["prompt_tokens"][call])
+            self._push(now_s + moved_s, Event.HANDOVER, call)
+            return
+        following = int(calls["next_call"][call])
+        if following >= 0:
+            self._push(now_s + float(calls["tool_s"][following]), Event.ARRIVAL, following)
+
+    def _arrive(self, now_s: float, call: int) -> None:
+        sent_s = float(self.recording.calls["arrival_s"][call])
+        arrival_s = now_s if math.isnan(sent_s) else sent_s  # a call that is routed again keeps its arrival
+        alive = [r for r in self.replicas if r.alive and (self.handover is None or r.prefill_only)]
+        if not alive:
+            self.recording.calls["arrival_s"][call] = arrival_s
+            self.recording.calls["outcome"][call] = LOST
+            return
+        replica = self.router.choose(now_s, call, self._session(call), alive)
+        if not replica.fits(call):
+            self.recording.calls["arrival_s"][call] = arrival_s
+            self.recording.calls["outcome"][call] = REJECTED
+            return
+        replica.add(call, arrival_s)
+        self._wake(now_s, replica)
+
+    def _take_over(self, now_s: float, call: int) -> None:
+        handover = self.handover
+        assert handover is not None
+        alive = [replica for replica in self.replicas if replica.alive and not replica.prefill_only]
+        if not alive:
+            self.recording.calls["outcome"][call] = LOST
+            return
+        replica = handover.router.choose(now_s, call, self._session(call), alive)
+        calls, record = self.recording.workload.calls, self.recording.calls
+        prompt_tokens = int(calls["prompt_tokens"][call])
+        replica.add(call, float(record["arrival_s"][call]), tokens_done=prompt_tokens, output_tokens=1)
+        self._wake(now_s, replica)
+
+    def _wake(self, now_s: float, replica: Replica) -> None:
+        if not replica.busy:
+            self._ask(now_s, replica)
+
+    def _kill(self, now_s: float, replica: Replica) -> None:
+        if not replica.alive:
+            return
+        again, _ = replica.die()
+        for call in again:
+            self._push(now_s, Event.ARRIVAL, call)
+
+    def _session(self, call: int) -> int:
+        return int(self.recording.workload.calls["session"][call])

@@ -1,0 +1,111 @@
+"""Wires a simulation: workload, profile, policy and router into a cluster, and runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.policies.base import Policy
+from slos_serve.policies.registry import Parameters, make_policy, policy_entry
+from slos_serve.sim.cluster import Cluster, Handover
+from slos_serve.sim.model_error import ModelError
+from slos_serve.sim.recording import Recording
+from slos_serve.sim.replica import EngineLimits, Replica, ReplicaSettings
+from slos_serve.sim.routers import make_router
+from slos_serve.workload.calls import Workload
+
+KV_TRANSFER_BYTES_PER_S = 50e9
+
+
+@dataclass(frozen=True, slots=True)
+class SimSettings:
+    """Everything of a simulation but the workload, the batch-time model and the engine's limits.
+
+    Attributes:
+        policy: name in the registry.
+        parameters: of the policy; ``None`` for its default.
+        replicas: how many.
+        prefill_replicas: of them, when the policy keeps prefill and decode apart.
+        router: ``round-robin`` or ``least-loaded``.
+        sticky_sessions: later rounds of a session go where its prefix is cached.
+        oracle_lengths: tell every policy the true output lengths.
+        error: injected batch-time error.
+        deaths: (virtual seconds, replica) at which replicas die.
+        kv_bytes_per_token, transfer_bytes_per_s: for the KV transfer between prefill and decode.
+        seed: of injected errors and draft acceptance.
+    """
+
+    policy: str = "slos-serve"
+    parameters: Parameters | None = None
+    replicas: int = 1
+    prefill_replicas: int = 1
+    router: str = "least-loaded"
+    sticky_sessions: bool = True
+    oracle_lengths: bool = False
+    error: ModelError = field(default_factory=ModelError)
+    deaths: Sequence[tuple[float, int]] = ()
+    kv_bytes_per_token: float = 0.0
+    transfer_bytes_per_s: float = KV_TRANSFER_BYTES_PER_S
+    seed: int = 0
+
+    @property
+    def disaggregated(self) -> bool:
+        """Prefill and decode have replicas of their own."""
+        return policy_entry(self.policy).make_decode is not None
+
+
+def simulate(
+    workload: Workload,
+    batch_time: BatchTimeModel,
+    limits: EngineLimits,
+    settings: SimSettings,
+    stop: Callable[[Recording, float], bool] | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Recording:
+    """Serve a workload in virtual time; returns every token's time.
+
+    Raises:
+        InvalidFieldError: unknown policy, router or parameter, or a split that leaves a side without replicas.
+        PlanFaultError: the policy broke a rule of the engine.
+    """
+    _check_split(settings)
+    recording = Recording.of(workload.bound(batch_time))
+    replicas = [_replica(index, recording, batch_time, limits, settings) for index in range(settings.replicas)]
+    handover = None
+    if settings.disaggregated:
+        seconds_per_token = settings.kv_bytes_per_token / settings.transfer_bytes_per_s
+        handover = Handover(seconds_per_token, make_router("least-loaded", sticky=False))
+    router = make_router(settings.router, settings.sticky_sessions and handover is None)
+    cluster = Cluster(recording, replicas, router, handover, settings.deaths, stop=stop, progress=progress)
+    return cluster.run()
+
+
+def _replica(
+    index: int, recording: Recording, batch_time: BatchTimeModel, limits: EngineLimits, settings: SimSettings
+) -> Replica:
+    prefill_only = settings.disaggregated and index < settings.prefill_replicas
+    decode = settings.disaggregated and not prefill_only
+    policy = _policy(settings, batch_time, len(recording.workload.classes), decode)
+    replica_settings = ReplicaSettings(settings.oracle_lengths, settings.error, settings.seed)
+    return Replica(index, policy, batch_time, limits, recording, replica_settings, prefill_only)
+
+
+def _policy(settings: SimSettings, batch_time: BatchTimeModel, num_classes: int, decode: bool) -> Policy:
+    parameters = settings.parameters
+    if settings.policy == "slos-serve" and settings.oracle_lengths:
+        parameters = {**(parameters or {}), "oracle_lengths": True}
+    return make_policy(settings.policy, batch_time, num_classes, parameters, decode=decode)
+
+
+def _check_split(settings: SimSettings) -> None:
+    if settings.replicas < 1:
+        raise InvalidFieldError("replicas", settings.replicas, "a whole number, 1 or more")
+    if settings.disaggregated and not 1 <= settings.prefill_replicas < settings.replicas:
+        raise InvalidFieldError(
+            "prefill_replicas", settings.prefill_replicas, f"1 to {settings.replicas - 1} of {settings.replicas}"
+        )
+    for at_s, replica in settings.deaths:
+        if at_s < 0.0 or not 0 <= replica < settings.replicas:
+            raise InvalidFieldError("deaths", (at_s, replica), f"seconds >= 0 and a replica below {settings.replicas}")

@@ -1,0 +1,51 @@
+"""KV blocks of finished calls, kept by session until their room is needed (least recently used first).
+
+A simplification of vLLM's block-hash cache: prefixes are shared within a session only, as a tool loop or a chat does.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+
+class PrefixCache:
+    """Sessions whose last call's KV is still there.
+
+    Attributes:
+        num_blocks: blocks held; all of them evictable.
+    """
+
+    def __init__(self, block_size: int) -> None:
+        self._block_size = block_size
+        self._tokens: OrderedDict[int, int] = OrderedDict()
+        self.num_blocks = 0
+
+    def _blocks(self, tokens: int) -> int:
+        return tokens // self._block_size
+
+    def keep(self, session: int, tokens: int) -> None:
+        """Remember the whole blocks of a finished call's context; replaces what the session had."""
+        self.claim(session)
+        whole = self._blocks(tokens)
+        if whole > 0:
+            self._tokens[session] = whole * self._block_size
+            self.num_blocks += whole
+
+    def peek(self, session: int, prompt_tokens: int) -> int:
+        """Tokens of a prompt that the cache would supply; at least one token is always left to compute."""
+        usable = min(self._tokens.get(session, 0), prompt_tokens - 1)
+        return self._blocks(usable) * self._block_size
+
+    def claim(self, session: int) -> None:
+        """Hand a session's blocks to the call that starts on them."""
+        tokens = self._tokens.pop(session, 0)
+        self.num_blocks -= self._blocks(tokens)
+
+    def evict(self, room_blocks: int) -> list[int]:
+        """Drop least recently used sessions until at most ``room_blocks`` are held; returns the sessions dropped."""
+        dropped: list[int] = []
+        while self.num_blocks > max(room_blocks, 0):
+            session, tokens = self._tokens.popitem(last=False)
+            self.num_blocks -= self._blocks(tokens)
+            dropped.append(session)
+        return dropped

@@ -1,0 +1,73 @@
+"""Which replica a call goes to, for policies that do not plan across replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.sim.replica import Replica
+
+# vLLM's data-parallel coordinator weighs a waiting request like this many running ones.
+WAITING_WEIGHT = 4
+
+
+class Router(Protocol):
+    """Picks among replicas that are alive."""
+
+    def choose(self, now_s: float, call: int, session: int, replicas: Sequence[Replica]) -> Replica:
+        """The replica that gets ``call``; ``replicas`` is never empty."""
+        ...
+
+
+class RoundRobin:
+    """In turn, whatever the load."""
+
+    def __init__(self) -> None:
+        self._next = 0
+
+    def choose(self, now_s: float, call: int, session: int, replicas: Sequence[Replica]) -> Replica:
+        """The next one."""
+        self._next += 1
+        return replicas[(self._next - 1) % len(replicas)]
+
+
+class LeastLoaded:
+    """Fewest requests, waiting ones counting more; the first of equals."""
+
+    def choose(self, now_s: float, call: int, session: int, replicas: Sequence[Replica]) -> Replica:
+        """The least loaded."""
+        return min(replicas, key=lambda replica: WAITING_WEIGHT * replica.num_waiting + replica.num_running)
+
+
+class StickySessions:
+    """Later calls of a session go where its KV prefix is; first calls as another router says."""
+
+    def __init__(self, first: Router) -> None:
+        self._first = first
+        self._home: dict[int, int] = {}
+
+    def choose(self, now_s: float, call: int, session: int, replicas: Sequence[Replica]) -> Replica:
+        """The session's replica while it lives."""
+        home = self._home.get(session)
+        for replica in replicas:
+            if replica.index == home:
+                return replica
+        chosen = self._first.choose(now_s, call, session, replicas)
+        self._home[session] = chosen.index
+        return chosen
+
+
+ROUTERS = {"round-robin": RoundRobin, "least-loaded": LeastLoaded}
+
+
+def make_router(name: str, sticky: bool = True) -> Router:
+    """Router by name.
+
+    Raises:
+        InvalidFieldError: no router of that name.
+    """
+    if name not in ROUTERS:
+        raise InvalidFieldError("router", name, f"one of {sorted(ROUTERS)}")
+    router: Router = ROUTERS[name]()
+    return StickySessions(router) if sticky else router
