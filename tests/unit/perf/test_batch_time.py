@@ -1,0 +1,105 @@
+"""The batch-time model: its formula, and that its inverses agree with it."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
+
+slopes = st.floats(1e-6, 1e-2)
+constants = st.floats(0.0, 0.1)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> BatchTimeModel:
+    return BatchTimeModel(
+        k_c_s=draw(slopes),
+        b_c_s=draw(constants),
+        k_m_s=draw(st.one_of(st.just(0.0), slopes)),
+        b_m_s=draw(constants),
+        k_ctx_s=draw(st.floats(0.0, 1e-5)),
+        k_q_s=draw(st.one_of(st.just(0.0), st.floats(1e-12, 1e-7))),
+        k_seq_s=draw(st.floats(0.0, 1e-2)),
+        k_s_s=draw(st.floats(0.0, 1e-2)),
+    )
+
+
+def test_formula_by_hand() -> None:
+    model = BatchTimeModel(
+        k_c_s=0.002, b_c_s=0.01, k_m_s=0.001, b_m_s=0.05, k_ctx_s=1e-5, k_q_s=1e-7, k_seq_s=0.003, k_s_s=0.004
+    )
+    small = BatchShape(new_tokens=10, context_tokens=1000, quad_tokens2=0, num_seqs=10, draft_steps=2)
+    assert model.step_s(small) == pytest.approx(0.06 + 0.01 + 0.03 + 0.008)
+    large = BatchShape(new_tokens=100, context_tokens=200, quad_tokens2=100 * 500, num_seqs=1)
+    assert model.step_s(large) == pytest.approx(0.21 + 0.002 + 0.005 + 0.003)
+
+
+def test_empty_batch_takes_no_time() -> None:
+    assert BatchTimeModel(1e-3, 1e-2, 0.0, 0.0).step_s(BatchShape(0)) == 0.0
+
+
+def test_zero_load_is_the_whole_prompt_in_one_batch() -> None:
+    model = BatchTimeModel(1e-3, 1e-2, 0.0, 0.0, k_q_s=1e-8, k_seq_s=0.002)
+    assert model.zero_load_s(100) == pytest.approx(0.1 + 0.01 + 1e-4 + 0.002)
+
+
+@pytest.mark.parametrize("name", ["k_c_s", "b_m_s", "k_ctx_s", "k_s_s"])
+@pytest.mark.parametrize("value", [-1e-9, float("nan"), float("inf")])
+def test_impossible_coefficients_are_refused(name: str, value: float) -> None:
+    given_s = {"k_c_s": 1e-3, "b_c_s": 0.0, "k_m_s": 0.0, "b_m_s": 0.0, name: value}
+    with pytest.raises(InvalidFieldError, match=name):
+        BatchTimeModel(**given_s)
+
+
+def test_a_model_without_a_slope_is_refused() -> None:
+    with pytest.raises(InvalidFieldError, match="slope above 0"):
+        BatchTimeModel(0.0, 0.1, 0.0, 0.1)
+
+
+@given(model=models(), budget_s=st.floats(0.0, 10.0), context=st.integers(0, 100_000), seqs=st.integers(1, 256))
+def test_tokens_within_is_the_largest_count_that_fits(
+    model: BatchTimeModel, budget_s: float, context: int, seqs: int
+) -> None:
+    tokens = model.tokens_within(budget_s, context, seqs)
+    slack = 1e-6 * (1.0 + budget_s)
+    if tokens > 0:
+        assert model.step_s(BatchShape(tokens, context, 0, seqs)) <= budget_s + slack
+    assert model.step_s(BatchShape(tokens + 1, context, 0, seqs)) > budget_s - slack
+
+
+@given(
+    model=models(),
+    budget_s=st.floats(0.0, 10.0),
+    decodes=st.integers(0, 200),
+    context=st.integers(0, 100_000),
+    done=st.integers(0, 50_000),
+)
+def test_chunk_within_is_the_largest_chunk_that_fits(
+    model: BatchTimeModel, budget_s: float, decodes: int, context: int, done: int
+) -> None:
+    def step_s(chunk: int) -> float:
+        shape = BatchShape(decodes + chunk, context + done, chunk * (chunk + 2 * done), decodes + 1)
+        return model.step_s(shape)
+
+    fixed_s = model.k_ctx_s * (context + done) + model.k_seq_s * (decodes + 1)
+    chunk = model.chunk_within(budget_s, new_tokens=decodes, fixed_s=fixed_s, done_tokens=done)
+    assert chunk >= 0
+    slack = 1e-6 * (1.0 + budget_s)
+    if chunk > 0:
+        assert step_s(chunk) <= budget_s + slack
+    assert step_s(chunk + 1) > budget_s - slack
+
+
+@given(model=models(), factor=st.floats(0.1, 10.0), tokens=st.integers(1, 4096), context=st.integers(0, 100_000))
+def test_scaled_scales_every_prediction(model: BatchTimeModel, factor: float, tokens: int, context: int) -> None:
+    shape = BatchShape(tokens, context, tokens * tokens, 3, 2)
+    assert model.scaled(factor).step_s(shape) == pytest.approx(factor * model.step_s(shape))
+
+
+@given(model=models(), tokens=st.integers(1, 4096), more=st.integers(1, 4096))
+def test_more_tokens_never_take_less_time(model: BatchTimeModel, tokens: int, more: int) -> None:
+    assume(model.k_c_s > 0.0)
+    assert model.step_s(BatchShape(tokens + more)) >= model.step_s(BatchShape(tokens))
