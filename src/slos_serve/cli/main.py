@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from slos_serve.cli.serve import PASS_THROUGH, serve
+
 app = typer.Typer(
     name="slos-serve",
     help="Serve LLM requests so that each keeps its own latency promises.",
@@ -11,3 +13,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+@app.callback()
+def main() -> None:
+    """Serve LLM requests so that each keeps its own latency promises."""
+
+
+app.command(context_settings=PASS_THROUGH)(serve)

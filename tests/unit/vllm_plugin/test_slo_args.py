@@ -97,7 +97,9 @@ def test_two_headers_for_one_field_may_agree_but_not_differ() -> None:
         header_args([(b"x-slo-ttft-ms", b"500"), (b"x-llm-d-slo-ttft-ms", b"400")])
 
 
-@pytest.mark.parametrize("text", ["", "fast", "-5", "0", "1e3", "1_000", "nan", "inf", "0x10", "5ms", "99999999999", "٥"])
+@pytest.mark.parametrize(
+    "text", ["", "fast", "-5", "0", "1e3", "1_000", "nan", "inf", "0x10", "5ms", "99999999999", "٥"]
+)
 def test_a_header_that_is_no_number_in_range_is_refused_by_name(text: str) -> None:
     with pytest.raises(InvalidFieldError) as raised:
         header_args([(b"x-slo-tpot-ms", text.encode())])
@@ -123,8 +125,12 @@ def test_the_class_applied_follows_request_then_default() -> None:
 
 
 unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
-_VALUES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=70) | st.lists(st.integers(), max_size=2)
-_KEYS = st.sampled_from(["slo_class", "slo_ttft_ms", "slo_tpot_ms", "slo_expected_tokens", "slo_last_round", "slo_x", "y"])
+_VALUES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=70) | st.lists(st.integers(), max_size=2)
+)
+_KEYS = st.sampled_from(
+    ["slo_class", "slo_ttft_ms", "slo_tpot_ms", "slo_expected_tokens", "slo_last_round", "slo_x", "y"]
+)
 
 
 @unhurried

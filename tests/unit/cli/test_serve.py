@@ -1,0 +1,201 @@
+"""``slos-serve serve`` up to the server's command line, with a few lines of Python in vLLM's place."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from slos_serve.cli.main import app
+from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.vllm_plugin import launch
+
+# Answers /health, then ends itself like a server that was told to.
+STAND_IN = """
+import http.server, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        raise SystemExit(%d)
+class Server(http.server.HTTPServer):
+    def handle_error(self, *args):
+        raise
+port = int(sys.argv[sys.argv.index("--port") + 1])
+Server(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@dataclass(frozen=True)
+class Identity:
+    device: str = "cpu"
+    engine_version: str = "1"
+    dtype: str = "bfloat16"
+    tensor_parallel: int = 1
+
+
+def a_profile(model: str = "tiny") -> Profile:
+    return Profile(
+        model_name=model,
+        device="cpu",
+        engine="vllm",
+        engine_version="1",
+        created="2026-01-01T00:00:00+00:00",
+        dtype="bfloat16",
+        tensor_parallel=1,
+        kv_capacity_tokens=1000,
+        block_size=16,
+        max_num_batched_tokens=512,
+        model=BatchTimeModel(k_c_s=0.001, b_c_s=0.0, k_m_s=0.0, b_m_s=0.01),
+    )
+
+
+class Engine:
+    """Stands for what would import vLLM: the identity of the engine, profiling and the short model names."""
+
+    def __init__(self) -> None:
+        self.profiled: list[tuple[str, tuple[str, ...]]] = []
+
+    def profile_engine(self, model: str, vllm_args: tuple[str, ...], **options: Any) -> SimpleNamespace:
+        options["progress"]("measure", 0.5)
+        self.profiled.append((model, tuple(vllm_args)))
+        return SimpleNamespace(profile=a_profile(model), samples=None)
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
+    stand_in = Engine()
+    run = SimpleNamespace(engine_identity=lambda *_: Identity(), profile_engine=stand_in.profile_engine)
+    models = SimpleNamespace(resolve_model=lambda name: "/models/small" if name == "smollm2" else name)
+    monkeypatch.setitem(sys.modules, "slos_serve.vllm_plugin.profile_run", run)
+    monkeypatch.setitem(sys.modules, "slos_serve.vllm_plugin.cpu_model", models)
+    monkeypatch.setenv("SLOS_SERVE_CACHE", str(tmp_path / "cache"))
+    return stand_in
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    path = tmp_path / "classes.yaml"
+    path.write_text("classes:\n  chat: {ttft_slowdown: 5, tpot_ms: 100}\n  code: {ttft_ms: 900, tpot_ms: 50}\n")
+    return path
+
+
+def replace_vllm(monkeypatch: pytest.MonkeyPatch, status: int) -> list[tuple[str, ...]]:
+    commands: list[tuple[str, ...]] = []
+    real = launch.server_command
+
+    def command(*args: Any, **options: Any) -> list[str]:
+        commands.append(tuple(real(*args, **options)))
+        return [sys.executable, "-c", STAND_IN % status, "--port", str(options["port"])]
+
+    monkeypatch.setattr(launch, "server_command", command)
+    return commands
+
+
+def serve(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["serve", *map(str, arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, " ".join(result.output.split())
+
+
+def test_measures_once_and_passes_vllm_its_arguments(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: Engine, classes: Path
+) -> None:
+    commands = replace_vllm(monkeypatch, status=0)
+    resolved = tmp_path / "serve.json"
+    given = ("tiny", "--classes", classes, "--port", launch.free_port(), "--max-model-len", "64", "-tp=1")
+    status, output = serve(*given, "--json", resolved)
+    assert status == 0, output
+    assert engine.profiled == [("tiny", ("--port", str(given[4]), "--max-model-len", "64", "-tp=1"))]
+    assert commands[0][3:5] == ("--model", "tiny")
+    assert "-tp=1" in commands[0]
+    assert "5 x zero load" in output
+    assert "900 ms" in output
+    record = json.loads(resolved.read_text())
+    assert record["command"][-1] == str(given[4])
+    assert record["environment"]["SLOS_SERVE_CLASSES"] == str(classes)
+    assert Path(record["environment"]["SLOS_SERVE_PROFILE"]).is_file()
+    serve(*given[:4], launch.free_port())
+    assert len(engine.profiled) == 1, "the profile was kept"
+
+
+def test_the_status_is_the_servers(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    replace_vllm(monkeypatch, status=3)
+    assert serve("tiny", "--port", launch.free_port())[0] == 3
+
+
+def test_a_short_name_stays_the_name_of_the_model(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    commands = replace_vllm(monkeypatch, status=0)
+    serve("smollm2", "--port", launch.free_port())
+    serve("smollm2", "--port", launch.free_port(), "--served-model-name", "mine")
+    assert commands[0][4] == "/models/small"
+    assert launch.option_value(commands[0], "--served-model-name") == "smollm2"
+    assert launch.option_value(commands[1], "--served-model-name") == "mine"
+
+
+def test_a_profile_of_another_model_is_refused(tmp_path: Path, engine: Engine, classes: Path) -> None:
+    path = tmp_path / "profile.json"
+    save_profile(a_profile("other"), path)
+    status, output = serve("tiny", "--classes", classes, "--profile", path)
+    assert status == 2
+    assert "measured on something else" in output
+    assert not engine.profiled
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--scheduler-cls", "x.Y"), "--scheduler-cls"),
+        (("--port", "0"), "[1, 65535]"),
+        (("--port", "http"), "[1, 65535]"),
+        (("--classes", "no-such.yaml"), "no-such.yaml"),
+        (("--profile", "no-such.json"), "no-such.json"),
+    ],
+)
+def test_what_cannot_be_used_is_named(engine: Engine, arguments: tuple[str, ...], said: str) -> None:
+    status, output = serve("tiny", *arguments)
+    assert status == 2
+    assert said in output
+
+
+def test_a_broken_class_file_is_named_by_line(engine: Engine, classes: Path) -> None:
+    classes.write_text("classes:\n  chat:\n    tpot: 5\n")
+    status, output = serve("tiny", "--classes", classes)
+    assert status == 2
+    assert "classes.yaml:3" in output.replace(" ", "")
+
+
+FORWARDING = """
+import signal, sys
+from rich.console import Console
+from slos_serve.cli.serve import _forwarded_signals
+class Server:
+    def send_signal(self, number):
+        print("got", number, flush=True)
+with _forwarded_signals(Server()) as came:
+    print("up", flush=True)
+    while len(came) < 2:
+        signal.pause()
+"""
+
+
+def test_ctrl_c_and_sigterm_reach_the_server() -> None:
+    with subprocess.Popen([sys.executable, "-c", FORWARDING], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        os.kill(process.pid, signal.SIGINT)
+        assert process.stdout.readline() == "got 2\n"
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.stdout.readline() == "got 15\n"
+    assert process.returncode == 0

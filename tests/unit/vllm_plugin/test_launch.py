@@ -1,0 +1,164 @@
+"""Starting and stopping a server, with a few lines of Python in vLLM's place."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from slos_serve.core.errors import SlosServeError
+from slos_serve.vllm_plugin import launch, middleware, settings
+from slos_serve.vllm_plugin.launch import (
+    Plugin,
+    ServerProcess,
+    ServerStartError,
+    option_value,
+    server_command,
+    server_environment,
+)
+
+# Serves /health, starts a worker in its process group, writes what it was told, ends on SIGTERM.
+STAND_IN = """
+import http.server, os, subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", "import time; print('worker', flush=True); time.sleep(600)"])
+print("worker pid", worker.pid, os.environ["PROMETHEUS_MULTIPROC_DIR"], flush=True)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/health" else 404)
+        self.end_headers()
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
+    def command(*_: object, port: int, **__: object) -> list[str]:
+        return [sys.executable, "-c", program, "--port", str(port)]
+
+    monkeypatch.setattr(launch, "server_command", command)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process still runs (one that has ended may linger until its parent asks)."""
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_the_command_names_plug_in_and_address() -> None:
+    command = server_command("m", ["--max-model-len", "64"], host="h", port=5, plugin=Plugin())
+    assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "m"]
+    assert option_value(command, "--max-model-len") == "64"
+    assert option_value(command, "--scheduler-cls") == "slos_serve.vllm_plugin.SLOScheduler"
+    assert option_value(command, "--middleware") == "slos_serve.vllm_plugin.SLOMiddleware"
+    assert command[-4:] == ["--host", "h", "--port", "5"]
+
+
+def test_the_stock_command_has_no_plug_in() -> None:
+    assert not [word for word in server_command("m", host="h", port=5) if "slos_serve" in word]
+
+
+def test_the_environment_says_which_files_and_drops_leftovers(tmp_path: Path) -> None:
+    base = {"PATH": "p", "SLOS_SERVE_EVENTS": "old", "PROMETHEUS_MULTIPROC_DIR": "old"}
+    plugin = Plugin(classes=tmp_path / "c.yaml", profile=tmp_path / "p.json")
+    assert server_environment(base, tmp_path, plugin, {"X": "1"}) == {
+        "PATH": "p",
+        "SLOS_SERVE_CLASSES": str(tmp_path / "c.yaml"),
+        "SLOS_SERVE_PROFILE": str(tmp_path / "p.json"),
+        "PROMETHEUS_MULTIPROC_DIR": str(tmp_path),
+        "X": "1",
+    }
+    assert server_environment(base, tmp_path) == {"PATH": "p", "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+
+
+def test_middleware_and_scheduler_read_the_same_variable() -> None:
+    assert middleware.CLASSES_ENV == settings.CLASSES_VARIABLE
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [([], None), (["--port"], None), (["--port", "5"], "5"), (["--port=6"], "6"), (["--port", "5", "--port=6"], "6")],
+)
+def test_reads_an_option(arguments: list[str], found: str | None) -> None:
+    assert option_value(arguments, "--port") == found
+
+
+def test_is_entered_when_ready_and_leaves_no_process_and_no_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stand_in(monkeypatch, STAND_IN)
+    log = tmp_path / "server.log"
+    waits: list[float] = []
+    with ServerProcess("m", log_path=log, host="0.0.0.0", on_wait=waits.append) as server:
+        assert server.base_url == f"http://127.0.0.1:{server.port}"
+        worker, folder = log.read_text().splitlines()[0].split()[2:]
+        assert alive(int(worker))
+        assert Path(folder).is_dir()
+        server.wait_ready()
+        pid = server.pid
+    assert waits
+    assert not alive(pid)
+    assert not alive(int(worker))
+    assert not Path(folder).exists()
+    server.stop()
+    with pytest.raises(SlosServeError, match="not running"):
+        _ = server.pid
+
+
+def test_a_server_that_ends_early_shows_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, "raise SystemExit('no such model')")
+    with pytest.raises(ServerStartError, match=r"(?s)status 1 before.*no such model"), ServerProcess("m"):
+        pass
+
+
+def test_a_server_that_never_answers_is_given_up_and_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(
+        monkeypatch,
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()",
+    )
+    server = ServerProcess("m", start_timeout_s=0.5)
+    server.start()
+    pid = server.pid
+    with pytest.raises(ServerStartError, match="not ready within"):
+        server.wait_ready()
+    server.stop(timeout_s=0.1)
+    assert not alive(pid)
+
+
+def test_signals_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, STAND_IN)
+    with ServerProcess("m") as server:
+        server.send_signal(15)
+        assert server.wait() == -15
+        server.send_signal(15)
+
+
+def test_a_port_in_use_is_refused() -> None:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        with pytest.raises(ServerStartError, match="already serves"):
+            ServerProcess("m", port=other.server_address[1]).start()
+        other.shutdown()
+
+
+def test_importing_the_plug_in_imports_no_engine() -> None:
+    program = (
+        "import sys, slos_serve.vllm_plugin.middleware, slos_serve.vllm_plugin.launch\n"
+        "assert not [name for name in ('vllm', 'torch') if name in sys.modules]"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, env=dict(os.environ), timeout=120)
