@@ -21,11 +21,12 @@ from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.core.slo import ClassSet, SLOClass
 from slos_serve.files.class_file import load_classes
 from slos_serve.files.profile_file import Profile, default_profile_path, find_profile, load_profile, save_profile
-from slos_serve.vllm_plugin.launch import Plugin, ServerProcess, ServerStartError, option_value
+from slos_serve.vllm_plugin.launch import STOP_TIMEOUT_S, Plugin, ServerProcess, ServerStartError, option_value
 
 DEFAULT_PORT = 8000
 DEFAULT_HOST = "127.0.0.1"
 USAGE_ERROR = 2
+INTERRUPTED_STOP_S = 5.0
 # How typer must register the command for vLLM's arguments to pass.
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 _OURS = ("--scheduler-cls", "--model")
@@ -150,13 +151,20 @@ def _progress(console: Console) -> Progress:
 
 def _run(console: Console, plan: ServePlan, json_file: Path | None) -> int:
     """Serve until the server ends or a signal ends it; its exit status, 0 after a signal."""
+    ended_by: list[int] = []
     server = ServerProcess(
-        plan.model, plan.vllm_args, plugin=plan.plugin, host=plan.host, port=plan.port, inherit_output=True
+        plan.model,
+        plan.vllm_args,
+        plugin=plan.plugin,
+        host=plan.host,
+        port=plan.port,
+        inherit_output=True,
+        on_wait=lambda _: _give_up_if(ended_by),
     )
     _banner(console, plan, server.base_url)
     if json_file is not None:
         json_file.write_text(json.dumps(_resolved(plan, server), indent=2) + "\n", encoding="utf-8")
-    with _forwarded_signals(server) as ended_by:
+    with _forwarded_signals(server, ended_by):
         try:
             server.start()
             server.wait_ready()
@@ -167,14 +175,19 @@ def _run(console: Console, plan: ServePlan, json_file: Path | None) -> int:
                 raise
             status = 0
         finally:
-            server.stop()
+            server.stop(INTERRUPTED_STOP_S if ended_by else STOP_TIMEOUT_S)
     return 0 if ended_by else status
 
 
+def _give_up_if(ended_by: Sequence[int]) -> None:
+    """vLLM ignores a signal that comes while it starts, so the wait ends here and the server is stopped."""
+    if ended_by:
+        raise ServerStartError("interrupted")
+
+
 @contextmanager
-def _forwarded_signals(server: ServerProcess) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM go to the server, which finishes by itself; yields the signals that came."""
-    came: list[int] = []
+def _forwarded_signals(server: ServerProcess, came: list[int]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM go to the server, which finishes by itself; the signals that came are added to ``came``."""
 
     def forward(number: int, _frame: FrameType | None) -> None:
         came.append(number)
@@ -182,7 +195,7 @@ def _forwarded_signals(server: ServerProcess) -> Iterator[list[int]]:
 
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield came
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

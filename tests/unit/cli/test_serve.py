@@ -176,6 +176,13 @@ def test_a_broken_class_file_is_named_by_line(engine: Engine, classes: Path) -> 
     assert "classes.yaml:3" in output.replace(" ", "")
 
 
+def test_an_interrupt_while_the_server_starts_ends_it(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    deaf = "import os, signal; signal.signal(15, signal.SIG_IGN); os.kill(os.getppid(), 15); signal.pause()"
+    monkeypatch.setattr(launch, "server_command", lambda *_, **__: [sys.executable, "-c", deaf])
+    monkeypatch.setattr("slos_serve.cli.serve.INTERRUPTED_STOP_S", 0.1)
+    assert serve("tiny", "--port", launch.free_port())[0] == 0
+
+
 FORWARDING = """
 import signal, sys
 from rich.console import Console
@@ -183,7 +190,8 @@ from slos_serve.cli.serve import _forwarded_signals
 class Server:
     def send_signal(self, number):
         print("got", number, flush=True)
-with _forwarded_signals(Server()) as came:
+came = []
+with _forwarded_signals(Server(), came):
     print("up", flush=True)
     while len(came) < 2:
         signal.pause()
