@@ -144,6 +144,7 @@ def make_requests(
     *,
     phase: str = "",
     length_scale: float = 1.0,
+    ignore_eos: bool = False,
     id_prefix: str = "bench",
 ) -> list[BenchRequest]:
     """One request for each arrival, its part drawn by share."""
@@ -160,6 +161,7 @@ def make_requests(
                 max_tokens=part.max_tokens.draw(rng, length_scale),
                 slo_class=part.slo_class,
                 phase=phase,
+                ignore_eos=ignore_eos,
             )
         )
     return requests

@@ -1,0 +1,179 @@
+"""What the demo sends, scaled from the measured profile so that it means the same on any machine.
+
+Decides the classes' SLOs, the engine's capacity and the two phases. Promises are multiples of what this engine does
+alone: a class's TPOT of its decode step, a TTFT of the prompt's zero-load time. Capacity is the fluid bound of design
+section 5: the largest rate at which steps as long as the tightest TPOT still carry everything that arrives. The calm
+phase offers a part of it, the burst a multiple. Lengths are fixed, so that both sides get the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import yaml
+
+from slos_serve.bench.prompts import chat_question, coding_task, document_to_summarise, text_to_edit
+from slos_serve.bench.requests import BenchRequest
+from slos_serve.bench.workloads import Lengths, WorkloadPart, arrival_times, make_requests
+from slos_serve.core.slo import SLO, ClassSet, single_stage
+from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
+
+# Context of a running request of the mix, for the decode step that promises are multiples of.
+_CONTEXT_TOKENS = 200
+# Tokens of the chat template; as tokens_per_word below counted with SmolLM2's tokenizer. Only rates hang on them.
+_TEMPLATE_TOKENS = 33.0
+
+
+@dataclass(frozen=True, slots=True)
+class DemoSettings:
+    """Knobs of the demo; the defaults are what README shows.
+
+    Attributes:
+        seed: of everything drawn.
+        calm_s, burst_s: how long requests arrive in each phase.
+        calm_load, burst_load: offered load as a part of the capacity.
+        decode_batch: decodes in the step that TPOTs are multiples of.
+    """
+
+    seed: int = 0
+    calm_s: float = 40.0
+    burst_s: float = 30.0
+    calm_load: float = 0.45
+    burst_load: float = 2.2
+    decode_batch: int = 6
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A part of the mix with its promise in multiples."""
+
+    part: WorkloadPart
+    tokens_per_word: float
+    tpot_steps: float | None
+    ttft_slowdown: float | None
+
+    @property
+    def prompt_tokens(self) -> float:
+        return _TEMPLATE_TOKENS + self.tokens_per_word * self.part.prompt_words.median
+
+
+_KINDS = (
+    _Kind(WorkloadPart("chat", chat_question, Lengths(45, 0.5, 22, 120), Lengths(40, 0, 40, 40), 0.4), 1.2, 2.5, 5.0),
+    _Kind(WorkloadPart("coding", coding_task, Lengths(55, 0.4, 35, 110), Lengths(40, 0, 40, 40), 0.3), 2.2, 1.6, 5.0),
+    _Kind(
+        WorkloadPart("summarization", document_to_summarise, Lengths(190, 0.4, 110, 380), Lengths(28, 0, 28, 28), 0.2),
+        1.25,
+        2.5,
+        3.0,
+    ),
+    _Kind(WorkloadPart(None, text_to_edit, Lengths(60, 0.4, 35, 120), Lengths(40, 0, 40, 40), 0.1), 1.3, None, None),
+)
+
+
+@dataclass(frozen=True)
+class DemoPlan:
+    """Everything both sides get.
+
+    Attributes:
+        classes: what is promised.
+        capacity_per_s: fluid bound of the mix in requests a second.
+        decode_step_s: the decode step that TPOTs are multiples of.
+        warm_up, calm, burst: the requests of each part.
+    """
+
+    settings: DemoSettings
+    classes: ClassSet
+    capacity_per_s: float
+    decode_step_s: float
+    warm_up: list[BenchRequest]
+    calm: list[BenchRequest]
+    burst: list[BenchRequest]
+
+
+def plan_demo(model: BatchTimeModel, settings: DemoSettings) -> DemoPlan:
+    """Scale the demo to an engine."""
+    step_s = decode_step_s(model, settings.decode_batch)
+    classes = demo_classes(step_s)
+    tightest_s = min(slo_class.slo.tpot_s for slo_class in classes)
+    capacity = fluid_rate(model, tightest_s)
+    rng = np.random.default_rng(settings.seed)
+    parts = [kind.part for kind in _KINDS]
+    warm_up = make_requests(parts, np.linspace(0.0, 2.0, 6), rng, phase="warm", id_prefix="warm")
+    # The calm phase is steadier than Poisson: with some thirty requests a chance pile-up would be a small burst.
+    calm_s = arrival_times(rng, settings.calm_load * capacity, settings.calm_s, cv=0.5)
+    burst_s = arrival_times(rng, settings.burst_load * capacity, settings.burst_s)
+    return DemoPlan(
+        settings=settings,
+        classes=classes,
+        capacity_per_s=capacity,
+        decode_step_s=step_s,
+        warm_up=warm_up,
+        calm=make_requests(parts, calm_s, rng, phase="calm", id_prefix="calm"),
+        burst=make_requests(parts, burst_s, rng, phase="burst", id_prefix="burst"),
+    )
+
+
+def decode_step_s(model: BatchTimeModel, batch: int) -> float:
+    """Seconds of a step that decodes ``batch`` requests of the mix."""
+    return model.step_s(BatchShape(new_tokens=batch, context_tokens=batch * _CONTEXT_TOKENS, num_seqs=batch))
+
+
+def demo_classes(step_s: float) -> ClassSet:
+    """The three classes; no TTFT is below eight decode steps, which waiting for running batches may take."""
+    found = {}
+    for kind in _KINDS:
+        if kind.part.slo_class is not None and kind.tpot_steps is not None:
+            slo = SLO(
+                ttft_slowdown=kind.ttft_slowdown,
+                ttft_floor_ms=round(8000.0 * step_s, 1),
+                tpot_ms=round(1000.0 * kind.tpot_steps * step_s, 1),
+            )
+            found[kind.part.slo_class] = single_stage(kind.part.slo_class, slo)
+    return ClassSet(found)
+
+
+def classes_yaml(classes: ClassSet) -> str:
+    """The class file of single-stage classes."""
+    rows = {
+        slo_class.name: {
+            "ttft_slowdown": slo_class.slo.ttft_slowdown,
+            "ttft_floor_ms": slo_class.slo.ttft_floor_ms,
+            "tpot_ms": slo_class.slo.tpot_ms,
+        }
+        for slo_class in classes
+    }
+    return yaml.safe_dump({"classes": rows}, sort_keys=False)
+
+
+def fluid_rate(model: BatchTimeModel, step_s: float) -> float:
+    """Largest rate of the demo's mix at which steps of ``step_s`` carry all that arrives (design section 5).
+
+    No queueing and no waste: real systems stay below it.
+    """
+    low, high = 0.0, 1.0
+    while _mean_step_s(model, high, step_s) <= step_s:
+        low, high = high, 2.0 * high
+    for _ in range(50):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if _mean_step_s(model, middle, step_s) <= step_s else (low, middle)
+    return low
+
+
+def _mean_step_s(model: BatchTimeModel, rate_per_s: float, step_s: float) -> float:
+    """Mean seconds of a step of the mix at a rate, when a step begins every ``step_s``.
+
+    Beyond the linear part of the roofline a mean batch stands for the real ones.
+    """
+    shares: Sequence[float] = [kind.part.share for kind in _KINDS]
+    arrived = [rate_per_s * step_s * share / sum(shares) for share in shares]
+    prompts = [kind.prompt_tokens for kind in _KINDS]
+    answers = [kind.part.max_tokens.median for kind in _KINDS]
+    decodes = [count * answer for count, answer in zip(arrived, answers, strict=True)]
+    k_c, b_c, k_m, b_m, k_ctx, k_q, k_seq, _ = model.coefficients.tolist()
+    new = sum(count * prompt for count, prompt in zip(arrived, prompts, strict=True)) + sum(decodes)
+    context = sum(d * (p + a / 2.0) for d, p, a in zip(decodes, prompts, answers, strict=True))
+    quad = sum(count * prompt * prompt for count, prompt in zip(arrived, prompts, strict=True))
+    linear = max(k_c * new + b_c, k_m * new + b_m)
+    return float(linear + k_ctx * context + k_q * quad + k_seq * (sum(decodes) + sum(arrived)))

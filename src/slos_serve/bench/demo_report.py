@@ -1,0 +1,169 @@
+"""The demo's result: one JSON, one table, and the claims it either bears out or does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.table import Table
+
+from slos_serve.bench.demo_events import ADMITTED, SchedulerEvents
+from slos_serve.bench.demo_plan import DemoPlan
+from slos_serve.bench.report import class_json, client_json, error_counts, throughput_json
+from slos_serve.bench.requests import LoadResult
+from slos_serve.bench.scoring import score_responses
+from slos_serve.metrics.summary import TOTAL, Outcome, Quantiles, ScoredRequest, quantiles_ms, summarize
+from slos_serve.perf.batch_time import BatchTimeModel
+
+PHASES = ("calm", "burst")
+STOCK, OURS = "stock", "slos_serve"
+SIDE_TITLES: Mapping[str, str] = {STOCK: "stock vLLM", OURS: "with slos-serve"}
+
+
+@dataclass(frozen=True)
+class SideRun:
+    """One side of the demo.
+
+    Attributes:
+        loads: result of each phase by name.
+        scored: scores of each phase, in the order of its responses.
+        events: what the scheduler wrote; ``None`` for stock vLLM, which promises nothing.
+    """
+
+    loads: Mapping[str, LoadResult]
+    scored: Mapping[str, Sequence[ScoredRequest]]
+    events: SchedulerEvents | None
+
+
+def side_run(
+    loads: Mapping[str, LoadResult], plan: DemoPlan, model: BatchTimeModel, events: SchedulerEvents | None
+) -> SideRun:
+    """Score one side."""
+    scored = {phase: score_responses(load.responses, plan.classes, model) for phase, load in loads.items()}
+    return SideRun(loads, scored, events)
+
+
+def phase_json(side: SideRun, phase: str) -> dict[str, Any]:
+    """Counts of one phase on one side. ``requests`` are those with an SLO; each is either admitted or best effort.
+
+    On the stock side all count as admitted: it promises the same to everybody.
+    """
+    load, scored = side.loads[phase], side.scored[phase]
+    rows = summarize(scored)
+    total, classes = rows[-1], {row.name: row for row in rows if row.name != TOTAL and row.has_slo}
+    pairs = list(zip(load.responses, scored, strict=True))
+    promised = [(response.request.request_id, score) for response, score in pairs if score.has_slo]
+    free = [score for score in scored if not score.has_slo]
+    kept = [score for request_id, score in promised if _admitted(side.events, request_id)]
+    left = [score for request_id, score in promised if not _admitted(side.events, request_id)]
+    return {
+        "requests": total.requests,
+        "attained": total.attained,
+        "attained_rate": total.attained_rate if total.requests else None,
+        "attained_interval": [total.attained_low, total.attained_high],
+        "attained_by_class": {name: row.attained for name, row in classes.items()},
+        "requests_by_class": {name: row.requests for name, row in classes.items()},
+        "strict": total.strict,
+        "admitted": len(kept),
+        "admitted_attained": sum(score.attained for score in kept),
+        "best_effort": len(left),
+        "best_effort_completed": sum(score.outcome is Outcome.COMPLETED for score in left),
+        "best_effort_attained": sum(score.attained for score in left),
+        "no_slo": {
+            "requests": len(free),
+            "completed": sum(score.outcome is Outcome.COMPLETED for score in free),
+        },
+        "rejected": total.rejected,
+        "errors": total.errors,
+        "ttft_ms": asdict(total.ttft_ms),
+        "tpot_ms": asdict(total.tpot_ms),
+        "longest_stall_ms": total.longest_stall_ms,
+        "planner_ms": asdict(_milliseconds(side.events.plan_ms.get(phase, []) if side.events else [])),
+        "added_ms": asdict(_milliseconds(side.events.added_ms.get(phase, []) if side.events else [])),
+        "fallback_steps": side.events.fallbacks.get(phase, 0) if side.events else 0,
+        "throughput": throughput_json(load),
+        "classes": {name: class_json(row) for name, row in classes.items()},
+        "error_messages": error_counts(load.responses),
+        "client": client_json(load),
+    }
+
+
+def demo_json(sides: Mapping[str, SideRun], setup: Mapping[str, Any]) -> dict[str, Any]:
+    """The whole result; ``ratio`` is attained requests of the burst, ours over stock (``null`` when stock has none)."""
+    result: dict[str, Any] = {
+        name: {phase: phase_json(side, phase) for phase in PHASES} for name, side in sides.items()
+    }
+    stock, ours = (result[name]["burst"]["attained"] for name in (STOCK, OURS))
+    return {**result, "ratio": ours / stock if stock else None, "setup": dict(setup)}
+
+
+def demo_table(result: Mapping[str, Any]) -> Table:
+    """Both sides and phases in one table, a row a class."""
+    table = Table(title="Requests that kept their latency promises", title_justify="left")
+    table.add_column("phase")
+    table.add_column("class")
+    for side in (STOCK, OURS):
+        for name in ("attained", "TTFT p50/p99 s", "TPOT p50/p99 ms"):
+            table.add_column(f"{SIDE_TITLES[side]}\n{name}" if name == "attained" else f"\n{name}", justify="right")
+    for phase in PHASES:
+        for name in result[STOCK][phase]["classes"]:
+            cells = [cell for side in (STOCK, OURS) for cell in _cells(result[side][phase]["classes"].get(name))]
+            table.add_row(phase, name, *cells)
+        cells = [cell for side in (STOCK, OURS) for cell in _cells(result[side][phase])]
+        table.add_row(phase, "all with an SLO", *cells, style="bold", end_section=True)
+    return table
+
+
+def claims(result: Mapping[str, Any]) -> list[tuple[str, bool]]:
+    """What the demo is there to show, each with whether this run bears it out."""
+    stock, ours = result[STOCK], result[OURS]
+    calm_s, calm_o, burst_o = stock["calm"], ours["calm"], ours["burst"]
+    ratio = result["ratio"]
+    admitted_rate = _rate(burst_o["admitted_attained"], burst_o["admitted"])
+    completed = sum(ours[p]["best_effort_completed"] + ours[p]["no_slo"]["completed"] for p in PHASES)
+    best_effort = sum(ours[p]["best_effort"] + ours[p]["no_slo"]["requests"] for p in PHASES)
+    ttft = _over(calm_o["ttft_ms"]["p50"], calm_s["ttft_ms"]["p50"])
+    speed = _over(calm_o["throughput"]["output_tokens_per_s"], calm_s["throughput"]["output_tokens_per_s"])
+    calm_rates = (_rate(calm_s["attained"], calm_s["requests"]), _rate(calm_o["attained"], calm_o["requests"]))
+    times = "none attain on stock vLLM" if ratio is None else f"{ratio:.2f} times as many attain as on stock vLLM"
+    counts = f"{burst_o['attained']} against {stock['burst']['attained']} of {burst_o['requests']}"
+    goodput = f"burst: {times} ({counts}; wanted: 1.3 times)"
+    kept = f"burst: {admitted_rate:.1%} of the {burst_o['admitted']} admitted requests attain (wanted: 95 %)"
+    ended = f"both phases: {completed} of {best_effort} best-effort requests complete (wanted: all)"
+    calm = f"calm: {calm_rates[0]:.1%} attain on stock vLLM, {calm_rates[1]:.1%} on ours (wanted: 95 % on both)"
+    cost = f"calm: TTFT p50 {ttft:.2f} times, throughput {speed:.2f} times that of stock vLLM (wanted: within 10 %)"
+    return [
+        (goodput, burst_o["attained"] >= 1.3 * stock["burst"]["attained"]),
+        (kept, admitted_rate >= 0.95),
+        (ended, completed == best_effort),
+        (calm, min(calm_rates) >= 0.95),
+        (cost, ttft <= 1.1 and speed >= 0.9),
+    ]
+
+
+def _admitted(events: SchedulerEvents | None, request_id: str) -> bool:
+    return events is None or events.verdicts.get(request_id) == ADMITTED
+
+
+def _milliseconds(values_ms: Sequence[float]) -> Quantiles:
+    return quantiles_ms([value / 1000.0 for value in values_ms])
+
+
+def _rate(part: int, whole: int) -> float:
+    return part / whole if whole else 1.0
+
+
+def _over(ours: float | None, stock: float | None) -> float:
+    return ours / stock if ours is not None and stock else float("inf")
+
+
+def _cells(row: Mapping[str, Any] | None) -> tuple[str, str, str]:
+    if row is None or not row["requests"]:
+        return ("-", "-", "-")
+    ttft, tpot = row["ttft_ms"], row["tpot_ms"]
+    return (
+        f"{row['attained']}/{row['requests']} ({row['attained'] / row['requests']:.0%})",
+        "-" if ttft["p50"] is None else f"{ttft['p50'] / 1e3:.2f} / {ttft['p99'] / 1e3:.2f}",
+        "-" if tpot["p50"] is None else f"{tpot['p50']:.0f} / {tpot['p99']:.0f}",
+    )

@@ -1,0 +1,116 @@
+"""The demo's result from synthetic sides: shape, counts, claims, table and chart."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from slos_serve.bench.demo_events import SchedulerEvents, read_events
+from slos_serve.bench.demo_plan import DemoPlan
+from slos_serve.bench.demo_report import OURS, PHASES, STOCK, SideRun, claims, demo_json, demo_table
+from slos_serve.bench.plots import due_line, plot_demo, stream_shown
+from slos_serve.metrics.attainment import StageTarget
+from tests.unit.bench.builders import MODEL, demo_side, small_plan
+
+FIELDS = {
+    "requests", "attained", "attained_by_class", "admitted", "admitted_attained", "best_effort", "ttft_ms", "tpot_ms",
+    "planner_ms",
+}  # fmt: skip
+
+
+def sides_of(plan: DemoPlan, ours_slow_from: int = 12, stock_slow_from: int = 4) -> dict[str, SideRun]:
+    """Stock misses from its 5th burst request on; ours from its 13th on, all of them best effort."""
+    verdicts = {request.request_id: "admitted" for request in (*plan.calm, *plan.burst[:ours_slow_from])}
+    verdicts |= {request.request_id: "best_effort" for request in plan.burst[ours_slow_from:]}
+    events = SchedulerEvents(verdicts, plan_ms={"burst": [0.1, 0.2, 0.3]}, added_ms={"burst": [0.4]})
+    return {
+        STOCK: demo_side(plan, slow_from=stock_slow_from),
+        OURS: demo_side(plan, slow_from=ours_slow_from, events=events),
+    }
+
+
+def test_json_has_the_promised_shape() -> None:
+    plan = small_plan()
+    result = json.loads(json.dumps(demo_json(sides_of(plan), {"seed": 0}), allow_nan=False))
+    assert set(result) == {STOCK, OURS, "ratio", "setup"}
+    for side in (STOCK, OURS):
+        for phase in PHASES:
+            found = result[side][phase]
+            assert set(found) >= FIELDS
+            assert set(found["planner_ms"]) == set(found["ttft_ms"]) == {"p50", "p99"}
+            assert found["admitted"] + found["best_effort"] == found["requests"]
+            assert sum(found["attained_by_class"].values()) == found["attained"]
+    assert result[OURS]["burst"]["planner_ms"]["p50"] == pytest.approx(0.2)
+    assert result[STOCK]["burst"]["planner_ms"] == {"p50": None, "p99": None}
+
+
+def test_counts_follow_the_verdicts() -> None:
+    plan = small_plan()
+    result = demo_json(sides_of(plan), {})
+    promised = [request for request in plan.burst if request.slo_class is not None]
+    early = [request for request in plan.burst[:12] if request.slo_class is not None]
+    ours, stock = result[OURS]["burst"], result[STOCK]["burst"]
+    assert (ours["requests"], ours["admitted"], ours["attained"]) == (len(promised), len(early), len(early))
+    assert ours["best_effort"] == ours["best_effort_completed"] == len(promised) - len(early)
+    assert stock["admitted"] == stock["requests"] and stock["best_effort"] == 0
+    assert result["ratio"] == pytest.approx(ours["attained"] / stock["attained"])
+    assert ours["no_slo"]["requests"] == len(plan.burst) - len(promised)
+
+
+def test_claims_hold_only_when_they_hold() -> None:
+    plan = small_plan()
+    assert all(held for _, held in claims(demo_json(sides_of(plan), {})))
+    even = claims(demo_json(sides_of(plan, ours_slow_from=4), {}))
+    assert [held for _, held in even] == [False, True, True, True, True]
+
+
+def test_stock_that_attains_nothing_has_no_ratio() -> None:
+    result = demo_json(sides_of(small_plan(), stock_slow_from=0), {})
+    assert result["ratio"] is None
+    assert claims(result)[0][1]
+
+
+def test_table_names_both_sides() -> None:
+    with (console := Console(width=180)).capture() as captured:
+        console.print(demo_table(demo_json(sides_of(small_plan()), {})))
+    text = captured.get()
+    assert "stock vLLM" in text and "with slos-serve" in text and "all with an SLO" in text
+
+
+def test_chart_is_written(tmp_path: Path) -> None:
+    plan = small_plan()
+    sides = sides_of(plan)
+    path = tmp_path / "demo.png"
+    plot_demo(demo_json(sides, {"calm_load": 0.5, "burst_load": 2.0}), sides, plan, MODEL, path)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_shown_stream_is_one_of_the_second_half() -> None:
+    plan = small_plan()
+    shown = stream_shown(sides_of(plan), "chat")
+    chosen = next(request for request in plan.burst if request.request_id == shown)
+    assert chosen.slo_class == "chat" and chosen.arrival_s >= plan.burst[-1].arrival_s / 2.0
+
+
+def test_due_line_starts_at_the_ttft() -> None:
+    assert due_line(StageTarget(1.0, 0.5), 3) == ([1.0, 1.5, 2.0], [1, 2, 3])
+
+
+def test_events_are_told_apart_by_phase(tmp_path: Path) -> None:
+    step = {"kind": "step", "plan_ms": 1.0, "added_ms": 2.0, "fallback": None}
+    done = {"kind": "request", "request_id": "chatcmpl-burst-00007-ab12", "verdict": "admitted", "num_preemptions": 1}
+    path = tmp_path / "events.jsonl"
+    path.write_text(json.dumps(step) + "\n", encoding="utf-8")
+    warm = path.stat().st_size
+    with path.open("a", encoding="utf-8") as file:
+        for event in (step | {"plan_ms": 3.0, "fallback": "overrun"}, done, {"kind": "step_done"}):
+            file.write(json.dumps(event) + "\n")
+    events = read_events(path, [("warm", warm), ("burst", path.stat().st_size)])
+    assert events.plan_ms == {"warm": [1.0], "burst": [3.0]}
+    assert events.fallbacks == {"burst": 1}
+    assert events.verdicts == {"burst-00007": "admitted"}
+    assert events.preemptions == {"burst-00007": 1}
+    assert read_events(tmp_path / "none.jsonl", []).verdicts == {}
