@@ -21,7 +21,7 @@ from slos_serve.workload.lengths import PROBABILITIES
 from slos_serve.workload.trace_files import read_trace
 
 TABLES = Path(__file__).resolve().parent.parent / "src" / "slos_serve" / "workload" / "tables"
-BURST_GAP_S = 0.2
+BURST_GAP_S = 0.15
 PEAK_WINDOWS_S = (1.0, 10.0, 60.0)
 Floats = NDArray[np.float64]
 

@@ -92,7 +92,11 @@ def whole_prompts(
     for slot in waiting:
         left = tokens_left(rows, slot)
         need = blocks_of(rows["prompt_tokens"][slot] + rows["output_tokens"][slot], block_size)
-        if num_running >= max_num_seqs or need + reserve_blocks > free_blocks or (count and total + left > token_budget):
+        if (
+            num_running >= max_num_seqs
+            or need + reserve_blocks > free_blocks
+            or (count and total + left > token_budget)
+        ):
             break
         slots[count], tokens[count] = slot, left
         free_blocks -= need

@@ -8,8 +8,10 @@ holds only ``max_tokens`` and a forecast.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestTable, SlotArray, Status
@@ -32,6 +34,7 @@ _FAULTS = {
     rules.WRONG_DRAFT: "draft tokens for a request that is not decoding",
 }
 # A replica that plans nothing is asked again after this long, this often at most before the run is called stuck.
+_Item = TypeVar("_Item", np.int64, np.bool_)
 IDLE_TICK_S = 0.005
 MAX_EMPTY_PLANS = 100_000
 
@@ -130,7 +133,11 @@ class Replica:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
-        self._size_slots(len(table.rows))
+        size = len(table.rows)
+        self._held_blocks, self._call_of = np.zeros(size, dtype=np.int64), np.full(size, -1, dtype=np.int64)
+        self._present, self._seen = np.zeros(size, dtype=np.bool_), np.zeros(size, dtype=np.bool_)
+        self._step_slots, self._step_tokens = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+        self._step_drafts, self._scratch = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
         self._step_count = 0
         self._step_shape = BatchShape(0)
         self._step_start_s = 0.0
@@ -226,17 +233,15 @@ class Replica:
         self._num_waiting += 1
 
     def _size_slots(self, size: int) -> None:
-        """Give the per-slot arrays one entry a table row."""
-        old = len(self._held_blocks) if hasattr(self, "_held_blocks") else 0
-        held, call_of = np.zeros(size, dtype=np.int64), np.full(size, -1, dtype=np.int64)
-        present = np.zeros(size, dtype=np.bool_)
-        if old:
-            held[:old], call_of[:old], present[:old] = self._held_blocks, self._call_of, self._present
-        self._held_blocks, self._call_of, self._present = held, call_of, present
-        self._seen = np.zeros(size, dtype=np.bool_)
-        self._step_slots, self._step_tokens = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
-        self._step_drafts = np.zeros(size, dtype=np.int64)
-        self._scratch = np.empty(size, dtype=np.int64)
+        """Give the per-slot arrays one entry a table row; a step may be executing, so its entries are kept."""
+        self._held_blocks = _grown(self._held_blocks, size)
+        self._call_of = _grown(self._call_of, size)
+        self._present = _grown(self._present, size)
+        self._seen = _grown(self._seen, size)
+        self._step_slots = _grown(self._step_slots, size)
+        self._step_tokens = _grown(self._step_tokens, size)
+        self._step_drafts = _grown(self._step_drafts, size)
+        self._scratch = _grown(self._scratch, size)
 
     def _remove(self, slot: int) -> int:
         """Free a slot that is in no list any more; returns its call."""
@@ -498,3 +503,10 @@ class Replica:
             self._recording.calls["outcome"][call] = rules.LOST
         self._num_running = self._num_waiting = 0
         return again, lost
+
+
+def _grown(old: NDArray[_Item], size: int) -> NDArray[_Item]:
+    """``old`` with zeros appended up to ``size``."""
+    new = np.zeros(size, dtype=old.dtype)
+    new[: len(old)] = old
+    return new

@@ -1,0 +1,242 @@
+"""The six scenarios of the evaluation as workloads (design section 1), from shipped tables.
+
+A scenario fixes what is asked (lengths, rounds, stages) and what is promised; rate, arrivals and number of requests are
+the caller's. Lengths and arrivals draw from separate streams of one seed, so the same requests come at every rate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.slo import SLO, ClassSet, SLOClass, Stage, single_stage
+from slos_serve.workload.arrivals import arrival_times
+from slos_serve.workload.calls import CallArray, Workload, empty_calls
+from slos_serve.workload.lengths import length_table
+from slos_serve.workload.trace_files import TraceRequest, read_trace
+
+TIGHT_TPOT_MS, LOOSE_TPOT_MS = 50.0, 100.0
+TIGHT_SLOWDOWN, LOOSE_SLOWDOWN = 3.0, 5.0
+MAX_PROMPT_TOKENS = 16_000  # of one call; longer ones are cut, so that every engine can take them in one batch
+MAX_THINKING_TOKENS, MAX_ANSWER_TOKENS = 8192, 4096
+DEFAULT_ACCEPTANCE = 0.7
+
+# Tool calling has no public table of lengths: means as published for ToolBench-like traffic (docs/workloads.md).
+TOOL_ROUNDS = (3, 4)
+TOOL_FIRST_PROMPT, TOOL_RESULT, TOOL_CALL, TOOL_ANSWER = (2000.0, 0.4), (800.0, 0.8), (100.0, 0.5), (182.0, 0.6)
+TOOL_SECONDS = (1.0, 0.8)
+
+SUMMARIZATION = single_stage("summarization", SLO(ttft_slowdown=TIGHT_SLOWDOWN, tpot_ms=LOOSE_TPOT_MS))
+CODING = single_stage("coding", SLO(ttft_slowdown=LOOSE_SLOWDOWN, tpot_ms=TIGHT_TPOT_MS))
+CHAT = single_stage("chat", SLO(ttft_slowdown=LOOSE_SLOWDOWN, tpot_ms=LOOSE_TPOT_MS))
+TOOL_LOOP = single_stage("tool-loop", SLO(ttft_slowdown=TIGHT_SLOWDOWN, tpot_ms=TIGHT_TPOT_MS))
+TOOL_FINAL = single_stage("tool-answer", SLO(ttft_slowdown=TIGHT_SLOWDOWN, tpot_ms=LOOSE_TPOT_MS))
+REASONING = SLOClass(
+    name="reasoning",
+    stages=(
+        Stage(SLO(ttft_slowdown=TIGHT_SLOWDOWN, tpot_ms=TIGHT_TPOT_MS)),
+        Stage(SLO(tpot_ms=LOOSE_TPOT_MS)),
+    ),
+)
+
+Builder = Callable[[int, Generator], CallArray]
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """What is asked and promised.
+
+    Attributes:
+        classes: ``class_index`` of the calls counts into it.
+        build: (requests, randomness) -> their calls, without arrivals.
+        arrivals: the process that ``scenario`` arrivals mean.
+    """
+
+    classes: tuple[SLOClass, ...]
+    build: Builder
+    arrivals: str = "azure-conv"
+
+
+def make_workload(
+    scenario: str,
+    rate_rps: float,
+    num_requests: int,
+    seed: int = 0,
+    arrivals: str = "scenario",
+    acceptance: float = DEFAULT_ACCEPTANCE,
+) -> Workload:
+    """Draw a workload.
+
+    Args:
+        scenario: key of :data:`SCENARIOS`.
+        rate_rps: requests (sessions) a second.
+        num_requests: how many.
+        seed: lengths and arrivals depend on it alone.
+        arrivals: a process of :mod:`slos_serve.workload.arrivals`, or ``scenario`` for the scenario's own.
+        acceptance: probability that a draft token is right.
+
+    Raises:
+        InvalidFieldError: unknown scenario or arrivals, or a number out of range.
+    """
+    chosen = scenario_named(scenario)
+    if num_requests < 1:
+        raise InvalidFieldError("num_requests", num_requests, "a whole number, 1 or more")
+    calls = chosen.build(num_requests, np.random.default_rng((seed, 1)))
+    process = chosen.arrivals if arrivals == "scenario" else arrivals
+    times = arrival_times(process, rate_rps, num_requests, np.random.default_rng((seed, 2)))
+    first = np.isfinite(calls["arrival_s"])
+    calls["arrival_s"][first] = times
+    calls["acceptance"] = acceptance
+    return Workload(scenario, chosen.classes, calls)
+
+
+def scenario_named(name: str) -> Scenario:
+    """A scenario.
+
+    Raises:
+        InvalidFieldError: no such scenario, with the list of those there are.
+    """
+    if name not in SCENARIOS:
+        raise InvalidFieldError("scenario", name, f"one of {sorted(SCENARIOS)}")
+    return SCENARIOS[name]
+
+
+def from_table(table: str, max_tokens: int, class_index: int = 0) -> Builder:
+    """Single calls with lengths of a shipped table."""
+
+    def build(count: int, random: Generator) -> CallArray:
+        drawn = length_table(table).draw(count, random)
+        return single_calls(drawn["prompt_tokens"], drawn["output_tokens"], max_tokens, class_index)
+
+    return build
+
+
+def single_calls(
+    prompts: NDArray[np.int64], outputs: NDArray[np.int64], max_tokens: int, class_index: int = 0
+) -> CallArray:
+    """One call a request, lengths cut to what is allowed."""
+    calls = empty_calls(len(prompts))
+    calls["prompt_tokens"] = np.minimum(prompts, MAX_PROMPT_TOKENS)
+    calls["output_tokens"] = calls["first_stage_tokens"] = np.minimum(outputs, max_tokens)
+    calls["max_tokens"] = max_tokens
+    calls["class_index"] = class_index
+    return calls
+
+
+def _reasoning(count: int, random: Generator) -> CallArray:
+    drawn = length_table("reasoning_lengths").draw(count, random)
+    thinking = np.minimum(drawn["reasoning_tokens"], MAX_THINKING_TOKENS)
+    answer = np.minimum(drawn["answer_tokens"], MAX_ANSWER_TOKENS)
+    calls = single_calls(drawn["prompt_tokens"], thinking + answer, MAX_THINKING_TOKENS + MAX_ANSWER_TOKENS)
+    calls["first_stage_tokens"] = thinking
+    return calls
+
+
+def _lognormal(random: Generator, mean: float, sigma: float, count: int) -> NDArray[np.float64]:
+    return np.asarray(random.lognormal(np.log(mean) - 0.5 * sigma * sigma, sigma, count))
+
+
+def _tool(count: int, random: Generator) -> CallArray:
+    """Rounds of one session follow each other; each prompt holds all that came before and a tool's result."""
+    rounds = random.integers(TOOL_ROUNDS[0], TOOL_ROUNDS[1] + 1, count)
+    calls = empty_calls(int(rounds.sum()))
+    total = len(calls)
+    last = np.cumsum(rounds) - 1
+    is_last = np.zeros(total, dtype=np.bool_)
+    is_last[last] = True
+    is_first = np.concatenate((np.ones(1, dtype=np.bool_), is_last[:-1]))
+    outputs = np.where(is_last, _lognormal(random, *TOOL_ANSWER, total), _lognormal(random, *TOOL_CALL, total))
+    added = np.where(is_first, _lognormal(random, *TOOL_FIRST_PROMPT, total), _lognormal(random, *TOOL_RESULT, total))
+    outputs, added = np.clip(np.rint(outputs), 1, 1024), np.clip(np.rint(added), 16, 4000)
+    prompt = 0.0
+    for i in range(total):
+        prompt = added[i] if is_first[i] else prompt + outputs[i - 1] + added[i]
+        prompt = min(prompt, MAX_PROMPT_TOKENS)
+        calls["prompt_tokens"][i] = prompt
+    calls["output_tokens"] = calls["first_stage_tokens"] = outputs
+    calls["max_tokens"] = 1024
+    calls["class_index"] = is_last
+    calls["session"] = np.repeat(np.arange(count), rounds)
+    calls["next_call"] = np.where(is_last, -1, np.arange(1, total + 1))
+    calls["tool_s"] = np.where(is_first, 0.0, _lognormal(random, *TOOL_SECONDS, total))
+    calls["arrival_s"] = np.where(is_first, 0.0, np.inf)
+    return calls
+
+
+def mixed(*parts: Builder) -> Builder:
+    """Equal shares of single-call scenarios, each request's kind drawn by itself."""
+
+    def build(count: int, random: Generator) -> CallArray:
+        kinds = random.integers(len(parts), size=count)
+        calls = empty_calls(count)
+        for kind, part in enumerate(parts):
+            chosen = np.flatnonzero(kinds == kind)
+            calls[chosen] = part(len(chosen), random)
+        calls["session"] = np.arange(count)
+        return calls
+
+    return build
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "summarization": Scenario((SUMMARIZATION,), from_table("arxiv_lengths", 2048)),
+    "coding": Scenario((CODING,), from_table("azure_code_lengths", 2048), "azure-code"),
+    "chat": Scenario((CHAT,), from_table("azure_conv_lengths", 1024)),
+    "tool": Scenario((TOOL_LOOP, TOOL_FINAL), _tool, "azure-code"),
+    "reasoning": Scenario((REASONING,), _reasoning),
+    "mixed": Scenario(
+        (SUMMARIZATION, CODING, CHAT),
+        mixed(
+            from_table("arxiv_lengths", 2048, 0),
+            from_table("azure_code_lengths", 2048, 1),
+            from_table("azure_conv_lengths", 1024, 2),
+        ),
+    ),
+}
+
+
+def trace_workload(
+    path: Path, classes: ClassSet | None = None, rate_scale: float = 1.0, limit: int | None = None
+) -> Workload:
+    """A recorded trace as a workload.
+
+    Args:
+        path: file of a format of :mod:`slos_serve.workload.trace_files`.
+        classes: what ``slo_class`` refers to; without it every request is promised what chat is.
+        rate_scale: how much faster than recorded it is replayed.
+        limit: read at most this many requests.
+
+    Raises:
+        InvalidFieldError: broken file, unknown class, or a scale out of range.
+    """
+    requests = read_trace(path, limit)
+    if not 0.0 < rate_scale <= 1e6:
+        raise InvalidFieldError("rate_scale", rate_scale, "a number in (0, 1e6]")
+    chosen = classes if classes is not None else ClassSet({CHAT.name: CHAT}, CHAT.name)
+    resolved = [_class_of(request, chosen, path) for request in requests]
+    names = list(dict.fromkeys(slo_class.name for slo_class in resolved))
+    by_name = {slo_class.name: slo_class for slo_class in resolved}
+    calls = empty_calls(len(requests))
+    calls["arrival_s"] = [request.arrival_s / rate_scale for request in requests]
+    calls["prompt_tokens"] = [request.prompt_tokens for request in requests]
+    calls["output_tokens"] = calls["first_stage_tokens"] = [request.output_tokens for request in requests]
+    calls["max_tokens"] = np.maximum(calls["output_tokens"], 1024)
+    calls["class_index"] = [names.index(slo_class.name) for slo_class in resolved]
+    for name in ("ttft_ms", "tpot_ms"):
+        values: Sequence[float | None] = [getattr(request, name) for request in requests]
+        calls[f"own_{name}"] = [np.nan if value is None else value for value in values]
+    return Workload(path.name, tuple(by_name[name] for name in names), calls)
+
+
+def _class_of(request: TraceRequest, classes: ClassSet, path: Path) -> SLOClass:
+    try:
+        found = classes.resolve(request.slo_class)
+    except InvalidFieldError as fault:
+        raise InvalidFieldError(fault.field, fault.given, fault.allowed, str(path)) from fault
+    return found if found is not None else single_stage("none", SLO())

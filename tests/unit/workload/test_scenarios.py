@@ -1,0 +1,85 @@
+"""Scenarios: lengths near their source, links between rounds, promises bound to a batch-time model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.slo import SLO, ClassSet, single_stage
+from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.workload.lengths import length_table, load_table
+from slos_serve.workload.scenarios import SCENARIOS, make_workload, trace_workload
+
+MODEL = BatchTimeModel(k_c_s=1e-4, b_c_s=8e-3, k_m_s=4e-5, b_m_s=20e-3, k_q_s=7e-9)
+
+
+@pytest.mark.parametrize("name", ["azure_conv_lengths", "azure_code_lengths", "arxiv_lengths", "reasoning_lengths"])
+def test_tables_keep_the_means(name: str) -> None:
+    drawn = length_table(name).draw(200_000, np.random.default_rng(0))
+    for column, mean in load_table(name)["mean"].items():
+        assert drawn[column].mean() == pytest.approx(mean, rel=0.03)
+        assert drawn[column].min() >= 1
+
+
+def test_rank_correlations_are_kept() -> None:
+    drawn = length_table("reasoning_lengths").draw(100_000, np.random.default_rng(0))
+    ranks = [np.argsort(np.argsort(column)) for column in drawn.values()]
+    np.testing.assert_allclose(np.corrcoef(ranks), load_table("reasoning_lengths")["rank_correlation"], atol=0.05)
+
+
+@pytest.mark.parametrize("scenario", sorted(SCENARIOS))
+def test_every_scenario_is_well_formed(scenario: str) -> None:
+    workload = make_workload(scenario, 2.0, 300, seed=3)
+    calls = workload.calls
+    assert workload.num_requests == 300
+    assert len(workload.request_arrivals_s) == 300
+    assert np.all(calls["prompt_tokens"] >= 1) and np.all(calls["output_tokens"] >= 1)
+    assert np.all(calls["output_tokens"] <= calls["max_tokens"])
+    assert np.all((calls["first_stage_tokens"] >= 1) & (calls["first_stage_tokens"] <= calls["output_tokens"]))
+    assert calls["class_index"].max() < len(workload.classes)
+    bound = workload.bound(MODEL).calls
+    assert np.all(bound["ttft_s"] >= 0.2) and np.all(bound["tpot_s"] <= 0.1)
+
+
+def test_same_seed_same_requests_at_every_rate() -> None:
+    slow, fast = make_workload("mixed", 1.0, 100, seed=5).calls, make_workload("mixed", 3.0, 100, seed=5).calls
+    for name in ("prompt_tokens", "output_tokens", "class_index"):
+        np.testing.assert_array_equal(slow[name], fast[name])
+    np.testing.assert_allclose(slow["arrival_s"], 3.0 * fast["arrival_s"])
+
+
+def test_tool_rounds_grow_from_what_came_before() -> None:
+    calls = make_workload("tool", 1.0, 50, seed=1).calls
+    for i in np.flatnonzero(calls["next_call"] >= 0):
+        following = calls[calls["next_call"][i]]
+        assert following["session"] == calls["session"][i]
+        assert np.isinf(following["arrival_s"]) and following["tool_s"] > 0.0
+        assert following["prompt_tokens"] > calls["prompt_tokens"][i] + calls["output_tokens"][i]
+    rounds = np.bincount(calls["session"])
+    assert set(rounds) == {3, 4}
+
+
+def test_slowdown_floor_and_own_numbers(tmp_path: Path) -> None:
+    file = tmp_path / "t.csv"
+    file.write_text(
+        "Timestamp,Request tokens,Response tokens,slo_class,ttft_ms,tpot_ms\n"
+        "0,10,5,a,,\n1,10000,5,a,,\n2,10,5,a,700,30\n"
+    )
+    classes = ClassSet({"a": single_stage("a", SLO(ttft_slowdown=2.0, tpot_ms=80.0))})
+    calls = trace_workload(file, classes).bound(MODEL).calls
+    assert calls["ttft_s"][0] == pytest.approx(0.2)  # the floor
+    assert calls["ttft_s"][1] == pytest.approx(2.0 * MODEL.zero_load_s(10000))
+    assert calls["ttft_s"][2] == pytest.approx(0.7)
+    np.testing.assert_allclose(calls["tpot_s"], [0.08, 0.08, 0.03])
+
+
+def test_unknown_names_come_with_the_list(tmp_path: Path) -> None:
+    with pytest.raises(InvalidFieldError, match="one of .*'chat'"):
+        make_workload("chatt", 1.0, 10)
+    file = tmp_path / "t.csv"
+    file.write_text("Timestamp,Request tokens,Response tokens,slo_class\n0,10,5,gold\n")
+    with pytest.raises(InvalidFieldError, match="gold"):
+        trace_workload(file)
