@@ -37,26 +37,29 @@ class PolicyEntry:
     make_decode: Factory | None = None
 
 
+def _plain(policy: Callable[..., Policy]) -> Factory:
+    """A policy that needs neither the model nor the classes."""
+    return lambda _model, _classes, given: policy(**given)
+
+
+def _slos_serve(model: BatchTimeModel, num_classes: int, given: Parameters) -> Policy:
+    return SLOsServePolicy(model, num_classes, PlannerSettings(**given))
+
+
 POLICIES: dict[str, PolicyEntry] = {
-    "slos-serve": PolicyEntry(
-        lambda model, classes, given: SLOsServePolicy(model, classes, PlannerSettings(**given) if given else None)
-    ),
-    "vllm": PolicyEntry(
-        lambda model, classes, given: VllmOrder(**given), ({"token_budget": 2048}, {"token_budget": 8192})
-    ),
-    "vllm-v0": PolicyEntry(lambda model, classes, given: VllmV0(**given), ({"token_budget": 8192},)),
-    "sarathi": PolicyEntry(
-        lambda model, classes, given: Sarathi(**given), tuple({"chunk_tokens": size} for size in (512, 256, 1024))
-    ),
+    "slos-serve": PolicyEntry(_slos_serve),
+    "vllm": PolicyEntry(_plain(VllmOrder), tuple({"token_budget": size} for size in (2048, 8192))),
+    "vllm-v0": PolicyEntry(_plain(VllmV0), ({"token_budget": 8192},)),
+    "sarathi": PolicyEntry(_plain(Sarathi), tuple({"chunk_tokens": size} for size in (512, 256, 1024))),
     "distserve": PolicyEntry(
-        lambda model, classes, given: DistServePrefill(model, **given),
-        make_decode=lambda model, classes, given: DistServeDecode(**given),
+        lambda model, _classes, given: DistServePrefill(model, **given), make_decode=_plain(DistServeDecode)
     ),
     "scorpio": PolicyEntry(
-        lambda model, classes, given: Scorpio(model, classes, **given), ({"chunk_tokens": 0}, {"chunk_tokens": 512})
+        lambda model, num_classes, given: Scorpio(model, num_classes, **given),
+        tuple({"chunk_tokens": size} for size in (0, 512)),
     ),
     "edf": PolicyEntry(
-        lambda model, classes, given: EarliestDeadlineFirst(**given),
+        _plain(EarliestDeadlineFirst),
         tuple({"token_budget": size, "drop_late": late} for size in (2048, 512) for late in (False, True)),
     ),
 }

@@ -1,7 +1,7 @@
 """vLLM V0's order: whole prompts first, and a decode step of all running requests only when no prompt can start.
 
-This is what "vLLM" means in papers of 2023 and 2024: no chunks, prefill takes precedence, 1 % of the KV blocks stay free
-when a prompt starts (the watermark). Source: ``_schedule_default`` of vllm/core/scheduler.py up to vLLM 0.8.
+This is what "vLLM" means in papers of 2023 and 2024: no chunks, prefill takes precedence, 1 % of the KV blocks stay
+free when a prompt starts (the watermark). Source: ``_schedule_default`` of vllm/core/scheduler.py up to vLLM 0.8.
 """
 
 from __future__ import annotations

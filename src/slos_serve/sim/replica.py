@@ -7,7 +7,7 @@ holds only ``max_tokens`` and a forecast.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import numpy as np
@@ -74,7 +74,7 @@ class ReplicaSettings:
     """
 
     oracle_lengths: bool = False
-    error: ModelError = ModelError()
+    error: ModelError = field(default_factory=ModelError)
     seed: int = 0
 
 
@@ -275,7 +275,8 @@ class Replica:
         if len(plan.rejected):
             self._reject(plan.rejected)
         if len(plan.slots) == 0:
-            return self._idle(now_s)
+            self._idle(now_s)
+            return None
         self._check(now_s, plan)
         duration_s = self._execute(now_s, plan)
         return None if duration_s is None else now_s + duration_s

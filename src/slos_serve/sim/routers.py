@@ -58,7 +58,7 @@ class StickySessions:
         return chosen
 
 
-ROUTERS = {"round-robin": RoundRobin, "least-loaded": LeastLoaded}
+ROUTERS: dict[str, type[RoundRobin | LeastLoaded]] = {"round-robin": RoundRobin, "least-loaded": LeastLoaded}
 
 
 def make_router(name: str, sticky: bool = True) -> Router:
@@ -69,5 +69,5 @@ def make_router(name: str, sticky: bool = True) -> Router:
     """
     if name not in ROUTERS:
         raise InvalidFieldError("router", name, f"one of {sorted(ROUTERS)}")
-    router: Router = ROUTERS[name]()
+    router = ROUTERS[name]()
     return StickySessions(router) if sticky else router

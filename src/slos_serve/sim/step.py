@@ -184,7 +184,7 @@ def start_step(
 
 @njit(cache=True)
 def uniform(seed: int, call: int, position: int) -> float:
-    """A number in [0, 1) that depends on its arguments only: the same draft is right under every policy (splitmix64)."""
+    """A number in [0, 1) that depends on its arguments only (splitmix64): a draft is right under every policy alike."""
     x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(call) * np.uint64(0xBF58476D1CE4E5B9)
     x += np.uint64(position) * np.uint64(0x94D049BB133111EB)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,9 +1,10 @@
 """When requests arrive: ``poisson``, ``gamma:CV``, and two processes fitted to Azure's production traces.
 
-``azure-code`` alternates bursts and silences: size, speed and following silence come from a table of the trace's bursts,
-drawn in short runs because neighbours resemble each other; gaps within a burst come from quantiles. ``azure-conv`` is a Poisson process whose rate drifts (an Ornstein-Uhlenbeck process in the
-logarithm). A rate other than the trace's stretches or shrinks its clock, as replaying a trace faster does: the CV stays,
-and peaks are the trace's at its own time scale. The mean rate of a sample is exactly the rate asked for.
+``azure-code`` alternates bursts and silences: size, speed and following silence come from a table of the trace's
+bursts, drawn in short runs because neighbours resemble each other; gaps within a burst come from quantiles.
+``azure-conv`` is a Poisson process whose rate drifts (an Ornstein-Uhlenbeck process in the logarithm). A rate other
+than the trace's stretches or shrinks its clock, as replaying a trace faster does: the CV stays, and peaks are the
+trace's at its own time scale. The mean rate of a sample is exactly the rate asked for.
 """
 
 from __future__ import annotations

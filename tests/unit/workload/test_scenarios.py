@@ -77,7 +77,7 @@ def test_slowdown_floor_and_own_numbers(tmp_path: Path) -> None:
 
 
 def test_unknown_names_come_with_the_list(tmp_path: Path) -> None:
-    with pytest.raises(InvalidFieldError, match="one of .*'chat'"):
+    with pytest.raises(InvalidFieldError, match=r"one of .*'chat'"):
         make_workload("chatt", 1.0, 10)
     file = tmp_path / "t.csv"
     file.write_text("Timestamp,Request tokens,Response tokens,slo_class\n0,10,5,gold\n")
