@@ -29,11 +29,13 @@ class SideRun:
         loads: result of each phase by name.
         scored: scores of each phase, in the order of its responses.
         events: what the scheduler wrote; ``None`` for stock vLLM, which promises nothing.
+        class_names: the classes, in the order in which they are shown.
     """
 
     loads: Mapping[str, LoadResult]
     scored: Mapping[str, Sequence[ScoredRequest]]
     events: SchedulerEvents | None
+    class_names: tuple[str, ...]
 
 
 def side_run(
@@ -41,7 +43,7 @@ def side_run(
 ) -> SideRun:
     """Score one side."""
     scored = {phase: score_responses(load.responses, plan.classes, model) for phase, load in loads.items()}
-    return SideRun(loads, scored, events)
+    return SideRun(loads, scored, events, tuple(slo_class.name for slo_class in plan.classes))
 
 
 def phase_json(side: SideRun, phase: str) -> dict[str, Any]:
@@ -51,7 +53,8 @@ def phase_json(side: SideRun, phase: str) -> dict[str, Any]:
     """
     load, scored = side.loads[phase], side.scored[phase]
     rows = summarize(scored)
-    total, classes = rows[-1], {row.name: row for row in rows if row.name != TOTAL and row.has_slo}
+    total, found = rows[-1], {row.name: row for row in rows if row.name != TOTAL and row.has_slo}
+    classes = {name: found[name] for name in side.class_names if name in found}
     pairs = list(zip(load.responses, scored, strict=True))
     promised = [(response.request.request_id, score) for response, score in pairs if score.has_slo]
     free = [score for score in scored if not score.has_slo]

@@ -45,7 +45,7 @@ def plot_demo(
     """
     with mpl.rc_context():
         mpl.rcParams.update(_STYLE)
-        figure = Figure(figsize=(10.0, 6.6), layout="constrained")
+        figure = Figure(figsize=(10.0, 6.8), layout="constrained")
         grid = figure.add_gridspec(2, 6, height_ratios=(1.0, 1.05))
         for column, phase in enumerate(PHASES):
             _attainment(figure.add_subplot(grid[0, 3 * column : 3 * column + 3]), result, phase, legend=column == 0)
@@ -54,6 +54,7 @@ def plot_demo(
             axes = figure.add_subplot(grid[1, 2 * column : 2 * column + 2])
             _streams(axes, sides, name, plan, model, first=column == 0)
         figure.suptitle(_title(result), x=0.01, ha="left", fontsize=12, fontweight="bold")
+        figure.supxlabel(_caption(result), x=0.01, ha="left", fontsize=7.5, color="#606060")
         figure.savefig(path)
 
 
@@ -61,6 +62,15 @@ def _title(result: Mapping[str, Any]) -> str:
     stock, ours = (result[side]["burst"]["attained"] for side in (STOCK, OURS))
     requests = result[OURS]["burst"]["requests"]
     return f"In the burst {ours} of {requests} requests keep their latency promises; on stock vLLM {stock}"
+
+
+def _caption(result: Mapping[str, Any]) -> str:
+    setup = result["setup"]
+    engine = "{model} on {device}, vLLM {engine_version}, seed {seed}. ".format_map(setup) if "model" in setup else ""
+    return (
+        f"{engine}Bars: Wilson 95 % intervals. Streams: of each class the first request of "
+        "the burst's second half that kept its promise with slos-serve."
+    )
 
 
 def _attainment(axes: Axes, result: Mapping[str, Any], phase: str, legend: bool) -> None:
@@ -74,19 +84,18 @@ def _attainment(axes: Axes, result: Mapping[str, Any], phase: str, legend: bool)
         low = [max(0.0, rate - 100.0 * bound[0]) for rate, bound in zip(rates, bounds, strict=True)]
         high = [max(0.0, 100.0 * bound[1] - rate) for rate, bound in zip(rates, bounds, strict=True)]
         axes.bar(at + shift, rates, 0.38, color=COLORS[side], label=SIDE_TITLES[side])
-        axes.errorbar(at + shift, rates, [low, high], fmt="none", ecolor="#404040", elinewidth=0.8, capsize=2)
-        for x, (attained, requests) in zip(at + shift, counts, strict=True):
-            axes.annotate(
-                f"{attained}/{requests}", (x, 0), (0, 2), textcoords="offset points", ha="center", fontsize=7, color="w"
-            )
+        axes.errorbar(at + shift, rates, [low, high], fmt="none", ecolor="#505050", elinewidth=0.7, capsize=2)
+        for x, rate, up, (attained, requests) in zip(at + shift, rates, high, counts, strict=True):
+            text, top = f"{attained}/{requests}", (x, rate + up)
+            axes.annotate(text, top, (0, 2), textcoords="offset points", ha="center", fontsize=7, color="#303030")
     load = result["setup"].get(f"{phase}_load")
     offered = "" if load is None else f": {load:.0%} of capacity offered"
     axes.set_title(f"{phase.capitalize()} phase{offered}")
     axes.set_xticks(at, [*names[:-1], "all"])
-    axes.set_ylim(0, 105)
-    axes.set_ylabel("attained, %")
+    axes.set_ylim(0, 112)
+    axes.set_yticks(range(0, 101, 25))
     if legend:
-        axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0.0, -0.32), ncols=2)
+        axes.set_ylabel("requests that attain, %")
 
 
 def _counts(phase: Mapping[str, Any], name: str) -> tuple[int, int]:
@@ -113,14 +122,14 @@ def _streams(
     response = _response(sides[OURS], request_id)
     (target,) = targets_of(plan.classes.classes[name], model.zero_load_s(response.prompt_tokens))
     due_s, tokens = due_line(target, response.output_tokens)
-    axes.plot(due_s, tokens, color=_DUE, lw=1.2, ls="--", label="promise (latest)")
-    axes.set_title(f"{name}: one stream of the burst")
+    axes.plot(due_s, tokens, color=_DUE, lw=1.2, ls="--", label="promised at the latest")
+    axes.set_title(f"Burst, one stream: {name}")
     axes.set_xlabel("seconds since the request was sent")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
     if first:
         axes.set_ylabel("tokens received")
-        axes.legend(frameon=False, loc="lower right", fontsize=8)
+        axes.figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside upper left", ncols=3)
 
 
 def due_line(target: StageTarget, tokens: int) -> tuple[list[float], list[int]]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import typer
 
+from slos_serve.cli.bench import bench
+from slos_serve.cli.demo import demo
+from slos_serve.cli.profile import profile
 from slos_serve.cli.serve import PASS_THROUGH, serve
 
 app = typer.Typer(
@@ -21,3 +24,6 @@ def main() -> None:
 
 
 app.command(context_settings=PASS_THROUGH)(serve)
+app.command(context_settings=PASS_THROUGH)(profile)
+app.command()(bench)
+app.command()(demo)

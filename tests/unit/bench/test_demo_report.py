@@ -84,7 +84,8 @@ def test_chart_is_written(tmp_path: Path) -> None:
     plan = small_plan()
     sides = sides_of(plan)
     path = tmp_path / "demo.png"
-    plot_demo(demo_json(sides, {"calm_load": 0.5, "burst_load": 2.0}), sides, plan, MODEL, path)
+    setup = {"model": "m", "device": "a CPU", "engine_version": "1", "seed": 0, "calm_load": 0.5, "burst_load": 2.0}
+    plot_demo(demo_json(sides, setup), sides, plan, MODEL, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 

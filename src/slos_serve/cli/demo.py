@@ -1,0 +1,185 @@
+"""``slos-serve demo``: stock vLLM beside vLLM with the plug-in, on this machine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from slos_serve.core.errors import SlosServeError
+
+if TYPE_CHECKING:
+    from slos_serve.bench.demo import EngineSetup, Told
+    from slos_serve.bench.demo_plan import DemoPlan, DemoSettings
+    from slos_serve.bench.demo_report import SideRun
+    from slos_serve.files.profile_file import Profile
+
+PROFILE_SECONDS = 60.0
+
+
+def demo(
+    model: Annotated[str, typer.Option(help="What vLLM loads; 'smollm2' needs no download.")] = "smollm2",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the chart here.")] = None,
+    profile: Annotated[Path | None, typer.Option(help="Batch-time profile instead of the cached one.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the requests.")] = 0,
+) -> None:
+    """Send the same requests to stock vLLM and to vLLM with SLOs-Serve and count the latency promises kept.
+
+    Takes about six minutes on two cores, four more the first time for the model and its profile.
+    """
+    from slos_serve.bench.demo_plan import DemoSettings
+    from slos_serve.bench.demo_report import claims, demo_json, demo_table
+
+    console = Console(stderr=True)
+    folder = Path(tempfile.mkdtemp(prefix="slos-serve-demo-"))
+    began_s = time.monotonic()
+    try:
+        setup, found = _engine(console, model, profile)
+        plan, sides = _run(console, setup, DemoSettings(seed=seed), folder)
+        result = demo_json(sides, _setup_json(setup, found, plan, time.monotonic() - began_s))
+    except SlosServeError as error:
+        console.print(f"[bold red]slos-serve demo:[/] {str(error).replace('[', chr(92) + '[')}", highlight=False)
+        console.print(f"The servers' logs are in {folder}", highlight=False)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print("stopped; the servers are down and nothing was written")
+        raise typer.Exit(130) from None
+    out = Console()
+    out.print(demo_table(result))
+    for text, held in claims(result):
+        out.print(f"[green]yes[/] {text}" if held else f"[red]no [/] {text}", highlight=False)
+    _write(result, sides, plan, setup, json_file, png)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSetup, Profile]:
+    """The model, how it is started, and its profile: the one given, the cached one, or a new one."""
+    with console.status("loading vLLM"):
+        from slos_serve.bench.demo import EngineSetup
+        from slos_serve.files.profile_file import default_profile_path, find_profile, load_profile, save_profile
+        from slos_serve.vllm_plugin.cpu_model import resolve_model
+        from slos_serve.vllm_plugin.launch import CPU_ENGINE_ARGS, CPU_ENVIRONMENT
+        from slos_serve.vllm_plugin.profile_run import engine_identity, profile_engine
+    with console.status(f"preparing the model '{model}' (converted once, then cached)"):
+        path = str(resolve_model(model))
+    identity = asdict(engine_identity(path, CPU_ENGINE_ARGS))
+    kept = (given, load_profile(given)) if given is not None else find_profile(path, **identity)
+    if kept is None:
+        console.print(f"No profile of this model on this machine yet: measuring for {PROFILE_SECONDS:g} s, once.")
+        with _progress(console) as progress:
+            task = progress.add_task("starting the engine", total=None)
+            run = profile_engine(
+                path,
+                CPU_ENGINE_ARGS,
+                duration_s=PROFILE_SECONDS,
+                progress=lambda phase, part: progress.update(task, description=phase, total=1.0, completed=part),
+            )
+        kept = (default_profile_path(path, **identity), run.profile)
+        save_profile(run.profile, kept[0], run.samples)
+    profile_path, profile = kept
+    profile.check_matches(model=path, **identity)
+    console.print(f"profile: {profile_path} ({profile.device}, measured {profile.created})", highlight=False)
+    return EngineSetup(path, CPU_ENGINE_ARGS, CPU_ENVIRONMENT, profile_path, profile.model), profile
+
+
+def _run(
+    console: Console, setup: EngineSetup, settings: DemoSettings, folder: Path
+) -> tuple[DemoPlan, dict[str, SideRun]]:
+    from slos_serve.bench.demo import run_side
+    from slos_serve.bench.demo_plan import classes_yaml, plan_demo
+    from slos_serve.bench.demo_report import OURS, SIDE_TITLES, STOCK
+
+    plan = plan_demo(setup.profile_model, settings)
+    classes_path = folder / "classes.yaml"
+    classes_path.write_text(classes_yaml(plan.classes), encoding="utf-8")
+    _announce(console, plan)
+    sides = {}
+    for side, classes in ((STOCK, None), (OURS, classes_path)):
+        with _progress(console) as progress:
+            task = progress.add_task(f"{SIDE_TITLES[side]}: starting the server", total=None)
+            told = _told(progress, task, SIDE_TITLES[side])
+            sides[side] = run_side(setup, plan, folder, name=side, classes=classes, told=told)
+        console.print(f"{SIDE_TITLES[side]}: done", highlight=False)
+    return plan, sides
+
+
+def _told(progress: Progress, task: TaskID, title: str) -> Told:
+    from slos_serve.bench.demo import Told
+
+    names = {"warm": "warm-up", "calm": "calm phase", "burst": "burst and what it leaves behind"}
+    return Told(
+        phase=lambda name, count: progress.update(
+            task, description=f"{title}: {names[name]}", total=count, completed=0, refresh=True
+        ),
+        answered=lambda _response: progress.advance(task),
+    )
+
+
+def _announce(console: Console, plan: DemoPlan) -> None:
+    step_ms, settings = 1000.0 * plan.decode_step_s, plan.settings
+    console.print(
+        f"This engine decodes {settings.decode_batch} requests in {step_ms:.0f} ms and carries at most "
+        f"{plan.capacity_per_s:.2f} requests/s of the demo's mix. Promises, scaled from that:",
+        highlight=False,
+    )
+    for slo_class in plan.classes:
+        slo = slo_class.slo
+        console.print(
+            f"  {slo_class.name:14} first token within {slo.ttft_slowdown:g} x the prompt's time alone (at least "
+            f"{slo.ttft_floor_ms:.0f} ms), then {slo.tpot_ms:.0f} ms a token",
+            highlight=False,
+        )
+    console.print(
+        f"Each side gets {len(plan.calm)} requests in {settings.calm_s:g} s ({settings.calm_load:.0%} of capacity), "
+        f"then {len(plan.burst)} in {settings.burst_s:g} s ({settings.burst_load:.0%}).",
+        highlight=False,
+    )
+
+
+def _setup_json(setup: EngineSetup, profile: Profile, plan: DemoPlan, wall_s: float) -> dict[str, Any]:
+    return {
+        "model": profile.model_name,
+        "device": profile.device,
+        "engine_version": profile.engine_version,
+        "vllm_args": list(setup.vllm_args),
+        "profile_created": profile.created,
+        "batch_time": {name: getattr(profile.model, name) for name in profile.model.__slots__},
+        "capacity_per_s": plan.capacity_per_s,
+        "decode_step_ms": 1000.0 * plan.decode_step_s,
+        "classes": {slo_class.name: asdict(slo_class.slo) for slo_class in plan.classes},
+        "wall_s": wall_s,
+        **asdict(plan.settings),
+    }
+
+
+def _write(
+    result: dict[str, Any],
+    sides: dict[str, SideRun],
+    plan: DemoPlan,
+    setup: EngineSetup,
+    json_file: Path | None,
+    png: Path | None,
+) -> None:
+    from slos_serve.bench.plots import plot_demo
+
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if png is not None:
+        png.parent.mkdir(parents=True, exist_ok=True)
+        plot_demo(result, sides, plan, setup.profile_model, png)
+
+
+def _progress(console: Console) -> Progress:
+    # Few redraws: this process shares its cores with the engine.
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, transient=True, refresh_per_second=2)

@@ -1,0 +1,130 @@
+"""``slos-serve bench`` from the command line against a scripted server, and how it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from slos_serve.cli.main import app
+from tests.unit.bench.sse_server import Call, Script, SseServer, chat_chunk, sse_server, usage
+
+CLASSES = "classes: {chat: {ttft_ms: 60000, tpot_ms: 60000}, slow: {ttft_slowdown: 3}}\n"
+
+
+class AnyPrompt(dict[str, Script]):
+    """Answers every prompt with as many tokens as it has at most, counting five characters as a token."""
+
+    def __missing__(self, prompt: str) -> Script:
+        async def answer(call: Call) -> None:
+            await call.start("200 OK", f"x-slo-class: {call.headers.get('x-slo-class', 'none')}")
+            for count in range(1, int(call.body["max_tokens"]) + 1):
+                await call.event(chat_chunk("x") | usage(len(prompt) // 5, count))
+            await call.event("[DONE]")
+
+        return answer
+
+
+@contextmanager
+def served() -> Iterator[SseServer]:
+    """A scripted server in a thread of its own: the command runs its own event loop."""
+    ready, ended = threading.Event(), threading.Event()
+    found: list[SseServer] = []
+
+    async def serve() -> None:
+        async with sse_server(AnyPrompt(), "0.32.0") as server:
+            found.append(server)
+            ready.set()
+            await asyncio.to_thread(ended.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    ready.wait(10.0)
+    try:
+        yield found[0]
+    finally:
+        ended.set()
+        thread.join()
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    path = tmp_path / "classes.yaml"
+    path.write_text(CLASSES, encoding="utf-8")
+    return path
+
+
+def bench(*arguments: object) -> Result:
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def test_named_workload_gives_table_json_and_record(classes: Path, tmp_path: Path) -> None:
+    result_file, record = tmp_path / "result.json", tmp_path / "record.jsonl"
+    common = ("--classes", classes, "--workload", "chat", "--rate", 50, "--duration", 0.2, "--length-scale", 0.1)
+    with served() as server:
+        ran = bench("--base-url", server.url, *common, "--seed", 1, "--json", result_file, "--record", record)
+        assert ran.exit_code == 0, ran.output
+        sent = [call.headers["x-slo-class"] for call in server.calls]
+    result = json.loads(result_file.read_text(encoding="utf-8"))
+    assert sent == ["chat"] * result["total"]["requests"]
+    assert result["total"]["attained"] == result["total"]["requests"] > 0
+    assert result["warnings"] == [] or "late" in result["warnings"][0]
+    assert result["seed"] == 1 and result["vllm_version"] == "0.32.0"
+    assert "chat" in ran.output and "100.0%" in ran.output
+    assert len(record.read_text(encoding="utf-8").splitlines()) == 1 + len(sent)
+
+
+def test_trace_keeps_its_lengths(classes: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    rows = ["TIMESTAMP,ContextTokens,GeneratedTokens", "2023-11-16 18:00:00.0,40,3", "2023-11-16 18:00:09.0,90,2"]
+    trace.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    record = tmp_path / "record.jsonl"
+    one_class = tmp_path / "one.yaml"
+    one_class.write_text("classes: {only: {ttft_ms: 60000}}\n", encoding="utf-8")
+    with served() as server:
+        ran = bench(
+            "--base-url", server.url, "--classes", one_class, "--trace", trace, "--rate", 100, "--record", record
+        )  # fmt: skip
+    assert ran.exit_code == 0, ran.output
+    _, first, second = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    assert [row["output_tokens"] for row in (first, second)] == [3, 2]
+    assert first["prompt_tokens"] == pytest.approx(40, abs=8)
+    assert second["prompt_tokens"] == pytest.approx(90, abs=8)
+    assert first["slo_class"] == "only"
+    assert second["arrival_s"] == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--rate", 1, "--duration", 1), "--workload"),
+        (("--workload", "chat", "--trace", "x.csv"), "one of them"),
+        (("--workload", "nope", "--rate", 1, "--duration", 1), "mixed"),
+        (("--workload", "chat", "--duration", 1), "--rate"),
+        (("--workload", "chat", "--rate", 0, "--duration", 1), "above 0"),
+        (("--workload", "coding", "--rate", 9, "--duration", 1), "coding"),
+        (("--workload", "chat", "--rate", 1, "--duration", 1, "--slo-in", "cookie"), "slo_in"),
+        (("--workload", "chat", "--rate", 1, "--duration", 1, "--api", "soap"), "completions"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(arguments: tuple[object, ...], says: str, classes: Path) -> None:
+    with served() as server:
+        ran = bench("--base-url", server.url, "--classes", classes, *arguments)
+        assert not server.calls, "nothing may be sent before the settings are known to fit"
+    assert ran.exit_code != 0
+    assert says in ran.output
+    assert "Traceback" not in ran.output
+
+
+def test_no_server_says_what_to_do(classes: Path) -> None:
+    ran = bench(
+        "--base-url", "http://127.0.0.1:9", "--classes", classes, "--workload", "chat", "--rate", 1, "--duration", 1
+    )  # fmt: skip
+    assert ran.exit_code == 1
+    assert "is the server up" in ran.output
