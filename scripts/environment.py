@@ -121,7 +121,7 @@ class Installer:
         return self._run([sys.executable, "-m", "uv", "pip", arguments[0], "--quiet", *arguments[1:]], self._env)
 
     def _pip(self, *arguments: str) -> bool:
-        quiet = ("--quiet", "--disable-pip-version-check")
+        quiet = ("-qq", "--disable-pip-version-check")  # errors only
         return self._run([sys.executable, "-m", "pip", arguments[0], *quiet, *arguments[1:]], {})
 
 

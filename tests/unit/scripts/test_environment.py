@@ -116,7 +116,7 @@ def test_pip_alone_where_uv_cannot_be_had() -> None:
     installer = with_uv(recorder)
     assert not installer.has_uv
     assert installer.install("x==1")
-    assert recorder.commands == ["pip install --quiet --disable-pip-version-check --no-deps x==1"]
+    assert recorder.commands == ["pip install -qq --disable-pip-version-check --no-deps x==1"]
 
 
 def test_pins_are_found_by_their_exact_name() -> None:

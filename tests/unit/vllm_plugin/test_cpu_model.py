@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sys
 import threading
 from pathlib import Path
 
@@ -104,8 +105,10 @@ def test_folder_name_carries_both_versions(monkeypatch: pytest.MonkeyPatch, tmp_
     assert Path(resolve_model("smollm2")) != folder
 
 
-def test_conversion_failure_says_why(tmp_path: Path) -> None:
-    not_gguf = tmp_path / "w.gguf"
-    not_gguf.write_bytes(b"nothing of the kind")
-    with pytest.raises(CpuModelError, match=r"converting w\.gguf failed"):
-        cpu_model.run_conversion(not_gguf, tmp_path / "out")
+def test_conversion_failure_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\necho 'not a GGUF file' >&2\nexit 3\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(CpuModelError, match=r"converting w\.gguf failed:\nnot a GGUF file"):
+        cpu_model.run_conversion(tmp_path / "w.gguf", tmp_path / "out")
