@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -80,7 +80,7 @@ def _settle(console: Console, model: str, given: tuple[str, ...], plugin: Plugin
             raise InvalidFieldError(name, option_value(given, name), f"not here: 'serve MODEL' sets {name}")
     port = _port(option_value(given, "--port"))
     class_set = ClassSet() if plugin.classes is None else load_classes(plugin.classes)
-    path, vllm_args = _model(model, given)
+    path, vllm_args = _model(model, given, console.print)
     profile_path, profile = _profile(console, path, vllm_args, plugin.profile, profile_seconds)
     return ServePlan(
         model=path,
@@ -101,11 +101,11 @@ def _port(text: str | None) -> int:
     return int(text)
 
 
-def _model(model: str, given: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
+def _model(model: str, given: tuple[str, ...], announce: Callable[[str], None]) -> tuple[str, tuple[str, ...]]:
     """What vLLM loads; a short name stays the name that clients use."""
     from slos_serve.vllm_plugin.cpu_model import resolve_model
 
-    path = str(resolve_model(model))
+    path = resolve_model(model, announce)
     if path == model or option_value(given, "--served-model-name") is not None:
         return path, given
     return path, (*given, "--served-model-name", model)

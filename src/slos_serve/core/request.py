@@ -38,6 +38,7 @@ REQUEST_DTYPE = np.dtype(
         ("stage_tokens", np.int64),  # the part of output_tokens that belongs to the current stage
         ("max_tokens", np.int64),  # hard cap on output_tokens
         ("expected_tokens", np.int64),  # forecast of the final output_tokens
+        ("hint_tokens", np.int64),  # the client's own forecast of it; 0 without one
         ("cached_tokens", np.int64),  # prompt tokens that a prefix cache will supply when it starts
         ("class_index", np.int64),
         ("order", np.int64),  # arrival order, grows
@@ -76,7 +77,7 @@ class RequestTable:
         class_index: int = 0,
         weight: float = 1.0,
         max_stall_s: float = np.inf,
-        expected_tokens: int = 0,
+        hint_tokens: int = 0,
         cached_tokens: int = 0,
     ) -> int:
         """Enter a waiting request; returns its slot."""
@@ -97,7 +98,8 @@ class RequestTable:
         row["output_tokens"] = 0
         row["stage_tokens"] = 0
         row["max_tokens"] = max_tokens
-        row["expected_tokens"] = expected_tokens or max_tokens
+        row["expected_tokens"] = min(hint_tokens, max_tokens) or max_tokens
+        row["hint_tokens"] = hint_tokens
         row["cached_tokens"] = cached_tokens
         row["class_index"] = class_index
         row["order"] = self._num_added

@@ -116,6 +116,11 @@ class SLOClass:
         """Promises of the first stage."""
         return self.stages[0].slo
 
+    @property
+    def best_effort(self) -> bool:
+        """True when no stage promises anything."""
+        return all(stage.slo.best_effort for stage in self.stages)
+
     def with_overrides(self, ttft_ms: float | None = None, tpot_ms: float | None = None) -> SLOClass:
         """The same class with a request's own absolute TTFT, or TPOT for every stage."""
         stages = self.stages

@@ -76,7 +76,7 @@ class Engine:
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
     stand_in = Engine()
     run = SimpleNamespace(engine_identity=lambda *_: Identity(), profile_engine=stand_in.profile_engine)
-    models = SimpleNamespace(resolve_model=lambda name: "/models/small" if name == "smollm2" else name)
+    models = SimpleNamespace(resolve_model=lambda name, _: "/models/small" if name == "smollm2" else name)
     monkeypatch.setitem(sys.modules, "slos_serve.vllm_plugin.profile_run", run)
     monkeypatch.setitem(sys.modules, "slos_serve.vllm_plugin.cpu_model", models)
     monkeypatch.setenv("SLOS_SERVE_CACHE", str(tmp_path / "cache"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from slos_serve.core.errors import InvalidFieldError
@@ -124,7 +124,6 @@ def test_the_class_applied_follows_request_then_default() -> None:
         SloArgs(slo_class="gold").applied(CLASSES)
 
 
-unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 _VALUES = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=70) | st.lists(st.integers(), max_size=2)
 )
@@ -133,7 +132,6 @@ _KEYS = st.sampled_from(
 )
 
 
-@unhurried
 @given(st.dictionaries(_KEYS, _VALUES))
 def test_whatever_comes_is_read_or_refused(extra_args: dict[str, object]) -> None:
     try:
@@ -143,7 +141,6 @@ def test_whatever_comes_is_read_or_refused(extra_args: dict[str, object]) -> Non
     assert args.ttft_ms is None or 0.0 < args.ttft_ms <= 86_400_000.0
 
 
-@unhurried
 @given(st.lists(st.tuples(st.sampled_from([b"x-slo-class", b"x-slo-ttft-ms", b"x-session-id", b"a"]), st.binary())))
 def test_whatever_header_comes_is_read_or_refused(headers: list[tuple[bytes, bytes]]) -> None:
     try:

@@ -1,0 +1,197 @@
+"""From the request table to the inputs of admission: tiers, what runs, who asks, what each costs.
+
+Everything here is per plan and cheap: one pass over the running and the waiting requests.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from slos_serve.core.request import RequestArray, SlotArray, Status
+from slos_serve.perf.batch_time import K_C, K_CTX, K_M, K_Q, K_SEQ
+from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
+
+UNDECIDED = int(Status.UNDECIDED)
+ADMITTED = int(Status.ADMITTED)
+BEST_EFFORT = int(Status.BEST_EFFORT)
+MAX_TIERS = 4
+MAX_DISTINCT = 64
+
+
+@njit(cache=True)
+def forecast_lengths(rows: RequestArray, slots: SlotArray, table: FloatArray, edges: FloatArray) -> None:
+    """Write ``expected_tokens`` of each slot: its class's conditional quantile, or the client's hint while it holds.
+
+    Args:
+        table: float64 [classes, bins], see :class:`slos_serve.planning.lengths.LengthForecast`.
+        edges: float64 [bins].
+    """
+    for slot in slots:
+        generated = rows["output_tokens"][slot]
+        hint = rows["hint_tokens"][slot]
+        if hint > generated:
+            expected = float(hint)
+        else:
+            at = min(np.searchsorted(edges, float(generated)), len(edges) - 1)
+            expected = max(table[rows["class_index"][slot], at], float(generated + 1))
+        rows["expected_tokens"][slot] = min(int(expected), rows["max_tokens"][slot])
+
+
+@njit(cache=True)
+def tokens_to_do(rows: RequestArray, slot: int) -> int:
+    """Tokens whose KV is missing before the next token can be sampled; 1 for a decode."""
+    return rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - rows["computed_tokens"][slot]
+
+
+@njit(cache=True)
+def next_due_s(rows: RequestArray, slot: int, tpot_margin: float) -> float:
+    """When the next token is due: the first by the TTFT, token k of a stage by its start + k * TPOT."""
+    if rows["stage_tokens"][slot] == 0:
+        return rows["ttft_due_s"][slot]
+    paced = rows["stage_start_s"][slot] + rows["stage_tokens"][slot] * rows["tpot_s"][slot] * (1.0 - tpot_margin)
+    return min(paced, rows["last_token_s"][slot] + rows["max_stall_s"][slot])
+
+
+@njit(cache=True)
+def demote_lost(
+    rows: RequestArray, slots: SlotArray, now_s: float, coefficients: FloatArray, demoted: SlotArray
+) -> int:
+    """Turn requests whose promise can no longer be kept into best effort; fills ``demoted``, returns how many.
+
+    A first token is lost when even alone on the engine the prompt would end late. A decode stage is lost when all the
+    tokens it may still produce, each as fast as a batch can be, would not bring its mean back to the target.
+    """
+    count = 0
+    fastest_s = linear_step_s(coefficients, 1.0) + coefficients[K_SEQ]
+    for slot in slots:
+        if rows["status"][slot] == BEST_EFFORT:
+            continue
+        if rows["output_tokens"][slot] == 0:
+            todo = max(tokens_to_do(rows, slot) - rows["cached_tokens"][slot], 1)
+            alone_s = linear_step_s(coefficients, float(todo)) + coefficients[K_Q] * todo * todo + coefficients[K_SEQ]
+            lost = now_s + alone_s > rows["ttft_due_s"][slot]
+        else:
+            left = rows["max_tokens"][slot] - rows["output_tokens"][slot]
+            due_s = rows["stage_start_s"][slot] + rows["stage_tokens"][slot] * rows["tpot_s"][slot]
+            late_s = now_s + fastest_s - due_s
+            lost = late_s > 0.0 and late_s > (left - 1) * (rows["tpot_s"][slot] - fastest_s)
+        if lost:
+            rows["status"][slot] = BEST_EFFORT
+            demoted[count] = slot
+            count += 1
+    return count
+
+
+@njit(cache=True)
+def _tier_periods(rows: RequestArray, running: SlotArray, waiting: SlotArray) -> FloatArray:
+    """Distinct TPOTs among SLO requests, ascending, at most MAX_TIERS: the loosest ones merge into the next tighter."""
+    distinct = np.empty(MAX_DISTINCT)
+    count = 0
+    for part in (running, waiting):
+        for slot in part:
+            if rows["status"][slot] == BEST_EFFORT:
+                continue
+            tpot_s = rows["tpot_s"][slot]
+            known = False
+            for j in range(count):
+                if distinct[j] == tpot_s:
+                    known = True
+                    break
+            if not known and count < MAX_DISTINCT:
+                distinct[count] = tpot_s
+                count += 1
+    if count == 0:
+        return np.full(1, np.inf)
+    ordered = np.sort(distinct[:count])
+    if count <= MAX_TIERS:
+        return ordered
+    chosen = np.empty(MAX_TIERS)
+    for j in range(MAX_TIERS):
+        chosen[j] = ordered[(j * count) // MAX_TIERS]
+    return chosen
+
+
+@njit(cache=True)
+def _tier_of(periods_s: FloatArray, tpot_s: float) -> int:
+    """The loosest tier that is at least as tight as ``tpot_s``."""
+    found = 0
+    for j in range(len(periods_s)):
+        if periods_s[j] <= tpot_s:
+            found = j
+    return found
+
+
+@njit(cache=True)
+def gather(
+    rows: RequestArray,
+    running: SlotArray,
+    waiting: SlotArray,
+    start_s: float,
+    coefficients: FloatArray,
+    tpot_margin: float,
+    max_implied_ttft_s: float,
+) -> tuple[SlotArray, FloatArray, FloatArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Sort out who decodes, who must be prefilled and who may be admitted.
+
+    Returns:
+        slots (int64 [n]): requests with prefill left, in deadline order.
+        due_s (float64 [n]), cost_tokens (float64 [n]), tier (int64 [n]), must (float64 [n], 1.0 where promised),
+        base_counts (float64 [L]), periods_s (float64 [L], margin taken off), extra_s_each (float64 [L]).
+    """
+    tiers = _tier_periods(rows, running, waiting)
+    num_tiers = len(tiers)
+    base_counts = np.zeros(num_tiers)
+    context = np.zeros(num_tiers)
+    in_tier = np.zeros(num_tiers)
+    most = len(running) + len(waiting)
+    slots = np.empty(most, dtype=np.int64)
+    due_s = np.empty(most)
+    cost = np.empty(most)
+    tier = np.empty(most, dtype=np.int64)
+    must = np.zeros(most)
+    count = 0
+    slope = max(coefficients[K_C], coefficients[K_M])
+    for part in (running, waiting):
+        for slot in part:
+            status = rows["status"][slot]
+            if status == BEST_EFFORT:
+                continue
+            level = _tier_of(tiers, rows["tpot_s"][slot])
+            todo = tokens_to_do(rows, slot)
+            # A decode reads its context once a token: on average what it holds now plus half of what will come.
+            context[level] += rows["prompt_tokens"][slot] + 0.5 * (
+                rows["output_tokens"][slot] + rows["expected_tokens"][slot]
+            )
+            in_tier[level] += 1.0
+            if rows["output_tokens"][slot] > 0 and todo <= 1:
+                base_counts[level] += 1.0
+                continue
+            done = rows["computed_tokens"][slot]
+            if rows["running"][slot] == 0:
+                done += rows["cached_tokens"][slot]
+                todo = max(todo - rows["cached_tokens"][slot], 1)
+            extra_s = coefficients[K_Q] * todo * (todo + 2 * done) + coefficients[K_SEQ] + coefficients[K_CTX] * done
+            slots[count] = slot
+            due = next_due_s(rows, slot, tpot_margin)
+            due_s[count] = min(due, rows["arrival_s"][slot] + max_implied_ttft_s) if due == np.inf else due
+            due_s[count] = max(due_s[count], start_s)
+            cost[count] = todo + extra_s / slope
+            tier[count] = level
+            must[count] = 1.0 if status == ADMITTED else 0.0
+            count += 1
+    order = np.argsort(due_s[:count], kind="mergesort")
+    extra_s_each = np.empty(num_tiers)
+    for j in range(num_tiers):
+        mean_context = context[j] / in_tier[j] if in_tier[j] > 0.0 else 0.0
+        extra_s_each[j] = coefficients[K_CTX] * mean_context + coefficients[K_SEQ]
+    return (
+        slots[:count][order],
+        due_s[:count][order],
+        cost[:count][order],
+        tier[:count][order],
+        must[:count][order],
+        base_counts,
+        tiers * (1.0 - tpot_margin),
+        extra_s_each,
+    )

@@ -1,0 +1,93 @@
+"""How long answers will be, learnt per class while serving (design 4.4). No oracle: only finished requests are seen.
+
+Lengths fall into geometric bins; each class keeps decaying counts. The forecast for a request that has generated ``g``
+tokens is a quantile of the lengths beyond ``g`` (survival), capped by ``max_tokens``. A weak prior stands in until
+enough answers of the class have been seen.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slos_serve.core.errors import InvalidFieldError
+
+NUM_BINS = 96
+FIRST_EDGE = 4.0
+GROWTH = 1.1
+PRIOR_LENGTH_TOKENS = 256.0
+PRIOR_SPREAD = 1.2  # standard deviation of log length
+PRIOR_WEIGHT = 8.0
+
+
+def bin_edges() -> NDArray[np.float64]:
+    """float64 [NUM_BINS], upper edge of each bin in tokens; the last is open."""
+    edges = FIRST_EDGE * GROWTH ** np.arange(NUM_BINS)
+    return np.maximum(np.ceil(edges), np.arange(1, NUM_BINS + 1) + FIRST_EDGE - 1)
+
+
+EDGES = bin_edges()
+
+
+class LengthForecast:
+    """Decaying histograms of output lengths by class, and their conditional quantiles.
+
+    Args:
+        num_classes: rows to keep.
+        quantile: which quantile of the remaining distribution :meth:`table` holds.
+        half_life: answers of a class after which an old one counts half.
+    """
+
+    def __init__(self, num_classes: int, quantile: float = 0.7, half_life: float = 500.0) -> None:
+        if not 0.0 < quantile < 1.0:
+            raise InvalidFieldError("length_quantile", quantile, "a number in (0, 1)")
+        self._quantile = quantile
+        self._decay = 0.5 ** (1.0 / half_life)
+        self._counts = np.tile(_prior(), (num_classes, 1))
+        self._table = np.empty((num_classes, NUM_BINS), dtype=np.float64)
+        self._stale = np.ones(num_classes, dtype=bool)
+        self._seen_since = np.zeros(num_classes, dtype=np.int64)
+
+    def observe(self, class_index: int, output_tokens: int) -> None:
+        """Learn from an answer that ended by itself."""
+        row = self._counts[class_index]
+        row *= self._decay
+        row[min(int(np.searchsorted(EDGES, output_tokens)), NUM_BINS - 1)] += 1.0
+        self._seen_since[class_index] += 1
+        # Refreshing the table costs more than an observation, and one answer in many hardly moves a quantile.
+        if self._seen_since[class_index] >= min(8.0, 0.02 * row.sum()):
+            self._stale[class_index] = True
+
+    def table(self) -> NDArray[np.float64]:
+        """float64 [num_classes, NUM_BINS]: forecast total length given the bin of the tokens generated so far."""
+        for class_index in np.flatnonzero(self._stale):
+            self._table[class_index] = conditional_quantiles(self._counts[class_index], self._quantile)
+            self._stale[class_index] = False
+            self._seen_since[class_index] = 0
+        return self._table
+
+
+def conditional_quantiles(counts: NDArray[np.float64], quantile: float) -> NDArray[np.float64]:
+    """float64 [NUM_BINS]: for each bin b, the ``quantile`` of lengths given that they reach bin b.
+
+    Past the longest length seen, half as much again is expected.
+    """
+    survival = np.append(np.cumsum(counts[::-1])[::-1], 0.0)
+    result = np.empty(NUM_BINS)
+    for b in range(NUM_BINS):
+        if survival[b] <= 1e-9 * survival[0]:
+            result[b] = 1.5 * EDGES[b]
+            continue
+        target = survival[b] * (1.0 - quantile)
+        # First bin at whose end at most ``target`` survives.
+        at = int(np.searchsorted(-survival[1:], -target))
+        result[b] = EDGES[min(at, NUM_BINS - 1)]
+    return result
+
+
+def _prior() -> NDArray[np.float64]:
+    log_edges = np.log(EDGES)
+    density = np.exp(-0.5 * ((log_edges - np.log(PRIOR_LENGTH_TOKENS)) / PRIOR_SPREAD) ** 2)
+    density[1:] *= np.diff(log_edges)
+    density[0] *= log_edges[1] - log_edges[0]
+    return np.asarray(PRIOR_WEIGHT * density / density.sum())

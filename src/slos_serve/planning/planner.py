@@ -1,0 +1,161 @@
+"""The planner: one call before every batch turns the state of an engine into a step plan.
+
+In reading order: forecast lengths, give up what is lost, admit (Algorithm 1), form the batch, make the promises that
+the batch begins to keep. A waiting request is promised nothing until its first prefill chunk runs ("late binding"):
+until then every plan decides anew, so a request that fits badly gives way to two that fit well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slos_serve.core.plan import EngineView, StepPlan
+from slos_serve.core.request import RequestArray, SlotArray
+from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.planning.admission_kernel import INFEASIBLE, admit
+from slos_serve.planning.batching import form_batch
+from slos_serve.planning.candidates import ADMITTED, BEST_EFFORT, UNDECIDED, demote_lost, forecast_lengths, gather
+from slos_serve.planning.lengths import EDGES, LengthForecast
+from slos_serve.planning.memory import reserve
+from slos_serve.planning.settings import PlannerSettings
+
+_NONE: SlotArray = np.empty(0, dtype=np.int64)
+
+
+@dataclass(slots=True)
+class PlannerCounters:
+    """What the planner did, for metrics and benchmarks (counts only grow)."""
+
+    plans: int = 0
+    admissions: int = 0
+    labels: int = 0
+    greedy_answers: int = 0
+    infeasible_musts: int = 0
+    demoted: int = 0
+
+
+class Planner:
+    """Plans steps of one engine.
+
+    Args:
+        model: batch times of the engine.
+        num_classes: SLO classes that requests may belong to.
+        settings: knobs.
+    """
+
+    def __init__(self, model: BatchTimeModel, num_classes: int, settings: PlannerSettings | None = None) -> None:
+        self.settings = settings or PlannerSettings()
+        self.lengths = LengthForecast(num_classes, self.settings.length_quantile)
+        self.counters = PlannerCounters()
+        self._model = model
+        self.correct(1.0)
+
+    def correct(self, factor: float) -> None:
+        """Plan from now on as if batches took ``factor`` times what the model says (online correction)."""
+        self._coefficients = self._model.coefficients * (factor * (1.0 + self.settings.step_margin))
+
+    def plan(self, now_s: float, view: EngineView) -> StepPlan:
+        """Plan the step that starts at ``now_s``."""
+        rows = view.table.rows
+        self.counters.plans += 1
+        if not self.settings.oracle_lengths:
+            table = self.lengths.table()
+            forecast_lengths(rows, view.running, table, EDGES)
+            forecast_lengths(rows, view.waiting, table, EDGES)
+        demoted = self._give_up(rows, view, now_s)
+        status = rows["status"][view.waiting]
+        asking = view.waiting[status != BEST_EFFORT]
+        leftover = view.waiting[status == BEST_EFFORT]
+        leftover = leftover[np.argsort(rows["order"][leftover], kind="stable")]
+        chosen = self._admit(rows, view, asking, now_s) if len(asking) else _NONE
+        slots, tokens, reasons, held, held_reasons, preempt, step_s = self._form(rows, view, chosen, leftover, now_s)
+        if len(slots) == 0 and len(asking):
+            # Nothing else to do and it is not lost yet: the engine is better used than idle.
+            chosen = asking[np.argmin(rows["ttft_due_s"][asking])][None]
+            slots, tokens, reasons, held, held_reasons, preempt, step_s = self._form(rows, view, chosen, leftover, now_s)
+        admitted = slots[rows["status"][slots] == UNDECIDED]
+        rows["status"][admitted] = ADMITTED
+        return StepPlan(
+            slots=slots,
+            tokens=tokens,
+            reasons=reasons,
+            held=held,
+            held_reasons=held_reasons,
+            preempt=preempt,
+            admitted=admitted,
+            demoted=demoted,
+            predicted_s=step_s,
+        )
+
+    def _form(
+        self, rows: RequestArray, view: EngineView, chosen: SlotArray, leftover: SlotArray, now_s: float
+    ) -> tuple[SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, float]:
+        return form_batch(
+            rows,
+            view.running,
+            chosen,
+            leftover,
+            now_s,
+            self._coefficients,
+            self.settings.tpot_margin,
+            view.max_num_batched_tokens,
+            self.settings.min_chunk_tokens,
+            view.free_blocks,
+            view.block_size,
+            view.max_num_seqs,
+            self.settings.hold_decodes,
+            0 if self.settings.dynamic_batch else self.settings.fixed_budget,
+        )
+
+    def _give_up(self, rows: RequestArray, view: EngineView, now_s: float) -> SlotArray:
+        if not self.settings.best_effort:
+            return _NONE
+        active = np.concatenate((view.running, view.waiting))
+        demoted = np.empty(len(active), dtype=np.int64)
+        count = demote_lost(rows, active, now_s, self._coefficients, demoted)
+        self.counters.demoted += count
+        return demoted[:count]
+
+    def _admit(self, rows: RequestArray, view: EngineView, asking: SlotArray, now_s: float) -> SlotArray:
+        """Waiting slots to serve, in deadline order: those promised already and those admission picks."""
+        slots, due_s, cost, tier, must, base_counts, periods_s, extra_s = gather(
+            rows,
+            view.running,
+            asking,
+            now_s,
+            self._coefficients,
+            self.settings.tpot_margin,
+            self.settings.max_implied_ttft_s,
+        )
+        is_must = must > 0.0
+        memory, room = reserve(rows, view.running, slots, view.total_blocks, view.block_size)
+        ones = np.ones(len(periods_s))
+        taken, _, _, status, labels = admit(
+            due_s,
+            cost,
+            tier,
+            memory,
+            rows["weight"][slots],
+            is_must,
+            base_counts,
+            periods_s,
+            ones,
+            extra_s,
+            0.0,
+            self._coefficients,
+            float(view.max_num_batched_tokens),
+            now_s,
+            room,
+            self.settings.max_labels,
+        )
+        self.counters.admissions += 1
+        self.counters.labels += labels
+        if status == INFEASIBLE:
+            # What is promised already does not fit any more (a forecast was wrong): promise nothing new.
+            self.counters.infeasible_musts += 1
+            taken = is_must
+        served: NDArray[np.int64] = slots[taken]
+        return served[rows["running"][served] == 0]

@@ -1,0 +1,49 @@
+"""The planner's knobs, each with the reason it exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slos_serve.core.slo import check_number
+
+
+@dataclass(frozen=True, slots=True)
+class PlannerSettings:
+    """How cautious the planner is, and which of its ideas are on (switches exist for ablation).
+
+    Attributes:
+        tpot_margin: share of every TPOT target kept in hand against step-time noise.
+        ttft_margin_s: seconds of every TTFT promise kept for what happens outside the engine (HTTP, tokenising).
+        step_margin: batches are planned as if this much slower than the model says.
+        length_quantile: quantile of the remaining output length that memory is reserved for.
+        max_implied_ttft_s: deadline used to order a request that has a TPOT promise but no TTFT promise.
+        max_labels: work limit of the admission DP before its greedy answer stands in.
+        min_chunk_tokens: no prefill chunk is smaller, unless it is the last one of its prompt.
+        dp_admission: False admits in arrival order whatever fits (ablation).
+        dynamic_batch: False uses a fixed token budget of ``fixed_budget`` (ablation).
+        fixed_budget: token budget of a step without dynamic batch size.
+        hold_decodes: False runs every decode in every step (ablation).
+        best_effort: False leaves unattainable requests in the queue's front, as a stock engine would (ablation).
+        oracle_lengths: ``expected_tokens`` of the table is the truth; do not forecast (simulator only).
+    """
+
+    tpot_margin: float = 0.05
+    ttft_margin_s: float = 0.0
+    step_margin: float = 0.05
+    length_quantile: float = 0.7
+    max_implied_ttft_s: float = 30.0
+    max_labels: int = 20_000
+    min_chunk_tokens: int = 16
+    dp_admission: bool = True
+    dynamic_batch: bool = True
+    fixed_budget: int = 512
+    hold_decodes: bool = True
+    best_effort: bool = True
+    oracle_lengths: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("tpot_margin", self.tpot_margin, low=0.0, high=0.9, low_included=True)
+        check_number("ttft_margin_s", self.ttft_margin_s, low=0.0, high=60.0, low_included=True)
+        check_number("step_margin", self.step_margin, low=0.0, high=1.0, low_included=True)
+        check_number("length_quantile", self.length_quantile, low=0.0, high=0.999)
+        check_number("max_implied_ttft_s", self.max_implied_ttft_s, low=0.0, high=3600.0)

@@ -1,0 +1,39 @@
+"""Compile the planner's kernels (or load them from their cache) before the first request has to wait for it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slos_serve.core.plan import EngineView
+from slos_serve.core.request import RequestTable, Status
+from slos_serve.planning.planner import Planner
+
+
+def warm_up(planner: Planner) -> None:
+    """Plan a few steps of an imaginary engine that take every branch: admission, holding, best effort."""
+    table = RequestTable(8)
+    running = []
+    for tokens, status in ((5, Status.ADMITTED), (5, Status.BEST_EFFORT), (0, Status.ADMITTED)):
+        slot = table.add(arrival_s=0.0, prompt_tokens=40, max_tokens=64, ttft_due_s=10.0, tpot_s=0.1, max_stall_s=2.0)
+        row = table.rows[slot]
+        row["running"], row["status"] = 1, status
+        row["output_tokens"] = row["stage_tokens"] = tokens
+        row["computed_tokens"] = 40 + tokens - 1 if tokens else 16
+        row["stage_start_s"] = row["last_token_s"] = 0.5
+        running.append(slot)
+    waiting = [
+        table.add(arrival_s=0.9, prompt_tokens=2000, max_tokens=64, ttft_due_s=due_s, tpot_s=tpot_s, max_stall_s=2.0)
+        for due_s, tpot_s in ((1.5, 0.1), (1.6, 0.2), (1.7, 0.1), (np.inf, 0.2), (np.inf, np.inf))
+    ]
+    for free_blocks in (1000, 0):
+        view = EngineView(
+            table=table,
+            running=np.array(running, dtype=np.int64),
+            waiting=np.array(waiting, dtype=np.int64),
+            free_blocks=free_blocks,
+            total_blocks=1000,
+            block_size=16,
+            max_num_seqs=64,
+            max_num_batched_tokens=2048,
+        )
+        planner.plan(1.0, view)

@@ -1,0 +1,36 @@
+"""SLOs-Serve's own policy: the planner, with its batch-time model corrected as steps run."""
+
+from __future__ import annotations
+
+from slos_serve.core.plan import EngineView, StepPlan
+from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
+from slos_serve.perf.online import OnlineCorrection
+from slos_serve.planning.planner import Planner
+from slos_serve.planning.settings import PlannerSettings
+
+
+class SLOsServePolicy:
+    """See :class:`slos_serve.policies.base.Policy`."""
+
+    def __init__(
+        self, model: BatchTimeModel, num_classes: int, settings: PlannerSettings | None = None, *, correct: bool = True
+    ) -> None:
+        self.planner = Planner(model, num_classes, settings)
+        self.correction = OnlineCorrection()
+        self.model = model
+        self._correct = correct
+
+    def plan(self, now_s: float, view: EngineView) -> StepPlan:
+        """Plan the step that starts at ``now_s``."""
+        return self.planner.plan(now_s, view)
+
+    def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
+        """Follow the drift of step times."""
+        if not self._correct:
+            return
+        self.correction.observe(shape, self.model.step_s(shape), duration_s)
+        self.planner.correct(self.correction.factor)
+
+    def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
+        """Learn how long answers of the class are."""
+        self.planner.lengths.observe(class_index, output_tokens)

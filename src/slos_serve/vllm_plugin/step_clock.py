@@ -1,0 +1,49 @@
+"""When the step that is being planned will start, and how long executed steps took.
+
+With async scheduling the next step is planned while the current one runs, so it starts at that one's predicted end.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+from slos_serve.perf.batch_time import BatchShape
+
+
+@dataclass(slots=True)
+class _Step:
+    output: object
+    shape: BatchShape
+    scheduled_s: float
+    predicted_s: float
+
+
+class StepClock:
+    """Steps in flight, oldest first."""
+
+    def __init__(self) -> None:
+        self._steps: deque[_Step] = deque()
+        self._last_done_s = float("-inf")
+
+    def scheduled(self, output: object, shape: BatchShape, now_s: float, predicted_s: float) -> None:
+        """A step was handed to the engine; ``output`` identifies it."""
+        self._steps.append(_Step(output, shape, now_s, predicted_s))
+
+    def done(self, output: object, now_s: float) -> tuple[BatchShape, float] | None:
+        """The step's output has come: its shape and the seconds it took; ``None`` if it was not timed."""
+        while self._steps:
+            step = self._steps.popleft()
+            if step.output is output:
+                duration_s = now_s - max(self._last_done_s, step.scheduled_s)
+                self._last_done_s = now_s
+                return step.shape, duration_s
+        self._last_done_s = now_s
+        return None
+
+    def next_start_s(self, now_s: float) -> float:
+        """When a step scheduled now will start."""
+        end_s = self._last_done_s
+        for step in self._steps:
+            end_s = max(end_s, step.scheduled_s) + step.predicted_s
+        return max(now_s, end_s)

@@ -1,0 +1,251 @@
+"""The real server with plug-in and middleware: clients, hostile requests, metrics. One start serves all tests."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import vllm
+from openai import BadRequestError, OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.vllm_plugin.launch import CPU_ENGINE_ARGS, CPU_ENVIRONMENT, Plugin, ServerProcess
+from tests.vllm.hostile import MODEL, Hostile, hostile_requests
+
+pytestmark = pytest.mark.engine
+
+ROOT = Path(__file__).parents[2]
+NUM_HOSTILE = 300
+CONCURRENCY = 8
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("server")
+    profile = Profile(
+        model_name=MODEL,
+        device="any",
+        engine="vllm",
+        engine_version=vllm.__version__,
+        created="2026-01-01T00:00:00+00:00",
+        dtype="bfloat16",
+        tensor_parallel=1,
+        kv_capacity_tokens=40_000,
+        block_size=128,
+        max_num_batched_tokens=2048,
+        model=BatchTimeModel(k_c_s=0.002, b_c_s=0.02, k_m_s=0.0005, b_m_s=0.04, k_seq_s=0.005),
+    )
+    save_profile(profile, folder / "profile.json")
+    plugin = Plugin(ROOT / "examples" / "classes.yaml", folder / "profile.json", folder / "events.jsonl")
+    vllm_args = (*CPU_ENGINE_ARGS, "--served-model-name", MODEL)
+    with ServerProcess(cpu_model, vllm_args, plugin=plugin, environment=CPU_ENVIRONMENT) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=120.0) as found:
+        yield found
+
+
+def metric_sums(server: ServerProcess) -> dict[str, float]:
+    """Every sample of ``/metrics``, added up over its labels."""
+    text = httpx.get(f"{server.base_url}/metrics", timeout=30.0).text
+    sums: dict[str, float] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            sums[sample.name] = sums.get(sample.name, 0.0) + sample.value
+    return sums
+
+
+def complete(server: ServerProcess, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
+    body = {"model": MODEL, "prompt": "Hello", "max_tokens": 2, "temperature": 0.0, **fields}
+    return httpx.post(f"{server.base_url}/v1/completions", json=body, headers=headers, timeout=120.0)
+
+
+# Clients ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_openai_client_streams_a_chat(client: OpenAI) -> None:
+    answer = client.chat.completions.with_raw_response.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": "Say hello."}],
+        max_tokens=8,
+        stream=True,
+        extra_headers={"x-slo-class": "code", "x-llm-d-slo-ttft-ms": "9000"},
+    )
+    assert answer.headers["x-slo-class"] == "code"
+    assert (answer.headers["x-slo-ttft-ms"], answer.headers["x-slo-tpot-ms"]) == ("9000", "50")
+    chunks = list(answer.parse())
+    assert len(chunks) > 3, "it came in parts"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+
+def test_the_openai_client_streams_a_completion(client: OpenAI) -> None:
+    answer = client.completions.with_raw_response.create(
+        model=MODEL,
+        prompt="One, two, three,",
+        max_tokens=8,
+        stream=True,
+        extra_body={"vllm_xargs": {"slo_class": "chat", "slo_tpot_ms": 150, "slo_expected_tokens": 8}},
+    )
+    assert answer.headers["x-slo-class"] == "chat"
+    assert (answer.headers["x-slo-ttft-slowdown"], answer.headers["x-slo-tpot-ms"]) == ("5", "150")
+    assert len(list(answer.parse())) > 3
+
+
+@pytest.mark.parametrize("path", ["responses", "messages"])
+def test_the_newer_routes_take_slos_too(server: ServerProcess, path: str) -> None:
+    said: dict[str, object] = {"input": "Say hello.", "max_output_tokens": 8}
+    if path == "messages":
+        said = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8}
+    url = f"{server.base_url}/v1/{path}"
+    answer = httpx.post(url, json={"model": MODEL, **said}, headers={"x-slo-class": "code"}, timeout=120.0)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["x-slo-class"] == "code"
+    refused = httpx.post(url, json={"model": MODEL, **said}, headers={"x-slo-class": "gold"}, timeout=120.0)
+    assert refused.status_code == 400
+    assert "x-slo-class" in refused.text
+
+
+def test_a_request_without_class_gets_the_default(server: ServerProcess) -> None:
+    answer = complete(server)
+    assert answer.status_code == 200
+    assert answer.headers["x-slo-class"] == "chat"
+    assert complete(server, {"x-slo-class": "none"}).headers["x-slo-class"] == "none"
+
+
+def test_n_answers_and_many_prompts_are_served(server: ServerProcess) -> None:
+    answer = complete(server, {"x-slo-class": "code"}, prompt=["A", "B"], n=2, temperature=0.5)
+    assert len(answer.json()["choices"]) == 4
+
+
+def test_the_openai_client_understands_the_refusal(client: OpenAI) -> None:
+    with pytest.raises(BadRequestError) as raised:
+        client.completions.create(model=MODEL, prompt="x", extra_body={"vllm_xargs": {"slo_class": "gold"}})
+    assert raised.value.param == "slo_class"
+    assert raised.value.type == "invalid_request_error"
+    assert "'batch', 'chat', 'code', 'none', 'reason'" in raised.value.message
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (["bash", "examples/curl.sh"], "x-slo-class: code"),
+        ([sys.executable, "examples/openai_client.py"], "refused:"),
+    ],
+)
+def test_the_examples_run(server: ServerProcess, command: list[str], shown: str) -> None:
+    environment = {**os.environ, "BASE_URL": server.base_url, "MODEL": MODEL}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout
+
+
+# What ``vllm bench serve`` runs; the ``vllm`` script itself fails with a build that is not distributed as ``vllm``.
+VLLM_BENCH = """
+from vllm.benchmarks.serve import add_cli_args, main
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+
+
+def test_vllms_own_benchmark_runs(server: ServerProcess, tmp_path: Path, cpu_model: str) -> None:
+    result = tmp_path / "bench.json"
+    command = [sys.executable, "-c", VLLM_BENCH, "--backend", "openai"]
+    command += ["--base-url", server.base_url, "--model", MODEL, "--tokenizer", cpu_model]
+    command += ["--dataset-name", "random", "--num-prompts", "10", "--random-input-len", "32"]
+    command += ["--random-output-len", "4", "--seed", "1", "--header", "x-slo-class=chat"]
+    command += ["--save-result", "--result-dir", str(tmp_path), "--result-filename", result.name]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads(result.read_text())["completed"] == 10
+
+
+# Hostile requests ---------------------------------------------------------------------------------------------------
+
+
+async def cut_body(server: ServerProcess, case: Hostile) -> None:
+    """Promise a body, send half of it, hang up."""
+    _, writer = await asyncio.open_connection(server.host, server.port)
+    head = "".join(f"{name}: {value}\r\n" for name, value in case.headers.items())
+    writer.write(f"POST /v1/completions HTTP/1.1\r\nhost: a\r\n{head}content-length: {len(case.body)}\r\n\r\n".encode())
+    writer.write(case.body[: len(case.body) // 2])
+    await writer.drain()
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+
+
+async def strike(client: httpx.AsyncClient, server: ServerProcess, case: Hostile, num_lines: int) -> str | None:
+    """Send one request; what was wrong with the answer, if anything."""
+    if case.cut == "body":
+        await cut_body(server, case)
+        return None
+    headers = [(name.encode(), value.encode("latin-1")) for name, value in case.headers.items()]
+    url = f"{server.base_url}/v1/{case.route}"
+    async with client.stream("POST", url, content=case.body, headers=headers) as answer:
+        if case.cut == "stream" and answer.status_code == httpx.codes.OK:
+            lines = answer.aiter_lines()
+            for _ in range(num_lines):
+                await anext(lines)
+            return None
+        text = await answer.aread()
+        if answer.status_code in case.statuses and (answer.is_success or b"error" in text):
+            return None
+        return f"{case.kind}: {answer.status_code} {text[:300]!r} to {case.body[:150]!r} {str(case.headers)[:200]}"
+
+
+async def strike_all(server: ServerProcess, cases: list[Hostile]) -> list[str]:
+    gate = asyncio.Semaphore(CONCURRENCY)
+    async with httpx.AsyncClient(timeout=180.0) as client:
+
+        async def one(index: int, case: Hostile) -> str | None:
+            async with gate:
+                return await strike(client, server, case, num_lines=index % 5)
+
+        found = await asyncio.gather(*(one(index, case) for index, case in enumerate(cases)))
+    return [wrong for wrong in found if wrong is not None]
+
+
+async def test_hostile_requests_get_a_4xx_or_their_answer_and_leave_nothing(server: ServerProcess) -> None:
+    cases = hostile_requests(NUM_HOSTILE, seed=20240)
+    assert len({case.kind for case in cases}) == 15
+    wrong = await strike_all(server, cases)
+    assert not wrong, "\n".join(wrong)
+    # vLLM tells its state with each step, so a small request is both the proof that it serves and the way to ask.
+    for _ in range(100):
+        assert complete(server, {"x-slo-class": "code"}).status_code == 200
+        now = metric_sums(server)
+        if not now["vllm:num_requests_running"] and not now["vllm:num_requests_waiting"]:
+            break
+    assert now["vllm:num_requests_running"] == 0
+    assert now["vllm:num_requests_waiting"] == 0
+    assert now["vllm:kv_cache_usage_perc"] == 0
+
+
+# Metrics ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_schedulers_metrics_show_beside_vllms(server: ServerProcess) -> None:
+    before = metric_sums(server)
+    assert complete(server, {"x-slo-class": "code", "x-slo-ttft-ms": "60000", "x-slo-tpot-ms": "60000"}).is_success
+    after = metric_sums(server)
+    for name in ("slos_serve:requests_total", "slos_serve:attained_total", "slos_serve:plan_seconds_count"):
+        assert after[name] > before[name], name
+    assert after["slos_serve:step_fallback_total"] == before["slos_serve:step_fallback_total"]
+    assert "vllm:time_to_first_token_seconds_count" in after
