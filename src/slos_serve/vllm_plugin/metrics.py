@@ -60,6 +60,7 @@ class SchedulerMetrics:
         preemptions = self._counter("preemptions", "Preemptions, by who asked for them.", "kind")
         self._fallbacks = {kind: fallbacks.labels(kind) for kind in FALLBACK_KINDS}
         self._preemptions = {kind: preemptions.labels(kind) for kind in PREEMPTION_KINDS}
+        self._invalid = self._counter("invalid_slo_fields", "Requests served without a promise: unusable SLO fields.")
         self._held = self._counter("held_decodes", "Decodes held out of a step because they were ahead.")
         self._plan = Histogram(
             "slos_serve:plan_seconds", "Time to plan a step.", buckets=PLAN_BUCKETS_S, registry=self.registry
@@ -91,6 +92,10 @@ class SchedulerMetrics:
     def fallback(self, kind: str) -> None:
         """A step fell back to the engine's own order; kinds beyond :data:`FALLBACK_KINDS` count as ``other``."""
         self._fallbacks.get(kind, self._fallbacks["other"]).inc()
+
+    def invalid_field(self) -> None:
+        """A request's SLO fields could not be used, so it is served without a promise."""
+        self._invalid.inc()
 
     def preempted(self, kind: str, count: int = 1) -> None:
         """``count`` requests lost their KV cache: ``slo`` (our plan), ``engine`` (vLLM's own)."""

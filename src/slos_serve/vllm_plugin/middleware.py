@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,7 +32,8 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 RawHeaders = list[tuple[bytes, bytes]]
 
-SLO_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
+MESSAGES_PATH = "/v1/messages"
+SLO_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES_PATH)
 MAX_BODY_BYTES = 64 * 1024 * 1024
 CLASSES_ENV = "SLOS_SERVE_CLASSES"
 _XARGS = "vllm_xargs"
@@ -62,12 +64,13 @@ class SLOMiddleware:
         self._app = app
         self._classes = _classes_from_environment() if classes is None else classes
         self._max_body_bytes = max_body_bytes
+        self._paths = frozenset(path for path in SLO_PATHS if path != MESSAGES_PATH or _messages_take_xargs())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; see the module's docstring."""
         if scope["type"] == "lifespan":
             _warn_without_scheduler(scope)
-        if not _carries_slo(scope):
+        if scope["type"] != "http" or scope["method"] != "POST" or _path(scope) not in self._paths:
             await self._app(scope, receive, send)
             return
         body = await _read(receive, self._max_body_bytes)
@@ -81,7 +84,7 @@ class SLOMiddleware:
             document = _document(body.data, wanted=self._adds_to_body(slo_headers))
             applied = self._applied(_checked(slo_headers, document), scope["headers"])
         except InvalidFieldError as error:
-            await _refuse(send, 400, error.field, str(error), anthropic=_path(scope) == "/v1/messages")
+            await _refuse(send, 400, error.field, str(error), anthropic=_path(scope) == MESSAGES_PATH)
             return
         asked = applied is not None or _asks_for_slo(slo_headers)
         data = _merged(body.data, document, slo_headers) if asked else body.data
@@ -106,7 +109,7 @@ class SLOMiddleware:
         """A body too large to look into: vLLM gets it whole, unless it would lose the SLO its headers ask for."""
         if _asks_for_slo(given):
             message = f"a request with SLO headers may hold at most {self._max_body_bytes} bytes"
-            await _refuse(send, 413, "body", message, anthropic=_path(scope) == "/v1/messages")
+            await _refuse(send, 413, "body", message, anthropic=_path(scope) == MESSAGES_PATH)
             return
         await self._app(scope, _replay(body.data, receive, more_body=body.more), send)
 
@@ -134,8 +137,11 @@ def _path(scope: Scope) -> str:
     return str(scope["path"]).removeprefix(str(scope.get("root_path", ""))).rstrip("/")
 
 
-def _carries_slo(scope: Scope) -> bool:
-    return scope["type"] == "http" and scope["method"] == "POST" and _path(scope) in SLO_PATHS
+def _messages_take_xargs() -> bool:
+    """Whether this vLLM reads ``vllm_xargs`` on ``/v1/messages``; where it does not, an SLO there would be lost."""
+    module = sys.modules.get("vllm.entrypoints.anthropic.protocol")
+    request = getattr(module, "AnthropicMessagesRequest", None)
+    return request is None or "vllm_xargs" in request.model_fields
 
 
 async def _read(receive: Receive, max_bytes: int) -> _Body | None:

@@ -60,6 +60,7 @@ def test_labels_are_never_what_a_client_wrote() -> None:
 def test_steps_are_counted() -> None:
     metrics = SchedulerMetrics([], CollectorRegistry())
     metrics.plan(0.0003)
+    metrics.invalid_field()
     metrics.held(3)
     metrics.held(0)
     metrics.preempted("slo", 0)
@@ -69,6 +70,7 @@ def test_steps_are_counted() -> None:
     assert value(metrics, "plan_seconds_count") == 1.0
     assert value(metrics, "plan_seconds_bucket", le="0.0005") == 1.0
     assert value(metrics, "plan_seconds_bucket", le="0.00025") == 0.0
+    assert value(metrics, "invalid_slo_fields_total") == 1.0
     assert value(metrics, "held_decodes_total") == 3.0
     assert value(metrics, "preemptions_total", kind="slo") == 0.0
     assert value(metrics, "queue_requests", queue="running", verdict="admitted") == 2.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import MutableMapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -209,6 +210,16 @@ async def test_a_key_hidden_behind_an_escape_is_still_checked() -> None:
 async def test_messages_errors_have_anthropics_shape() -> None:
     wire, _ = await post({}, {"x-slo-class": "gold"}, path="/v1/messages")
     assert json.loads(wire.sent[1]["body"])["type"] == "error"
+
+
+@pytest.mark.parametrize(("fields", "status"), [({"vllm_xargs": None}, 400), ({"model": None}, 200)])
+async def test_messages_pass_untouched_where_vllm_takes_no_xargs(
+    monkeypatch: pytest.MonkeyPatch, fields: dict[str, None], status: int
+) -> None:
+    protocol = SimpleNamespace(AnthropicMessagesRequest=SimpleNamespace(model_fields=fields))
+    monkeypatch.setitem(sys.modules, "vllm.entrypoints.anthropic.protocol", protocol)
+    wire, _ = await post({}, {"x-slo-class": "gold"}, path="/v1/messages")
+    assert wire.status == status
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,54 @@
+"""The shipped class file, dashboard and metrics table agree with the code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from slos_serve.files.class_file import load_classes, parse_classes
+from slos_serve.vllm_plugin.metrics import SchedulerMetrics
+from slos_serve.vllm_plugin.middleware import applied_headers
+from slos_serve.vllm_plugin.slo_args import HEADER_KEYS, SESSION_HEADER, SESSION_KEY, SLO_KEYS
+
+ROOT = Path(__file__).parents[3]
+DOC = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
+
+
+def series() -> set[str]:
+    families = list(SchedulerMetrics([]).registry.collect())
+    counters = {f"{family.name}_total" for family in families if family.type == "counter"}
+    return counters | {family.name for family in families if family.type != "counter"}
+
+
+def test_the_example_class_file_is_right() -> None:
+    classes = load_classes(ROOT / "examples" / "classes.yaml")
+    assert classes.default == "chat"
+    assert list(classes.classes) == ["chat", "code", "reason", "batch"]
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", DOC, re.DOTALL))
+def test_class_files_in_the_page_are_right(block: str) -> None:
+    assert len(parse_classes(block, "docs/vllm.md")) >= 1
+
+
+def test_the_page_lists_every_metric_and_no_other() -> None:
+    listed = set(re.findall(r"^\| `(slos_serve:[a-z_]+)`", DOC, re.MULTILINE))
+    assert listed == series()
+
+
+def test_the_page_lists_every_field() -> None:
+    for name in (*HEADER_KEYS, SESSION_HEADER, *SLO_KEYS, SESSION_KEY):
+        assert f"`{name}`" in DOC
+    classes = load_classes(ROOT / "examples" / "classes.yaml")
+    for header, _ in [pair for slo_class in classes for pair in applied_headers(slo_class)]:
+        assert f"| `{header.decode()}` |" in DOC
+
+
+def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
+    dashboard = json.loads((ROOT / "examples" / "grafana-dashboard.json").read_text(encoding="utf-8"))
+    queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    asked = {name.removesuffix("_bucket") for name in re.findall(r"slos_serve:[a-z_]+", queries)}
+    assert asked == series()
