@@ -53,7 +53,7 @@ def plot_demo(
         for column, name in enumerate(names[:3]):
             axes = figure.add_subplot(grid[1, 2 * column : 2 * column + 2])
             _streams(axes, sides, name, plan, model, first=column == 0)
-        figure.suptitle(_title(result), x=0.01, ha="left", fontsize=12, fontweight="bold")
+        figure.suptitle(_title(result) + "\n", x=0.01, ha="left", fontsize=12, fontweight="bold")
         figure.supxlabel(_caption(result), x=0.01, ha="left", fontsize=7.5, color="#606060")
         figure.savefig(path)
 
@@ -129,7 +129,9 @@ def _streams(
     axes.set_ylim(bottom=0)
     if first:
         axes.set_ylabel("tokens received")
-        axes.figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside upper left", ncols=3)
+        axes.figure.legend(
+            *axes.get_legend_handles_labels(), frameon=False, loc="upper left", bbox_to_anchor=(0.0, 0.968), ncols=3
+        )
 
 
 def due_line(target: StageTarget, tokens: int) -> tuple[list[float], list[int]]:

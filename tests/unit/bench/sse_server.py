@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +49,7 @@ class SseServer:
 
 
 @asynccontextmanager
-async def sse_server(scripts: dict[str, Script], version: str | None = None) -> AsyncIterator[SseServer]:
+async def sse_server(scripts: Mapping[str, Script], version: str | None = None) -> AsyncIterator[SseServer]:
     """Serve until the block ends; ``version`` makes it look like a vLLM of that version."""
     server = SseServer()
     connections: set[asyncio.Task[None]] = set()
@@ -79,7 +80,7 @@ async def sse_server(scripts: dict[str, Script], version: str | None = None) -> 
 async def _answer(
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
-    scripts: dict[str, Script],
+    scripts: Mapping[str, Script],
     version: str | None,
     server: SseServer,
 ) -> None:
@@ -109,3 +110,52 @@ def chat_chunk(text: str, finish_reason: str | None = None) -> dict[str, Any]:
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
     """The usage member of a chunk."""
     return {"usage": {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}}
+
+
+class AnyPrompt(dict[str, Script]):
+    """Answers every prompt with ``max_tokens`` tokens, counting five characters as a token.
+
+    Args:
+        dies_after: requests after which every further one finds the connection closed.
+    """
+
+    def __init__(self, dies_after: int | None = None) -> None:
+        super().__init__()
+        self._left = dies_after
+
+    def __missing__(self, prompt: str) -> Script:
+        if self._left is not None:
+            self._left -= 1
+
+        async def answer(call: Call) -> None:
+            if self._left is not None and self._left < 0:
+                call.writer.transport.abort()
+                return
+            await call.start("200 OK", f"x-slo-class: {call.headers.get('x-slo-class', 'none')}")
+            for count in range(1, int(call.body["max_tokens"]) + 1):
+                await call.event(chat_chunk("x") | usage(len(prompt) // 5, count))
+            await call.event("[DONE]")
+
+        return answer
+
+
+@contextmanager
+def served(dies_after: int | None = None) -> Iterator[SseServer]:
+    """A scripted server in a thread of its own, for code that runs its own event loop."""
+    ready, ended = threading.Event(), threading.Event()
+    found: list[SseServer] = []
+
+    async def serve() -> None:
+        async with sse_server(AnyPrompt(dies_after), "0.32.0") as server:
+            found.append(server)
+            ready.set()
+            await asyncio.to_thread(ended.wait)
+
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    ready.wait(10.0)
+    try:
+        yield found[0]
+    finally:
+        ended.set()
+        thread.join()

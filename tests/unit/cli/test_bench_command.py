@@ -2,55 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
 from slos_serve.cli.main import app
-from tests.unit.bench.sse_server import Call, Script, SseServer, chat_chunk, sse_server, usage
+from tests.unit.bench.sse_server import served
 
 CLASSES = "classes: {chat: {ttft_ms: 60000, tpot_ms: 60000}, slow: {ttft_slowdown: 3}}\n"
-
-
-class AnyPrompt(dict[str, Script]):
-    """Answers every prompt with as many tokens as it has at most, counting five characters as a token."""
-
-    def __missing__(self, prompt: str) -> Script:
-        async def answer(call: Call) -> None:
-            await call.start("200 OK", f"x-slo-class: {call.headers.get('x-slo-class', 'none')}")
-            for count in range(1, int(call.body["max_tokens"]) + 1):
-                await call.event(chat_chunk("x") | usage(len(prompt) // 5, count))
-            await call.event("[DONE]")
-
-        return answer
-
-
-@contextmanager
-def served() -> Iterator[SseServer]:
-    """A scripted server in a thread of its own: the command runs its own event loop."""
-    ready, ended = threading.Event(), threading.Event()
-    found: list[SseServer] = []
-
-    async def serve() -> None:
-        async with sse_server(AnyPrompt(), "0.32.0") as server:
-            found.append(server)
-            ready.set()
-            await asyncio.to_thread(ended.wait)
-
-    thread = threading.Thread(target=lambda: asyncio.run(serve()))
-    thread.start()
-    ready.wait(10.0)
-    try:
-        yield found[0]
-    finally:
-        ended.set()
-        thread.join()
 
 
 @pytest.fixture
