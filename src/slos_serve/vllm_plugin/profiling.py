@@ -86,6 +86,11 @@ class ProfilingScheduler(AsyncScheduler):
             self._write(shape, prefill_tokens, end_s - since_s)
         return result
 
+    def shutdown(self) -> None:
+        """Close the file of samples with the engine."""
+        self._samples.close()
+        super().shutdown()
+
     def _steer(self, point: GridPoint) -> list[Request]:
         """Set up ``running`` and the token budget for the point; returns the requests held out."""
         decodes = [request for request in self.running if request.num_computed_tokens >= request.num_prompt_tokens]
