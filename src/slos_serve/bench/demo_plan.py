@@ -41,7 +41,7 @@ class DemoSettings:
     calm_s: float = 40.0
     burst_s: float = 30.0
     calm_load: float = 0.45
-    burst_load: float = 2.2
+    burst_load: float = 1.7
     decode_batch: int = 6
 
 
@@ -60,12 +60,12 @@ class _Kind:
 
 
 _KINDS = (
-    _Kind(WorkloadPart("chat", chat_question, Lengths(45, 0.5, 22, 120), Lengths(40, 0, 40, 40), 0.4), 1.2, 2.5, 5.0),
-    _Kind(WorkloadPart("coding", coding_task, Lengths(55, 0.4, 35, 110), Lengths(40, 0, 40, 40), 0.3), 2.2, 1.6, 5.0),
+    _Kind(WorkloadPart("chat", chat_question, Lengths(45, 0.5, 22, 120), Lengths(40, 0, 40, 40), 0.4), 1.2, 3.0, 5.0),
+    _Kind(WorkloadPart("coding", coding_task, Lengths(55, 0.4, 35, 110), Lengths(40, 0, 40, 40), 0.3), 2.2, 1.8, 5.0),
     _Kind(
         WorkloadPart("summarization", document_to_summarise, Lengths(190, 0.4, 110, 380), Lengths(28, 0, 28, 28), 0.2),
         1.25,
-        2.5,
+        3.0,
         3.0,
     ),
     _Kind(WorkloadPart(None, text_to_edit, Lengths(60, 0.4, 35, 120), Lengths(40, 0, 40, 40), 0.1), 1.3, None, None),

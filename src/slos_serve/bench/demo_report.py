@@ -93,12 +93,15 @@ def phase_json(side: SideRun, phase: str) -> dict[str, Any]:
 
 
 def demo_json(sides: Mapping[str, SideRun], setup: Mapping[str, Any]) -> dict[str, Any]:
-    """The whole result; ``ratio`` is attained requests of the burst, ours over stock (``null`` when stock has none)."""
+    """The whole result.
+
+    ``ratio`` is attained requests of the burst, ours over stock; a stock engine that attains none counts as one.
+    """
     result: dict[str, Any] = {
         name: {phase: phase_json(side, phase) for phase in PHASES} for name, side in sides.items()
     }
     stock, ours = (result[name]["burst"]["attained"] for name in (STOCK, OURS))
-    return {**result, "ratio": ours / stock if stock else None, "setup": dict(setup)}
+    return {**result, "ratio": ours / max(stock, 1), "setup": dict(setup)}
 
 
 def demo_table(result: Mapping[str, Any]) -> Table:
@@ -129,7 +132,7 @@ def claims(result: Mapping[str, Any]) -> list[tuple[str, bool]]:
     ttft = _over(calm_o["ttft_ms"]["p50"], calm_s["ttft_ms"]["p50"])
     speed = _over(calm_o["throughput"]["output_tokens_per_s"], calm_s["throughput"]["output_tokens_per_s"])
     calm_rates = (_rate(calm_s["attained"], calm_s["requests"]), _rate(calm_o["attained"], calm_o["requests"]))
-    times = "none attain on stock vLLM" if ratio is None else f"{ratio:.2f} times as many attain as on stock vLLM"
+    times = f"{ratio:.2f} times as many requests attain as on stock vLLM"
     counts = f"{burst_o['attained']} against {stock['burst']['attained']} of {burst_o['requests']}"
     goodput = f"burst: {times} ({counts}; wanted: 1.3 times)"
     kept = f"burst: {admitted_rate:.1%} of the {burst_o['admitted']} admitted requests attain (wanted: 95 %)"
@@ -137,7 +140,7 @@ def claims(result: Mapping[str, Any]) -> list[tuple[str, bool]]:
     calm = f"calm: {calm_rates[0]:.1%} attain on stock vLLM, {calm_rates[1]:.1%} on ours (wanted: 95 % on both)"
     cost = f"calm: TTFT p50 {ttft:.2f} times, throughput {speed:.2f} times that of stock vLLM (wanted: within 10 %)"
     return [
-        (goodput, burst_o["attained"] >= 1.3 * stock["burst"]["attained"]),
+        (goodput, ratio >= 1.3),
         (kept, admitted_rate >= 0.95),
         (ended, completed == best_effort),
         (calm, min(calm_rates) >= 0.95),

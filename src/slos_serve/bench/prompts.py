@@ -154,15 +154,15 @@ def chat_question(rng: np.random.Generator, words: int) -> str:
     """A question with about ``words`` words of circumstances."""
     parts = [_filled(rng, _QUESTION_OPENERS)]
     parts += _sentences_until(words - 22, lambda: _filled(rng, _QUESTION_DETAILS))
-    return "".join(parts[:1]) + " ".join([*parts[1:], str(rng.choice(_QUESTIONS))])
+    return "".join(parts[:1]) + " ".join([*parts[1:], _one(rng, _QUESTIONS)])
 
 
 def coding_task(rng: np.random.Generator, words: int) -> str:
     """A function to write, after about ``words`` words of the module it belongs to."""
-    name, kind, purpose = _CODE_TASKS[rng.integers(len(_CODE_TASKS))]
+    name, kind, purpose = _CODE_TASKS[int(rng.integers(len(_CODE_TASKS)))]
     title = name.title().replace("_", "")
     fields = {"name": name, "kind": kind, "title": title, "count": int(rng.integers(3, 90))}
-    context = _sentences_until(words - 30, lambda: _CODE_CONTEXT[rng.integers(len(_CODE_CONTEXT))].format_map(fields))
+    context = _sentences_until(words - 30, lambda: _one(rng, _CODE_CONTEXT).format_map(fields))
     module = "\n\n".join(context)
     ticket = f"# {title}, ticket {rng.integers(1000, 99999)}"
     return (
@@ -175,13 +175,13 @@ def document_to_summarise(rng: np.random.Generator, words: int) -> str:
     """A report of about ``words`` words and the wish for a summary."""
     sentences = _sentences_until(words - 12, lambda: _report_sentence(rng))
     paragraphs = [" ".join(sentences[at : at + 5]) for at in range(0, len(sentences), 5)]
-    return "\n\n".join([f"Report no. {rng.integers(100, 9999)}", *paragraphs, str(rng.choice(_SUMMARY_TASKS))])
+    return "\n\n".join([f"Report no. {rng.integers(100, 9999)}", *paragraphs, _one(rng, _SUMMARY_TASKS)])
 
 
 def text_to_edit(rng: np.random.Generator, words: int) -> str:
     """A text that the answer repeats with small changes (where draft-by-lookup speculation does well)."""
     text = " ".join(_sentences_until(words - 12, lambda: _report_sentence(rng)))
-    return f"{text}\n\n{rng.choice(_EDIT_TASKS)}"
+    return f"{text}\n\n{_one(rng, _EDIT_TASKS)}"
 
 
 def plain_text(rng: np.random.Generator, words: int) -> str:
@@ -193,19 +193,23 @@ def plain_text(rng: np.random.Generator, words: int) -> str:
 
 
 def _report_sentence(rng: np.random.Generator) -> str:
-    subject = str(rng.choice(_DOCUMENT_SUBJECTS))
+    subject = _one(rng, _DOCUMENT_SUBJECTS)
     if rng.random() < 0.4:
-        subject = f"{rng.choice(_DOCUMENT_LINKS)} {subject[0].lower()}{subject[1:]}"
+        subject = f"{_one(rng, _DOCUMENT_LINKS)} {subject[0].lower()}{subject[1:]}"
     sentence = f"{subject} {_filled(rng, _DOCUMENT_ACTIONS)}."
     return f"{sentence} {_filled(rng, _DOCUMENT_CLOSERS)}" if rng.random() < 0.3 else sentence
 
 
+def _one(rng: np.random.Generator, texts: Sequence[str]) -> str:
+    return texts[int(rng.integers(len(texts)))]
+
+
 def _filled(rng: np.random.Generator, templates: Sequence[str]) -> str:
-    return templates[int(rng.integers(len(templates)))].format(
-        thing=rng.choice(_THINGS),
-        people=rng.choice(_PEOPLE),
-        day=rng.choice(_DAYS),
-        food=rng.choice(_FOODS),
+    return _one(rng, templates).format(
+        thing=_one(rng, _THINGS),
+        people=_one(rng, _PEOPLE),
+        day=_one(rng, _DAYS),
+        food=_one(rng, _FOODS),
         hour=f"{rng.integers(5, 12)} o'clock",
         count=rng.integers(7, 60),
         money=rng.integers(3, 90) * 50,

@@ -28,7 +28,7 @@ def test_a_longer_step_carries_more() -> None:
 def test_calm_is_below_and_burst_above_capacity() -> None:
     plan = plan_demo(MODEL, DemoSettings(calm_s=400.0, burst_s=400.0))
     assert len(plan.calm) / 400.0 == pytest.approx(0.45 * plan.capacity_per_s, rel=0.1)
-    assert len(plan.burst) / 400.0 == pytest.approx(2.2 * plan.capacity_per_s, rel=0.1)
+    assert len(plan.burst) / 400.0 == pytest.approx(1.7 * plan.capacity_per_s, rel=0.1)
 
 
 def test_every_class_and_best_effort_are_in_both_phases() -> None:

@@ -67,9 +67,10 @@ def test_claims_hold_only_when_they_hold() -> None:
     assert [held for _, held in even] == [False, True, True, True, True]
 
 
-def test_stock_that_attains_nothing_has_no_ratio() -> None:
+def test_stock_that_attains_nothing_counts_as_one() -> None:
     result = demo_json(sides_of(small_plan(), stock_slow_from=0), {})
-    assert result["ratio"] is None
+    assert result["stock"]["burst"]["attained"] == 0
+    assert result["ratio"] == result["slos_serve"]["burst"]["attained"] > 0
     assert claims(result)[0][1]
 
 
