@@ -17,7 +17,7 @@ from numba import njit
 from slos_serve.core.plan import Reason
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.batch_time import B_C, B_M, K_C, K_CTX, K_M, K_Q, K_SEQ
-from slos_serve.planning.candidates import ADMITTED, BEST_EFFORT, next_due_s, tokens_to_do
+from slos_serve.planning.candidates import ADMITTED, next_due_s, tokens_to_do
 from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
 
 DECODE_DUE = int(Reason.DECODE_DUE)
@@ -179,7 +179,7 @@ def form_batch(
     preempt = np.empty(num_running, dtype=np.int64)
     evicted = np.zeros(2, dtype=np.int64)
 
-    # Sort the running requests out: promised decodes and prefills, best effort.
+    # Sort the running requests out: promised decodes and prefills, and those that only use what is left over.
     decodes = np.empty(num_running, dtype=np.int64)
     decode_due = np.empty(num_running)
     prefills = np.empty(num_running + len(chosen), dtype=np.int64)
@@ -191,7 +191,7 @@ def form_batch(
         todo = tokens_to_do(rows, slot)
         if todo <= 0 or rows["output_tokens"][slot] >= rows["max_tokens"][slot]:
             continue  # its last token is in flight
-        if rows["status"][slot] == BEST_EFFORT:
+        if rows["status"][slot] != ADMITTED:
             extras[num_extras] = slot
             num_extras += 1
         elif rows["output_tokens"][slot] > 0 and todo <= 1:

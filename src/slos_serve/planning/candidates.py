@@ -165,8 +165,9 @@ def gather(
             )
             in_tier[level] += 1.0
             if rows["output_tokens"][slot] > 0 and todo <= 1:
-                base_counts[level] += 1.0
-                continue
+                base_counts[level] += 1.0 if status == ADMITTED else 0.0
+                if status == ADMITTED:
+                    continue
             done = rows["computed_tokens"][slot]
             if rows["running"][slot] == 0:
                 done += rows["cached_tokens"][slot]

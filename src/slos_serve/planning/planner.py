@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from slos_serve.core.plan import EngineView, StepPlan
+from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.admission_kernel import INFEASIBLE, admit
@@ -66,17 +65,13 @@ class Planner:
             forecast_lengths(rows, view.running, table, EDGES)
             forecast_lengths(rows, view.waiting, table, EDGES)
         demoted = self._give_up(rows, view, now_s)
-        status = rows["status"][view.waiting]
-        asking = view.waiting[status != BEST_EFFORT]
-        leftover = view.waiting[status == BEST_EFFORT]
-        leftover = leftover[np.argsort(rows["order"][leftover], kind="stable")]
-        chosen = self._admit(rows, view, asking, now_s) if len(asking) else _NONE
+        chosen, passed_over = self._admit(rows, view, now_s)
+        others = view.waiting[rows["status"][view.waiting] == BEST_EFFORT]
+        # Those passed over may still make it in what is left over, so they come before best effort.
+        leftover = np.concatenate((passed_over, others[np.argsort(rows["order"][others], kind="stable")]))
         slots, tokens, reasons, held, held_reasons, preempt, step_s = self._form(rows, view, chosen, leftover, now_s)
-        if len(slots) == 0 and len(asking):
-            # Nothing else to do and it is not lost yet: the engine is better used than idle.
-            chosen = asking[np.argmin(rows["ttft_due_s"][asking])][None]
-            slots, tokens, reasons, held, held_reasons, preempt, step_s = self._form(rows, view, chosen, leftover, now_s)
-        admitted = slots[rows["status"][slots] == UNDECIDED]
+        promised = slots[reasons == Reason.PREFILL_DEADLINE]
+        admitted = promised[rows["status"][promised] == UNDECIDED]
         rows["status"][admitted] = ADMITTED
         return StepPlan(
             slots=slots,
@@ -119,12 +114,15 @@ class Planner:
         self.counters.demoted += count
         return demoted[:count]
 
-    def _admit(self, rows: RequestArray, view: EngineView, asking: SlotArray, now_s: float) -> SlotArray:
-        """Waiting slots to serve, in deadline order: those promised already and those admission picks."""
+    def _admit(self, rows: RequestArray, view: EngineView, now_s: float) -> tuple[SlotArray, SlotArray]:
+        """Waiting slots to serve (promised already, or picked now) and those passed over; both in deadline order."""
+        if not np.any(rows["status"][view.waiting] != BEST_EFFORT):
+            if not np.any(rows["status"][view.running] == UNDECIDED):
+                return _NONE, _NONE
         slots, due_s, cost, tier, must, base_counts, periods_s, extra_s = gather(
             rows,
             view.running,
-            asking,
+            view.waiting,
             now_s,
             self._coefficients,
             self.settings.tpot_margin,
@@ -157,5 +155,7 @@ class Planner:
             # What is promised already does not fit any more (a forecast was wrong): promise nothing new.
             self.counters.infeasible_musts += 1
             taken = is_must
-        served: NDArray[np.int64] = slots[taken]
-        return served[rows["running"][served] == 0]
+        is_running = rows["running"][slots] == 1
+        # One that already computes in what was left over is promised its SLO as soon as it fits.
+        rows["status"][slots[taken & is_running]] = ADMITTED
+        return slots[taken & ~is_running], slots[~taken & ~is_running]

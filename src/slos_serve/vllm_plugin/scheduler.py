@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -40,10 +41,14 @@ MAX_FRONT_END_S = 60.0
 class SLOScheduler(AsyncScheduler):
     """Keeps per-request latency promises on top of vLLM's scheduler.
 
+    ``slo_clock_s`` is the clock of every time it compares; tests replace it.
+
     Raises:
         UnsupportedEngineError: vLLM is outside the supported range or lacks a name that is steered by.
         InvalidFieldError, ProfileMismatchError: the class file, profile or environment cannot be used.
     """
+
+    slo_clock_s: Callable[[], float] = staticmethod(time.monotonic)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         compat.check_version(compat.engine_version())
@@ -89,7 +94,7 @@ class SLOScheduler(AsyncScheduler):
         if not self._slo_book.num_slo or compat.is_paused(self):
             return super().schedule(*args, **kwargs)
         entered_s = time.perf_counter()
-        now_s = time.monotonic()
+        now_s = self.slo_clock_s()
         start_s = self._slo_clock.next_start_s(now_s)
         plan, plan_s, fallback = self._slo_plan(start_s)
         if plan is None:
@@ -118,7 +123,7 @@ class SLOScheduler(AsyncScheduler):
         """Take in a step's tokens; note when they came and how long the step took."""
         result = super().update_from_output(scheduler_output, *args, **kwargs)
         if self._slo_policy is not None and scheduler_output.total_num_scheduled_tokens > 0:
-            now_s = time.monotonic()
+            now_s = self.slo_clock_s()
             if self._slo_book.num_slo:
                 self._slo_book.tokens_came(scheduler_output.num_scheduled_tokens, now_s)
             timed = self._slo_clock.done(scheduler_output, now_s)
@@ -147,7 +152,7 @@ class SLOScheduler(AsyncScheduler):
             slo_class = None
         # The front end stamps arrivals on the wall clock; only a difference on that same clock is carried over.
         waited_s = min(max(time.time() - request.arrival_time, 0.0), MAX_FRONT_END_S)
-        arrival_s = time.monotonic() - waited_s
+        arrival_s = self.slo_clock_s() - waited_s
         ttft_s = float("inf")
         if slo_class is not None:
             ttft_s = slo_class.slo.ttft_s(self._slo_policy.model.zero_load_s(request.num_prompt_tokens))
@@ -189,11 +194,11 @@ class SLOScheduler(AsyncScheduler):
         shape = self._slo_book.shape(output.num_scheduled_tokens)
         predicted_s = self._slo_policy.model.step_s(shape) * self._slo_policy.correction.factor
         if shape.new_tokens > 0:
-            self._slo_clock.scheduled(output, shape, time.monotonic(), predicted_s)
+            self._slo_clock.scheduled(output, shape, self.slo_clock_s(), predicted_s)
         return shape, predicted_s
 
     def _slo_forget(self, request: Request) -> None:
-        now_s = time.monotonic()
+        now_s = self.slo_clock_s()
         self._slo_book.tokens_came((request.request_id,), now_s)
         tracked = self._slo_book.by_id.get(request.request_id)
         if tracked is None or self._slo_policy is None:
