@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -63,15 +64,19 @@ def demo(
 
 def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSetup, Profile]:
     """The model, how it is started, and its profile: the one given, the cached one, or a new one."""
+    from slos_serve.vllm_plugin.launch import CPU_ENGINE_ARGS, CPU_ENVIRONMENT
+
+    for name, value in CPU_ENVIRONMENT.items():
+        # What is profiled must be the engine that is served; vLLM reads some of these as it is imported.
+        os.environ.setdefault(name, value)
     with console.status("loading vLLM"):
         from slos_serve.bench.demo import EngineSetup
         from slos_serve.files.profile_file import default_profile_path, find_profile, load_profile, save_profile
         from slos_serve.vllm_plugin.cpu_model import resolve_model
-        from slos_serve.vllm_plugin.launch import CPU_ENGINE_ARGS, CPU_ENVIRONMENT
-        from slos_serve.vllm_plugin.profile_run import engine_identity, profile_engine
+        from slos_serve.vllm_plugin.profile_run import profile_engine
     with console.status(f"preparing the model '{model}' (converted once, then cached)"):
         path = str(resolve_model(model))
-    identity = asdict(engine_identity(path, CPU_ENGINE_ARGS))
+    identity = _identity(path)
     kept = (given, load_profile(given)) if given is not None else find_profile(path, **identity)
     if kept is None:
         console.print(f"No profile of this model on this machine yet: measuring for {PROFILE_SECONDS:g} s, once.")
@@ -89,6 +94,14 @@ def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSet
     profile.check_matches(model=path, **identity)
     console.print(f"profile: {profile_path} ({profile.device}, measured {profile.created})", highlight=False)
     return EngineSetup(path, CPU_ENGINE_ARGS, CPU_ENVIRONMENT, profile_path, profile.model), profile
+
+
+def _identity(model: str) -> dict[str, Any]:
+    """What a profile of this engine must have been measured on."""
+    from slos_serve.vllm_plugin.launch import CPU_ENGINE_ARGS
+    from slos_serve.vllm_plugin.profile_run import engine_identity
+
+    return asdict(engine_identity(model, CPU_ENGINE_ARGS))
 
 
 def _run(

@@ -1,0 +1,91 @@
+"""``slos-serve demo`` with the engine left out: what it prints, what it writes, how it fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from slos_serve.bench import demo as demo_module
+from slos_serve.bench.demo_events import SchedulerEvents
+from slos_serve.bench.demo_plan import DemoPlan
+from slos_serve.bench.demo_report import SideRun
+from slos_serve.cli.main import app
+from slos_serve.core.errors import SlosServeError
+from slos_serve.files.profile_file import Profile, save_profile
+from tests.unit.bench.builders import MODEL, demo_side
+
+IDENTITY = {"device": "Some CPU, 2 cores", "engine_version": "0.32.0", "dtype": "bfloat16", "tensor_parallel": 1}
+PROFILE = Profile(
+    model_name="tiny",
+    device="Some CPU, 2 cores",
+    engine="vllm",
+    engine_version="0.32.0",
+    created="2026-01-01T00:00:00+00:00",
+    dtype="bfloat16",
+    tensor_parallel=1,
+    kv_capacity_tokens=40_000,
+    block_size=128,
+    max_num_batched_tokens=2048,
+    model=MODEL,
+)
+Side = Callable[..., SideRun]
+
+
+def good_side(_setup: object, plan: DemoPlan, _folder: Path, *, name: str, classes: Path | None, told: Any) -> SideRun:
+    """Stock keeps the first five promises of the burst, ours twenty."""
+    told.starting(1.0)
+    told.phase("burst", len(plan.burst))
+    slow_from = 5 if classes is None else 20
+    verdicts = {request.request_id: "admitted" for request in (*plan.calm, *plan.burst[:slow_from])}
+    return demo_side(plan, slow_from=slow_from, events=None if classes is None else SchedulerEvents(verdicts))
+
+
+def bad_side(*_arguments: object, **_options: object) -> SideRun:
+    raise SlosServeError("the server died [here]")
+
+
+def run_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, side: Side, *arguments: str) -> Result:
+    """The command with an engine that is known and never started."""
+    engine = SimpleNamespace(profile_engine=lambda *_, **__: pytest.fail("a profile was given"))
+    monkeypatch.setitem(sys.modules, "slos_serve.vllm_plugin.profile_run", engine)
+    monkeypatch.setattr("slos_serve.cli.demo._identity", lambda *_: dict(IDENTITY))
+    monkeypatch.setitem(
+        sys.modules, "slos_serve.vllm_plugin.cpu_model", SimpleNamespace(resolve_model=lambda name: name)
+    )
+    monkeypatch.setattr(demo_module, "run_side", side)
+    path = tmp_path / "profile.json"
+    save_profile(PROFILE, path)
+    return CliRunner().invoke(
+        app, ["demo", "--model", "tiny", "--profile", str(path), *arguments], env={"COLUMNS": "200"}
+    )
+
+
+def test_writes_what_it_prints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    json_file, png = tmp_path / "out" / "demo.json", tmp_path / "out" / "demo.png"
+    ran = run_demo(monkeypatch, tmp_path, good_side, "--json", str(json_file), "--png", str(png))
+    assert ran.exit_code == 0, ran.output
+    result = json.loads(json_file.read_text(encoding="utf-8"))
+    assert f"{result['ratio']:.2f} times as many" in ran.output
+    assert result["setup"]["device"] == IDENTITY["device"] and result["setup"]["burst_load"] > 1.0
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "no  " not in ran.output and "Each side gets" in ran.output
+
+
+def test_failure_says_where_the_logs_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran = run_demo(monkeypatch, tmp_path, bad_side)
+    assert ran.exit_code == 1
+    assert "the server died [here]" in ran.output and "logs are in" in ran.output
+    assert "Traceback" not in ran.output
+
+
+def test_a_profile_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran = run_demo(monkeypatch, tmp_path, good_side, "--model", "other")
+    assert ran.exit_code == 1
+    assert "measured on something else" in ran.output
