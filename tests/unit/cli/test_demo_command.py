@@ -19,6 +19,7 @@ from slos_serve.bench.demo_report import SideRun
 from slos_serve.cli.main import app
 from slos_serve.core.errors import SlosServeError
 from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.vllm_plugin.launch import CPU_ENVIRONMENT
 from tests.unit.bench.builders import MODEL, demo_side
 
 IDENTITY = {"device": "Some CPU, 2 cores", "engine_version": "0.32.0", "dtype": "bfloat16", "tensor_parallel": 1}
@@ -60,6 +61,8 @@ def run_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, side: Side, *argum
         sys.modules, "slos_serve.vllm_plugin.cpu_model", SimpleNamespace(resolve_model=lambda name: name)
     )
     monkeypatch.setattr(demo_module, "run_side", side)
+    for name, value in CPU_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)  # the command sets them too; this way they are gone after the test
     path = tmp_path / "profile.json"
     save_profile(PROFILE, path)
     return CliRunner().invoke(
