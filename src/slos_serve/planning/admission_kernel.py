@@ -41,7 +41,7 @@ def first_violation(
     max_tokens: float,
     start_s: float,
 ) -> tuple[int, float]:
-    """Position of the first deadline a set misses (or -1), and the budget that remains at the end.
+    """Position of the first deadline a set misses (or -1), and the budget that remains at the last deadline of all.
 
     This is the feasibility rule itself, shared by the greedy pass, the tests' brute force and the router's mirrors.
     """
@@ -50,12 +50,13 @@ def first_violation(
     budget = 0.0
     last_s = start_s
     for i in range(len(taken)):
+        budget += rate * max(due_s[i] - last_s, 0.0)
+        last_s = max(due_s[i], last_s)
         if not taken[i]:
             continue
         if rate < 0.0:
             return i, budget
-        budget += rate * max(due_s[i] - last_s, 0.0) - cost_tokens[i]
-        last_s = max(due_s[i], last_s)
+        budget -= cost_tokens[i]
         counts[tier[i]] += 1.0
         rate = prefill_rate(counts, periods_s, tokens_each, extra_s_each, draft_s, coefficients, max_tokens)
         if budget < -TOLERANCE or rate < 0.0:

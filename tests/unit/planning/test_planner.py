@@ -1,0 +1,208 @@
+"""What the planner decides in small situations."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from slos_serve.core.plan import Reason, StepPlan
+from slos_serve.core.request import Status
+from slos_serve.planning.planner import Planner
+from slos_serve.planning.settings import PlannerSettings
+from tests.builders import OPT_13B_A100, EngineBuilder
+
+
+def planned(
+    engine: EngineBuilder, settings: PlannerSettings | None = None, *, free_blocks: int | None = None
+) -> StepPlan:
+    return Planner(OPT_13B_A100, 2, settings).plan(engine.now_s, engine.view(free_blocks=free_blocks))
+
+
+def reason_of(plan: StepPlan, slot: int) -> Reason | None:
+    where = np.flatnonzero(plan.slots == slot)
+    return Reason(int(plan.reasons[where[0]])) if len(where) else None
+
+
+def test_an_idle_engine_runs_the_whole_prompt_and_promises() -> None:
+    engine = EngineBuilder()
+    slot = engine.wait(500)
+    plan = planned(engine)
+    assert plan.slots.tolist() == [slot]
+    assert plan.tokens.tolist() == [500]
+    assert plan.admitted.tolist() == [slot]
+    assert engine.table.rows["status"][slot] == Status.ADMITTED
+
+
+def test_prefill_runs_in_deadline_order_not_in_arrival_order() -> None:
+    engine = EngineBuilder()
+    engine.decode(ahead_s=0.09)
+    late = engine.wait(600, due_in_s=2.0)
+    soon = engine.wait(600, due_in_s=1.0)
+    plan = planned(engine)
+    assert reason_of(plan, soon) is Reason.PREFILL_DEADLINE
+    assert late not in plan.slots[:-1]
+
+
+def test_a_decode_ahead_of_its_deadlines_is_held_while_there_is_prefill() -> None:
+    engine = EngineBuilder()
+    due = engine.decode(ahead_s=0.06)
+    ahead = engine.decode(ahead_s=1.5)
+    engine.wait(3000, due_in_s=2.0)
+    plan = planned(engine)
+    assert reason_of(plan, due) is Reason.DECODE_DUE
+    assert ahead in plan.held
+    assert plan.held_reasons[plan.held == ahead].tolist() == [Reason.HELD_AHEAD]
+
+
+def test_without_prefill_every_decode_runs() -> None:
+    engine = EngineBuilder()
+    slots = [engine.decode(ahead_s=0.3 * k) for k in range(6)]
+    plan = planned(engine)
+    assert sorted(plan.slots.tolist()) == slots
+    assert len(plan.held) == 0
+
+
+def test_holding_can_be_switched_off() -> None:
+    engine = EngineBuilder()
+    ahead = engine.decode(ahead_s=1.5)
+    engine.wait(3000, due_in_s=2.0)
+    assert ahead in planned(engine, PlannerSettings(hold_decodes=False)).slots
+
+
+def test_a_stream_is_never_held_past_its_stall_bound() -> None:
+    engine = EngineBuilder()
+    slot = engine.decode(ahead_s=30.0)
+    engine.table.rows["last_token_s"][slot] = engine.now_s - 1.95  # the bound is 2 s
+    engine.wait(3000, due_in_s=2.0)
+    assert reason_of(planned(engine), slot) is Reason.DECODE_DUE
+
+
+def test_the_step_ends_by_the_earliest_due_time() -> None:
+    engine = EngineBuilder()
+    engine.decode(ahead_s=0.08)
+    engine.wait(5000, due_in_s=3.0)
+    plan = planned(engine)
+    assert 0.05 < plan.predicted_s <= 0.08
+
+
+def test_what_cannot_be_attained_even_alone_becomes_best_effort() -> None:
+    engine = EngineBuilder()
+    lost = engine.wait(4000, due_in_s=0.1)
+    plan = planned(engine)
+    assert plan.demoted.tolist() == [lost]
+    assert engine.table.rows["status"][lost] == Status.BEST_EFFORT
+    assert reason_of(plan, lost) is Reason.BEST_EFFORT
+
+
+def test_a_decode_beyond_recovery_is_demoted() -> None:
+    engine = EngineBuilder()
+    slot = engine.decode(output_tokens=90, ahead_s=-20.0, max_tokens=100)
+    assert planned(engine).demoted.tolist() == [slot]
+
+
+def test_one_long_request_gives_way_to_two_short_ones() -> None:
+    engine = EngineBuilder()
+    long = engine.wait(4000, due_in_s=0.62)
+    short = [engine.wait(1500, due_in_s=0.66), engine.wait(1500, due_in_s=0.7)]
+    Planner(OPT_13B_A100, 2).plan(engine.now_s, engine.view())
+    status = engine.table.rows["status"]
+    assert status[short[0]] == Status.ADMITTED
+    assert status[long] == Status.UNDECIDED
+
+
+def test_weight_turns_the_choice() -> None:
+    engine = EngineBuilder()
+    long = engine.wait(4000, due_in_s=0.62, weight=5.0)
+    engine.wait(1500, due_in_s=0.66)
+    engine.wait(1500, due_in_s=0.7)
+    Planner(OPT_13B_A100, 2).plan(engine.now_s, engine.view())
+    assert engine.table.rows["status"][long] == Status.ADMITTED
+
+
+def test_best_effort_is_preempted_youngest_first_for_memory() -> None:
+    engine = EngineBuilder(total_blocks=60)
+    old = engine.decode(prompt_tokens=320, tpot_s=np.inf, status=Status.BEST_EFFORT)
+    young = engine.decode(prompt_tokens=320, tpot_s=np.inf, status=Status.BEST_EFFORT)
+    slot = engine.wait(300, max_tokens=20)
+    plan = planned(engine)
+    assert plan.preempt.tolist() == [young]
+    assert slot in plan.slots
+    assert old in plan.slots
+
+
+def test_memory_that_promises_will_need_is_not_promised_twice() -> None:
+    engine = EngineBuilder(total_blocks=100)
+    for _ in range(3):
+        engine.decode(prompt_tokens=320, output_tokens=10, max_tokens=160, ahead_s=0.05)
+    slot = engine.wait(320, max_tokens=160)
+    plan = planned(engine)
+    assert slot not in plan.admitted
+
+
+def test_a_hint_replaces_the_forecast() -> None:
+    engine = EngineBuilder()
+    slot = engine.wait(max_tokens=1000)
+    engine.table.rows["hint_tokens"][slot] = 7
+    planned(engine)
+    assert engine.table.rows["expected_tokens"][slot] == 7
+
+
+def test_a_fixed_budget_replaces_the_dynamic_one() -> None:
+    engine = EngineBuilder()
+    engine.wait(3000, due_in_s=3.0)
+    plan = planned(engine, PlannerSettings(dynamic_batch=False, fixed_budget=512))
+    assert plan.num_tokens == 512
+
+
+def test_no_more_requests_than_the_engine_has_seats() -> None:
+    engine = EngineBuilder(max_num_seqs=3)
+    engine.decode(ahead_s=0.2)
+    for _ in range(5):
+        engine.wait(50)
+    plan = planned(engine)
+    assert len(plan.slots) == 3
+
+
+def test_chunks_before_the_last_are_not_tiny() -> None:
+    engine = EngineBuilder()
+    for _ in range(30):
+        engine.decode(ahead_s=0.03)
+    engine.wait(3000, due_in_s=3.0)
+    plan = planned(engine)
+    chunks = plan.tokens[plan.reasons == Reason.PREFILL_DEADLINE]
+    assert all(chunk >= 16 for chunk in chunks)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_any_plan_can_be_followed_by_order_and_budget(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    engine = EngineBuilder(total_blocks=int(rng.integers(100, 2000)), max_num_seqs=40)
+    for _ in range(int(rng.integers(0, 20))):
+        status = Status.BEST_EFFORT if rng.random() < 0.3 else Status.ADMITTED
+        engine.decode(tpot_s=float(rng.choice([0.05, 0.1])), ahead_s=float(rng.random()) - 0.1, status=status)
+    for _ in range(int(rng.integers(0, 4))):
+        engine.prefilling(1000, int(rng.integers(1, 900)), due_in_s=float(rng.random()))
+    for _ in range(int(rng.integers(0, 30))):
+        engine.wait(int(rng.integers(1, 3000)), due_in_s=float(rng.random() * 3))
+    for _ in range(int(rng.integers(0, 5))):
+        engine.best_effort(int(rng.integers(1, 1000)))
+    view = engine.view()
+    plan = Planner(OPT_13B_A100, 2).plan(engine.now_s, view)
+    rows = engine.table.rows
+    todo = rows["prompt_tokens"] + rows["output_tokens"] - rows["computed_tokens"]
+    partial = [k for k, slot in enumerate(plan.slots) if plan.tokens[k] < todo[slot]]
+    assert len(partial) <= 1
+    running = rows["running"][plan.slots]
+    assert (np.diff(running) <= 0).all()
+    if partial:
+        # Whoever walks the same order with the same budget gives the same tokens.
+        group = np.flatnonzero(running == running[partial[0]])
+        after = [k for k in range(partial[0] + 1, len(plan.slots))]
+        assert partial[0] in group
+        assert all(plan.tokens[k] == 0 for k in after)
+    assert len(set(plan.slots.tolist())) == len(plan.slots)
+    assert (plan.tokens > 0).all()
+    assert plan.num_tokens <= view.max_num_batched_tokens
+    new = [slot for slot in plan.slots if rows["running"][slot] == 0]
+    assert len(engine.running) - len(plan.preempt) + len(new) <= view.max_num_seqs
+    assert not set(plan.preempt.tolist()) & set(plan.slots.tolist())
