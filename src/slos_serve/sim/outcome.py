@@ -1,0 +1,119 @@
+"""Reads a recording: scores of calls and requests, and the summary that commands print and write."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slos_serve.metrics.bulk import CallScores, CallTargets, attained_by_quartile, requests_attained, score_calls
+from slos_serve.metrics.summary import Quantiles, quantiles_ms, wilson_interval
+from slos_serve.sim.recording import Recording
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run in numbers; counts are of requests (sessions), times of completed calls.
+
+    Attributes:
+        requests, attained, admitted, admitted_attained, rejected, unfinished: counts.
+        attainment, low, high: share attained and its Wilson 95 % interval.
+        strict: share whose every token was in time.
+        by_class: class -> share of its calls that attained.
+        by_prompt_quartile: share attained by quartile of the first prompt's length, short to long.
+        ttft_ms, tpot_ms: p50 and p99.
+        demoted: requests whose promise was taken back.
+        steps, preemptions, empty_plans: counts over all replicas.
+        duration_s: virtual time.
+        output_tokens_per_s: tokens of completed calls over virtual time.
+    """
+
+    requests: int
+    attained: int
+    admitted: int
+    admitted_attained: int
+    demoted: int
+    rejected: int
+    unfinished: int
+    attainment: float
+    low: float
+    high: float
+    strict: float
+    by_class: dict[str, float]
+    by_prompt_quartile: list[float]
+    ttft_ms: Quantiles
+    tpot_ms: Quantiles
+    steps: int
+    preemptions: int
+    empty_plans: int
+    duration_s: float
+    output_tokens_per_s: float
+
+    def as_dict(self) -> dict[str, object]:
+        """For JSON."""
+        return asdict(self)
+
+
+def score(recording: Recording) -> CallScores:
+    """Scores of every call."""
+    calls = recording.workload.calls
+    targets = CallTargets(
+        np.ascontiguousarray(calls["ttft_s"]),
+        np.ascontiguousarray(calls["tpot_s"]),
+        np.ascontiguousarray(calls["next_tpot_s"]),
+        np.ascontiguousarray(calls["first_stage_tokens"]),
+    )
+    outputs = np.ascontiguousarray(calls["output_tokens"])
+    return score_calls(recording.token_s, recording.token_start, outputs, recording.completed, targets)
+
+
+def summarize_run(recording: Recording, measured: NDArray[np.bool_] | None = None) -> Outcome:
+    """Summary of the requests in ``measured`` (bool [requests], all by default)."""
+    calls, scores = recording.workload.calls, score(recording)
+    count = recording.workload.num_requests
+    session = np.ascontiguousarray(calls["session"])
+    chosen = np.ones(count, dtype=np.bool_) if measured is None else measured
+    attained = requests_attained(scores.attained, session, count)
+    strict = requests_attained(scores.strict, session, count)
+    admitted = requests_attained(recording.calls["admitted"] == 1, session, count)
+    finished = requests_attained(scores.completed, session, count)
+    rejected = ~requests_attained(~recording.rejected, session, count)
+    demoted = ~requests_attained(recording.calls["demoted"] == 0, session, count)
+    done = scores.completed & chosen[session]
+    first_call = np.flatnonzero(np.isfinite(calls["arrival_s"]))
+    order = np.argsort(session[first_call])
+    prompts = np.ascontiguousarray(calls["prompt_tokens"][first_call[order]])
+    low, high = wilson_interval(int(attained[chosen].sum()), int(chosen.sum()))
+    return Outcome(
+        requests=int(chosen.sum()),
+        attained=int(attained[chosen].sum()),
+        admitted=int(admitted[chosen].sum()),
+        admitted_attained=int((admitted & attained)[chosen].sum()),
+        demoted=int(demoted[chosen].sum()),
+        rejected=int(rejected[chosen].sum()),
+        unfinished=int((~finished & ~rejected)[chosen].sum()),
+        attainment=float(attained[chosen].mean()) if chosen.any() else float("nan"),
+        low=low,
+        high=high,
+        strict=float(strict[chosen].mean()) if chosen.any() else float("nan"),
+        by_class=_by_class(recording, scores, chosen[session]),
+        by_prompt_quartile=attained_by_quartile(attained[chosen], prompts[chosen]),
+        ttft_ms=quantiles_ms(scores.ttft_s[done]),
+        tpot_ms=quantiles_ms(scores.tpot_s[done]),
+        steps=recording.num_steps,
+        preemptions=recording.num_preemptions,
+        empty_plans=recording.num_empty_plans,
+        duration_s=recording.end_s,
+        output_tokens_per_s=float(calls["output_tokens"][done].sum()) / max(recording.end_s, 1e-9),
+    )
+
+
+def _by_class(recording: Recording, scores: CallScores, chosen: NDArray[np.bool_]) -> dict[str, float]:
+    class_index = recording.workload.calls["class_index"]
+    rates = {}
+    for index, slo_class in enumerate(recording.workload.classes):
+        own = (class_index == index) & chosen
+        if own.any():
+            rates[slo_class.name] = float(scores.attained[own].mean())
+    return rates

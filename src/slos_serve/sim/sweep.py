@@ -1,0 +1,175 @@
+"""Drives many capacity searches on several processes, remembers every answer on disk, and reports progress."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+from slos_serve.sim.capacity import Answer, Capacity, Question, Search, answer
+
+# Whatever these packages hold can change an answer.
+_DECIDING = ("core", "perf", "planning", "policies", "routing", "metrics", "workload", "sim")
+
+
+@cache
+def source_digest() -> str:
+    """Digest of the code that answers depend on: a cache from other code is not used."""
+    digest = hashlib.sha256()
+    root = Path(str(resources.files("slos_serve")))
+    for package in _DECIDING:
+        for file in sorted((root / package).rglob("*.py")):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class AnswerFile:
+    """Answers by question, appended to a JSON-lines file as they come, so that a search can be resumed."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._known: dict[str, Answer] = {}
+        if path is not None and path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                self._read(line)
+
+    def _read(self, line: str) -> None:
+        try:
+            row = json.loads(line)
+            if row["code"] == source_digest():
+                self._known[row["question"]] = Answer(**row["answer"])
+        except (ValueError, KeyError, TypeError):
+            return  # the end of a line that an interrupted run left half written
+
+    def get(self, question: Question) -> Answer | None:
+        """A known answer."""
+        return self._known.get(question.key())
+
+    def put(self, question: Question, found: Answer) -> None:
+        """Remember an answer, on disk too."""
+        self._known[question.key()] = found
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        row = {"code": source_digest(), "question": question.key(), "answer": asdict(found)}
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+@dataclass
+class _Running:
+    """A search and what it waits for."""
+
+    name: str
+    search: Search
+    questions: list[Question] = field(default_factory=list)
+    answers: dict[str, Answer] = field(default_factory=dict)
+
+
+def run_searches(
+    searches: Sequence[tuple[str, Search]],
+    answers: AnswerFile,
+    processes: int,
+    on_answer: Callable[[str, Question, Answer], None],
+    on_done: Callable[[str, Capacity], None],
+) -> list[Capacity]:
+    """Run searches side by side; results in the order of ``searches``.
+
+    Args:
+        searches: (name, search); names tell them apart in the callbacks.
+        answers: what is known already.
+        processes: how many simulations run at once; 1 runs them in this process.
+        on_answer: told of every evaluation.
+        on_done: told of every finished search.
+    """
+    results: dict[str, Capacity] = {}
+    if processes <= 1:
+        for name, search in searches:
+            results[name] = _run_here(name, search, answers, on_answer)
+            on_done(name, results[name])
+        return [results[name] for name, _ in searches]
+    waiting = list(searches)
+    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        _run_in_pool(waiting, answers, pool, processes, results, on_answer, on_done)
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+    return [results[name] for name, _ in searches]
+
+
+def _run_here(
+    name: str, search: Search, answers: AnswerFile, on_answer: Callable[[str, Question, Answer], None]
+) -> Capacity:
+    try:
+        questions = next(search)
+        while True:
+            found = []
+            for question in questions:
+                known = answers.get(question)
+                if known is None:
+                    known = answer(question)
+                    answers.put(question, known)
+                on_answer(name, question, known)
+                found.append(known)
+            questions = search.send(found)
+    except StopIteration as end:
+        result: Capacity = end.value
+        return result
+
+
+def _run_in_pool(
+    waiting: list[tuple[str, Search]],
+    answers: AnswerFile,
+    pool: ProcessPoolExecutor,
+    processes: int,
+    results: dict[str, Capacity],
+    on_answer: Callable[[str, Question, Answer], None],
+    on_done: Callable[[str, Capacity], None],
+) -> None:
+    """Keep about two searches a process under way, so that no process waits for a bisection."""
+    pending: dict[Future[Answer], tuple[_Running, Question]] = {}
+    active = 0
+
+    def advance(running: _Running) -> bool:
+        """Feed a search while its answers are known; False when it ended."""
+        while all(question.key() in running.answers for question in running.questions):
+            given = [running.answers[question.key()] for question in running.questions]
+            try:
+                running.questions = running.search.send(given) if running.questions else next(running.search)
+            except StopIteration as end:
+                results[running.name] = end.value
+                on_done(running.name, end.value)
+                return False
+            for question in running.questions:
+                known = answers.get(question)
+                if known is not None:
+                    running.answers[question.key()] = known
+                    on_answer(running.name, question, known)
+        for question in running.questions:
+            if question.key() not in running.answers:
+                pending[pool.submit(answer, question)] = (running, question)
+        return True
+
+    while waiting or pending:
+        while waiting and active < 2 * processes:
+            name, search = waiting.pop(0)
+            active += advance(_Running(name, search))
+        done: Iterable[Future[Answer]] = wait(pending, return_when=FIRST_COMPLETED).done if pending else ()
+        touched: list[_Running] = []
+        for future in done:
+            running, question = pending.pop(future)
+            found = future.result()
+            answers.put(question, found)
+            running.answers[question.key()] = found
+            on_answer(running.name, question, found)
+            if running not in touched:
+                touched.append(running)
+        for running in touched:
+            if all(question.key() in running.answers for question in running.questions):
+                active -= not advance(running)
