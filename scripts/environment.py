@@ -11,12 +11,14 @@ from __future__ import annotations
 import argparse
 import ast
 import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -192,8 +194,10 @@ def install_all(installer: Installer, venv: Path, vllm_version: str) -> None:
 def fingerprint(vllm_version: str) -> str:
     """Changes whenever an environment has to be made again."""
     digest = hashlib.sha256(f"{sys.version}|{vllm_version}".encode())
-    for path in [*sorted(REQUIREMENTS.glob("*.txt")), ROOT / "pyproject.toml", Path(__file__)]:
+    for path in [*sorted(REQUIREMENTS.glob("*.txt")), Path(__file__)]:
         digest.update(path.read_bytes())
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    digest.update(json.dumps(settings["project"], sort_keys=True).encode())  # not the tools' settings
     return digest.hexdigest()
 
 
