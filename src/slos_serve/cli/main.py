@@ -5,9 +5,12 @@ from __future__ import annotations
 import typer
 
 from slos_serve.cli.bench import bench
+from slos_serve.cli.capacity import capacity
 from slos_serve.cli.demo import demo
 from slos_serve.cli.profile import profile
 from slos_serve.cli.serve import PASS_THROUGH, serve
+from slos_serve.cli.simulate import simulate
+from slos_serve.cli.size import size
 
 app = typer.Typer(
     name="slos-serve",
@@ -27,3 +30,6 @@ app.command(context_settings=PASS_THROUGH)(serve)
 app.command(context_settings=PASS_THROUGH)(profile)
 app.command()(bench)
 app.command()(demo)
+app.command()(simulate)
+app.command()(capacity)
+app.command()(size)

@@ -1,0 +1,166 @@
+"""``slos-serve capacity``: the rate each policy carries, scenario by scenario, beside what is possible at all."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from slos_serve.cli.sim_options import (
+    Acceptance,
+    Arrivals,
+    JsonFile,
+    Oracle,
+    ProfileName,
+    Router,
+    console,
+    fail,
+    policy_names,
+    policy_of,
+    progress_bar,
+    scenarios_of,
+    write_json,
+)
+from slos_serve.core.errors import SlosServeError
+
+if TYPE_CHECKING:
+    from slos_serve.sim.capacity import Answer, Capacity, Question
+
+OURS = "slos-serve"
+
+
+def capacity(
+    scenario: Annotated[list[str] | None, typer.Option(help="Scenario, or all; may be repeated.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="Policy; may be repeated. Default: all.")] = None,
+    profile: ProfileName = "opt-13b-a100",
+    arrivals: Arrivals = "scenario",
+    replicas: Annotated[int, typer.Option(min=1, help="Engines; distserve takes at least two.")] = 1,
+    router: Router = "least-loaded",
+    requests: Annotated[int, typer.Option(min=20, help="Requests of each simulation, times replicas.")] = 1500,
+    seeds: Annotated[int, typer.Option(min=1, max=10, help="Seeds, for the confidence interval.")] = 3,
+    attain: Annotated[float, typer.Option(min=0.01, max=0.999, help="Share of requests that must attain.")] = 0.9,
+    oracle_lengths: Oracle = False,
+    acceptance: Acceptance = 0.7,
+    processes: Annotated[int, typer.Option(min=1, help="Simulations at once.")] = 2,
+    cache_file: Annotated[
+        Path | None, typer.Option("--resume", help="Keep every simulation here (JSON lines) and reuse what is there.")
+    ] = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Search the highest rate per GPU at which the share of requests attains; each policy at its best parameters."""
+    from slos_serve.sim.capacity import Question, search_capacity
+    from slos_serve.sim.profiles import find_profile
+    from slos_serve.sim.sweep import AnswerFile, run_searches
+    from slos_serve.workload.scenarios import make_workload
+
+    try:
+        find_profile(profile)
+        names = scenarios_of(scenario or ["all"])
+        policies = [policy_of(text) for text in policy or policy_names()]
+        make_workload(names[0], 1.0, 1, arrivals=arrivals)
+        searches = []
+        for name in names:
+            for chosen, parameters in policies:
+                engines = max(replicas, 2) if chosen == "distserve" else replicas
+                base = Question(
+                    scenario=name,
+                    policy=chosen,
+                    parameters=parameters,
+                    profile=profile,
+                    arrivals=arrivals,
+                    rate_rps=1.0,
+                    num_requests=requests * engines,
+                    seed=0,
+                    replicas=engines,
+                    router=router,
+                    oracle_lengths=oracle_lengths,
+                    acceptance=acceptance,
+                )
+                searches.append((f"{name} {chosen}", search_capacity(base, seeds, attain, variants=not parameters)))
+        began = time.perf_counter()
+        counts = {"simulations": 0, "steps": 0}
+        with progress_bar() as bar:
+            task = bar.add_task("capacity", total=len(searches))
+
+            def on_answer(label: str, question: Question, found: Answer) -> None:
+                counts["simulations"] += 1
+                counts["steps"] += found.steps
+                rate = question.rate_rps / question.replicas
+                bar.update(task, description=f"{label}: {100 * found.attainment:.0f} % at {rate:.2f}/s")
+
+            def on_done(label: str, found: Capacity) -> None:
+                bar.console.print(f"{label}: {found.capacity_rps_per_gpu:.3f} requests/s per GPU", highlight=False)
+                bar.advance(task)
+
+            results = run_searches(searches, AnswerFile(cache_file), processes, on_answer, on_done)
+    except SlosServeError as fault:
+        raise fail(fault) from fault
+    wall_s = time.perf_counter() - began
+    for table in tables(results):
+        console.print(table)
+    for line in geometric_means(results):
+        console.print(line, highlight=False)
+    console.print(f"{counts['simulations']} simulations, {counts['steps']:,} steps, {wall_s:.0f} s", highlight=False)
+    write_json(json_file, [row.as_dict() for row in results])
+
+
+def tables(results: list[Capacity]) -> list[Table]:
+    """Capacity by scenario and policy; attainment by prompt quartile at it."""
+    capacities = Table(title="requests/s per GPU (95 % interval)")
+    quartiles = Table(title="attainment at capacity by prompt length quartile, short to long (%)")
+    policies = list(dict.fromkeys(row.policy for row in results))
+    for table in (capacities, quartiles):
+        table.add_column("scenario")
+        for name in policies:
+            table.add_column(name, justify="right")
+    capacities.add_column("fluid bound / 0.9", justify="right")
+    capacities.add_column("the same with speculation", justify="right")
+    by_scenario: dict[str, dict[str, Capacity]] = defaultdict(dict)
+    for row in results:
+        by_scenario[row.scenario][row.policy] = row
+    for scenario, rows in by_scenario.items():
+        any_row = next(iter(rows.values()))
+        capacities.add_row(
+            scenario,
+            *(_cell(rows.get(name)) for name in policies),
+            f"{any_row.fluid_bound_rps_per_gpu / 0.9:.2f}",
+            f"{any_row.fluid_bound_speculative_rps_per_gpu / 0.9:.2f}",
+        )
+        quartiles.add_row(scenario, *(_quartiles(rows.get(name)) for name in policies))
+    return [capacities, quartiles]
+
+
+def _cell(row: Capacity | None) -> str:
+    return "" if row is None else f"{row.capacity_rps_per_gpu:.2f} ({row.ci[0]:.2f}-{row.ci[1]:.2f})"
+
+
+def _quartiles(row: Capacity | None) -> str:
+    return "" if row is None else " ".join(f"{100 * share:.0f}" for share in row.by_prompt_quartile)
+
+
+def geometric_means(results: list[Capacity]) -> list[str]:
+    """Our capacity over each baseline's, and over the best baseline of each scenario: geometric means."""
+    by_scenario: dict[str, dict[str, float]] = defaultdict(dict)
+    for row in results:
+        by_scenario[row.scenario][row.policy] = row.capacity_rps_per_gpu
+    ratios: dict[str, list[float]] = defaultdict(list)
+    for rows in by_scenario.values():
+        ours = rows.get(OURS)
+        others = {name: value for name, value in rows.items() if name != OURS and value > 0.0}
+        if ours is None or not others:
+            continue
+        for name, value in {**others, "the best baseline": max(others.values())}.items():
+            ratios[name].append(ours / value)
+    return [
+        f"{OURS} over {name}: {_geometric(values):.2f}x (geometric mean of {len(values)} scenarios)"
+        for name, values in ratios.items()
+    ]
+
+
+def _geometric(values: list[float]) -> float:
+    return math.exp(sum(math.log(max(value, 1e-9)) for value in values) / len(values))

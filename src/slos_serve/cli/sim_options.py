@@ -1,0 +1,94 @@
+"""Options that the simulation commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from slos_serve.core.errors import InvalidFieldError, SlosServeError
+from slos_serve.policies.registry import POLICIES, policy_entry
+from slos_serve.workload.scenarios import SCENARIOS, scenario_named
+
+ProfileName = Annotated[str, typer.Option("--profile", help="Shipped profile (opt-13b-a100, ...) or a profile file.")]
+Arrivals = Annotated[
+    str, typer.Option(help="scenario (the scenario's own), poisson, azure-conv, azure-code or gamma:CV.")
+]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of lengths and arrivals.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result here.")]
+Oracle = Annotated[
+    bool, typer.Option("--oracle-lengths", help="Tell policies the true output lengths, to see what that would add.")
+]
+Router = Annotated[str, typer.Option(help="round-robin or least-loaded.")]
+Acceptance = Annotated[float, typer.Option(min=0.0, max=0.999, help="Probability that a draft token is right.")]
+
+console = Console()
+errors = Console(stderr=True)
+
+
+def fail(fault: SlosServeError) -> typer.Exit:
+    """Print what is wrong; the exit code to raise."""
+    errors.print(f"[red]error:[/red] {fault}", highlight=False, soft_wrap=True)
+    return typer.Exit(2)
+
+
+def scenarios_of(names: Sequence[str]) -> list[str]:
+    """Scenario names, ``all`` spelled out.
+
+    Raises:
+        InvalidFieldError: unknown name.
+    """
+    chosen = list(SCENARIOS) if "all" in names else list(names)
+    for name in chosen:
+        scenario_named(name)
+    return list(dict.fromkeys(chosen))
+
+
+def policy_of(text: str) -> tuple[str, dict[str, Any]]:
+    """``name`` or ``name:key=value,key=value``.
+
+    Raises:
+        InvalidFieldError: unknown policy, or a parameter without a value.
+    """
+    name, _, given = text.partition(":")
+    policy_entry(name)
+    parameters: dict[str, Any] = {}
+    for part in filter(None, given.split(",")):
+        key, found, value = part.partition("=")
+        if not found:
+            raise InvalidFieldError("policy", text, "NAME or NAME:key=value,key=value")
+        try:
+            parameters[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            parameters[key.strip()] = value
+    return name, parameters
+
+
+def policy_names() -> list[str]:
+    """Every policy."""
+    return list(POLICIES)
+
+
+def write_json(path: Path | None, value: object) -> None:
+    """Write a result, when asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        console.print(f"wrote {path}")
+
+
+def progress_bar() -> Progress:
+    """The bar of every command that takes more than two seconds."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=errors,
+        transient=True,
+    )
