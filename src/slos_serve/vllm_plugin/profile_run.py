@@ -51,6 +51,9 @@ SHORT_SHARE = 0.7
 # Part of the KV cache that the prompts of the pool may fill; the rest is for their growth and the prefill streams.
 POOL_KV_SHARE = 0.4
 POLL_S = 0.25
+# Fewer batches than this make a poor fit: measuring then goes on for up to so many times the wanted duration.
+ENOUGH_SAMPLES = 80
+MOST_STRETCH = 3.0
 # An engine that has run no step for this long has died or hangs.
 SILENCE_S = 300.0
 
@@ -98,7 +101,8 @@ def profile_engine(
     Args:
         model: what vLLM takes as ``--model``.
         vllm_args: any arguments of vLLM's server; those of its HTTP side change nothing.
-        duration_s: seconds of measuring, after the engine has started and warmed up.
+        duration_s: seconds of measuring, after the engine has started and warmed up; up to :data:`MOST_STRETCH` times
+            as long when a slow or busy machine has run fewer than :data:`ENOUGH_SAMPLES` batches by then.
         seed: of the prompts, the grid and its order.
         label: name of the model in the profile; default its :func:`model_label`.
         progress: told the phase and the part of it that is done, in [0, 1].
@@ -211,7 +215,7 @@ async def _measure(
 
 
 async def _wait(file: Path, duration_s: float, progress: Progress) -> None:
-    """Until samples have come for ``duration_s``, the warm-up not counted."""
+    """Until samples have come for ``duration_s``, the warm-up not counted; longer when that gave too few to fit."""
     size, grown_s, start_s = 0, time.monotonic(), None
     while True:
         await asyncio.sleep(POLL_S)
@@ -223,8 +227,12 @@ async def _wait(file: Path, duration_s: float, progress: Progress) -> None:
             raise SlosServeError(f"the engine has finished no step for {SILENCE_S:g} s")
         if start_s is not None:
             progress("measure", min((now_s - start_s) / duration_s, 1.0))
-            if now_s - start_s >= duration_s:
+            if now_s - start_s >= duration_s * (1.0 if _num_samples(file) >= ENOUGH_SAMPLES else MOST_STRETCH):
                 return
+
+
+def _num_samples(file: Path) -> int:
+    return file.read_bytes().count(b"\n") - 1
 
 
 class _Load:
