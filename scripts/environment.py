@@ -145,8 +145,8 @@ def install_torch(installer: Installer, pin: str) -> None:
     say(f"the configured indexes lack {pin}; trying PyTorch's own CPU index")
     if not installer.install(pin, index=PYTORCH_CPU_INDEX):
         raise SetupError(
-            f"{pin} is neither in the configured indexes nor reachable at {PYTORCH_CPU_INDEX}; "
-            "put its wheel into a folder and name that in pip's find-links setting"
+            f"{pin} for Python {sys.version_info[0]}.{sys.version_info[1]} is neither in the configured indexes nor to be "
+            f"had from {PYTORCH_CPU_INDEX}; put its wheel into a folder and name that in pip's find-links setting"
         )
 
 

@@ -12,6 +12,10 @@ if [ -e "$venv" ] && { [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" != "$PWD" ] 
     echo "setup: $venv was made elsewhere or is broken; making it anew"
     rm -rf "$venv"
 fi
+if [ -n "${PYTHON:-}" ] && [ -x "$venv/bin/python" ] && [ "$("$PYTHON" -V 2>&1)" != "$("$venv/bin/python" -V)" ]; then
+    echo "setup: $venv has $("$venv/bin/python" -V), PYTHON asks for another; making it anew"
+    rm -rf "$venv"
+fi
 if [ -f "$stamp" ] && "$venv/bin/python" scripts/environment.py check "$venv" --vllm "$version"; then
     exit 0
 fi
