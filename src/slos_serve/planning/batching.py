@@ -288,7 +288,9 @@ def form_batch(
             if batch[NUM_RUNNING] >= max_num_seqs:
                 chunk = 0
         reason = NO_ROOM
-        if chunk > 0 and not _make_room(rows, slot, chunk, victims, evicted, batch, block_size, preempt):
+        # An engine starts a request only when its whole prompt fits.
+        needed = chunk if is_running else todo
+        if chunk > 0 and not _make_room(rows, slot, needed, victims, evicted, batch, block_size, preempt):
             chunk = 0
             reason = NO_MEMORY
         if chunk <= 0:

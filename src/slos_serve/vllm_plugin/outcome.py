@@ -39,6 +39,13 @@ class Recorder:
         self._log_once(name, "slos-serve: planning failed (%s); steps like this run in stock order.", error)
         return name
 
+    def starved(self) -> str:
+        """A step runs in stock order because vLLM ran nothing of the plan before it; returns its kind."""
+        kind = "starved"
+        self.fallbacks[kind] = self.fallbacks.get(kind, 0) + 1
+        self.metrics.fallback("other")
+        return kind
+
     def refused(self, error: InvalidFieldError) -> None:
         """A request's SLO fields could not be used; it is served without a promise."""
         name = f"field {error.field}"

@@ -59,13 +59,14 @@ class SLOScheduler(AsyncScheduler):
         self._slo_classes = {slo_class.name: index for index, slo_class in enumerate(settings.classes)}
         self._slo_book = RequestBook()
         self._slo_clock = StepClock()
-        self._slo_recorder = Recorder(settings.classes, settings.events_path)
+        self._slo_starved = False
         self._slo_policy: SLOsServePolicy | None = None
         if settings.profile is not None:
             settings.profile.check_matches(engine_version=compat.engine_version())
             num_classes = len(settings.classes) + 2  # custom numbers, and none
             self._slo_policy = SLOsServePolicy(settings.profile.model, num_classes, settings.planner)
             warm_up(self._slo_policy.planner)
+        self._slo_recorder = Recorder(settings.classes, settings.events_path)
         self._slo_say_hello()
 
     def _slo_say_hello(self) -> None:
@@ -97,6 +98,9 @@ class SLOScheduler(AsyncScheduler):
         now_s = self.slo_clock_s()
         start_s = self._slo_clock.next_start_s(now_s)
         plan, plan_s, fallback = self._slo_plan(start_s)
+        if self._slo_starved:
+            # vLLM ran nothing of the last plan (a limit that the planner does not know): its own order gets a turn.
+            plan, fallback, self._slo_starved = None, self._slo_recorder.starved(), False
         if plan is None:
             ready_s = time.perf_counter()
             output = super().schedule(*args, **kwargs)
@@ -106,7 +110,8 @@ class SLOScheduler(AsyncScheduler):
                 ready_s = time.perf_counter()
                 output = super().schedule(*args, **kwargs)
                 made_s = time.perf_counter()
-        shape, predicted_s = self._slo_time_step(output, start_s)
+        self._slo_starved = plan is not None and output.total_num_scheduled_tokens == 0
+        shape, predicted_s = self._slo_time_step(output, now_s)
         self._slo_recorder.step(
             self._slo_book,
             plan,
@@ -136,6 +141,11 @@ class SLOScheduler(AsyncScheduler):
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._slo_forget(request)
         return super()._free_request(request, *args, **kwargs)
+
+    def shutdown(self) -> None:
+        """End with the engine."""
+        super().shutdown()
+        self._slo_recorder.events.close()
 
     # What we add to it ----------------------------------------------------------------------------------------
 
@@ -188,13 +198,13 @@ class SLOScheduler(AsyncScheduler):
         except Exception as error:  # whatever the planner does, serving goes on
             return None, time.perf_counter() - wall_s, self._slo_recorder.fell_back(error)
 
-    def _slo_time_step(self, output: SchedulerOutput, start_s: float) -> tuple[BatchShape, float]:
-        """Start the clock on a step that was made; returns its shape and corrected prediction in seconds."""
+    def _slo_time_step(self, output: SchedulerOutput, now_s: float) -> tuple[BatchShape, float]:
+        """Start the clock on a step whose scheduling began at ``now_s``; returns its shape and corrected prediction in seconds."""
         assert self._slo_policy is not None
         shape = self._slo_book.shape(output.num_scheduled_tokens)
         predicted_s = self._slo_policy.model.step_s(shape) * self._slo_policy.correction.factor
         if shape.new_tokens > 0:
-            self._slo_clock.scheduled(output, shape, self.slo_clock_s(), predicted_s)
+            self._slo_clock.scheduled(output, shape, now_s, predicted_s)
         return shape, predicted_s
 
     def _slo_forget(self, request: Request) -> None:

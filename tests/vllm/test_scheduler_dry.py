@@ -1,0 +1,290 @@
+"""The plug-in on vLLM's real scheduler and KV-cache manager, the device imaginary, time virtual."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.interface import PauseState
+
+from slos_serve.core.errors import InvalidFieldError, ProfileMismatchError, UnsupportedEngineError
+from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.vllm_plugin import compat
+from slos_serve.vllm_plugin.dry_run import DryEngine, make_scheduler, token_at
+from slos_serve.vllm_plugin.scheduler import SLOScheduler
+from slos_serve.vllm_plugin.settings import CLASSES_VARIABLE, EVENTS_VARIABLE, PROFILE_VARIABLE
+from tests.builders import OPT_13B_A100
+
+CLASSES = """
+classes:
+  chat: {ttft_ms: 1000, tpot_ms: 100}
+  code: {ttft_ms: 800, tpot_ms: 50}
+  think:
+    ttft_ms: 1000
+    stages: [{tpot_ms: 50, max_tokens: 20}, {tpot_ms: 100}]
+"""
+Start = Callable[..., DryEngine]
+
+
+def write_profile(path: Path, engine_version: str) -> None:
+    save_profile(
+        Profile("tiny", "imaginary", "vllm", engine_version, "now", "bfloat16", 1, 64_000, 16, 2048, OPT_13B_A100), path
+    )
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Start an engine, ours unless told otherwise."""
+    (tmp_path / "classes.yaml").write_text(CLASSES, encoding="utf-8")
+    write_profile(tmp_path / "profile.json", compat.engine_version())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv(CLASSES_VARIABLE, str(tmp_path / "classes.yaml"))
+    monkeypatch.setenv(PROFILE_VARIABLE, str(tmp_path / "profile.json"))
+    monkeypatch.setenv(EVENTS_VARIABLE, str(tmp_path / "events.jsonl"))
+
+    started: list[AsyncScheduler] = []
+
+    def start_engine(cls: type[AsyncScheduler] = SLOScheduler, *, depth: int = 2, **arguments: Any) -> DryEngine:
+        scheduler = make_scheduler(cls, tmp_path, **arguments)
+        started.append(scheduler)
+        engine = DryEngine(scheduler, OPT_13B_A100, depth=depth)
+        scheduler.slo_clock_s = lambda: engine.now_s
+        return engine
+
+    yield start_engine
+    for scheduler in started:
+        scheduler.shutdown()
+
+
+def prompt(rng: np.random.Generator, tokens: int) -> list[int]:
+    return [int(token) for token in rng.integers(5, 30_000, tokens)]
+
+
+def mixed_load(engine: DryEngine, *, seed: int = 0, count: int = 80, rate: float = 8.0, slo: bool = True) -> list[float]:
+    """Poisson arrivals of two classes and of requests without a promise, served to the end; when each was entered."""
+    rng = np.random.default_rng(seed)
+    arrivals = np.cumsum(rng.exponential(1.0 / rate, count))
+    entered = []
+    for number, arrival_s in enumerate(arrivals):
+        tokens = prompt(rng, min(int(rng.lognormal(6.0, 1.0)) + 1, 4000))
+        length = int(rng.lognormal(4.0, 0.8)) + 1
+        name = (None, "chat", "code")[number % 3] if slo else None
+        while engine.now_s < arrival_s:
+            if engine.step() == 0 and not engine.scheduler.has_unfinished_requests():
+                engine.now_s = float(arrival_s)
+        engine.add(f"r{number}", tokens, length, {"slo_class": name} if name else None)
+        entered.append(engine.now_s)
+        lengths[f"r{number}"] = (tokens, length)
+    engine.run()
+    return entered
+
+
+lengths: dict[str, tuple[list[int], int]] = {}
+
+
+def assert_answers(engine: DryEngine) -> None:
+    for key, answer in engine.answers.items():
+        tokens, length = lengths[key]
+        assert answer == [token_at(tokens, position) for position in range(length)], key
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("num_blocks", [600, 4000])
+def test_answers_are_those_of_the_stock_scheduler(start: Start, tmp_path: Path, depth: int, num_blocks: int) -> None:
+    engine = start(depth=depth, num_blocks=num_blocks)
+    mixed_load(engine)
+    assert_answers(engine)
+    steps = events(tmp_path, "step")
+    assert sum(step["held"] for step in steps) > 50
+    assert all(step["fallback"] is None for step in steps)
+    preempted = sum(step["preempted"] for step in steps)
+    assert preempted > 0 if num_blocks == 600 else preempted == 0
+    assert len(engine.finished) == 80
+    assert engine.scheduler.kv_cache_manager.usage == 0.0
+    assert not engine.scheduler._slo_book.by_id
+
+
+def test_more_promises_are_kept_than_on_stock(start: Start) -> None:
+    targets = {"chat": (1.0, 0.1), "code": (0.8, 0.05)}
+    kept = []
+    for cls in (AsyncScheduler, SLOScheduler):
+        engine = start(cls)
+        arrivals = mixed_load(engine, rate=9.0)
+        attained = 0
+        for number in range(80):
+            name = (None, "chat", "code")[number % 3]
+            times = engine.token_times_s[f"r{number}"]
+            if name is None:
+                continue
+            ttft_s, tpot_s = targets[name]
+            fast = len(times) < 2 or (times[-1] - times[0]) / (len(times) - 1) <= tpot_s
+            attained += times[0] - arrivals[number] <= ttft_s and fast
+        kept.append(attained)
+    assert kept[1] >= 1.3 * kept[0], kept
+
+
+def test_what_was_admitted_attains(start: Start, tmp_path: Path) -> None:
+    mixed_load(start(), rate=9.0)
+    admitted = [event for event in events(tmp_path, "request") if event["verdict"] == "admitted"]
+    assert len(admitted) > 20
+    assert sum(event["ttft_ok"] and event["tpot_ok"] for event in admitted) >= 0.95 * len(admitted)
+
+
+def test_without_promises_every_step_is_stock(start: Start, tmp_path: Path) -> None:
+    made: list[list[tuple[tuple[str, int], ...]]] = []
+    for cls in (AsyncScheduler, SLOScheduler):
+        engine = start(cls, num_blocks=600)
+        steps: list[tuple[tuple[str, int], ...]] = []
+        stock_schedule = engine.scheduler.schedule
+
+        def recorded(
+            steps: list[tuple[tuple[str, int], ...]] = steps, schedule: Callable[[], Any] = stock_schedule
+        ) -> Any:
+            output = schedule()
+            steps.append(tuple(output.num_scheduled_tokens.items()))
+            return output
+
+        engine.scheduler.schedule = recorded
+        mixed_load(engine, slo=False)
+        made.append(steps)
+    assert made[0] == made[1]
+    assert events(tmp_path, "step") == []
+
+
+def test_a_planner_that_throws_costs_order_not_service(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = start()
+    scheduler = engine.scheduler
+    calls = {"count": 0}
+    plan = scheduler._slo_policy.plan
+
+    def sometimes(now_s: float, view: Any) -> Any:
+        calls["count"] += 1
+        if calls["count"] % 3 == 0:
+            raise RuntimeError("broken planner")
+        return plan(now_s, view)
+
+    monkeypatch.setattr(scheduler._slo_policy, "plan", sometimes)
+    mixed_load(engine, count=40)
+    assert_answers(engine)
+    assert scheduler._slo_recorder.fallbacks == {"exception: RuntimeError": calls["count"] // 3}
+    assert sum(step["fallback"] is not None for step in events(tmp_path, "step")) == calls["count"] // 3
+
+
+def test_a_plan_over_its_limit_is_dropped_and_counted(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLOS_SERVE_PLAN_LIMIT_MS", "0")
+    engine = start()
+    mixed_load(engine, count=20)
+    assert_answers(engine)
+    assert set(engine.scheduler._slo_recorder.fallbacks) == {"overrun: PlanOverrunError"}
+
+
+def test_aborts_at_any_time_free_everything(start: Start) -> None:
+    engine = start(num_blocks=600)
+    rng = np.random.default_rng(5)
+    for number in range(40):
+        engine.add(f"a{number}", prompt(rng, 300), 200, {"slo_class": "chat"})
+    for number in range(40):
+        engine.step()
+        engine.abort(f"a{(number * 7) % 40}")
+    engine.run()
+    assert engine.scheduler.kv_cache_manager.usage == 0.0
+    assert not engine.scheduler._slo_book.by_id
+    assert not engine.scheduler.running
+    assert len(engine.scheduler.waiting) == 0
+
+
+def test_pausing_and_resuming_loses_nothing(start: Start) -> None:
+    engine = start()
+    rng = np.random.default_rng(6)
+    for number in range(10):
+        lengths[f"p{number}"] = (prompt(rng, 100), 30)
+        engine.add(f"p{number}", *lengths[f"p{number}"], {"slo_class": "chat"})
+    for _ in range(5):
+        engine.step()
+    engine.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    assert [engine.step() for _ in range(3)] == [0, 0, 0]
+    engine.scheduler.set_pause_state(PauseState.UNPAUSED)
+    engine.run()
+    assert_answers(engine)
+
+
+def test_prefix_cache_hits_count_as_work_done(start: Start) -> None:
+    engine = start()
+    rng = np.random.default_rng(7)
+    shared = prompt(rng, 1600)
+    engine.add("first", shared + [7], 2, {"slo_class": "chat"})
+    engine.run()
+    engine.add("blocker", prompt(rng, 4000), 2, {"slo_class": "chat"})
+    engine.add("second", shared + [9], 2, {"slo_class": "chat"})
+    tracked = engine.scheduler._slo_book.by_id["second"]
+    engine.step()
+    rows = engine.scheduler._slo_book.table.rows
+    assert rows["cached_tokens"][tracked.slot] == 1600
+    engine.run()
+
+
+def test_a_stage_boundary_changes_the_target(start: Start, tmp_path: Path) -> None:
+    engine = start()
+    engine.add("t", prompt(np.random.default_rng(8), 50), 60, {"slo_class": "think"})
+    book = engine.scheduler._slo_book
+    slot = book.by_id["t"].slot
+    targets = []
+    while engine.scheduler.has_unfinished_requests():
+        engine.step()
+        if "t" in book.by_id:
+            targets.append(float(book.table.rows["tpot_s"][slot]))
+    assert targets[0] == 0.05
+    assert targets[-1] == 0.1
+    assert events(tmp_path, "request")[0]["tpot_ok"] is True
+
+
+def test_bad_fields_that_reach_the_engine_leave_stock_service(start: Start) -> None:
+    engine = start()
+    engine.add("bad", [5, 6, 7], 4, {"slo_ttft_ms": "soon"})
+    engine.add("typo", [5, 6, 7], 4, {"slo_clas": "chat"})
+    engine.run()
+    assert len(engine.answers["bad"]) == len(engine.answers["typo"]) == 4
+    assert sum(engine.scheduler._slo_recorder.fallbacks.values()) == 2
+
+
+def test_priority_scheduling_is_refused_at_start(start: Start) -> None:
+    with pytest.raises(UnsupportedEngineError, match="--scheduling-policy"):
+        start(scheduling_policy="priority")
+
+
+def test_a_profile_of_another_engine_is_refused_at_start(start: Start, tmp_path: Path) -> None:
+    write_profile(tmp_path / "profile.json", "0.1.0")
+    with pytest.raises(ProfileMismatchError, match="engine_version"):
+        start()
+
+
+def test_a_bad_class_file_is_refused_at_start(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "classes.yaml").write_text("classes:\n  chat: {tpot_ms: -1}\n", encoding="utf-8")
+    with pytest.raises(InvalidFieldError, match=r"classes\.yaml:2"):
+        start()
+
+
+@pytest.mark.parametrize("version", ["0.25.1", "0.34.0", "1.0.0", "dev"])
+def test_an_unsupported_vllm_gets_one_clear_message(version: str) -> None:
+    with pytest.raises(UnsupportedEngineError, match=r"supports vLLM 0\.26 to 0\.33; this is vLLM"):
+        compat.check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.29.0", "0.32.0+cpu", "0.33.1"])
+def test_supported_versions_pass(version: str) -> None:
+    compat.check_version(version)
