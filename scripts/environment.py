@@ -144,9 +144,10 @@ def install_torch(installer: Installer, pin: str) -> None:
         return
     say(f"the configured indexes lack {pin}; trying PyTorch's own CPU index")
     if not installer.install(pin, index=PYTORCH_CPU_INDEX):
+        python = f"Python {sys.version_info[0]}.{sys.version_info[1]}"
         raise SetupError(
-            f"{pin} for Python {sys.version_info[0]}.{sys.version_info[1]} is neither in the configured indexes nor to be "
-            f"had from {PYTORCH_CPU_INDEX}; put its wheel into a folder and name that in pip's find-links setting"
+            f"{pin} for {python} is neither in the configured indexes nor to be had from {PYTORCH_CPU_INDEX}; "
+            "put its wheel into a folder and name that in pip's find-links setting"
         )
 
 
