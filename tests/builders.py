@@ -69,14 +69,13 @@ class EngineBuilder:
         row["running"], row["status"] = 1, status
         row["output_tokens"] = row["stage_tokens"] = output_tokens
         row["computed_tokens"] = prompt_tokens + output_tokens - 1
-        row["stage_start_s"] = self.now_s + ahead_s - output_tokens * tpot_s * 0.95 if np.isfinite(tpot_s) else self.now_s
+        paced_s = output_tokens * tpot_s * 0.95 if np.isfinite(tpot_s) else 0.0
+        row["stage_start_s"] = self.now_s + ahead_s - paced_s
         row["last_token_s"] = self.now_s - 0.03
         self.running.append(slot)
         return slot
 
-    def prefilling(
-        self, prompt_tokens: int, done_tokens: int, *, due_in_s: float = 1.0, tpot_s: float = 0.1
-    ) -> int:
+    def prefilling(self, prompt_tokens: int, done_tokens: int, *, due_in_s: float = 1.0, tpot_s: float = 0.1) -> int:
         """A running request, promised, in the middle of its prompt."""
         slot = self.wait(prompt_tokens, due_in_s=due_in_s, tpot_s=tpot_s)
         self.waiting.remove(slot)

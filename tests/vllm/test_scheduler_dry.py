@@ -68,7 +68,9 @@ def prompt(rng: np.random.Generator, tokens: int) -> list[int]:
     return [int(token) for token in rng.integers(5, 30_000, tokens)]
 
 
-def mixed_load(engine: DryEngine, *, seed: int = 0, count: int = 80, rate: float = 8.0, slo: bool = True) -> list[float]:
+def mixed_load(
+    engine: DryEngine, *, seed: int = 0, count: int = 80, rate: float = 8.0, slo: bool = True
+) -> list[float]:
     """Poisson arrivals of two classes and of requests without a promise, served to the end; when each was entered."""
     rng = np.random.default_rng(seed)
     arrivals = np.cumsum(rng.exponential(1.0 / rate, count))
@@ -227,10 +229,10 @@ def test_prefix_cache_hits_count_as_work_done(start: Start) -> None:
     engine = start()
     rng = np.random.default_rng(7)
     shared = prompt(rng, 1600)
-    engine.add("first", shared + [7], 2, {"slo_class": "chat"})
+    engine.add("first", [*shared, 7], 2, {"slo_class": "chat"})
     engine.run()
     engine.add("blocker", prompt(rng, 4000), 2, {"slo_class": "chat"})
-    engine.add("second", shared + [9], 2, {"slo_class": "chat"})
+    engine.add("second", [*shared, 9], 2, {"slo_class": "chat"})
     tracked = engine.scheduler._slo_book.by_id["second"]
     engine.step()
     rows = engine.scheduler._slo_book.table.rows

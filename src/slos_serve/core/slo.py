@@ -161,9 +161,7 @@ class ClassSet:
     def __len__(self) -> int:
         return len(self.classes)
 
-    def resolve(
-        self, name: str | None, ttft_ms: float | None = None, tpot_ms: float | None = None
-    ) -> SLOClass | None:
+    def resolve(self, name: str | None, ttft_ms: float | None = None, tpot_ms: float | None = None) -> SLOClass | None:
         """The class a request gets, its own numbers applied; ``None`` when it asked for nothing.
 
         Raises:

@@ -65,7 +65,7 @@ def first_violation(
 
 
 @njit(cache=True)
-def _greedy(
+def _greedy(  # noqa: C901 - memory and time are one loop each
     due_s: FloatArray,
     cost_tokens: FloatArray,
     tier: IntArray,
@@ -96,9 +96,10 @@ def _greedy(
                 break
             worst = -1
             for i in range(n):
-                if taken[i] and not must[i] and memory[i, k] > 0.0:
-                    if worst < 0 or memory[i, k] * weight[worst] > memory[worst, k] * weight[i]:
-                        worst = i
+                if not taken[i] or must[i] or memory[i, k] <= 0.0:
+                    continue
+                if worst < 0 or memory[i, k] * weight[worst] > memory[worst, k] * weight[i]:
+                    worst = i
             if worst < 0:
                 return False
             taken[worst] = False
@@ -111,7 +112,9 @@ def _greedy(
             return True
         worst = -1
         for i in range(at + 1):
-            if taken[i] and not must[i] and (worst < 0 or cost_tokens[i] * weight[worst] >= cost_tokens[worst] * weight[i]):
+            if not taken[i] or must[i]:
+                continue
+            if worst < 0 or cost_tokens[i] * weight[worst] >= cost_tokens[worst] * weight[i]:
                 worst = i
         if worst < 0:
             return False
@@ -119,7 +122,7 @@ def _greedy(
 
 
 @njit(cache=True)
-def admit(
+def admit(  # noqa: C901 - one kernel: labels live in arrays that no call boundary should copy
     due_s: FloatArray,
     cost_tokens: FloatArray,
     tier: IntArray,
@@ -181,12 +184,12 @@ def admit(
 
     # Mixed-radix keys over admitted counts per tier.
     stride = np.ones(tiers + 1, dtype=np.int64)
-    for l in range(tiers):
+    for level in range(tiers):
         in_tier = 0
         for i in range(n):
-            if tier[i] == l:
+            if tier[i] == level:
                 in_tier += 1
-        stride[l + 1] = stride[l] * (in_tier + 1)
+        stride[level + 1] = stride[level] * (in_tier + 1)
     num_keys = stride[tiers]
     if num_keys > 4_000_000:
         return taken, greedy_value, greedy_budget, GREEDY, 0
@@ -241,9 +244,9 @@ def admit(
                     key += stride[tier[i]]
                     if key_rate[key] == _NOT_COMPUTED:
                         left = key
-                        for l in range(tiers - 1, -1, -1):
-                            counts[l] = base_counts[l] + left // stride[l]
-                            left = left % stride[l]
+                        for level in range(tiers - 1, -1, -1):
+                            counts[level] = base_counts[level] + left // stride[level]
+                            left = left % stride[level]
                         key_rate[key] = prefill_rate(
                             counts, periods_s, tokens_each, extra_s_each, draft_s, coefficients, max_tokens
                         )
@@ -312,9 +315,8 @@ def admit(
     for label in range(layer_start, layer_end):
         if label_dead[label]:
             continue
-        if best < 0 or label_value[label] > label_value[best] + 1e-12:
-            best = label
-        elif label_value[label] >= label_value[best] - 1e-12 and label_budget[label] > label_budget[best]:
+        worth = label_value[label] - label_value[best] if best >= 0 else 1.0
+        if worth > 1e-12 or (worth >= -1e-12 and label_budget[label] > label_budget[best]):
             best = label
     if best < 0:
         return taken, greedy_value, greedy_budget, GREEDY, layer_end

@@ -33,24 +33,24 @@ def forecast_lengths(rows: RequestArray, slots: SlotArray, table: FloatArray, ed
         if hint > generated:
             expected = float(hint)
         else:
-            at = min(np.searchsorted(edges, float(generated)), len(edges) - 1)
-            expected = max(table[rows["class_index"][slot], at], float(generated + 1))
+            at = min(int(np.searchsorted(edges, float(generated))), len(edges) - 1)
+            expected = max(float(table[rows["class_index"][slot], at]), float(generated + 1))
         rows["expected_tokens"][slot] = min(int(expected), rows["max_tokens"][slot])
 
 
 @njit(cache=True)
 def tokens_to_do(rows: RequestArray, slot: int) -> int:
     """Tokens whose KV is missing before the next token can be sampled; 1 for a decode."""
-    return rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - rows["computed_tokens"][slot]
+    return int(rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - rows["computed_tokens"][slot])
 
 
 @njit(cache=True)
 def next_due_s(rows: RequestArray, slot: int, tpot_margin: float) -> float:
     """When the next token is due: the first by the TTFT, token k of a stage by its start + k * TPOT."""
     if rows["stage_tokens"][slot] == 0:
-        return rows["ttft_due_s"][slot]
+        return float(rows["ttft_due_s"][slot])
     paced = rows["stage_start_s"][slot] + rows["stage_tokens"][slot] * rows["tpot_s"][slot] * (1.0 - tpot_margin)
-    return min(paced, rows["last_token_s"][slot] + rows["max_stall_s"][slot])
+    return float(min(paced, rows["last_token_s"][slot] + rows["max_stall_s"][slot]))
 
 
 @njit(cache=True)

@@ -23,7 +23,7 @@ PRIOR_WEIGHT = 8.0
 def bin_edges() -> NDArray[np.float64]:
     """float64 [NUM_BINS], upper edge of each bin in tokens; the last is open."""
     edges = FIRST_EDGE * GROWTH ** np.arange(NUM_BINS)
-    return np.maximum(np.ceil(edges), np.arange(1, NUM_BINS + 1) + FIRST_EDGE - 1)
+    return np.asarray(np.maximum(np.ceil(edges), np.arange(1, NUM_BINS + 1) + FIRST_EDGE - 1), dtype=np.float64)
 
 
 EDGES = bin_edges()

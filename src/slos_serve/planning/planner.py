@@ -116,9 +116,9 @@ class Planner:
 
     def _admit(self, rows: RequestArray, view: EngineView, now_s: float) -> tuple[SlotArray, SlotArray]:
         """Waiting slots to serve (promised already, or picked now) and those passed over; both in deadline order."""
-        if not np.any(rows["status"][view.waiting] != BEST_EFFORT):
-            if not np.any(rows["status"][view.running] == UNDECIDED):
-                return _NONE, _NONE
+        waits = np.any(rows["status"][view.waiting] != BEST_EFFORT)
+        if not waits and not np.any(rows["status"][view.running] == UNDECIDED):
+            return _NONE, _NONE
         slots, due_s, cost, tier, must, base_counts, periods_s, extra_s = gather(
             rows,
             view.running,

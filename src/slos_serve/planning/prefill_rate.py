@@ -22,7 +22,7 @@ def linear_step_s(coefficients: FloatArray, tokens: float) -> float:
     """Seconds of the roofline part of a batch of ``tokens`` new tokens."""
     compute = coefficients[K_C] * tokens + coefficients[B_C]
     memory = coefficients[K_M] * tokens + coefficients[B_M]
-    return max(compute, memory)
+    return float(max(compute, memory))
 
 
 @njit(cache=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+import vllm
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.request import RequestStatus
@@ -40,8 +41,6 @@ _ATTRIBUTES = (
 
 def engine_version() -> str:
     """Version of the vLLM that is imported."""
-    import vllm
-
     return str(vllm.__version__)
 
 
@@ -51,7 +50,7 @@ def check_version(version: str) -> None:
     Raises:
         UnsupportedEngineError: with the range and what was found.
     """
-    parts = version.split("+")[0].split(".")
+    parts = version.partition("+")[0].split(".")
     try:
         found = (int(parts[0]), int(parts[1]))
     except (IndexError, ValueError):
@@ -72,7 +71,7 @@ def check_scheduler(scheduler: AsyncScheduler) -> None:
     missing = [name for name in (*_METHODS, *_ATTRIBUTES) if not hasattr(scheduler, name)]
     if missing:
         raise UnsupportedEngineError(
-            f"vLLM {engine_version()} lacks what slos-serve steers by: {', '.join(missing)} of {AsyncScheduler.__name__}."
+            f"vLLM {engine_version()} lacks what slos-serve steers by: {', '.join(missing)} of its scheduler."
         )
     policy = scheduler.scheduler_config.policy
     if policy != "fcfs":

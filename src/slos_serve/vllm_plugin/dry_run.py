@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from vllm.engine.arg_utils import EngineArgs
 from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
@@ -52,8 +53,6 @@ def make_scheduler(
     **engine_args: Any,
 ) -> AsyncScheduler:
     """A scheduler as vLLM would make it for a tiny model whose config is written to ``folder``."""
-    import torch
-
     (folder / "config.json").write_text(json.dumps(_TINY_LLAMA), encoding="utf-8")
     settings = {"max_model_len": 8192, "max_num_seqs": 64, "max_num_batched_tokens": 2048} | engine_args
     config = EngineArgs(
@@ -110,7 +109,9 @@ class DryEngine:
         init_none_hash(sha256)
         self._hasher = get_request_block_hasher(self.scheduler.block_size, sha256)
 
-    def add(self, request_id: str, prompt: Sequence[int], max_tokens: int, slo: Mapping[str, Any] | None = None) -> None:
+    def add(
+        self, request_id: str, prompt: Sequence[int], max_tokens: int, slo: Mapping[str, Any] | None = None
+    ) -> None:
         """Enter a request now; ``slo`` goes where ``vllm_xargs`` goes."""
         sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=dict(slo) if slo else None)
         request = Request(

@@ -138,9 +138,10 @@ class Recorder:
         rows = book.table.rows
         running = rows["running"][slots] == 1
         status = rows["status"][slots]
-        for place, inside in (("running", running), ("waiting", ~running)):
-            counts = np.bincount(status[inside], minlength=3)
-            self.metrics.queue(place, int(counts[0]), int(counts[1]), int(counts[2]))
+        inside = np.bincount(status[running], minlength=3).tolist()
+        outside = np.bincount(status[~running], minlength=3).tolist()
+        self.metrics.queue("running", *inside)
+        self.metrics.queue("waiting", *outside)
 
     def _log_once(self, name: str, text: str, error: Exception) -> None:
         if name not in self._logged:

@@ -199,7 +199,7 @@ class SLOScheduler(AsyncScheduler):
             return None, time.perf_counter() - wall_s, self._slo_recorder.fell_back(error)
 
     def _slo_time_step(self, output: SchedulerOutput, now_s: float) -> tuple[BatchShape, float]:
-        """Start the clock on a step whose scheduling began at ``now_s``; returns its shape and corrected prediction in seconds."""
+        """Start the clock on a step whose scheduling began at ``now_s``; returns its shape and predicted seconds."""
         assert self._slo_policy is not None
         shape = self._slo_book.shape(output.num_scheduled_tokens)
         predicted_s = self._slo_policy.model.step_s(shape) * self._slo_policy.correction.factor

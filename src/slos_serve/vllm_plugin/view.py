@@ -139,9 +139,7 @@ class RequestBook:
             return slots
         rows = self.table.rows
         computed = [tracked.request.num_computed_tokens for tracked in known]
-        outputs = [
-            tracked.request.num_output_tokens + tracked.request.num_output_placeholders for tracked in known
-        ]
+        outputs = [tracked.request.num_output_tokens + tracked.request.num_output_placeholders for tracked in known]
         # A streaming-input session appends to its prompt, so that is read anew as well.
         rows["prompt_tokens"][slots] = [tracked.request.num_prompt_tokens for tracked in known]
         rows["computed_tokens"][slots] = computed
