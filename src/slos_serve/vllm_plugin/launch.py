@@ -29,7 +29,7 @@ from slos_serve.vllm_plugin.settings import CLASSES_VARIABLE, EVENTS_VARIABLE, P
 
 SCHEDULER_CLS = "slos_serve.vllm_plugin.SLOScheduler"
 MIDDLEWARE = "slos_serve.vllm_plugin.SLOMiddleware"
-# For a small model on a few cores. Compiling the model costs a minute of start there and gains nothing measurable.
+# For a small model on a few cores; eager, so that no compilation delays the start.
 CPU_ENGINE_ARGS = ("--dtype", "bfloat16", "--max-model-len", "4096", "--max-num-seqs", "64", "--enforce-eager")
 CPU_ENVIRONMENT: Mapping[str, str] = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 START_TIMEOUT_S = 900.0
@@ -68,9 +68,10 @@ def server_command(
 ) -> list[str]:
     """Command line of the server; stock when ``plugin`` is ``None``.
 
-    ``--host`` and ``--port`` come last, over those of ``vllm_args``.
+    ``host`` and ``port`` replace those of ``vllm_args``.
     """
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *vllm_args]
+    others = without_option(without_option(vllm_args, "--host"), "--port")
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *others]
     if plugin is not None:
         command += ["--scheduler-cls", SCHEDULER_CLS, "--middleware", MIDDLEWARE]
     return [*command, "--host", host, "--port", str(port)]
@@ -95,6 +96,18 @@ def option_value(arguments: Sequence[str], name: str) -> str | None:
         elif argument == name and index + 1 < len(arguments):
             found = arguments[index + 1]
     return found
+
+
+def without_option(arguments: Sequence[str], name: str) -> list[str]:
+    """The arguments without ``--name VALUE`` and ``--name=VALUE``."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if skip or argument == name:
+            skip = not skip
+        elif not argument.startswith(f"{name}="):
+            kept.append(argument)
+    return kept
 
 
 def free_port() -> int:

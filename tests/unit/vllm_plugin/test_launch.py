@@ -53,11 +53,13 @@ def alive(pid: int) -> bool:
 
 
 def test_the_command_names_plug_in_and_address() -> None:
-    command = server_command("m", ["--max-model-len", "64"], host="h", port=5, plugin=Plugin())
+    given = ["--port", "--x", "--max-model-len", "64", "--host=a", "--port=9", "-y"]
+    command = server_command("m", given, host="h", port=5, plugin=Plugin())
     assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "m"]
     assert option_value(command, "--max-model-len") == "64"
     assert option_value(command, "--scheduler-cls") == "slos_serve.vllm_plugin.SLOScheduler"
     assert option_value(command, "--middleware") == "slos_serve.vllm_plugin.SLOMiddleware"
+    assert command[5:8] == ["--max-model-len", "64", "-y"]
     assert command[-4:] == ["--host", "h", "--port", "5"]
 
 
