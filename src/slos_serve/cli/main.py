@@ -1,19 +1,53 @@
-"""The ``slos-serve`` command: one file a sub-command, wired here."""
+"""The ``slos-serve`` command: one file a sub-command, wired here.
+
+A sub-command's module is imported when it is asked for. That keeps the command quick, and it keeps the planner's and the
+simulator's kernels (numba) out of processes that start an engine: vLLM's CPU build scans every loaded module in its
+workers and fails on llvmlite's.
+"""
 
 from __future__ import annotations
 
-import typer
+from importlib import import_module
+from typing import Any
 
-from slos_serve.cli.bench import bench
-from slos_serve.cli.capacity import capacity
-from slos_serve.cli.demo import demo
-from slos_serve.cli.profile import profile
-from slos_serve.cli.serve import PASS_THROUGH, serve
-from slos_serve.cli.simulate import simulate
-from slos_serve.cli.size import size
+import click
+import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
+# Name (of module and function), and its context settings.
+COMMANDS: dict[str, dict[str, Any]] = {
+    "serve": PASS_THROUGH,
+    "profile": PASS_THROUGH,
+    "bench": {},
+    "demo": {},
+    "simulate": {},
+    "capacity": {},
+    "size": {},
+}
+
+
+class LazyCommands(TyperGroup):
+    """Sub-commands that are imported on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Their names, in the order of :data:`COMMANDS`."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import a sub-command; ``None`` for an unknown name, which click reports with the known ones."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = import_module(f"slos_serve.cli.{cmd_name}")
+        single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+        single.command(name=cmd_name, context_settings=COMMANDS[cmd_name])(getattr(module, cmd_name))
+        return get_command(single)
+
 
 app = typer.Typer(
     name="slos-serve",
+    cls=LazyCommands,
     help="Serve LLM requests so that each keeps its own latency promises.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -24,12 +58,3 @@ app = typer.Typer(
 @app.callback()
 def main() -> None:
     """Serve LLM requests so that each keeps its own latency promises."""
-
-
-app.command(context_settings=PASS_THROUGH)(serve)
-app.command(context_settings=PASS_THROUGH)(profile)
-app.command()(bench)
-app.command()(demo)
-app.command()(simulate)
-app.command()(capacity)
-app.command()(size)

@@ -28,7 +28,6 @@ DEFAULT_HOST = "127.0.0.1"
 USAGE_ERROR = 2
 INTERRUPTED_STOP_S = 5.0
 # How typer must register the command for vLLM's arguments to pass.
-PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 _OURS = ("--scheduler-cls", "--model")
 
 
