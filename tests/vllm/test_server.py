@@ -20,7 +20,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.vllm_plugin.launch import CPU_ENGINE_ARGS, CPU_ENVIRONMENT, Plugin, ServerProcess
+from slos_serve.vllm_plugin.launch import CPU_ENVIRONMENT, Plugin, ServerProcess, cpu_engine_args
 from tests.vllm.hostile import MODEL, Hostile, hostile_requests
 
 pytestmark = pytest.mark.engine
@@ -48,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> Iterator
     )
     save_profile(profile, folder / "profile.json")
     plugin = Plugin(ROOT / "examples" / "classes.yaml", folder / "profile.json", folder / "events.jsonl")
-    vllm_args = (*CPU_ENGINE_ARGS, "--served-model-name", MODEL)
+    vllm_args = (*cpu_engine_args(), "--served-model-name", MODEL)
     with ServerProcess(cpu_model, vllm_args, plugin=plugin, environment=CPU_ENVIRONMENT) as running:
         yield running
 

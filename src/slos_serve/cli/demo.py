@@ -64,7 +64,7 @@ def demo(
 
 def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSetup, Profile]:
     """The model, how it is started, and its profile: the one given, the cached one, or a new one."""
-    from slos_serve.vllm_plugin.launch import CPU_ENGINE_ARGS, CPU_ENVIRONMENT
+    from slos_serve.vllm_plugin.launch import CPU_ENVIRONMENT, cpu_engine_args
 
     for name, value in CPU_ENVIRONMENT.items():
         # What is profiled must be the engine that is served; vLLM reads some of these as it is imported.
@@ -84,7 +84,7 @@ def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSet
             task = progress.add_task("starting the engine", total=None)
             run = profile_engine(
                 path,
-                CPU_ENGINE_ARGS,
+                cpu_engine_args(),
                 duration_s=PROFILE_SECONDS,
                 progress=lambda phase, part: progress.update(task, description=phase, total=1.0, completed=part),
             )
@@ -93,15 +93,15 @@ def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSet
     profile_path, profile = kept
     profile.check_matches(model=path, **identity)
     console.print(f"profile: {profile_path} ({profile.device}, measured {profile.created})", highlight=False)
-    return EngineSetup(path, CPU_ENGINE_ARGS, CPU_ENVIRONMENT, profile_path, profile.model), profile
+    return EngineSetup(path, cpu_engine_args(), CPU_ENVIRONMENT, profile_path, profile.model), profile
 
 
 def _identity(model: str) -> dict[str, Any]:
     """What a profile of this engine must have been measured on."""
-    from slos_serve.vllm_plugin.launch import CPU_ENGINE_ARGS
+    from slos_serve.vllm_plugin.launch import cpu_engine_args
     from slos_serve.vllm_plugin.profile_run import engine_identity
 
-    return asdict(engine_identity(model, CPU_ENGINE_ARGS))
+    return asdict(engine_identity(model, cpu_engine_args()))
 
 
 def _run(

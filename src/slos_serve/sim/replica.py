@@ -36,7 +36,7 @@ _FAULTS = {
 # A replica that plans nothing is asked again after this long, this often at most before the run is called stuck.
 _Item = TypeVar("_Item", np.int64, np.bool_)
 IDLE_TICK_S = 0.005
-MAX_EMPTY_PLANS = 100_000
+MAX_EMPTY_PLANS = 2_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from slos_serve.vllm_plugin.launch import (
     Plugin,
     ServerProcess,
     ServerStartError,
+    cpu_engine_args,
     option_value,
     server_command,
     server_environment,
@@ -164,3 +165,13 @@ def test_importing_the_plug_in_imports_no_engine() -> None:
         "assert not [name for name in ('vllm', 'torch') if name in sys.modules]"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=dict(os.environ), timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("flags", "dtype"), [("flags : avx512f amx_bf16", "bfloat16"), ("flags : avx512f avx512_vnni", "float32")]
+)
+def test_the_dtype_is_one_the_cores_compute_in(tmp_path: Path, flags: str, dtype: str) -> None:
+    facts = tmp_path / "cpuinfo"
+    facts.write_text(flags, encoding="utf-8")
+    assert cpu_engine_args(facts)[:2] == ("--dtype", dtype)
+    assert cpu_engine_args(tmp_path / "absent")[:2] == ("--dtype", "float32")
