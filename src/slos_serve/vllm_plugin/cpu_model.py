@@ -102,7 +102,9 @@ def run_conversion(gguf_file: Path, folder: Path) -> None:
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=offline)
     if done.returncode != 0:
-        raise CpuModelError(f"converting {gguf_file.name} failed:\n{done.stderr[-2000:]}")
+        raise CpuModelError(
+            f"converting {gguf_file.name} failed (exit status {done.returncode}):\n{done.stderr[-2000:]}"
+        )
 
 
 @contextmanager

@@ -110,5 +110,5 @@ def test_conversion_failure_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     python.write_text("#!/bin/sh\necho 'not a GGUF file' >&2\nexit 3\n")
     python.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(python))
-    with pytest.raises(CpuModelError, match=r"converting w\.gguf failed:\nnot a GGUF file"):
+    with pytest.raises(CpuModelError, match=r"converting w\.gguf failed \(exit status 3\):\nnot a GGUF file"):
         cpu_model.run_conversion(tmp_path / "w.gguf", tmp_path / "out")
