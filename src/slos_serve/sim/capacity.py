@@ -68,14 +68,14 @@ class Answer:
 
     Attributes:
         attainment: share of the measured requests that attained; only an upper bound when ``stopped_early``.
-        admitted_attained: share of the admitted ones that did; nan without admission.
+        admitted_attained: share of the admitted ones that did; ``None`` for a policy that admits nobody.
         by_prompt_quartile: attainment by quartile of prompt length.
         strict: share with every token in time.
         steps: engine steps simulated.
     """
 
     attainment: float
-    admitted_attained: float
+    admitted_attained: float | None
     by_prompt_quartile: list[float]
     strict: float
     steps: int
@@ -108,7 +108,7 @@ class Capacity:
     parameters: dict[str, Any]
     tried: list[dict[str, Any]]
     curve: list[tuple[float, float]]
-    admitted_attained: float
+    admitted_attained: float | None
     by_prompt_quartile: list[float]
     strict: float
     num_requests: int
@@ -155,7 +155,7 @@ def answer(question: Question) -> Answer:
     attainment = min(outcome.attainment, stop.bound) if recording.stopped_early else outcome.attainment
     return Answer(
         attainment=attainment,
-        admitted_attained=outcome.admitted_attained / outcome.admitted if outcome.admitted else math.nan,
+        admitted_attained=outcome.admitted_attained / outcome.admitted if outcome.admitted else None,
         by_prompt_quartile=outcome.by_prompt_quartile,
         strict=outcome.strict,
         steps=outcome.steps,
@@ -234,7 +234,7 @@ def search_capacity(base: Question, seeds: int, target: float = 0.9, variants: b
             for rate, question in tried
         ],
         curve=[(rate / gpus, float(np.mean([one.attainment for one in answers]))) for rate, answers in found],
-        admitted_attained=float(np.mean([one.admitted_attained for one in at])),
+        admitted_attained=_mean([one.admitted_attained for one in at]),
         by_prompt_quartile=[float(x) for x in np.mean([one.by_prompt_quartile for one in at], axis=0)],
         strict=float(np.mean([one.strict for one in at])),
         num_requests=base.num_requests,
@@ -324,6 +324,11 @@ def _attainment_at(found: list[tuple[float, list[Answer]]], rate: float) -> floa
 def _nearest_below(found: list[tuple[float, list[Answer]]], rate: float) -> list[Answer]:
     below = [answers for tried, answers in found if tried <= rate * (1.0 + 1e-9)]
     return below[-1] if below else found[0][1]
+
+
+def _mean(values: list[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _interval(crossings: list[float], centre: float) -> tuple[float, float]:

@@ -1,0 +1,99 @@
+"""simulate, capacity and size from the command line: results on disk, and bad input named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from slos_serve.cli.main import app
+
+RUNNER = CliRunner()
+
+
+def test_simulate_writes_what_it_prints(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    arguments = ["simulate", "--scenario", "coding", "--rate", "1", "--requests", "40", "--policy", "vllm"]
+    result = RUNNER.invoke(app, [*arguments, "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    written = json.loads(file.read_text())
+    assert written["requests"] == 40 and 0.0 <= written["attainment"] <= 1.0
+    again = tmp_path / "again.json"
+    RUNNER.invoke(app, [*arguments, "--json", str(again)])
+    assert json.loads(again.read_text())["digest"] == written["digest"]
+
+
+def test_capacity_writes_one_row_a_search(tmp_path: Path) -> None:
+    file = tmp_path / "cap.json"
+    arguments = [
+        "capacity",
+        "--scenario",
+        "coding",
+        "--policy",
+        "vllm:token_budget=8192",
+        "--policy",
+        "sarathi:chunk_tokens=512",
+    ]
+    result = RUNNER.invoke(
+        app, [*arguments, "--requests", "40", "--seeds", "1", "--processes", "1", "--json", str(file)]
+    )
+    assert result.exit_code == 0, result.output
+    rows = json.loads(file.read_text())
+    assert [row["policy"] for row in rows] == ["vllm", "sarathi"]
+    wanted = {
+        "scenario",
+        "policy",
+        "replicas",
+        "arrivals",
+        "capacity_rps_per_gpu",
+        "ci",
+        "attainment",
+        "fluid_bound_rps_per_gpu",
+    }
+    assert all(wanted <= set(row) for row in rows)
+
+
+def test_size_counts_replicas(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    lines = [f"{0.2 * i},500,50" for i in range(100)]
+    trace.write_text("Timestamp,Request tokens,Response tokens\n" + "\n".join(lines) + "\n")
+    file = tmp_path / "size.json"
+    result = RUNNER.invoke(
+        app, ["size", "--trace", str(trace), "--policy", "vllm", "--attain", "0.9", "--json", str(file)]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(file.read_text())["results"][0]["replicas"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["simulate", "--scenario", "chatt", "--rate", "1"], "summarization"),
+        (["simulate", "--scenario", "chat", "--rate", "1", "--policy", "vlm"], "sarathi"),
+        (["simulate", "--scenario", "chat"], "--rate"),
+        (["simulate", "--rate", "1"], "--scenario"),
+        (["simulate", "--scenario", "chat", "--rate", "1", "--profile", "gpu"], "opt-13b-a100"),
+        (["simulate", "--scenario", "chat", "--rate", "1", "--arrivals", "often"], "azure-code"),
+        (["simulate", "--scenario", "chat", "--rate", "1", "--policy", "vllm:x=1"], "parameters of vllm"),
+        (["simulate", "--scenario", "chat", "--rate", "1", "--policy", "vllm:x"], "key=value"),
+        (["simulate", "--scenario", "chat", "--rate", "1", "--kill", "soon"], "SECONDS:REPLICA"),
+        (["capacity", "--scenario", "chatt"], "summarization"),
+        (["capacity", "--policy", "vlm"], "sarathi"),
+        (["size", "--trace", "nowhere.csv"], "nowhere.csv"),
+    ],
+)
+def test_bad_input_is_named(arguments: list[str], named: str) -> None:
+    result = RUNNER.invoke(app, arguments)
+    assert result.exit_code == 2
+    assert named in result.output
+
+
+def test_broken_trace_lines_and_impossible_slos_carry_their_line(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    trace.write_text("Timestamp,Request tokens,Response tokens,tpot_ms\n0,5,5,\n1,x,5,\n")
+    assert "trace.csv:3" in RUNNER.invoke(app, ["simulate", "--trace", str(trace)]).output.replace("\n", "")
+    trace.write_text("Timestamp,Request tokens,Response tokens,tpot_ms\n0,5,5,0\n")
+    output = RUNNER.invoke(app, ["size", "--trace", str(trace)]).output.replace("\n", "")
+    assert "trace.csv:2: tpot_ms" in output

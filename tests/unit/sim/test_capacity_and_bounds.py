@@ -1,0 +1,132 @@
+"""Capacity search on a made-up attainment curve, and bounds against what a simulation reaches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.sim.bounds import cheapest_share_bound, clairvoyant_attainment, fluid_bound, work_of
+from slos_serve.sim.capacity import Answer, Capacity, EarlyStop, Question, answer, search_capacity
+from slos_serve.sim.outcome import summarize_run
+from slos_serve.sim.profiles import find_profile, limits_of, profile_names
+from slos_serve.sim.recording import Recording
+from slos_serve.sim.sizing import fewest_replicas
+from slos_serve.sim.sweep import AnswerFile, run_searches
+from slos_serve.workload.scenarios import SCENARIOS, make_workload
+from tests.sim_builders import run
+
+PROFILE = find_profile("opt-13b-a100")
+BASE = Question("chat", "vllm", {}, "opt-13b-a100", "poisson", 1.0, 60, 0)
+
+
+def _drive(question: Question, knee_rps: float) -> Capacity:
+    """Feed a search from a curve that falls through 90 % at the knee, later for larger budgets and by seed."""
+    search = search_capacity(question, seeds=3)
+    asked = next(search)
+    try:
+        while True:
+            found = []
+            for one in asked:
+                knee = knee_rps * (1.2 if one.parameters.get("token_budget") == 8192 else 1.0) * (1.0 + 0.02 * one.seed)
+                attainment = float(np.clip(0.9 + 0.3 * (knee - one.rate_rps) / knee, 0.0, 1.0))
+                found.append(Answer(attainment, 1.0, [attainment] * 4, attainment, 1, False))
+            asked = search.send(found)
+    except StopIteration as end:
+        result: Capacity = end.value
+        return result
+
+
+@pytest.mark.parametrize("knee_rps", [0.02, 1.0, 30.0])
+def test_search_finds_the_crossing_of_the_best_parameters(knee_rps: float) -> None:
+    found = _drive(BASE, knee_rps)
+    assert found.capacity_rps_per_gpu == pytest.approx(1.2 * 1.02 * knee_rps, rel=0.01)
+    assert found.parameters == {"token_budget": 8192}
+    assert found.ci[0] < found.capacity_rps_per_gpu < found.ci[1]
+    assert found.attainment == pytest.approx(0.9, abs=0.01)
+    assert [row["parameters"]["token_budget"] for row in found.tried] == [2048, 8192]
+
+
+def test_distserve_tries_every_split() -> None:
+    question = Question("chat", "distserve", {}, "opt-13b-a100", "poisson", 1.0, 60, 0, replicas=4)
+    assert [row["parameters"]["prefill_replicas"] for row in _drive(question, 2.0).tried] == [1, 2, 3]
+
+
+def test_answers_are_remembered_on_disk(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    question = Question("chat", "vllm", {"token_budget": 2048}, "opt-13b-a100", "poisson", 0.5, 40, 0)
+    first = AnswerFile(file)
+    assert first.get(question) is None
+    first.put(question, answer(question))
+    with file.open("a") as half:
+        half.write('{"code": "')
+    assert AnswerFile(file).get(question) == first.get(question)
+
+
+def test_a_sweep_runs_in_this_process() -> None:
+    question = Question("coding", "vllm", {"token_budget": 8192}, "opt-13b-a100", "poisson", 1.0, 60, 0)
+    asked: list[str] = []
+    (found,) = run_searches(
+        [("one", search_capacity(question, 1, variants=False))],
+        AnswerFile(None),
+        1,
+        lambda name, _question, _answer: asked.append(name),
+        lambda name, _capacity: asked.append(name),
+    )
+    assert 0.0 < found.capacity_rps_per_gpu < 2.0 * found.fluid_bound_rps_per_gpu
+    assert len(asked) > 2
+
+
+def test_early_stop_only_when_out_of_reach() -> None:
+    load = make_workload("chat", 20.0, 150, arrivals="poisson").bound(PROFILE.model)
+    measured = np.ones(150, dtype=np.bool_)
+    stop = EarlyStop(measured, 0.8)
+    recording = Recording.of(load)
+    recording.calls["arrival_s"] = load.calls["arrival_s"]
+    assert not stop(recording, float(load.calls["ttft_s"].min()) / 2)
+    assert stop(recording, 1e6) and stop.bound == 0.0
+
+
+@pytest.mark.parametrize("scenario", sorted(SCENARIOS))
+def test_bounds_are_above_what_a_baseline_reaches(scenario: str) -> None:
+    work = work_of(make_workload(scenario, 1.0, 5000).bound(PROFILE.model))
+    limits = limits_of(PROFILE)
+    fluid = fluid_bound(work, PROFILE.model, limits)
+    assert fluid_bound(work, PROFILE.model, limits, acceptance=0.7) >= fluid
+    assert fluid_bound(work, PROFILE.model, limits, acceptance=0.0) == pytest.approx(fluid)
+    assert cheapest_share_bound(work, PROFILE.model, limits) > fluid
+    load = make_workload(scenario, 2.0 * fluid, 200, arrivals="poisson")
+    outcome = summarize_run(run(load, "vllm", PROFILE.model, limits))
+    assert outcome.attainment < 0.9
+
+
+def test_clairvoyant_bound_falls_with_the_rate_and_is_a_bound() -> None:
+    limits = limits_of(PROFILE)
+    shares = []
+    for rate in (2.0, 6.0, 15.0):
+        load = make_workload("chat", rate, 500, arrivals="poisson").bound(PROFILE.model)
+        shares.append(clairvoyant_attainment(load, PROFILE.model, limits))
+        outcome = summarize_run(run(load, "sarathi", PROFILE.model, limits))
+        assert outcome.attainment <= shares[-1] + 1e-6
+    assert shares == sorted(shares, reverse=True) and shares[-1] < 0.8
+
+
+def test_sizing_finds_the_fewest_replicas() -> None:
+    load = make_workload("chat", 6.0, 300, arrivals="poisson")
+    found = fewest_replicas(load, PROFILE, "vllm", {"token_budget": 8192}, "least-loaded", 0.9, 16, lambda *_: None)
+    assert 3 <= found["replicas"] <= 8
+    assert found["attainment"] >= 0.9 > found["attainment_with_one_fewer"]
+    none = fewest_replicas(load, PROFILE, "vllm", {"token_budget": 8192}, "least-loaded", 0.9, 1, lambda *_: None)
+    assert none["replicas"] == 0
+
+
+def test_every_shipped_profile_loads() -> None:
+    names = profile_names()
+    assert {"opt-13b-a100", "opt-66b-a100-tp4", "llama-2-7b-a100", "llama-2-7b-h100"} <= set(names)
+    for name in names:
+        profile = find_profile(name)
+        assert profile.kv_capacity_tokens > 16_000 and profile.source
+    with pytest.raises(InvalidFieldError, match="opt-13b-a100"):
+        find_profile("opt-13b")
