@@ -19,6 +19,8 @@ from slos_serve.core.errors import InvalidFieldError
 SMALLEST_CHUNK = 16
 # Above this many prefill tokens a point is measured beside no decodes and beside one random number of them only.
 SMALL_PREFILL = 512
+# On a slow engine one large prefill takes as long as a dozen of the batches that serving is made of.
+LARGE_EVERY = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +58,11 @@ def grid_pass(max_decodes: int, max_num_batched_tokens: int, rng: np.random.Gene
 
 
 def grid_points(max_decodes: int, max_num_batched_tokens: int, rng: np.random.Generator) -> Iterator[GridPoint]:
-    """Passes without end."""
-    while True:
-        yield from grid_pass(max_decodes, max_num_batched_tokens, rng)
+    """Passes without end; large prefills are in one pass of :data:`LARGE_EVERY`, the first among them."""
+    for number in itertools.count():
+        points = grid_pass(max_decodes, max_num_batched_tokens, rng)
+        everything = number % LARGE_EVERY == 0
+        yield from (point for point in points if everything or point.prefill_tokens <= SMALL_PREFILL)
 
 
 def _decode_strata(largest: int, rng: np.random.Generator) -> list[int]:
