@@ -38,7 +38,10 @@ def main(arguments: Sequence[str]) -> int:
     names = list(arguments) or [name for name in DEFAULT if name in known]
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        print(f"no benchmark {', '.join(unknown) or 'yet'}; there are: {', '.join(known)}", file=sys.stderr)
+        print(
+            f"no benchmark {', '.join(unknown) or 'yet'}; there are: {', '.join(known)}",
+            file=sys.stderr,
+        )
         return 2
     failed = [name for name in names if run(name) != 0]
     if failed:

@@ -29,8 +29,13 @@ def added_per_step(folder: Path) -> None:
     from slos_serve.files.profile_file import Profile, save_profile
     from slos_serve.vllm_plugin import compat
     from slos_serve.vllm_plugin.dry_run import DryEngine, make_scheduler
+    from slos_serve.vllm_plugin.identity import device_name
     from slos_serve.vllm_plugin.scheduler import SLOScheduler
-    from slos_serve.vllm_plugin.settings import CLASSES_VARIABLE, EVENTS_VARIABLE, PROFILE_VARIABLE
+    from slos_serve.vllm_plugin.settings import (
+        CLASSES_VARIABLE,
+        EVENTS_VARIABLE,
+        PROFILE_VARIABLE,
+    )
     from tests.builders import OPT_13B_A100
 
     (folder / "classes.yaml").write_text(
@@ -38,7 +43,19 @@ def added_per_step(folder: Path) -> None:
         "  c: {ttft_ms: 12000, tpot_ms: 300}\n",
         encoding="utf-8",
     )
-    profile = Profile("m", "d", "vllm", compat.engine_version(), "now", "bfloat16", 1, 10**6, 16, 2048, OPT_13B_A100)
+    profile = Profile(
+        folder.name,
+        device_name(),
+        "vllm",
+        compat.engine_version(),
+        "now",
+        "bfloat16",
+        1,
+        10**6,
+        16,
+        2048,
+        OPT_13B_A100,
+    )
     save_profile(profile, folder / "profile.json")
     os.environ[CLASSES_VARIABLE] = str(folder / "classes.yaml")
     os.environ[PROFILE_VARIABLE] = str(folder / "profile.json")
@@ -97,7 +114,12 @@ def throughput_ratio() -> float:
     from slos_serve.vllm_plugin.launch import cpu_engine_args
 
     dtype = cpu_engine_args()[1]
-    common = {"max_model_len": 2048, "max_num_seqs": 32, "enforce_eager": True, "dtype": dtype}
+    common = {
+        "max_model_len": 2048,
+        "max_num_seqs": 32,
+        "enforce_eager": True,
+        "dtype": dtype,
+    }
     model = str(resolve_model("smollm2"))
     engines = {
         "stock": LLM(model, **common),

@@ -71,7 +71,16 @@ def _bad_xargs(dice: Random) -> Hostile:
 
 
 def _no_json(dice: Random) -> Hostile:
-    bodies = [b"", b"{", b"null", b"[]", b"\xff\xfe", b"[" * 20_000, b'{"slo_": }', b'"' + b"a" * 9_000]
+    bodies = [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b"\xff\xfe",
+        b"[" * 20_000,
+        b'{"slo_": }',
+        b'"' + b"a" * 9_000,
+    ]
     return Hostile("no json", dice.choice(bodies), _asking("chat"), REFUSED)
 
 
@@ -81,7 +90,18 @@ def _content_type(dice: Random) -> Hostile:
 
 
 def _bad_sampling(dice: Random) -> Hostile:
-    key = dice.choice(["max_tokens", "temperature", "top_p", "n", "stream", "stop", "logprobs", "seed"])
+    key = dice.choice(
+        [
+            "max_tokens",
+            "temperature",
+            "top_p",
+            "n",
+            "stream",
+            "stop",
+            "logprobs",
+            "seed",
+        ]
+    )
     value = dice.choice(["many", -7, [[]], {"a": 1}, 10**30, float("nan")])
     return Hostile("bad sampling", _plain(**{key: value}), _asking("code"), EITHER)
 
@@ -103,18 +123,37 @@ def _too_long(dice: Random) -> Hostile:
 
 
 def _bad_token(dice: Random) -> Hostile:
-    return Hostile("bad token", _plain(prompt=[dice.choice([-1, 10**9, 2**63, 10**30])]), _asking("chat"), REFUSED)
+    return Hostile(
+        "bad token",
+        _plain(prompt=[dice.choice([-1, 10**9, 2**63, 10**30])]),
+        _asking("chat"),
+        REFUSED,
+    )
 
 
 def _cut(dice: Random, where: str) -> Hostile:
     prompt = "Tell a story. " * dice.randint(1, 60)
     body = _plain(stream=True, max_tokens=400, ignore_eos=True, prompt=prompt)
-    return Hostile(f"cut {where}", body, _asking(dice.choice(["chat", "code", "batch"])), (200,), cut=where)
+    return Hostile(
+        f"cut {where}",
+        body,
+        _asking(dice.choice(["chat", "code", "batch"])),
+        (200,),
+        cut=where,
+    )
 
 
 def _extreme(dice: Random) -> Hostile:
-    xargs = {"slo_ttft_ms": dice.choice([1e-9, 1, 86_400_000]), "slo_expected_tokens": 10_000_000}
-    return Hostile("extreme", _plain(vllm_xargs=xargs), {**JSON_HEADERS, "x-session-id": "s" * 5000}, (200,))
+    xargs = {
+        "slo_ttft_ms": dice.choice([1e-9, 1, 86_400_000]),
+        "slo_expected_tokens": 10_000_000,
+    }
+    return Hostile(
+        "extreme",
+        _plain(vllm_xargs=xargs),
+        {**JSON_HEADERS, "x-session-id": "s" * 5000},
+        (200,),
+    )
 
 
 _MAKERS: tuple[tuple[Callable[[Random], Hostile], int], ...] = (

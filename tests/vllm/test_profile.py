@@ -12,10 +12,23 @@ from typing import Any
 
 import pytest
 
-from slos_serve.files.profile_file import Profile, load_profile, load_samples, samples_path
+from slos_serve.files.profile_file import (
+    Profile,
+    load_profile,
+    load_samples,
+    samples_path,
+)
 from slos_serve.perf.fit import Sample, predict_s
 
-ARGS = ("--dtype", "bfloat16", "--max-model-len", "1024", "--max-num-seqs", "32", "--enforce-eager")
+ARGS = (
+    "--dtype",
+    "bfloat16",
+    "--max-model-len",
+    "1024",
+    "--max-num-seqs",
+    "32",
+    "--enforce-eager",
+)
 DURATION_S = 12.0
 
 
@@ -34,13 +47,40 @@ class Run:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("profile")
     path = folder / "p.json"
-    command = [str(Path(sys.executable).with_name("slos-serve")), "profile", "smollm2", *ARGS]
-    command += ["--duration", str(DURATION_S), "--seed", "3", "--output", str(path), "--json", str(folder / "r.json")]
+    command = [
+        str(Path(sys.executable).with_name("slos-serve")),
+        "profile",
+        "smollm2",
+        *ARGS,
+    ]
+    command += [
+        "--duration",
+        str(DURATION_S),
+        "--seed",
+        "3",
+        "--output",
+        str(path),
+        "--json",
+        str(folder / "r.json"),
+    ]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, check=False)
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=environment,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     report = json.loads((folder / "r.json").read_text())
-    return Run(load_profile(path), load_samples(samples_path(path)), report, done.stdout, folder)
+    return Run(
+        load_profile(path),
+        load_samples(samples_path(path)),
+        report,
+        done.stdout,
+        folder,
+    )
 
 
 @pytest.mark.engine
@@ -96,7 +136,13 @@ def test_the_model_predicts_what_was_measured(run: Run) -> None:
 
 @pytest.mark.engine
 def test_the_command_prints_errors_by_region_and_draws_them(run: Run) -> None:
-    for words in ("decode only", "prefill only", "mixed", "k_seq_s", "measured / predicted"):
+    for words in (
+        "decode only",
+        "prefill only",
+        "mixed",
+        "k_seq_s",
+        "measured / predicted",
+    ):
         assert words in run.output
     assert (run.folder / "p.png").read_bytes().startswith(b"\x89PNG")
     assert run.report["num_samples"] == len(run.samples)

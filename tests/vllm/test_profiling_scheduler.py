@@ -13,7 +13,13 @@ from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.perf.fit import Sample
 from slos_serve.vllm_plugin.dry_run import DryEngine, make_scheduler, token_at
 from slos_serve.vllm_plugin.profile_run import read_raw_samples
-from slos_serve.vllm_plugin.profiling import MAX_DECODES_ENV, SAMPLES_ENV, SEED_ENV, WARM_UP_STEPS, ProfilingScheduler
+from slos_serve.vllm_plugin.profiling import (
+    MAX_DECODES_ENV,
+    SAMPLES_ENV,
+    SEED_ENV,
+    WARM_UP_STEPS,
+    ProfilingScheduler,
+)
 
 DEVICE = BatchTimeModel(k_c_s=1e-3, b_c_s=1e-2, k_m_s=0.0, b_m_s=0.0)
 STEPS = 600
@@ -25,7 +31,11 @@ def drive(
 ) -> tuple[DryEngine, list[Sample], dict[str, int]]:
     """Keep a pool decoding and prompts coming for :data:`STEPS` steps; returns engine, samples and facts."""
     file = tmp_path / "samples.jsonl"
-    for name, value in ((SAMPLES_ENV, str(file)), (SEED_ENV, "1"), (MAX_DECODES_ENV, str(MAX_DECODES))):
+    for name, value in (
+        (SAMPLES_ENV, str(file)),
+        (SEED_ENV, "1"),
+        (MAX_DECODES_ENV, str(MAX_DECODES)),
+    ):
         monkeypatch.setenv(name, value)
     scheduler = make_scheduler(ProfilingScheduler, tmp_path, num_blocks=4000, enable_prefix_caching=False)
     engine, rng = DryEngine(scheduler, DEVICE, depth=depth), np.random.default_rng(0)
@@ -34,7 +44,11 @@ def drive(
     for step in range(STEPS):
         while len(scheduler.waiting) < 8:
             name = f"feed-{step}-{len(engine.answers)}"
-            engine.add(name, rng.integers(3, 30_000, int(rng.integers(32, 3000))).tolist(), max_tokens=1)
+            engine.add(
+                name,
+                rng.integers(3, 30_000, int(rng.integers(32, 3000))).tolist(),
+                max_tokens=1,
+            )
         engine.step()
     scheduler.shutdown()
     facts, samples = read_raw_samples(file)

@@ -15,12 +15,21 @@ pytest.importorskip("vllm")
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.interface import PauseState
 
-from slos_serve.core.errors import InvalidFieldError, ProfileMismatchError, UnsupportedEngineError
+from slos_serve.core.errors import (
+    InvalidFieldError,
+    ProfileMismatchError,
+    UnsupportedEngineError,
+)
 from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.dry_run import DryEngine, make_scheduler, token_at
+from slos_serve.vllm_plugin.identity import device_name
 from slos_serve.vllm_plugin.scheduler import SLOScheduler
-from slos_serve.vllm_plugin.settings import CLASSES_VARIABLE, EVENTS_VARIABLE, PROFILE_VARIABLE
+from slos_serve.vllm_plugin.settings import (
+    CLASSES_VARIABLE,
+    EVENTS_VARIABLE,
+    PROFILE_VARIABLE,
+)
 from tests.builders import OPT_13B_A100
 
 CLASSES = """
@@ -35,9 +44,22 @@ Start = Callable[..., DryEngine]
 
 
 def write_profile(path: Path, engine_version: str) -> None:
-    save_profile(
-        Profile("tiny", "imaginary", "vllm", engine_version, "now", "bfloat16", 1, 64_000, 16, 2048, OPT_13B_A100), path
+    """A profile of the model in the file's own folder on this machine."""
+    model, device = path.parent.name, device_name()
+    profile = Profile(
+        model,
+        device,
+        "vllm",
+        engine_version,
+        "now",
+        "bfloat16",
+        1,
+        64_000,
+        16,
+        2048,
+        OPT_13B_A100,
     )
+    save_profile(profile, path)
 
 
 @pytest.fixture
@@ -69,7 +91,12 @@ def prompt(rng: np.random.Generator, tokens: int) -> list[int]:
 
 
 def mixed_load(
-    engine: DryEngine, *, seed: int = 0, count: int = 80, rate: float = 8.0, slo: bool = True
+    engine: DryEngine,
+    *,
+    seed: int = 0,
+    count: int = 80,
+    rate: float = 8.0,
+    slo: bool = True,
 ) -> list[float]:
     """Poisson arrivals of two classes and of requests without a promise, served to the end; when each was entered."""
     rng = np.random.default_rng(seed)
@@ -153,7 +180,8 @@ def test_without_promises_every_step_is_stock(start: Start, tmp_path: Path) -> N
         stock_schedule = engine.scheduler.schedule
 
         def recorded(
-            steps: list[tuple[tuple[str, int], ...]] = steps, schedule: Callable[[], Any] = stock_schedule
+            steps: list[tuple[tuple[str, int], ...]] = steps,
+            schedule: Callable[[], Any] = stock_schedule,
         ) -> Any:
             output = schedule()
             steps.append(tuple(output.num_scheduled_tokens.items()))

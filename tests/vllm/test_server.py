@@ -18,9 +18,15 @@ import vllm
 from openai import BadRequestError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.files.profile_file import Profile, model_label, save_profile
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.vllm_plugin.launch import CPU_ENVIRONMENT, Plugin, ServerProcess, cpu_engine_args
+from slos_serve.vllm_plugin.identity import device_name
+from slos_serve.vllm_plugin.launch import (
+    CPU_ENVIRONMENT,
+    Plugin,
+    ServerProcess,
+    cpu_engine_args,
+)
 from tests.vllm.hostile import MODEL, Hostile, hostile_requests
 
 pytestmark = pytest.mark.engine
@@ -34,12 +40,12 @@ CONCURRENCY = 8
 def server(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("server")
     profile = Profile(
-        model_name=MODEL,
-        device="any",
+        model_name=model_label(cpu_model),
+        device=device_name(),
         engine="vllm",
         engine_version=vllm.__version__,
         created="2026-01-01T00:00:00+00:00",
-        dtype="bfloat16",
+        dtype=cpu_engine_args()[1],
         tensor_parallel=1,
         kv_capacity_tokens=40_000,
         block_size=128,
@@ -47,7 +53,11 @@ def server(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> Iterator
         model=BatchTimeModel(k_c_s=0.002, b_c_s=0.02, k_m_s=0.0005, b_m_s=0.04, k_seq_s=0.005),
     )
     save_profile(profile, folder / "profile.json")
-    plugin = Plugin(ROOT / "examples" / "classes.yaml", folder / "profile.json", folder / "events.jsonl")
+    plugin = Plugin(
+        ROOT / "examples" / "classes.yaml",
+        folder / "profile.json",
+        folder / "events.jsonl",
+    )
     vllm_args = (*cpu_engine_args(), "--served-model-name", MODEL)
     with ServerProcess(cpu_model, vllm_args, plugin=plugin, environment=CPU_ENVIRONMENT) as running:
         yield running
@@ -70,7 +80,13 @@ def metric_sums(server: ServerProcess) -> dict[str, float]:
 
 
 def complete(server: ServerProcess, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
-    body = {"model": MODEL, "prompt": "Hello", "max_tokens": 2, "temperature": 0.0, **fields}
+    body = {
+        "model": MODEL,
+        "prompt": "Hello",
+        "max_tokens": 2,
+        "temperature": 0.0,
+        **fields,
+    }
     return httpx.post(f"{server.base_url}/v1/completions", json=body, headers=headers, timeout=120.0)
 
 
@@ -86,7 +102,10 @@ def test_the_openai_client_streams_a_chat(client: OpenAI) -> None:
         extra_headers={"x-slo-class": "code", "x-llm-d-slo-ttft-ms": "9000"},
     )
     assert answer.headers["x-slo-class"] == "code"
-    assert (answer.headers["x-slo-ttft-ms"], answer.headers["x-slo-tpot-ms"]) == ("9000", "50")
+    assert (answer.headers["x-slo-ttft-ms"], answer.headers["x-slo-tpot-ms"]) == (
+        "9000",
+        "50",
+    )
     chunks = list(answer.parse())
     assert len(chunks) > 3, "it came in parts"
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
@@ -98,10 +117,19 @@ def test_the_openai_client_streams_a_completion(client: OpenAI) -> None:
         prompt="One, two, three,",
         max_tokens=8,
         stream=True,
-        extra_body={"vllm_xargs": {"slo_class": "chat", "slo_tpot_ms": 150, "slo_expected_tokens": 8}},
+        extra_body={
+            "vllm_xargs": {
+                "slo_class": "chat",
+                "slo_tpot_ms": 150,
+                "slo_expected_tokens": 8,
+            }
+        },
     )
     assert answer.headers["x-slo-class"] == "chat"
-    assert (answer.headers["x-slo-ttft-slowdown"], answer.headers["x-slo-tpot-ms"]) == ("5", "150")
+    assert (answer.headers["x-slo-ttft-slowdown"], answer.headers["x-slo-tpot-ms"]) == (
+        "5",
+        "150",
+    )
     assert len(list(answer.parse())) > 3
 
 
@@ -109,12 +137,25 @@ def test_the_openai_client_streams_a_completion(client: OpenAI) -> None:
 def test_the_newer_routes_take_slos_too(server: ServerProcess, path: str) -> None:
     said: dict[str, object] = {"input": "Say hello.", "max_output_tokens": 8}
     if path == "messages":
-        said = {"messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 8}
+        said = {
+            "messages": [{"role": "user", "content": "Say hello."}],
+            "max_tokens": 8,
+        }
     url = f"{server.base_url}/v1/{path}"
-    answer = httpx.post(url, json={"model": MODEL, **said}, headers={"x-slo-class": "code"}, timeout=120.0)
+    answer = httpx.post(
+        url,
+        json={"model": MODEL, **said},
+        headers={"x-slo-class": "code"},
+        timeout=120.0,
+    )
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-slo-class"] == "code"
-    refused = httpx.post(url, json={"model": MODEL, **said}, headers={"x-slo-class": "gold"}, timeout=120.0)
+    refused = httpx.post(
+        url,
+        json={"model": MODEL, **said},
+        headers={"x-slo-class": "gold"},
+        timeout=120.0,
+    )
     assert refused.status_code == 400
     assert "x-slo-class" in refused.text
 
@@ -148,7 +189,15 @@ def test_the_openai_client_understands_the_refusal(client: OpenAI) -> None:
 )
 def test_the_examples_run(server: ServerProcess, command: list[str], shown: str) -> None:
     environment = {**os.environ, "BASE_URL": server.base_url, "MODEL": MODEL}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert shown in done.stdout
 
@@ -166,12 +215,46 @@ main(parser.parse_args())
 def test_vllms_own_benchmark_runs(server: ServerProcess, tmp_path: Path, cpu_model: str) -> None:
     result = tmp_path / "bench.json"
     command = [sys.executable, "-c", VLLM_BENCH, "--backend", "openai"]
-    command += ["--base-url", server.base_url, "--model", MODEL, "--tokenizer", cpu_model]
-    command += ["--dataset-name", "random", "--num-prompts", "10", "--random-input-len", "32"]
-    command += ["--random-output-len", "4", "--seed", "1", "--header", "x-slo-class=chat"]
-    command += ["--save-result", "--result-dir", str(tmp_path), "--result-filename", result.name]
+    command += [
+        "--base-url",
+        server.base_url,
+        "--model",
+        MODEL,
+        "--tokenizer",
+        cpu_model,
+    ]
+    command += [
+        "--dataset-name",
+        "random",
+        "--num-prompts",
+        "10",
+        "--random-input-len",
+        "32",
+    ]
+    command += [
+        "--random-output-len",
+        "4",
+        "--seed",
+        "1",
+        "--header",
+        "x-slo-class=chat",
+    ]
+    command += [
+        "--save-result",
+        "--result-dir",
+        str(tmp_path),
+        "--result-filename",
+        result.name,
+    ]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads(result.read_text())["completed"] == 10
 
@@ -222,7 +305,9 @@ async def strike_all(server: ServerProcess, cases: list[Hostile]) -> list[str]:
     return [wrong for wrong in found if wrong is not None]
 
 
-async def test_hostile_requests_get_a_4xx_or_their_answer_and_leave_nothing(server: ServerProcess) -> None:
+async def test_hostile_requests_get_a_4xx_or_their_answer_and_leave_nothing(
+    server: ServerProcess,
+) -> None:
     cases = hostile_requests(NUM_HOSTILE, seed=20240)
     assert len({case.kind for case in cases}) == 15
     wrong = await strike_all(server, cases)
@@ -243,9 +328,16 @@ async def test_hostile_requests_get_a_4xx_or_their_answer_and_leave_nothing(serv
 
 def test_the_schedulers_metrics_show_beside_vllms(server: ServerProcess) -> None:
     before = metric_sums(server)
-    assert complete(server, {"x-slo-class": "code", "x-slo-ttft-ms": "60000", "x-slo-tpot-ms": "60000"}).is_success
+    assert complete(
+        server,
+        {"x-slo-class": "code", "x-slo-ttft-ms": "60000", "x-slo-tpot-ms": "60000"},
+    ).is_success
     after = metric_sums(server)
-    for name in ("slos_serve:requests_total", "slos_serve:attained_total", "slos_serve:plan_seconds_count"):
+    for name in (
+        "slos_serve:requests_total",
+        "slos_serve:attained_total",
+        "slos_serve:plan_seconds_count",
+    ):
         assert after[name] > before[name], name
     assert after["slos_serve:step_fallback_total"] == before["slos_serve:step_fallback_total"]
     assert "vllm:time_to_first_token_seconds_count" in after

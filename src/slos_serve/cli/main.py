@@ -1,7 +1,7 @@
 """The ``slos-serve`` command: one file a sub-command, wired here.
 
-A sub-command's module is imported when it is asked for. That keeps the command quick, and it keeps the planner's and the
-simulator's kernels (numba) out of processes that start an engine: vLLM's CPU build scans every loaded module in its
+A sub-command's module is imported when it is asked for. That keeps the command quick, and it keeps the planner's and
+the simulator's kernels (numba) out of processes that start an engine: vLLM's CPU build scans each loaded module in its
 workers and fails on llvmlite's.
 """
 
@@ -25,6 +25,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "simulate": {},
     "capacity": {},
     "size": {},
+    "report": {},
+    "replay": {},
 }
 
 

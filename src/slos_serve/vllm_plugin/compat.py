@@ -23,7 +23,14 @@ if TYPE_CHECKING:
 
 OLDEST = (0, 26)
 NEWEST = (0, 33)
-_METHODS = ("schedule", "update_from_output", "add_request", "finish_requests", "_preempt_request", "_free_request")
+_METHODS = (
+    "schedule",
+    "update_from_output",
+    "add_request",
+    "finish_requests",
+    "_preempt_request",
+    "_free_request",
+)
 _ATTRIBUTES = (
     "running",
     "waiting",

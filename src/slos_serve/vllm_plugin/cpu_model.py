@@ -75,7 +75,12 @@ def find_gguf_file() -> tuple[Path, str]:
     raise CpuModelError(f"the installed package {PACKAGE} {distribution.version} carries no .gguf file")
 
 
-def convert_once(gguf_file: Path, folder: Path, converter: Converter, announce: Announce | None = None) -> Path:
+def convert_once(
+    gguf_file: Path,
+    folder: Path,
+    converter: Converter,
+    announce: Announce | None = None,
+) -> Path:
     """Make ``folder`` by ``converter`` unless it is there; of several callers at once one converts, the rest wait."""
     if folder.is_dir():
         return folder
@@ -98,7 +103,13 @@ def run_conversion(gguf_file: Path, folder: Path) -> None:
     Raises:
         CpuModelError: with the end of what that process said.
     """
-    command = [sys.executable, "-m", "slos_serve.vllm_plugin.gguf_conversion", str(gguf_file), str(folder)]
+    command = [
+        sys.executable,
+        "-m",
+        "slos_serve.vllm_plugin.gguf_conversion",
+        str(gguf_file),
+        str(folder),
+    ]
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=offline)
     if done.returncode != 0:

@@ -21,7 +21,11 @@ from vllm.sampling_params import SamplingParams
 from vllm.utils.hashing import sha256
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheConfig,
+    KVCacheGroupSpec,
+)
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
@@ -54,16 +58,26 @@ def make_scheduler(
 ) -> AsyncScheduler:
     """A scheduler as vLLM would make it for a tiny model whose config is written to ``folder``."""
     (folder / "config.json").write_text(json.dumps(_TINY_LLAMA), encoding="utf-8")
-    settings = {"max_model_len": 8192, "max_num_seqs": 64, "max_num_batched_tokens": 2048} | engine_args
+    settings = {
+        "max_model_len": 8192,
+        "max_num_seqs": 64,
+        "max_num_batched_tokens": 2048,
+    } | engine_args
     config = EngineArgs(
-        model=str(folder), skip_tokenizer_init=True, load_format="dummy", block_size=block_size, **settings
+        model=str(folder),
+        skip_tokenizer_init=True,
+        load_format="dummy",
+        block_size=block_size,
+        **settings,
     ).create_engine_config()
     config.cache_config.num_gpu_blocks = num_blocks
     layer = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=32, dtype=torch.bfloat16)
     return scheduler_cls(
         vllm_config=config,
         kv_cache_config=KVCacheConfig(
-            num_blocks=num_blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], layer)]
+            num_blocks=num_blocks,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layer"], layer)],
         ),
         structured_output_manager=StructuredOutputManager(config),
         block_size=block_size,
@@ -110,10 +124,18 @@ class DryEngine:
         self._hasher = get_request_block_hasher(self.scheduler.block_size, sha256)
 
     def add(
-        self, request_id: str, prompt: Sequence[int], max_tokens: int, slo: Mapping[str, Any] | None = None
+        self,
+        request_id: str,
+        prompt: Sequence[int],
+        max_tokens: int,
+        slo: Mapping[str, Any] | None = None,
     ) -> None:
         """Enter a request now; ``slo`` goes where ``vllm_xargs`` goes."""
-        sampling = SamplingParams(max_tokens=max_tokens, ignore_eos=True, extra_args=dict(slo) if slo else None)
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            ignore_eos=True,
+            extra_args=dict(slo) if slo else None,
+        )
         request = Request(
             request_id=request_id,
             prompt_token_ids=list(prompt),

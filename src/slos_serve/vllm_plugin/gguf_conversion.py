@@ -16,7 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 def convert(gguf_file: Path, folder: Path) -> None:
     """Write weights, tokenizer and chat template of ``gguf_file`` into ``folder``."""
-    source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
+    source = {
+        "pretrained_model_name_or_path": str(gguf_file.parent),
+        "gguf_file": gguf_file.name,
+    }
     model = AutoModelForCausalLM.from_pretrained(
         **source, dtype=torch.bfloat16, quantization_config=GgufConfig(dequantize=True)
     )

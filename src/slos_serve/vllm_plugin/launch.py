@@ -25,14 +25,27 @@ from typing import Self
 
 from slos_serve.core.errors import SlosServeError
 from slos_serve.vllm_plugin.metrics import MULTIPROC_ENV
-from slos_serve.vllm_plugin.settings import CLASSES_VARIABLE, EVENTS_VARIABLE, PROFILE_VARIABLE
+from slos_serve.vllm_plugin.settings import (
+    CLASSES_VARIABLE,
+    EVENTS_VARIABLE,
+    PROFILE_VARIABLE,
+)
 
 SCHEDULER_CLS = "slos_serve.vllm_plugin.SLOScheduler"
 MIDDLEWARE = "slos_serve.vllm_plugin.SLOMiddleware"
 # For a small model on a few cores; eager, so that no compilation delays the start.
-_CPU_ENGINE_ARGS = ("--max-model-len", "4096", "--max-num-seqs", "64", "--enforce-eager")
+_CPU_ENGINE_ARGS = (
+    "--max-model-len",
+    "4096",
+    "--max-num-seqs",
+    "64",
+    "--enforce-eager",
+)
 _CPU_FACTS = Path("/proc/cpuinfo")
-CPU_ENVIRONMENT: Mapping[str, str] = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+CPU_ENVIRONMENT: Mapping[str, str] = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+}
 START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 30.0
 _POLL_S = 0.2
@@ -60,26 +73,45 @@ class Plugin:
     @property
     def environment(self) -> dict[str, str]:
         """The variables that tell the server's processes; paths absolute."""
-        files = {CLASSES_VARIABLE: self.classes, PROFILE_VARIABLE: self.profile, EVENTS_VARIABLE: self.events}
+        files = {
+            CLASSES_VARIABLE: self.classes,
+            PROFILE_VARIABLE: self.profile,
+            EVENTS_VARIABLE: self.events,
+        }
         return {name: str(path.resolve()) for name, path in files.items() if path is not None}
 
 
 def server_command(
-    model: str, vllm_args: Sequence[str] = (), *, host: str, port: int, plugin: Plugin | None = None
+    model: str,
+    vllm_args: Sequence[str] = (),
+    *,
+    host: str,
+    port: int,
+    plugin: Plugin | None = None,
 ) -> list[str]:
     """Command line of the server; stock when ``plugin`` is ``None``.
 
     ``host`` and ``port`` replace those of ``vllm_args``.
     """
     others = without_option(without_option(vllm_args, "--host"), "--port")
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *others]
+    command = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        model,
+        *others,
+    ]
     if plugin is not None:
         command += ["--scheduler-cls", SCHEDULER_CLS, "--middleware", MIDDLEWARE]
     return [*command, "--host", host, "--port", str(port)]
 
 
 def server_environment(
-    base: Mapping[str, str], multiproc_dir: Path, plugin: Plugin | None = None, extra: Mapping[str, str] | None = None
+    base: Mapping[str, str],
+    multiproc_dir: Path,
+    plugin: Plugin | None = None,
+    extra: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Environment of the server: ``base`` without what another start may have left in it, then ours, then ``extra``."""
     ours = {CLASSES_VARIABLE, PROFILE_VARIABLE, EVENTS_VARIABLE}
@@ -189,7 +221,10 @@ class ServerProcess:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.stop()
 
@@ -212,7 +247,11 @@ class ServerProcess:
             return
         with self._log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                self.command, env=environment, process_group=0, stdout=log, stderr=subprocess.STDOUT
+                self.command,
+                env=environment,
+                process_group=0,
+                stdout=log,
+                stderr=subprocess.STDOUT,
             )
 
     def wait_ready(self) -> None:

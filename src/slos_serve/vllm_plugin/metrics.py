@@ -42,7 +42,12 @@ class SchedulerMetrics:
         self.registry = CollectorRegistry() if registry is None else registry
         self._classes = tuple(dict.fromkeys((*class_names, CUSTOM_CLASS, NO_SLO_CLASS)))
         promised = [name for name in self._classes if name != NO_SLO_CLASS]
-        requests = self._counter("requests", "Requests that ended, by what was decided.", "slo_class", "verdict")
+        requests = self._counter(
+            "requests",
+            "Requests that ended, by what was decided.",
+            "slo_class",
+            "verdict",
+        )
         attained = self._counter("attained", "Requests that kept every promise.", "slo_class")
         violations = self._counter("slo_violation", "Promises broken, by which.", "slo_class", "type")
         self._requests = {
@@ -60,10 +65,16 @@ class SchedulerMetrics:
         preemptions = self._counter("preemptions", "Preemptions, by who asked for them.", "kind")
         self._fallbacks = {kind: fallbacks.labels(kind) for kind in FALLBACK_KINDS}
         self._preemptions = {kind: preemptions.labels(kind) for kind in PREEMPTION_KINDS}
-        self._invalid = self._counter("invalid_slo_fields", "Requests served without a promise: unusable SLO fields.")
+        self._invalid = self._counter(
+            "invalid_slo_fields",
+            "Requests served without a promise: unusable SLO fields.",
+        )
         self._held = self._counter("held_decodes", "Decodes held out of a step because they were ahead.")
         self._plan = Histogram(
-            "slos_serve:plan_seconds", "Time to plan a step.", buckets=PLAN_BUCKETS_S, registry=self.registry
+            "slos_serve:plan_seconds",
+            "Time to plan a step.",
+            buckets=PLAN_BUCKETS_S,
+            registry=self.registry,
         )
         queue = Gauge(
             "slos_serve:queue_requests",
@@ -107,7 +118,13 @@ class SchedulerMetrics:
         if count:
             self._held.inc(count)
 
-    def queue(self, place: Literal["running", "waiting"], undecided: int, admitted: int, best_effort: int) -> None:
+    def queue(
+        self,
+        place: Literal["running", "waiting"],
+        undecided: int,
+        admitted: int,
+        best_effort: int,
+    ) -> None:
         """How many requests are in a queue now, by what was decided."""
         for state, count in zip(STATES, (undecided, admitted, best_effort), strict=True):
             key = (place, state)

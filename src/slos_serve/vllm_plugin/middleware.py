@@ -23,7 +23,12 @@ from typing import Any
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import NO_SLO_CLASS, ClassSet, SLOClass
 from slos_serve.files.class_file import load_classes
-from slos_serve.vllm_plugin.slo_args import SESSION_KEY, SloArgs, from_extra_args, header_args
+from slos_serve.vllm_plugin.slo_args import (
+    SESSION_KEY,
+    SloArgs,
+    from_extra_args,
+    header_args,
+)
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -60,7 +65,12 @@ class SLOMiddleware:
         InvalidFieldError: the class file cannot be used; the server does not start.
     """
 
-    def __init__(self, app: App, classes: ClassSet | None = None, max_body_bytes: int = MAX_BODY_BYTES) -> None:
+    def __init__(
+        self,
+        app: App,
+        classes: ClassSet | None = None,
+        max_body_bytes: int = MAX_BODY_BYTES,
+    ) -> None:
         self._app = app
         self._classes = _classes_from_environment() if classes is None else classes
         self._max_body_bytes = max_body_bytes
@@ -84,7 +94,13 @@ class SLOMiddleware:
             document = _document(body.data, wanted=self._adds_to_body(slo_headers))
             applied = self._applied(_checked(slo_headers, document), scope["headers"])
         except InvalidFieldError as error:
-            await _refuse(send, 400, error.field, str(error), anthropic=_path(scope) == MESSAGES_PATH)
+            await _refuse(
+                send,
+                400,
+                error.field,
+                str(error),
+                anthropic=_path(scope) == MESSAGES_PATH,
+            )
             return
         asked = applied is not None or _asks_for_slo(slo_headers)
         data = _merged(body.data, document, slo_headers) if asked else body.data
@@ -104,7 +120,12 @@ class SLOMiddleware:
             raise InvalidFieldError(field, error.given, error.allowed) from None
 
     async def _pass_unread(
-        self, scope: Scope, body: _Body, receive: Receive, send: Send, given: dict[str, str | float]
+        self,
+        scope: Scope,
+        body: _Body,
+        receive: Receive,
+        send: Send,
+        given: dict[str, str | float],
     ) -> None:
         """A body too large to look into: vLLM gets it whole, unless it would lose the SLO its headers ask for."""
         if _asks_for_slo(given):
@@ -219,7 +240,10 @@ def _announcing(send: Send, applied: SLOClass | None) -> Send:
 
     async def announced(message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] < 400:
-            message = {**message, "headers": [*message.get("headers", ()), *applied_headers(applied)]}
+            message = {
+                **message,
+                "headers": [*message.get("headers", ()), *applied_headers(applied)],
+            }
         await send(message)
 
     return announced
@@ -245,8 +269,16 @@ def _plain(value: float) -> bytes:
 
 async def _refuse(send: Send, status: int, field: str, message: str, *, anthropic: bool = False) -> None:
     kind = "invalid_request_error"
-    error: dict[str, object] = {"message": message, "type": kind, "param": field, "code": status}
+    error: dict[str, object] = {
+        "message": message,
+        "type": kind,
+        "param": field,
+        "code": status,
+    }
     body = json.dumps({"type": "error", "error": error} if anthropic else {"error": error}).encode("ascii")
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode("ascii"))]
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode("ascii")),
+    ]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

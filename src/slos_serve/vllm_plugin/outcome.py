@@ -36,7 +36,11 @@ class Recorder:
         name = f"{kind}: {type(error).__name__}"
         self.fallbacks[name] = self.fallbacks.get(name, 0) + 1
         self.metrics.fallback(kind)
-        self._log_once(name, "slos-serve: planning failed (%s); steps like this run in stock order.", error)
+        self._log_once(
+            name,
+            "slos-serve: planning failed (%s); steps like this run in stock order.",
+            error,
+        )
         return name
 
     def starved(self) -> str:
@@ -48,6 +52,7 @@ class Recorder:
 
     def refused(self, error: InvalidFieldError) -> None:
         """A request's SLO fields could not be used; it is served without a promise."""
+        self.metrics.invalid_field()
         name = f"field {error.field}"
         self.fallbacks[name] = self.fallbacks.get(name, 0) + 1
         self._log_once(name, "slos-serve: request without a promise: %s", error)

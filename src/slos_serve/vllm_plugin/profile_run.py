@@ -11,7 +11,6 @@ import asyncio
 import itertools
 import json
 import os
-import platform
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,14 +30,22 @@ from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.engine.async_llm import AsyncLLM
 
-from slos_serve.core.errors import InvalidFieldError, SlosServeError, UnsupportedEngineError
+from slos_serve.core.errors import (
+    InvalidFieldError,
+    SlosServeError,
+    UnsupportedEngineError,
+)
 from slos_serve.files.profile_file import Profile, model_label
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.perf.fit import Sample, fit_held_out
 from slos_serve.perf.residuals import error_by_region, ratio_quantiles
+from slos_serve.vllm_plugin.identity import EngineIdentity, identity_of
 from slos_serve.vllm_plugin.profiling import MAX_DECODES_ENV, SAMPLES_ENV, SEED_ENV
 
-SERVER_PARSER_HOMES = ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.openai.cli_args")
+SERVER_PARSER_HOMES = (
+    "vllm.entrypoints.launchers.cli_args",
+    "vllm.entrypoints.openai.cli_args",
+)
 SCHEDULER_CLS = "slos_serve.vllm_plugin.profiling.ProfilingScheduler"
 DEFAULT_DURATION_S = 60.0
 MAX_DECODES_CPU = 32
@@ -77,16 +84,6 @@ class ProfileRun:
     max_num_seqs: int
 
 
-@dataclass(frozen=True, slots=True)
-class EngineIdentity:
-    """What a profile of this engine must have been measured on; the keys of ``find_profile``."""
-
-    device: str
-    engine_version: str
-    dtype: str
-    tensor_parallel: int
-
-
 def profile_engine(
     model: str,
     vllm_args: Sequence[str] = (),
@@ -119,7 +116,13 @@ def profile_engine(
     engine_args.scheduler_cls = SCHEDULER_CLS
     with tempfile.TemporaryDirectory(prefix="slos-serve-profile-") as folder:
         file = Path(folder) / "samples.jsonl"
-        with _environment({SAMPLES_ENV: str(file), SEED_ENV: str(seed), MAX_DECODES_ENV: str(_max_decodes())}):
+        with _environment(
+            {
+                SAMPLES_ENV: str(file),
+                SEED_ENV: str(seed),
+                MAX_DECODES_ENV: str(_max_decodes()),
+            }
+        ):
             identity, sampling = asyncio.run(_measure(engine_args, file, duration_s, seed, told))
         facts, samples = read_raw_samples(file)
     told("fit", 0.0)
@@ -167,23 +170,6 @@ def engine_identity(model: str, vllm_args: Sequence[str] = ()) -> EngineIdentity
     return identity_of(parse_engine_args(model, vllm_args).create_engine_config(UsageContext.OPENAI_API_SERVER))
 
 
-def identity_of(vllm_config: Any) -> EngineIdentity:
-    """Identity of an engine from its resolved vLLM configuration; the same in the server and in the engine core."""
-    return EngineIdentity(
-        device=device_name(),
-        engine_version=vllm.__version__,
-        dtype=str(vllm_config.model_config.dtype).removeprefix("torch."),
-        tensor_parallel=vllm_config.parallel_config.tensor_parallel_size,
-    )
-
-
-def device_name() -> str:
-    """The accelerator's name, or the CPU's with the cores this process may use."""
-    if not current_platform.is_cpu():
-        return str(current_platform.get_device_name())
-    return f"{_cpu_model()}, {len(os.sched_getaffinity(0))} cores"
-
-
 def read_raw_samples(file: Path) -> tuple[dict[str, Any], list[Sample]]:
     """What :class:`ProfilingScheduler` wrote: facts about the engine, then the measured batches."""
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -192,12 +178,22 @@ def read_raw_samples(file: Path) -> tuple[dict[str, Any], list[Sample]]:
     samples = []
     for line in lines[1:]:
         tokens, context, quad, seqs, prefill, duration_s = json.loads(line)
-        samples.append(Sample(BatchShape(tokens, context, quad, seqs), duration_s, prefill_tokens=prefill))
+        samples.append(
+            Sample(
+                BatchShape(tokens, context, quad, seqs),
+                duration_s,
+                prefill_tokens=prefill,
+            )
+        )
     return json.loads(lines[0]), samples
 
 
 async def _measure(
-    engine_args: AsyncEngineArgs, file: Path, duration_s: float, seed: int, progress: Progress
+    engine_args: AsyncEngineArgs,
+    file: Path,
+    duration_s: float,
+    seed: int,
+    progress: Progress,
 ) -> tuple[EngineIdentity, str]:
     progress("start", 0.0)
     engine = AsyncLLM.from_engine_args(engine_args, usage_context=UsageContext.OPENAI_API_SERVER)
@@ -292,15 +288,6 @@ class _Load:
 
 def _max_decodes() -> int:
     return MAX_DECODES_CPU if current_platform.is_cpu() else MAX_DECODES_GPU
-
-
-def _cpu_model() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 @contextmanager

@@ -138,7 +138,14 @@ class ProfilingScheduler(AsyncScheduler):
         return shape, prefill
 
     def _write(self, shape: BatchShape, prefill_tokens: int, duration_s: float) -> None:
-        row = [shape.new_tokens, shape.context_tokens, shape.quad_tokens2, shape.num_seqs, prefill_tokens, duration_s]
+        row = [
+            shape.new_tokens,
+            shape.context_tokens,
+            shape.quad_tokens2,
+            shape.num_seqs,
+            prefill_tokens,
+            duration_s,
+        ]
         self._samples.write(json.dumps(row) + "\n")
         self._samples.flush()
 

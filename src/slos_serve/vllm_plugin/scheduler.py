@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -23,6 +24,7 @@ from slos_serve.planning.warm_up import warm_up
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.apply import steered
+from slos_serve.vllm_plugin.identity import identity_of
 from slos_serve.vllm_plugin.outcome import Recorder
 from slos_serve.vllm_plugin.settings import PROFILE_VARIABLE, PluginSettings
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
@@ -62,7 +64,10 @@ class SLOScheduler(AsyncScheduler):
         self._slo_starved = False
         self._slo_policy: SLOsServePolicy | None = None
         if settings.profile is not None:
-            settings.profile.check_matches(engine_version=compat.engine_version())
+            settings.profile.check_matches(
+                model=str(self.vllm_config.model_config.model),
+                **asdict(identity_of(self.vllm_config)),
+            )
             num_classes = len(settings.classes) + 2  # custom numbers, and none
             self._slo_policy = SLOsServePolicy(settings.profile.model, num_classes, settings.planner)
             warm_up(self._slo_policy.planner)
@@ -71,7 +76,10 @@ class SLOScheduler(AsyncScheduler):
 
     def _slo_say_hello(self) -> None:
         if self._slo_policy is None:
-            logger.warning("slos-serve: no batch-time profile (%s): every step runs in stock order.", PROFILE_VARIABLE)
+            logger.warning(
+                "slos-serve: no batch-time profile (%s): every step runs in stock order.",
+                PROFILE_VARIABLE,
+            )
         logger.info(
             "slos-serve: classes %s, default %s, async scheduling %s, KV cache of %d blocks of %d tokens.",
             ", ".join(self._slo_classes) or "none",
@@ -100,7 +108,11 @@ class SLOScheduler(AsyncScheduler):
         plan, plan_s, fallback = self._slo_plan(start_s)
         if self._slo_starved:
             # vLLM ran nothing of the last plan (a limit that the planner does not know): its own order gets a turn.
-            plan, fallback, self._slo_starved = None, self._slo_recorder.starved(), False
+            plan, fallback, self._slo_starved = (
+                None,
+                self._slo_recorder.starved(),
+                False,
+            )
         if plan is None:
             ready_s = time.perf_counter()
             output = super().schedule(*args, **kwargs)
@@ -174,7 +186,10 @@ class SLOScheduler(AsyncScheduler):
             ttft_due_s=arrival_s + ttft_s,
             margin_s=self._slo_settings.planner.ttft_margin_s,
             hint_tokens=asked.expected_tokens or 0,
-            max_tokens=max(min(request.max_tokens, self.max_model_len - request.num_prompt_tokens), 1),
+            max_tokens=max(
+                min(request.max_tokens, self.max_model_len - request.num_prompt_tokens),
+                1,
+            ),
         )
 
     def _slo_class_index(self, slo_class: SLOClass | None) -> int:
@@ -196,7 +211,11 @@ class SLOScheduler(AsyncScheduler):
                 raise PlanOverrunError(f"planning took {spent_s * 1e3:.1f} ms")
             return (plan if len(plan.slots) else None), plan_s, None
         except Exception as error:  # whatever the planner does, serving goes on
-            return None, time.perf_counter() - wall_s, self._slo_recorder.fell_back(error)
+            return (
+                None,
+                time.perf_counter() - wall_s,
+                self._slo_recorder.fell_back(error),
+            )
 
     def _slo_time_step(self, output: SchedulerOutput, now_s: float) -> tuple[BatchShape, float]:
         """Start the clock on a step whose scheduling began at ``now_s``; returns its shape and predicted seconds."""

@@ -16,7 +16,13 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import MAX_LATENCY_MS, ClassSet, SLOClass, check_number
 
 KEY_PREFIX = "slo_"
-SLO_KEYS = ("slo_class", "slo_ttft_ms", "slo_tpot_ms", "slo_expected_tokens", "slo_last_round")
+SLO_KEYS = (
+    "slo_class",
+    "slo_ttft_ms",
+    "slo_tpot_ms",
+    "slo_expected_tokens",
+    "slo_last_round",
+)
 SESSION_KEY = "session_id"  # vLLM's own key, shared with its session affinity
 MAX_NAME_CHARS = 63
 MAX_SESSION_CHARS = 256
@@ -71,7 +77,11 @@ def from_extra_args(extra_args: Mapping[str, object] | None) -> SloArgs:
         return SloArgs()
     unknown = [key for key in extra_args if key.startswith(KEY_PREFIX) and key not in SLO_KEYS]
     if unknown:
-        raise InvalidFieldError("vllm_xargs", unknown[0], f"one of {list(SLO_KEYS)} among the keys with '{KEY_PREFIX}'")
+        raise InvalidFieldError(
+            "vllm_xargs",
+            unknown[0],
+            f"one of {list(SLO_KEYS)} among the keys with '{KEY_PREFIX}'",
+        )
     return SloArgs(
         slo_class=_text(extra_args, "slo_class", MAX_NAME_CHARS),
         ttft_ms=_milliseconds(extra_args, "slo_ttft_ms"),
