@@ -62,6 +62,7 @@ def simulate(
     from slos_serve.sim.model_error import ModelError
     from slos_serve.sim.outcome import summarize_run
     from slos_serve.sim.profiles import find_profile, kv_bytes_per_token, limits_of
+    from slos_serve.sim.timeline import timeline
 
     try:
         name, parameters = policy_of(policy)
@@ -103,7 +104,9 @@ def simulate(
     _print(outcome, f"{workload.name}, {policy}, {replicas} x {profile}", speed)
     digest = recording.digest()
     record = {"workload": workload.name, "policy": policy, "profile": profile, "replicas": replicas, "seed": seed}
-    write_json(json_file, {**record, **outcome.as_dict(), "speed": speed, "digest": digest})
+    if json_file is not None:
+        more = {"speed": speed, "digest": digest, "timeline": timeline(recording)}
+        write_json(json_file, {**record, **outcome.as_dict(), **more})
 
 
 def _workload(

@@ -35,6 +35,7 @@ class SimSettings:
         deaths: (virtual seconds, replica) at which replicas die.
         kv_bytes_per_token, transfer_bytes_per_s: for the KV transfer between prefill and decode.
         seed: of injected errors and draft acceptance.
+        plan_ahead: steps are planned one ahead, as with vLLM's async scheduling.
     """
 
     policy: str = "slos-serve"
@@ -49,6 +50,7 @@ class SimSettings:
     kv_bytes_per_token: float = 0.0
     transfer_bytes_per_s: float = KV_TRANSFER_BYTES_PER_S
     seed: int = 0
+    plan_ahead: bool = False
 
     @property
     def disaggregated(self) -> bool:
@@ -88,7 +90,7 @@ def _replica(
     prefill_only = settings.disaggregated and index < settings.prefill_replicas
     decode = settings.disaggregated and not prefill_only
     policy = _policy(settings, batch_time, len(recording.workload.classes), decode)
-    replica_settings = ReplicaSettings(settings.oracle_lengths, settings.error, settings.seed)
+    replica_settings = ReplicaSettings(settings.oracle_lengths, settings.error, settings.seed, settings.plan_ahead)
     return Replica(index, policy, batch_time, limits, recording, replica_settings, prefill_only)
 
 

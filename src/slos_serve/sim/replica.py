@@ -71,11 +71,14 @@ class ReplicaSettings:
         oracle_lengths: give each answer's true length as the client's hint.
         error: injected batch-time error.
         seed: of the error and of draft acceptance.
+        plan_ahead: the next step is planned while one executes, as vLLM's async scheduling does: a request that arrives
+            during a step is seen one step later.
     """
 
     oracle_lengths: bool = False
     error: ModelError = field(default_factory=ModelError)
     seed: int = 0
+    plan_ahead: bool = False
 
 
 class Replica:
@@ -118,6 +121,7 @@ class Replica:
         self._cache = PrefixCache(limits.block_size) if limits.prefix_cache else None
         self._waiting_sessions: dict[int, int] = {}
         self._empty_plans = 0
+        self._unseen: list[int] = []
         table = RequestTable(64)
         self._running = np.empty(limits.max_num_seqs + 1, dtype=np.int64)
         self._num_running = 0
@@ -146,8 +150,8 @@ class Replica:
 
     @property
     def num_requests(self) -> int:
-        """Running and waiting."""
-        return self._num_running + self._num_waiting
+        """Running and waiting, those that the policy has not seen included."""
+        return self._num_running + self._num_waiting + len(self._unseen)
 
     @property
     def num_running(self) -> int:
@@ -206,7 +210,10 @@ class Replica:
             self._take_over(slot, call, output_tokens)
         if cached and not tokens_done:
             self._waiting_sessions[session] = slot
-        self._append_waiting(slot)
+        if self._settings.plan_ahead and self.busy:
+            self._unseen.append(slot)
+        else:
+            self._append_waiting(slot)
         record = self._recording.calls[call]
         record["arrival_s"] = arrival_s
         record["replica"] = self.index
@@ -263,7 +270,14 @@ class Replica:
             PlanFaultError: the plan breaks a rule of the engine.
             StuckError: the policy keeps planning nothing while requests wait.
         """
-        if self.num_requests == 0:
+        unseen, self._unseen = self._unseen, []
+        end_s = self._plan_step(now_s)
+        for slot in unseen:
+            self._append_waiting(slot)
+        return end_s
+
+    def _plan_step(self, now_s: float) -> float | None:
+        if self._num_running + self._num_waiting == 0:
             return None
         view = self.view
         view.running = self._running[: self._num_running]
@@ -486,23 +500,19 @@ class Replica:
             if slot is not None:
                 self.view.table.rows["cached_tokens"][slot] = 0
 
-    def waits_for_prefill(self) -> int:
-        """Tokens that waiting and running requests still have to prefill."""
-        rows = self.view.table.rows
-        slots = np.concatenate((self._running[: self._num_running], self._waiting[: self._num_waiting]))
-        return int((rows["prompt_tokens"][slots] - rows["computed_tokens"][slots]).clip(min=0).sum())
-
     def die(self) -> tuple[list[int], list[int]]:
         """Stop for good; returns the calls that had not begun to stream, and those that had (lost)."""
         self.alive = False
         self.busy = False
         rows = self.view.table.rows
-        slots = np.concatenate((self._running[: self._num_running], self._waiting[: self._num_waiting]))
+        unseen = np.asarray(self._unseen, dtype=np.int64)
+        slots = np.concatenate((self._running[: self._num_running], self._waiting[: self._num_waiting], unseen))
         again = [int(self._call_of[slot]) for slot in slots if rows["output_tokens"][slot] == 0]
         lost = [int(self._call_of[slot]) for slot in slots if rows["output_tokens"][slot] > 0]
         for call in lost:
             self._recording.calls["outcome"][call] = rules.LOST
         self._num_running = self._num_waiting = 0
+        self._unseen = []
         return again, lost
 
 

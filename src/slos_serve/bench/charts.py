@@ -1,0 +1,130 @@
+"""Charts of results: described once, drawn twice (Plotly for the page, Matplotlib for PNG files)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import matplotlib as mpl
+import plotly.graph_objects as go
+from matplotlib.figure import Figure
+
+# Okabe-Ito: told apart by people who do not see every colour.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+Number = float | None
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line, or one group of bars.
+
+    Attributes:
+        name: in the legend.
+        x: numbers for lines, names for bars.
+        y: values; ``None`` leaves a gap.
+        low, high: ends of error bars, empty for none.
+    """
+
+    name: str
+    x: Sequence[float] | Sequence[str]
+    y: Sequence[Number]
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart in words.
+
+    Attributes:
+        key: file name without ending.
+        title, x_label, y_label: texts.
+        series: what is drawn.
+        kind: lines over numbers or bars over names.
+        marks: (name, value) of horizontal dashed lines.
+        log_y: logarithmic scale.
+    """
+
+    key: str
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    kind: Literal["lines", "bars"] = "lines"
+    marks: Sequence[tuple[str, float]] = field(default_factory=tuple)
+    log_y: bool = False
+
+
+def plotly_figure(chart: Chart) -> go.Figure:
+    """The chart for a web page."""
+    figure = go.Figure()
+    for index, series in enumerate(chart.series):
+        colour = COLOURS[index % len(COLOURS)]
+        bars = None
+        if series.low:
+            above = [high - (y or 0.0) for high, y in zip(series.high, series.y, strict=True)]
+            below = [(y or 0.0) - low for low, y in zip(series.low, series.y, strict=True)]
+            bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below}
+        if chart.kind == "bars":
+            figure.add_bar(x=list(series.x), y=list(series.y), name=series.name, marker_color=colour, error_y=bars)
+        else:
+            figure.add_scatter(
+                x=list(series.x),
+                y=list(series.y),
+                name=series.name,
+                mode="lines+markers",
+                line_color=colour,
+                error_y=bars,
+            )
+    for name, value in chart.marks:
+        figure.add_hline(y=value, line_dash="dash", line_color="#666666", annotation_text=name)
+    figure.update_layout(
+        title=chart.title,
+        xaxis_title=chart.x_label,
+        yaxis_title=chart.y_label,
+        yaxis_type="log" if chart.log_y else "linear",
+        template="plotly_white",
+        barmode="group",
+        height=480,
+    )
+    return figure
+
+
+def png_bytes(chart: Chart) -> bytes:
+    """The chart as a PNG file."""
+    with mpl.rc_context({"font.size": 9.0, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8.0, 4.2), layout="constrained")
+        axes = figure.subplots()
+        names = list(dict.fromkeys(str(x) for series in chart.series for x in series.x)) if chart.kind == "bars" else []
+        width = 0.8 / max(len(chart.series), 1)
+        for index, series in enumerate(chart.series):
+            colour = COLOURS[index % len(COLOURS)]
+            values = [float("nan") if y is None else y for y in series.y]
+            errors = None
+            if series.low:
+                errors = [
+                    [max(y - low, 0.0) for y, low in zip(values, series.low, strict=True)],
+                    [max(high - y, 0.0) for y, high in zip(values, series.high, strict=True)],
+                ]
+            if chart.kind == "bars":
+                places = [names.index(str(x)) + (index - 0.5 * (len(chart.series) - 1)) * width for x in series.x]
+                axes.bar(places, values, width, yerr=errors, label=series.name, color=colour, capsize=2)
+            else:
+                points = [float(x) for x in series.x]
+                axes.errorbar(points, values, errors, label=series.name, color=colour, marker=".", markersize=4)
+        for name, value in chart.marks:
+            axes.axhline(value, linestyle="--", color="#666666", linewidth=1.0)
+            axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
+        if names:
+            axes.set_xticks(range(len(names)), names)
+        if chart.log_y:
+            axes.set_yscale("log")
+        axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
+        if len(chart.series) > 1:
+            axes.legend(frameon=False, ncols=2)
+        buffer = io.BytesIO()
+        # No date inside: the same result gives the same file.
+        figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()

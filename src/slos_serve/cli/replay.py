@@ -1,0 +1,48 @@
+"""``slos-serve replay``: how far the simulator is off on a run that really happened."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from slos_serve.cli.sim_options import JsonFile, console, fail, policy_of, write_json
+from slos_serve.core.errors import SlosServeError
+
+
+def replay(
+    record: Annotated[Path, typer.Argument(help="Record of a run, from slos-serve bench --record FILE.")],
+    profile: Annotated[str, typer.Option(help="Profile of the engine that served it.")],
+    policy: Annotated[str, typer.Option(help="What scheduled it: vllm or slos-serve, with parameters.")] = "vllm",
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="The engine's --max-num-seqs.")] = 256,
+    plan_ahead: Annotated[bool, typer.Option(help="The engine schedules asynchronously (vLLM's default).")] = True,
+    overhead_ms: Annotated[float, typer.Option(help="HTTP and tokenising, added to every first token.")] = 0.0,
+    json_file: JsonFile = None,
+) -> None:
+    """Simulate the recorded requests and print the error at p50, p90 and p99 and in attainment."""
+    from slos_serve.sim.engine import SimSettings, simulate
+    from slos_serve.sim.profiles import find_profile, limits_of
+    from slos_serve.sim.replay import compare, read_record, replay_workload
+
+    try:
+        name, parameters = policy_of(policy)
+        measured = find_profile(profile)
+        rows = read_record(record)
+        limits = limits_of(measured, max_num_seqs)
+        settings = SimSettings(policy=name, parameters=parameters or None, plan_ahead=plan_ahead)
+        found = compare(simulate(replay_workload(rows), measured.model, limits, settings), rows, overhead_ms / 1000.0)
+    except SlosServeError as fault:
+        raise fail(fault) from fault
+    table = Table(title=f"{found.requests} requests of {record.name}, {policy}")
+    for column in ("", "measured", "simulated", "error"):
+        table.add_column(column, justify="right" if column else "left")
+    for label, errors in (("TTFT", found.ttft_ms), ("TPOT", found.tpot_ms)):
+        for quantile, (real, virtual, error) in errors.items():
+            table.add_row(f"{label} {quantile}", f"{real:.1f} ms", f"{virtual:.1f} ms", f"{100 * error:+.1f} %")
+    real, virtual = found.attainment
+    table.add_row("attained", f"{100 * real:.1f} %", f"{100 * virtual:.1f} %", f"{100 * (virtual - real):+.1f} points")
+    console.print(table)
+    write_json(json_file, {"record": record.name, "policy": policy, **asdict(found)})

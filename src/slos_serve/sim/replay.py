@@ -1,0 +1,126 @@
+"""Fidelity: the requests of a recorded run served again in virtual time, and how far the simulation was off.
+
+Each request keeps the time it was sent, its prompt and answer length and its promises; the profile, the engine's limits
+and the policy stand for the engine. What is compared is what clients saw: time to first token, time per output token
+and whether the promises were kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.slo import SLO, single_stage
+from slos_serve.metrics.attainment import StageTarget, score_request
+from slos_serve.sim.outcome import score
+from slos_serve.sim.recording import Recording
+from slos_serve.workload.calls import Workload, empty_calls
+
+QUANTILES = (0.5, 0.9, 0.99)
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """Measured against simulated.
+
+    Attributes:
+        requests: compared; those that completed in the real run.
+        ttft_ms, tpot_ms: quantile -> (measured, simulated, relative error).
+        attainment: measured and simulated share, over requests with a promise.
+    """
+
+    requests: int
+    ttft_ms: dict[str, tuple[float, float, float]]
+    tpot_ms: dict[str, tuple[float, float, float]]
+    attainment: tuple[float, float]
+
+
+def read_record(path: Path) -> list[Row]:
+    """Completed requests of a record file (``slos-serve bench --record``), by the time they were sent.
+
+    Raises:
+        InvalidFieldError: naming file and line.
+    """
+    if not path.is_file():
+        raise InvalidFieldError("record", str(path), "an existing file")
+    rows: list[Row] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as fault:
+            raise InvalidFieldError("line", line, f"a JSON object ({fault.msg})", where) from fault
+        if not isinstance(row, dict) or row.get("kind") != "request" or row.get("outcome") != "completed":
+            continue
+        for name in ("sent_s", "prompt_tokens", "output_tokens", "token_times_s", "tpot_ms"):
+            if name not in row:
+                raise InvalidFieldError(name, None, "a value in every request", where)
+        if row["token_times_s"] and row["prompt_tokens"] > 0:
+            rows.append(row)
+    if not rows:
+        raise InvalidFieldError("record", str(path), "a record with at least one completed request")
+    return sorted(rows, key=lambda row: float(row["sent_s"]))
+
+
+def replay_workload(rows: Sequence[Row], name: str = "replay") -> Workload:
+    """The recorded requests; one class a name that the record knows."""
+    names = list(dict.fromkeys(str(row.get("slo_class")) for row in rows))
+    calls = empty_calls(len(rows))
+    first_s = float(rows[0]["sent_s"])
+    calls["arrival_s"] = [float(row["sent_s"]) - first_s for row in rows]
+    calls["prompt_tokens"] = [row["prompt_tokens"] for row in rows]
+    calls["output_tokens"] = calls["first_stage_tokens"] = [len(row["token_times_s"]) for row in rows]
+    calls["max_tokens"] = np.maximum([row.get("max_tokens") or 0 for row in rows], calls["output_tokens"])
+    calls["class_index"] = [names.index(str(row.get("slo_class"))) for row in rows]
+    calls["own_ttft_ms"] = [_number(row.get("ttft_ms")) for row in rows]
+    calls["own_tpot_ms"] = [_number(row["tpot_ms"][0] if row["tpot_ms"] else None) for row in rows]
+    return Workload(name, tuple(single_stage(name, SLO()) for name in names), calls)
+
+
+def compare(recording: Recording, rows: Sequence[Row], overhead_s: float = 0.0) -> Fidelity:
+    """Errors of a simulated run of :func:`replay_workload`; ``overhead_s`` is added to every simulated first token."""
+    scores = score(recording)
+    measured = [_measured(row) for row in rows]
+    simulated_ttft = scores.ttft_s + overhead_s
+    calls = recording.workload.calls
+    promised = np.isfinite(calls["ttft_s"]) | np.isfinite(calls["tpot_s"])
+    kept = scores.completed & scores.tpot_met & (simulated_ttft <= calls["ttft_s"] + 1e-6)
+    real_kept = np.array([score.attained for score in measured])
+    shares = (float(real_kept[promised].mean()), float(kept[promised].mean())) if promised.any() else (1.0, 1.0)
+    return Fidelity(
+        requests=len(rows),
+        ttft_ms=_errors(np.array([score.ttft_s for score in measured]), simulated_ttft),
+        tpot_ms=_errors(np.array([score.tpot_s for score in measured]), scores.tpot_s),
+        attainment=shares,
+    )
+
+
+def _measured(row: Row) -> Any:
+    targets = StageTarget(
+        ttft_s=_number(row.get("ttft_ms"), np.inf) / 1000.0,
+        tpot_s=_number(row["tpot_ms"][0] if row["tpot_ms"] else None, np.inf) / 1000.0,
+    )
+    return score_request(float(row["sent_s"]), row["token_times_s"], (targets,))
+
+
+def _number(value: object, missing: float = float("nan")) -> float:
+    return float(value) if isinstance(value, int | float) else missing
+
+
+def _errors(measured_s: NDArray[np.float64], simulated_s: NDArray[np.float64]) -> dict[str, tuple[float, float, float]]:
+    known = ~np.isnan(measured_s) & ~np.isnan(simulated_s)
+    found = {}
+    for quantile in QUANTILES:
+        if not known.any():
+            continue
+        real, virtual = (1000.0 * float(np.quantile(values[known], quantile)) for values in (measured_s, simulated_s))
+        found[f"p{100 * quantile:g}"] = (real, virtual, (virtual - real) / real)
+    return found
