@@ -28,6 +28,8 @@ HELD_AHEAD = int(Reason.HELD_AHEAD)
 NO_ROOM = int(Reason.NO_ROOM)
 NO_MEMORY = int(Reason.NO_MEMORY)
 _EPSILON_S = 1e-9
+# Part of what a decode's forecast tokens can make up that one wait for a whole prompt may use.
+CATCH_UP_SHARE = 0.25
 
 # Positions in the accumulator of the batch being formed.
 TOKENS, FIXED_S, FREE_BLOCKS, NUM_RUNNING = range(4)
@@ -125,6 +127,40 @@ def _step_limit_s(due_s: FloatArray, now_s: float, full_s: float) -> float:
 
 
 @njit(cache=True)
+def _absorbable_s(
+    rows: RequestArray,
+    slot: int,
+    decodes: SlotArray,
+    due_s: FloatArray,
+    now_s: float,
+    coefficients: FloatArray,
+    tpot_margin: float,
+    all_decodes_s: float,
+    all_fixed_s: float,
+) -> float:
+    """Length of a step that ends the only prompt there is beside every decode, if each can make up for the wait.
+
+    A promise is about the mean of a stage. With nobody else waiting, a decode that comes late once catches up at the
+    engine's own speed; it may be late by a part of what its forecast tokens can make up, never beyond its stall bound.
+    0 when one of them could not.
+    """
+    done = rows["computed_tokens"][slot] + (0 if rows["running"][slot] == 1 else rows["cached_tokens"][slot])
+    todo = max(rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - done, 1)
+    whole_s = linear_step_s(coefficients, float(len(decodes) + todo)) + all_fixed_s
+    whole_s += coefficients[K_SEQ] + coefficients[K_CTX] * done + coefficients[K_Q] * todo * (todo + 2 * done)
+    for j in range(len(decodes)):
+        decode = decodes[j]
+        late_s = now_s + whole_s - due_s[j]
+        left = rows["expected_tokens"][decode] - rows["output_tokens"][decode]
+        gain_s = rows["tpot_s"][decode] * (1.0 - tpot_margin) - all_decodes_s
+        if late_s > 0.0 and late_s > CATCH_UP_SHARE * left * gain_s:
+            return 0.0
+        if now_s + whole_s > rows["last_token_s"][decode] + rows["max_stall_s"][decode]:
+            return 0.0
+    return float(whole_s)
+
+
+@njit(cache=True)
 def form_batch(  # noqa: C901 - one kernel: one pass in the order of the design's 4.5, on shared accumulators
     rows: RequestArray,
     running: SlotArray,
@@ -213,7 +249,7 @@ def form_batch(  # noqa: C901 - one kernel: one pass in the order of the design'
     batch[FREE_BLOCKS] = free_blocks
     batch[NUM_RUNNING] = num_running
     full_s = linear_step_s(coefficients, float(max_tokens))
-    all_decodes_s = 0.0
+    all_decodes_s, all_fixed_s = 0.0, 0.0
     if num_decodes > 0:
         context = 0.0
         for slot in decodes:
@@ -222,6 +258,13 @@ def form_batch(  # noqa: C901 - one kernel: one pass in the order of the design'
         all_decodes_s = linear_step_s(coefficients, float(num_decodes)) + all_fixed_s
         full_s += all_fixed_s
     limit_s = _step_limit_s(decode_due, now_s, full_s)
+
+    if num_prefills == 1 and num_decodes > 0:
+        whole_s = _absorbable_s(
+            rows, prefills[0], decodes, decode_due, now_s, coefficients, tpot_margin, all_decodes_s, all_fixed_s
+        )
+        if whole_s <= full_s:
+            limit_s = max(limit_s, whole_s)
 
     # 1. Decodes: those that would be late in the next batch, or all when nobody waits for prefill.
     guard_s = max(min(shortest_s, full_s), all_decodes_s)

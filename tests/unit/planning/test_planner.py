@@ -77,6 +77,29 @@ def test_a_stream_is_never_held_past_its_stall_bound() -> None:
     assert reason_of(planned(engine), slot) is Reason.DECODE_DUE
 
 
+def test_the_only_prompt_runs_whole_when_the_decodes_can_catch_up() -> None:
+    engine = EngineBuilder()
+    engine.decode(ahead_s=0.08, max_tokens=100)
+    slot = engine.wait(1000, due_in_s=3.0)
+    plan = planned(engine)
+    assert plan.tokens[plan.slots == slot].tolist() == [1000]
+
+
+def test_two_prompts_are_chunked_to_the_decodes_pace() -> None:
+    engine = EngineBuilder()
+    engine.decode(ahead_s=0.08, max_tokens=100)
+    engine.wait(1000, due_in_s=3.0)
+    engine.wait(1000, due_in_s=3.0)
+    assert planned(engine).predicted_s <= 0.08
+
+
+def test_a_decode_near_its_end_is_not_made_to_wait() -> None:
+    engine = EngineBuilder()
+    engine.decode(output_tokens=98, ahead_s=0.08, max_tokens=100)
+    engine.wait(1000, due_in_s=3.0)
+    assert planned(engine).predicted_s <= 0.08
+
+
 def test_the_step_ends_by_the_earliest_due_time() -> None:
     engine = EngineBuilder()
     engine.decode(ahead_s=0.08)
