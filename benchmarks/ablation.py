@@ -1,0 +1,37 @@
+"""Capacity with one idea of the planner off at a time: the ablation figure.
+
+python -m benchmarks.ablation [--output benchmarks/results]
+"""
+
+from __future__ import annotations
+
+import json
+
+from benchmarks._sim_commands import options, run_command
+
+VARIANTS = {
+    "all ideas": "slos-serve",
+    "no DP admission": "slos-serve:dp_admission=false",
+    "fixed batch of 512": "slos-serve:dynamic_batch=false,fixed_budget=512",
+    "no holding": "slos-serve:hold_decodes=false",
+    "no best effort": "slos-serve:best_effort=false",
+}
+
+
+def main() -> None:
+    """One search a variant; rows of all of them in one file, each with its variant."""
+    given = options(__doc__, replicas=1)
+    rows = []
+    for name, policy in VARIANTS.items():
+        part = given.output / f"ablation-{name.replace(' ', '-')}.json"
+        common = ["--scenario", "all", "--policy", policy, "--replicas", str(given.replicas)]
+        common += ["--requests", str(given.requests), "--resume", str(given.output / "answers.jsonl")]
+        run_command("capacity", *common, "--json", str(part))
+        rows += [{**row, "variant": name} for row in json.loads(part.read_text(encoding="utf-8"))]
+    result = given.output / "ablation.json"
+    result.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    run_command("report", str(result))
+
+
+if __name__ == "__main__":
+    main()
