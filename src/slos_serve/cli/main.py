@@ -10,7 +10,6 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-import click
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
@@ -33,11 +32,11 @@ COMMANDS: dict[str, dict[str, Any]] = {
 class LazyCommands(TyperGroup):
     """Sub-commands that are imported on first use."""
 
-    def list_commands(self, ctx: click.Context) -> list[str]:
+    def list_commands(self, ctx: Any) -> list[str]:
         """Their names, in the order of :data:`COMMANDS`."""
         return list(COMMANDS)
 
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
         """Import a sub-command; ``None`` for an unknown name, which click reports with the known ones."""
         if cmd_name not in COMMANDS:
             return None

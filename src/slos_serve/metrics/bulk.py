@@ -17,6 +17,8 @@ Ints = NDArray[np.int64]
 # Token times are kept as float32 after the arrival: a microsecond of slack covers their rounding at an hour.
 _ROUNDING_S = 1e-6
 _ROUNDING_SHARE = 1e-6
+# Bounds the memory of intermediate arrays; what a call scores does not depend on it.
+_CALLS_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,23 @@ def score_calls(
         nothing = np.empty(0)
         none = np.empty(0, dtype=np.bool_)
         return CallScores(none, nothing, nothing, nothing, none, none, none)
+    parts = []
+    for first in range(0, len(token_start), _CALLS_AT_ONCE):
+        rows = slice(first, first + _CALLS_AT_ONCE)
+        begin = int(token_start[first])
+        end = int(token_start[rows][-1] + output_tokens[rows][-1])
+        some = CallTargets(*(getattr(targets, name)[rows] for name in targets.__dataclass_fields__))
+        own_start = token_start[rows] - begin
+        parts.append(_score(token_s[begin:end], own_start, output_tokens[rows], completed[rows], some))
+    return CallScores(
+        *(np.concatenate([getattr(part, name) for part in parts]) for name in CallScores.__dataclass_fields__)
+    )
+
+
+def _score(
+    token_s: NDArray[np.float32], token_start: Ints, output_tokens: Ints, completed: Bools, targets: CallTargets
+) -> CallScores:
+    """Scores of a few calls; works on arrays as long as their tokens."""
     times = token_s.astype(np.float64)
     last = token_start + output_tokens - 1
     split = np.minimum(targets.first_stage_tokens, output_tokens)

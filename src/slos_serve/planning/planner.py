@@ -69,7 +69,20 @@ class Planner:
         others = view.waiting[rows["status"][view.waiting] == BEST_EFFORT]
         # Those passed over may still make it in what is left over, so they come before best effort.
         leftover = np.concatenate((passed_over, others[np.argsort(rows["order"][others], kind="stable")]))
-        slots, tokens, reasons, held, held_reasons, preempt, step_s = self._form(rows, view, chosen, leftover, now_s)
+        formed = self._form(rows, view.running, view.free_blocks, chosen, leftover, now_s, view)
+        running, freed = view.running, view.free_blocks
+        sacrificed: list[int] = []
+        while len(formed[0]) == 0 and len(running) > 1:
+            # Every running request is short of KV blocks and none is free: one must give its own back.
+            victim = self._cheapest_to_lose(rows, running)
+            sacrificed.append(victim)
+            running = running[running != victim]
+            freed += -(-int(rows["computed_tokens"][victim]) // view.block_size)
+            formed = self._form(rows, running, freed, chosen, leftover, now_s, view)
+        slots, tokens, reasons, held, held_reasons, preempt, step_s = formed
+        if sacrificed:
+            demoted = np.concatenate((demoted, self._lose(rows, sacrificed)))
+            preempt = np.concatenate((np.array(sacrificed, dtype=np.int64), preempt))
         promised = slots[reasons == Reason.PREFILL_DEADLINE]
         admitted = promised[rows["status"][promised] == UNDECIDED]
         rows["status"][admitted] = ADMITTED
@@ -85,12 +98,33 @@ class Planner:
             predicted_s=step_s,
         )
 
+    def _cheapest_to_lose(self, rows: RequestArray, running: SlotArray) -> int:
+        """Best effort before promises; among the former the youngest, among the latter who has computed least."""
+        promised = rows["status"][running] == ADMITTED
+        cost = np.where(promised, rows["computed_tokens"][running], -rows["order"][running] - 1)
+        return int(running[np.lexsort((cost, promised))[0]])
+
+    def _lose(self, rows: RequestArray, sacrificed: list[int]) -> SlotArray:
+        """Demote those of the sacrificed that were promised something; returns them."""
+        slots = np.array(sacrificed, dtype=np.int64)
+        lost: SlotArray = slots[rows["status"][slots] == ADMITTED]
+        rows["status"][lost] = BEST_EFFORT
+        self.counters.demoted += len(lost)
+        return lost
+
     def _form(
-        self, rows: RequestArray, view: EngineView, chosen: SlotArray, leftover: SlotArray, now_s: float
+        self,
+        rows: RequestArray,
+        running: SlotArray,
+        free_blocks: int,
+        chosen: SlotArray,
+        leftover: SlotArray,
+        now_s: float,
+        view: EngineView,
     ) -> tuple[SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, float]:
         return form_batch(
             rows,
-            view.running,
+            running,
             chosen,
             leftover,
             now_s,
@@ -98,7 +132,7 @@ class Planner:
             self.settings.tpot_margin,
             view.max_num_batched_tokens,
             self.settings.min_chunk_tokens,
-            view.free_blocks,
+            free_blocks,
             view.block_size,
             view.max_num_seqs,
             self.settings.hold_decodes,

@@ -153,6 +153,16 @@ def test_best_effort_is_preempted_youngest_first_for_memory() -> None:
     assert old in plan.slots
 
 
+def test_when_everyone_is_short_of_memory_the_cheapest_promise_is_lost() -> None:
+    engine = EngineBuilder(total_blocks=60)
+    cheap = engine.decode(prompt_tokens=311, output_tokens=10, ahead_s=0.02)  # 320 computed: the next needs a block
+    dear = engine.decode(prompt_tokens=631, output_tokens=10, ahead_s=0.02)
+    plan = planned(engine)
+    assert plan.preempt.tolist() == [cheap]
+    assert plan.demoted.tolist() == [cheap]
+    assert plan.slots.tolist() == [dear]
+
+
 def test_memory_that_promises_will_need_is_not_promised_twice() -> None:
     engine = EngineBuilder(total_blocks=100)
     for _ in range(3):
