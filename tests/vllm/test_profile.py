@@ -19,17 +19,21 @@ from slos_serve.files.profile_file import (
     samples_path,
 )
 from slos_serve.perf.fit import Sample, predict_s
+from slos_serve.vllm_plugin.launch import cpu_engine_args
 
 ARGS = (
     "--dtype",
-    "bfloat16",
+    cpu_engine_args()[1],
+    "--max-num-batched-tokens",
+    "512",
     "--max-model-len",
     "1024",
     "--max-num-seqs",
     "32",
     "--enforce-eager",
 )
-DURATION_S = 12.0
+# Enough for a slow and busy machine; measuring goes on to three times this when too few batches ran.
+DURATION_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -109,14 +113,14 @@ def test_samples_are_consistent(run: Run) -> None:
             assert shape.num_seqs == shape.new_tokens
             assert shape.context_tokens >= shape.num_seqs
     # Steps follow one another: together they cannot have taken longer than the whole measurement.
-    assert sum(sample.duration_s for sample in run.samples) <= DURATION_S + 15.0
+    assert sum(sample.duration_s for sample in run.samples) <= 3.0 * DURATION_S + 15.0
 
 
 @pytest.mark.engine
 def test_the_profile_says_what_it_was_measured_on(run: Run) -> None:
     profile = run.profile
     assert profile.engine == "vllm"
-    assert profile.dtype == "bfloat16"
+    assert profile.dtype == cpu_engine_args()[1]
     assert profile.model_name.startswith("smollm2")
     assert profile.kv_capacity_tokens > 10_000
     assert profile.kv_capacity_tokens % profile.block_size == 0
