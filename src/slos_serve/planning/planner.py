@@ -65,6 +65,8 @@ class Planner:
             forecast_lengths(rows, view.running, table, EDGES)
             forecast_lengths(rows, view.waiting, table, EDGES)
         demoted = self._give_up(rows, view, now_s)
+        active = np.concatenate((view.running, view.waiting))
+        undecided = active[rows["status"][active] == UNDECIDED]
         chosen, passed_over = self._admit(rows, view, now_s)
         others = view.waiting[rows["status"][view.waiting] == BEST_EFFORT]
         # Those passed over may still make it in what is left over, so they come before best effort.
@@ -84,8 +86,9 @@ class Planner:
             demoted = np.concatenate((demoted, self._lose(rows, sacrificed)))
             preempt = np.concatenate((np.array(sacrificed, dtype=np.int64), preempt))
         promised = slots[reasons == Reason.PREFILL_DEADLINE]
-        admitted = promised[rows["status"][promised] == UNDECIDED]
-        rows["status"][admitted] = ADMITTED
+        rows["status"][promised[rows["status"][promised] == UNDECIDED]] = ADMITTED
+        # Also those that were computing in what was left over and fit now.
+        admitted = undecided[rows["status"][undecided] == ADMITTED]
         return StepPlan(
             slots=slots,
             tokens=tokens,
