@@ -51,8 +51,9 @@ def drive(
             )
         engine.step()
     scheduler.shutdown()
-    facts, samples = read_raw_samples(file)
-    return engine, samples, facts
+    facts, measured = read_raw_samples(file)
+    assert all(stolen >= 0.0 for _, stolen in measured)
+    return engine, [sample for sample, _ in measured], facts
 
 
 @pytest.mark.parametrize("depth", [1, 2], ids=["in step", "one ahead"])

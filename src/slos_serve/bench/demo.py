@@ -1,20 +1,22 @@
-"""The demo: the same seeded requests against stock vLLM and against vLLM with the plug-in, one after the other.
+"""The demo: the same seeded requests against stock vLLM and against vLLM with the plug-in, by turns.
 
-Both servers get the same model, arguments, environment, warm-up and requests; the plug-in is the only difference. Each
-phase is over when its last answer has ended, so the burst begins on an idle engine and every late answer is scored.
+Both servers get the same model, arguments, environment, warm-up and requests; the plug-in is the only difference. Both
+are up all the time and one works while the other idles. Each turn is over when its last answer has ended, so that every
+turn begins on idle engines and every late answer is scored.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from slos_serve.bench.client import ClientSettings, LoadClient
 from slos_serve.bench.demo_events import read_events
 from slos_serve.bench.demo_plan import DemoPlan
-from slos_serve.bench.demo_report import SideRun, side_run
+from slos_serve.bench.demo_report import OURS, PHASES, STOCK, SideRun, side_run
 from slos_serve.bench.requests import BenchRequest, LoadResult, Response
 from slos_serve.core.errors import SlosServeError
 from slos_serve.perf.batch_time import BatchTimeModel
@@ -49,66 +51,102 @@ class Told:
     """Where progress goes.
 
     Attributes:
-        starting: seconds waited for the server so far.
-        phase: name of the phase that begins and its number of requests.
-        answered: each answer of the phase.
+        starting: seconds waited for the servers so far.
+        phase: side and phase whose turn begins and its number of requests.
+        answered: each answer of the turn.
     """
 
     starting: Callable[[float], None] = field(default=lambda _seconds: None)
-    phase: Callable[[str, int], None] = field(default=lambda _name, _count: None)
+    phase: Callable[[str, str, int], None] = field(default=lambda _side, _name, _count: None)
     answered: Callable[[Response], None] = field(default=lambda _response: None)
 
 
-def run_side(
-    setup: EngineSetup, plan: DemoPlan, folder: Path, *, name: str, classes: Path | None, told: Told | None = None
-) -> SideRun:
-    """Start one server, send everything, stop it, score.
+def run_sides(
+    setup: EngineSetup, plan: DemoPlan, folder: Path, *, classes: Path, told: Told | None = None
+) -> dict[str, SideRun]:
+    """Start both servers, send everything to each, stop them, score.
 
     Args:
         setup: the engine.
         plan: what is sent.
-        folder: for the server's log and the scheduler's events; exists.
-        name: of the side, for file names.
-        classes: class file; starts the plug-in. ``None`` starts stock vLLM.
+        folder: for the servers' logs and the scheduler's events; exists.
+        classes: class file of the server with the plug-in.
         told: where progress goes.
 
     Raises:
-        ServerStartError: the server did not start.
-        DemoFailedError: it died on the way.
+        ServerStartError: a server did not start.
+        DemoFailedError: one died on the way.
     """
-    events_path = folder / f"{name}-events.jsonl"
-    events_path.unlink(missing_ok=True)
-    log_path = folder / f"{name}-server.log"
     told = told or Told()
-    server = ServerProcess(
-        setup.model,
-        setup.vllm_args,
-        plugin=None if classes is None else Plugin(classes, setup.profile_path, events_path),
-        environment=setup.environment,
-        log_path=log_path,
-        on_wait=told.starting,
-    )
-    with server:
-        loads, phase_ends = asyncio.run(_send_all(server.base_url, plan, events_path, told))
-    _check_alive(loads, log_path)
-    events = None if classes is None else read_events(events_path, phase_ends)
-    return side_run({"calm": loads["calm"], "burst": loads["burst"]}, plan, setup.profile_model, events)
+    events_path = folder / f"{OURS}-events.jsonl"
+    events_path.unlink(missing_ok=True)
+    servers = {
+        side: ServerProcess(
+            setup.model,
+            setup.vllm_args,
+            plugin=plugin,
+            environment=setup.environment,
+            log_path=folder / f"{side}-server.log",
+            on_wait=told.starting,
+        )
+        for side, plugin in ((STOCK, None), (OURS, Plugin(classes, setup.profile_path, events_path)))
+    }
+    with _all_ready(servers):
+        urls = {side: server.base_url for side, server in servers.items()}
+        loads, phase_ends = asyncio.run(_send_all(urls, plan, events_path, told))
+    for side, parts in loads.items():
+        _check_alive(parts, folder / f"{side}-server.log")
+    events = {OURS: read_events(events_path, phase_ends), STOCK: None}
+    return {
+        side: side_run({phase: parts[phase] for phase in PHASES}, plan, setup.profile_model, events[side])
+        for side, parts in loads.items()
+    }
+
+
+@contextmanager
+def _all_ready(servers: Mapping[str, ServerProcess]) -> Iterator[None]:
+    """Start the servers side by side; an idle one costs the other next to nothing."""
+    with ExitStack() as stack:
+        for server in servers.values():
+            stack.callback(server.stop)
+            server.start()
+        for server in servers.values():
+            server.wait_ready()
+        yield
 
 
 async def _send_all(
-    base_url: str, plan: DemoPlan, events_path: Path, told: Told
-) -> tuple[dict[str, LoadResult], list[tuple[str, int]]]:
-    """Results of each phase, and how large the event file was when each ended."""
-    parts: dict[str, list[BenchRequest]] = {"warm": plan.warm_up, "calm": plan.calm, "burst": plan.burst}
-    loads: dict[str, LoadResult] = {}
+    urls: Mapping[str, str], plan: DemoPlan, events_path: Path, told: Told
+) -> tuple[dict[str, dict[str, LoadResult]], list[tuple[str, int]]]:
+    """Results by side and phase, and how large the event file was when each part of ours ended."""
+    loads: dict[str, dict[str, LoadResult]] = {side: {} for side in urls}
     phase_ends: list[tuple[str, int]] = []
-    # Both sides are told the SLOs in the same headers; stock vLLM has no use for them.
-    async with LoadClient(ClientSettings(base_url, slo_in="headers", timeout_s=300.0)) as client:
-        for phase, requests in parts.items():
-            told.phase(phase, len(requests))
-            loads[phase] = await client.run(requests, told.answered)
-            phase_ends.append((phase, events_path.stat().st_size if events_path.exists() else 0))
+    async with AsyncExitStack() as stack:
+        # Both sides are told the SLOs in the same headers; stock vLLM has no use for them.
+        clients = {
+            side: await stack.enter_async_context(LoadClient(ClientSettings(url, slo_in="headers", timeout_s=300.0)))
+            for side, url in urls.items()
+        }
+        for side, phase, requests in turns(plan):
+            told.phase(side, phase, len(requests))
+            load = await clients[side].run(requests, told.answered)
+            earlier = loads[side].get(phase)
+            loads[side][phase] = load if earlier is None else earlier.then(load)
+            if side == OURS:
+                phase_ends.append((phase, events_path.stat().st_size if events_path.exists() else 0))
     return loads, phase_ends
+
+
+def turns(plan: DemoPlan) -> list[tuple[str, str, list[BenchRequest]]]:
+    """Whose turn it is, in which phase, with which requests: one server works at a time.
+
+    A machine that is shared drifts within minutes, so the calm phase, whose differences are small, goes back and forth.
+    """
+    order = [(STOCK, "warm", plan.warm_up), (OURS, "warm", plan.warm_up)]
+    for number, part in enumerate(plan.calm_parts):
+        pair = (STOCK, OURS) if number % 2 == 0 else (OURS, STOCK)
+        order += [(side, "calm", part) for side in pair]
+    return [*order, (STOCK, "burst", plan.burst), (OURS, "burst", plan.burst)]
 
 
 def _check_alive(loads: Mapping[str, LoadResult], log_path: Path) -> None:

@@ -9,7 +9,7 @@ phase offers a part of it, the burst a multiple. Lengths are fixed, so that both
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import yaml
@@ -33,13 +33,15 @@ class DemoSettings:
     Attributes:
         seed: of everything drawn.
         calm_s, burst_s: how long requests arrive in each phase.
+        calm_parts: turns that the calm phase is cut into.
         calm_load, burst_load: offered load as a part of the capacity.
         decode_batch: decodes in the step that TPOTs are multiples of.
     """
 
     seed: int = 0
-    calm_s: float = 40.0
-    burst_s: float = 30.0
+    calm_s: float = 32.0
+    burst_s: float = 26.0
+    calm_parts: int = 2
     calm_load: float = 0.45
     burst_load: float = 1.7
     decode_batch: int = 6
@@ -80,7 +82,8 @@ class DemoPlan:
         classes: what is promised.
         capacity_per_s: fluid bound of the mix in requests a second.
         decode_step_s: the decode step that TPOTs are multiples of.
-        warm_up, calm, burst: the requests of each part.
+        warm_up, burst: the requests of each part.
+        calm_parts: those of each turn of the calm phase; arrivals count from the turn's start.
     """
 
     settings: DemoSettings
@@ -88,8 +91,13 @@ class DemoPlan:
     capacity_per_s: float
     decode_step_s: float
     warm_up: list[BenchRequest]
-    calm: list[BenchRequest]
+    calm_parts: list[list[BenchRequest]]
     burst: list[BenchRequest]
+
+    @property
+    def calm(self) -> list[BenchRequest]:
+        """The requests of the whole calm phase."""
+        return [request for part in self.calm_parts for request in part]
 
 
 def plan_demo(model: BatchTimeModel, settings: DemoSettings) -> DemoPlan:
@@ -110,9 +118,19 @@ def plan_demo(model: BatchTimeModel, settings: DemoSettings) -> DemoPlan:
         capacity_per_s=capacity,
         decode_step_s=step_s,
         warm_up=warm_up,
-        calm=make_requests(parts, calm_s, rng, phase="calm", id_prefix="calm"),
+        calm_parts=in_turns(make_requests(parts, calm_s, rng, phase="calm", id_prefix="calm"), settings),
         burst=make_requests(parts, burst_s, rng, phase="burst", id_prefix="burst"),
     )
+
+
+def in_turns(calm: Sequence[BenchRequest], settings: DemoSettings) -> list[list[BenchRequest]]:
+    """Cut the calm phase into turns of equal length."""
+    turn_s = settings.calm_s / settings.calm_parts
+    turns: list[list[BenchRequest]] = [[] for _ in range(settings.calm_parts)]
+    for request in calm:
+        number = min(int(request.arrival_s / turn_s), settings.calm_parts - 1)
+        turns[number].append(replace(request, arrival_s=request.arrival_s - number * turn_s))
+    return turns
 
 
 def decode_step_s(model: BatchTimeModel, batch: int) -> float:

@@ -100,3 +100,7 @@ class LoadResult:
     responses: list[Response]
     wall_s: float
     started_unix_s: float
+
+    def then(self, later: LoadResult) -> LoadResult:
+        """Both runs as one: all responses, each on its own run's clock, and the seconds of both."""
+        return LoadResult(self.responses + later.responses, self.wall_s + later.wall_s, self.started_unix_s)

@@ -107,31 +107,27 @@ def _identity(model: str) -> dict[str, Any]:
 def _run(
     console: Console, setup: EngineSetup, settings: DemoSettings, folder: Path
 ) -> tuple[DemoPlan, dict[str, SideRun]]:
-    from slos_serve.bench.demo import run_side
+    from slos_serve.bench.demo import run_sides
     from slos_serve.bench.demo_plan import classes_yaml, plan_demo
-    from slos_serve.bench.demo_report import OURS, SIDE_TITLES, STOCK
 
     plan = plan_demo(setup.profile_model, settings)
     classes_path = folder / "classes.yaml"
     classes_path.write_text(classes_yaml(plan.classes), encoding="utf-8")
     _announce(console, plan)
-    sides = {}
-    for side, classes in ((STOCK, None), (OURS, classes_path)):
-        with _progress(console) as progress:
-            task = progress.add_task(f"{SIDE_TITLES[side]}: starting the server", total=None)
-            told = _told(progress, task, SIDE_TITLES[side])
-            sides[side] = run_side(setup, plan, folder, name=side, classes=classes, told=told)
-        console.print(f"{SIDE_TITLES[side]}: done", highlight=False)
+    with _progress(console) as progress:
+        task = progress.add_task("starting both servers", total=None)
+        sides = run_sides(setup, plan, folder, classes=classes_path, told=_told(progress, task))
     return plan, sides
 
 
-def _told(progress: Progress, task: TaskID, title: str) -> Told:
+def _told(progress: Progress, task: TaskID) -> Told:
     from slos_serve.bench.demo import Told
+    from slos_serve.bench.demo_report import SIDE_TITLES
 
     names = {"warm": "warm-up", "calm": "calm phase", "burst": "burst and what it leaves behind"}
     return Told(
-        phase=lambda name, count: progress.update(
-            task, description=f"{title}: {names[name]}", total=count, completed=0, refresh=True
+        phase=lambda side, name, count: progress.update(
+            task, description=f"{SIDE_TITLES[side]}: {names[name]}", total=count, completed=0, refresh=True
         ),
         answered=lambda _response: progress.advance(task),
     )
@@ -152,8 +148,8 @@ def _announce(console: Console, plan: DemoPlan) -> None:
             highlight=False,
         )
     console.print(
-        f"Each side gets {len(plan.calm)} requests in {settings.calm_s:g} s ({settings.calm_load:.0%} of capacity), "
-        f"then {len(plan.burst)} in {settings.burst_s:g} s ({settings.burst_load:.0%}).",
+        f"Each side gets {len(plan.calm)} requests in {settings.calm_s:g} s ({settings.calm_load:.0%} of capacity, in "
+        f"{settings.calm_parts} turns), then {len(plan.burst)} in {settings.burst_s:g} s ({settings.burst_load:.0%}).",
         highlight=False,
     )
 

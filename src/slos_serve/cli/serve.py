@@ -21,7 +21,14 @@ from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.core.slo import ClassSet, SLOClass
 from slos_serve.files.class_file import load_classes
 from slos_serve.files.profile_file import Profile, default_profile_path, find_profile, load_profile, save_profile
-from slos_serve.vllm_plugin.launch import STOP_TIMEOUT_S, Plugin, ServerProcess, ServerStartError, option_value
+from slos_serve.vllm_plugin.launch import (
+    STOP_TIMEOUT_S,
+    Plugin,
+    ServerProcess,
+    ServerStartError,
+    cpu_model_args,
+    option_value,
+)
 
 DEFAULT_PORT = 8000
 DEFAULT_HOST = "127.0.0.1"
@@ -105,9 +112,11 @@ def _model(model: str, given: tuple[str, ...], announce: Callable[[str], None]) 
     from slos_serve.vllm_plugin.cpu_model import resolve_model
 
     path = resolve_model(model, announce)
-    if path == model or option_value(given, "--served-model-name") is not None:
+    if path == model:
         return path, given
-    return path, (*given, "--served-model-name", model)
+    arguments = cpu_model_args(given)
+    named = option_value(given, "--served-model-name") is not None
+    return path, arguments if named else (*arguments, "--served-model-name", model)
 
 
 def _profile(

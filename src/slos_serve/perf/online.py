@@ -44,7 +44,7 @@ class OnlineCorrection:
     def __init__(
         self,
         *,
-        time_constant_steps: float = 50.0,
+        time_constant_steps: float = 15.0,
         quantile: float = 0.9,
         initial_ratio_quantile: float = 1.1,
         low: float = 0.2,

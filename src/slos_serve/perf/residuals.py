@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.perf.fit import Sample, predict_s
+from slos_serve.perf.online import OnlineCorrection
 
 QUANTILES = (0.5, 0.9, 0.99)
+FOLLOWED = "all, drift followed"
 REGIONS = ("all", "decode only", "prefill only", "mixed", "small half", "large half")
 
 
@@ -63,6 +65,26 @@ def error_by_region(model: BatchTimeModel, samples: Sequence[Sample]) -> dict[st
     predicted_s, measured_s = predict_s(model, samples), _measured_s(samples)
     masks = _masks(samples)
     return {name: _error(predicted_s[mask], measured_s[mask]) for name, mask in masks.items() if mask.any()}
+
+
+def error_followed(model: BatchTimeModel, samples: Sequence[Sample], held_out_every: int) -> RegionError:
+    """Error of what the planner plans with: the model times the online correction, which follows the machine's drift.
+
+    The correction learns from every sample in order and predicts each before it sees it.
+
+    Args:
+        model: fitted without the held-out samples.
+        samples: all of them, in the order in which they were measured.
+        held_out_every: the error is of every so many-th sample.
+    """
+    predicted_s, measured_s = predict_s(model, samples), _measured_s(samples)
+    correction = OnlineCorrection()
+    followed_s = np.empty_like(predicted_s)
+    for index, sample in enumerate(samples):
+        followed_s[index] = predicted_s[index] * correction.factor
+        correction.observe(sample.shape, float(predicted_s[index]), sample.duration_s)
+    held_out = slice(held_out_every - 1, None, held_out_every)
+    return _error(followed_s[held_out], measured_s[held_out])
 
 
 def _masks(samples: Sequence[Sample]) -> dict[str, NDArray[np.bool_]]:

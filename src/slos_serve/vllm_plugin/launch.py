@@ -153,6 +153,22 @@ def cpu_engine_args(facts: Path = _CPU_FACTS) -> tuple[str, ...]:
     return ("--dtype", dtype, *_CPU_ENGINE_ARGS)
 
 
+def cpu_model_args(given: Sequence[str], facts: Path = _CPU_FACTS) -> tuple[str, ...]:
+    """``given``, before it what :func:`cpu_engine_args` says about options that are not given.
+
+    Also sets the variables of :data:`CPU_ENVIRONMENT` that are not set: vLLM would claim most of the memory.
+    """
+    for name, value in CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    kept: list[str] = []
+    defaults = cpu_engine_args(facts)
+    for index, word in enumerate(defaults):
+        if word.startswith("--") and not any(said == word or said.startswith(f"{word}=") for said in given):
+            value = defaults[index + 1 : index + 2]
+            kept += [word, *(part for part in value if not part.startswith("--"))]
+    return (*kept, *given)
+
+
 def free_port() -> int:
     """A TCP port that nothing listens on now."""
     with socket.socket() as probe:

@@ -37,10 +37,11 @@ from slos_serve.core.errors import (
 )
 from slos_serve.files.profile_file import Profile, model_label
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.perf.fit import Sample, fit_held_out
-from slos_serve.perf.residuals import error_by_region, ratio_quantiles
+from slos_serve.perf.fit import HELD_OUT_EVERY, Sample, fit_held_out
+from slos_serve.perf.residuals import FOLLOWED, error_by_region, error_followed, ratio_quantiles
 from slos_serve.vllm_plugin.identity import EngineIdentity, identity_of
 from slos_serve.vllm_plugin.profiling import MAX_DECODES_ENV, SAMPLES_ENV, SEED_ENV
+from slos_serve.vllm_plugin.stolen_time import DISTURBED_SHARE, undisturbed
 
 SERVER_PARSER_HOMES = (
     "vllm.entrypoints.launchers.cli_args",
@@ -58,7 +59,7 @@ SHORT_SHARE = 0.7
 # Part of the KV cache that the prompts of the pool may fill; the rest is for their growth and the prefill streams.
 POOL_KV_SHARE = 0.4
 POLL_S = 0.25
-# Fewer batches than this make a poor fit: measuring then goes on for up to so many times the wanted duration.
+# Fewer undisturbed batches than this make a poor fit: measuring then goes on for up to so many times the duration.
 ENOUGH_SAMPLES = 80
 MOST_STRETCH = 3.0
 # An engine that has run no step for this long has died or hangs.
@@ -73,13 +74,15 @@ class ProfileRun:
 
     Attributes:
         profile: the fitted model with its errors on held-out batches.
-        samples: every measured batch, in order; every fourth was held out.
+        samples: every measured batch that was kept, in order; every fourth was held out.
+        num_disturbed: batches left out because the hypervisor took the processor away meanwhile.
         async_scheduling: whether the engine scheduled one step ahead.
         max_num_seqs: most requests that the engine runs at once.
     """
 
     profile: Profile
     samples: list[Sample]
+    num_disturbed: int
     async_scheduling: bool
     max_num_seqs: int
 
@@ -99,7 +102,7 @@ def profile_engine(
         model: what vLLM takes as ``--model``.
         vllm_args: any arguments of vLLM's server; those of its HTTP side change nothing.
         duration_s: seconds of measuring, after the engine has started and warmed up; up to :data:`MOST_STRETCH` times
-            as long when a slow or busy machine has run fewer than :data:`ENOUGH_SAMPLES` batches by then.
+            as long when a slow or busy machine has run fewer than :data:`ENOUGH_SAMPLES` undisturbed batches by then.
         seed: of the prompts, the grid and its order.
         label: name of the model in the profile; default its :func:`model_label`.
         progress: told the phase and the part of it that is done, in [0, 1].
@@ -124,7 +127,9 @@ def profile_engine(
             }
         ):
             identity, sampling = asyncio.run(_measure(engine_args, file, duration_s, seed, told))
-        facts, samples = read_raw_samples(file)
+        facts, measured = read_raw_samples(file)
+    samples = undisturbed(measured)
+    num_disturbed = len(measured) - len(samples)
     told("fit", 0.0)
     fitted = fit_held_out(samples)
     profile = Profile(
@@ -140,12 +145,16 @@ def profile_engine(
         max_num_batched_tokens=facts["max_num_batched_tokens"],
         model=fitted.model,
         residual_quantiles=ratio_quantiles(fitted.model, fitted.held_out),
-        fit=error_by_region(fitted.model, fitted.held_out),
-        source=f"slos-serve profile: {duration_s:g} s, seed {seed}, {len(samples)} batches, sampling {sampling}, "
+        fit={
+            **error_by_region(fitted.model, fitted.held_out),
+            FOLLOWED: error_followed(fitted.model, samples, HELD_OUT_EVERY),
+        },
+        source=f"slos-serve profile: {duration_s:g} s, seed {seed}, {len(samples)} batches "
+        f"({num_disturbed} disturbed ones left out), sampling {sampling}, "
         f"async scheduling {'on' if facts['async_scheduling'] else 'off'}, arguments {' '.join(vllm_args) or 'none'}",
     )
     told("fit", 1.0)
-    return ProfileRun(profile, samples, facts["async_scheduling"], facts["max_num_seqs"])
+    return ProfileRun(profile, samples, num_disturbed, facts["async_scheduling"], facts["max_num_seqs"])
 
 
 def parse_engine_args(model: str, vllm_args: Sequence[str]) -> AsyncEngineArgs:
@@ -170,21 +179,16 @@ def engine_identity(model: str, vllm_args: Sequence[str] = ()) -> EngineIdentity
     return identity_of(parse_engine_args(model, vllm_args).create_engine_config(UsageContext.OPENAI_API_SERVER))
 
 
-def read_raw_samples(file: Path) -> tuple[dict[str, Any], list[Sample]]:
-    """What :class:`ProfilingScheduler` wrote: facts about the engine, then the measured batches."""
+def read_raw_samples(file: Path) -> tuple[dict[str, Any], list[tuple[Sample, float]]]:
+    """What :class:`ProfilingScheduler` wrote: facts about the engine, then each batch with its stolen seconds."""
     lines = file.read_text(encoding="utf-8").splitlines()
     if not lines:
         raise SlosServeError("the engine started without the profiling scheduler: nothing was measured")
     samples = []
     for line in lines[1:]:
-        tokens, context, quad, seqs, prefill, duration_s = json.loads(line)
-        samples.append(
-            Sample(
-                BatchShape(tokens, context, quad, seqs),
-                duration_s,
-                prefill_tokens=prefill,
-            )
-        )
+        tokens, context, quad, seqs, prefill, duration_s, stolen = json.loads(line)
+        sample = Sample(BatchShape(tokens, context, quad, seqs), duration_s, prefill_tokens=prefill)
+        samples.append((sample, stolen))
     return json.loads(lines[0]), samples
 
 
@@ -223,12 +227,16 @@ async def _wait(file: Path, duration_s: float, progress: Progress) -> None:
             raise SlosServeError(f"the engine has finished no step for {SILENCE_S:g} s")
         if start_s is not None:
             progress("measure", min((now_s - start_s) / duration_s, 1.0))
-            if now_s - start_s >= duration_s * (1.0 if _num_samples(file) >= ENOUGH_SAMPLES else MOST_STRETCH):
+            enough = _num_undisturbed(file) >= ENOUGH_SAMPLES
+            if now_s - start_s >= duration_s * (1.0 if enough else MOST_STRETCH):
                 return
 
 
-def _num_samples(file: Path) -> int:
-    return file.read_bytes().count(b"\n") - 1
+def _num_undisturbed(file: Path) -> int:
+    # The engine may be writing the last line.
+    complete = file.read_text(encoding="utf-8").rpartition("\n")[0].splitlines()[1:]
+    rows = [json.loads(line) for line in complete]
+    return sum(row[-1] <= DISTURBED_SHARE * row[-2] for row in rows)
 
 
 class _Load:

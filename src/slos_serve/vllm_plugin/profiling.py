@@ -29,6 +29,7 @@ from vllm.v1.request import Request
 
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.perf.grid import GridPoint, grid_points
+from slos_serve.vllm_plugin.stolen_time import stolen_s
 
 SAMPLES_ENV = "SLOS_SERVE_PROFILE_SAMPLES"
 SEED_ENV = "SLOS_SERVE_PROFILE_SEED"
@@ -41,7 +42,7 @@ class ProfilingScheduler(AsyncScheduler):
     """Runs grid points instead of serving in order; writes one line a measured step to the file in ``SAMPLES_ENV``.
 
     The first line is a JSON object about the engine, every other one ``[new_tokens, context_tokens, quad_tokens2,
-    num_seqs, prefill_tokens, duration_s]``.
+    num_seqs, prefill_tokens, duration_s, stolen_s]``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,6 +53,7 @@ class ProfilingScheduler(AsyncScheduler):
         self._points: Iterator[GridPoint] = grid_points(max_decodes, self._token_limit, self._rng)
         self._in_flight: deque[tuple[SchedulerOutput, BatchShape, int, float]] = deque()
         self._last_end_s: float | None = None
+        self._stolen_before_s = stolen_s()
         self._steps_done = 0
         self._samples: TextIO = _open_samples(Path(os.environ[SAMPLES_ENV]))
         self._samples.write(json.dumps(self._describe_engine()) + "\n")
@@ -73,7 +75,8 @@ class ProfilingScheduler(AsyncScheduler):
     def update_from_output(self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput) -> Any:
         """Let vLLM process the step's output, then note how long the step took."""
         result = super().update_from_output(scheduler_output, model_runner_output)
-        end_s = time.perf_counter()
+        end_s, stolen_now_s = time.perf_counter(), stolen_s()
+        stolen_meanwhile_s, self._stolen_before_s = stolen_now_s - self._stolen_before_s, stolen_now_s
         output, shape, prefill_tokens, start_s = self._in_flight.popleft()
         if output is not scheduler_output or shape.new_tokens == 0:
             self._last_end_s = None
@@ -83,7 +86,7 @@ class ProfilingScheduler(AsyncScheduler):
         self._last_end_s = end_s
         self._steps_done += 1
         if measured:
-            self._write(shape, prefill_tokens, end_s - since_s)
+            self._write(shape, prefill_tokens, end_s - since_s, stolen_meanwhile_s)
         return result
 
     def shutdown(self) -> None:
@@ -137,7 +140,7 @@ class ProfilingScheduler(AsyncScheduler):
         )
         return shape, prefill
 
-    def _write(self, shape: BatchShape, prefill_tokens: int, duration_s: float) -> None:
+    def _write(self, shape: BatchShape, prefill_tokens: int, duration_s: float, stolen: float) -> None:
         row = [
             shape.new_tokens,
             shape.context_tokens,
@@ -145,6 +148,7 @@ class ProfilingScheduler(AsyncScheduler):
             shape.num_seqs,
             prefill_tokens,
             duration_s,
+            stolen,
         ]
         self._samples.write(json.dumps(row) + "\n")
         self._samples.flush()

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from slos_serve.bench import demo as demo_module
 from slos_serve.bench.demo_events import SchedulerEvents
 from slos_serve.bench.demo_plan import DemoPlan
-from slos_serve.bench.demo_report import SideRun
+from slos_serve.bench.demo_report import OURS, STOCK, SideRun
 from slos_serve.cli.main import app
 from slos_serve.core.errors import SlosServeError
 from slos_serve.files.profile_file import Profile, save_profile
@@ -36,23 +36,26 @@ PROFILE = Profile(
     max_num_batched_tokens=2048,
     model=MODEL,
 )
-Side = Callable[..., SideRun]
+Sides = Callable[..., dict[str, SideRun]]
 
 
-def good_side(_setup: object, plan: DemoPlan, _folder: Path, *, name: str, classes: Path | None, told: Any) -> SideRun:
+def good_sides(_setup: object, plan: DemoPlan, _folder: Path, *, classes: Path, told: Any) -> dict[str, SideRun]:
     """Stock keeps the first five promises of the burst, ours twenty."""
+    assert classes.is_file()
     told.starting(1.0)
-    told.phase("burst", len(plan.burst))
-    slow_from = 5 if classes is None else 20
-    verdicts = {request.request_id: "admitted" for request in (*plan.calm, *plan.burst[:slow_from])}
-    return demo_side(plan, slow_from=slow_from, events=None if classes is None else SchedulerEvents(verdicts))
+    told.phase(STOCK, "burst", len(plan.burst))
+    verdicts = {request.request_id: "admitted" for request in (*plan.calm, *plan.burst[:20])}
+    return {
+        STOCK: demo_side(plan, slow_from=5),
+        OURS: demo_side(plan, slow_from=20, events=SchedulerEvents(verdicts)),
+    }
 
 
-def bad_side(*_arguments: object, **_options: object) -> SideRun:
+def bad_sides(*_arguments: object, **_options: object) -> dict[str, SideRun]:
     raise SlosServeError("the server died [here]")
 
 
-def run_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, side: Side, *arguments: str) -> Result:
+def run_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sides: Sides, *arguments: str) -> Result:
     """The command with an engine that is known and never started."""
     engine = SimpleNamespace(profile_engine=lambda *_, **__: pytest.fail("a profile was given"))
     monkeypatch.setitem(sys.modules, "slos_serve.vllm_plugin.profile_run", engine)
@@ -60,7 +63,7 @@ def run_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, side: Side, *argum
     monkeypatch.setitem(
         sys.modules, "slos_serve.vllm_plugin.cpu_model", SimpleNamespace(resolve_model=lambda name: name)
     )
-    monkeypatch.setattr(demo_module, "run_side", side)
+    monkeypatch.setattr(demo_module, "run_sides", sides)
     for name, value in CPU_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)  # the command sets them too; this way they are gone after the test
     path = tmp_path / "profile.json"
@@ -72,7 +75,7 @@ def run_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, side: Side, *argum
 
 def test_writes_what_it_prints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     json_file, png = tmp_path / "out" / "demo.json", tmp_path / "out" / "demo.png"
-    ran = run_demo(monkeypatch, tmp_path, good_side, "--json", str(json_file), "--png", str(png))
+    ran = run_demo(monkeypatch, tmp_path, good_sides, "--json", str(json_file), "--png", str(png))
     assert ran.exit_code == 0, ran.output
     result = json.loads(json_file.read_text(encoding="utf-8"))
     assert f"{result['ratio']:.2f} times as many" in ran.output
@@ -82,13 +85,13 @@ def test_writes_what_it_prints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
 
 
 def test_failure_says_where_the_logs_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    ran = run_demo(monkeypatch, tmp_path, bad_side)
+    ran = run_demo(monkeypatch, tmp_path, bad_sides)
     assert ran.exit_code == 1
     assert "the server died [here]" in ran.output and "logs are in" in ran.output
     assert "Traceback" not in ran.output
 
 
 def test_a_profile_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    ran = run_demo(monkeypatch, tmp_path, good_side, "--model", "other")
+    ran = run_demo(monkeypatch, tmp_path, good_sides, "--model", "other")
     assert ran.exit_code == 1
     assert "measured on something else" in ran.output

@@ -42,6 +42,7 @@ class Measured:
 
     profile = PROFILE
     samples = SAMPLES
+    num_disturbed = 3
     async_scheduling = False
     max_num_seqs = 64
 

@@ -7,7 +7,7 @@ import pytest
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
 from slos_serve.perf.fit import Sample
-from slos_serve.perf.residuals import error_by_region, ratio_quantiles
+from slos_serve.perf.residuals import error_by_region, error_followed, ratio_quantiles
 
 # One second a token, nothing else.
 UNIT = BatchTimeModel(1.0, 0.0, 0.0, 0.0)
@@ -64,3 +64,12 @@ def test_no_samples_are_refused() -> None:
 def test_quantiles_outside_the_open_unit_interval_are_refused(quantile: float) -> None:
     with pytest.raises(InvalidFieldError, match="quantile"):
         ratio_quantiles(UNIT, [sample(1, 1.0)], (quantile,))
+
+
+def test_drift_that_the_correction_follows_is_no_error_of_what_is_planned_with() -> None:
+    drifting = [sample(10 + i % 7, 1.0 if i < 40 else 1.3) for i in range(400)]
+    bare = error_by_region(UNIT, drifting)["all"]
+    followed = error_followed(UNIT, drifting, held_out_every=4)
+    assert bare.median == pytest.approx(1.0 - 1.0 / 1.3)
+    assert followed.samples == 100
+    assert followed.median < 0.02

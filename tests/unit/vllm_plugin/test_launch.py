@@ -18,6 +18,7 @@ from slos_serve.vllm_plugin.launch import (
     ServerProcess,
     ServerStartError,
     cpu_engine_args,
+    cpu_model_args,
     option_value,
     server_command,
     server_environment,
@@ -175,3 +176,20 @@ def test_the_dtype_is_one_the_cores_compute_in(tmp_path: Path, flags: str, dtype
     facts.write_text(flags, encoding="utf-8")
     assert cpu_engine_args(facts)[:2] == ("--dtype", dtype)
     assert cpu_engine_args(tmp_path / "absent")[:2] == ("--dtype", "float32")
+
+
+def test_the_cpu_model_gets_defaults_for_what_is_not_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    arguments = cpu_model_args(("--max-model-len=512", "--seed", "1"), tmp_path / "absent")
+    assert arguments == (
+        "--dtype",
+        "float32",
+        "--max-num-seqs",
+        "64",
+        "--enforce-eager",
+        "--max-model-len=512",
+        "--seed",
+        "1",
+    )
+    assert (os.environ["VLLM_CPU_KVCACHE_SPACE"], os.environ["HF_HUB_OFFLINE"]) == ("3", "1")
