@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 RUNNING, WAITING, STEPS = 256, 64, 300
-ROUNDS, REQUESTS, OUTPUT_TOKENS = 5, 8, 40
+# Many short rounds: a shared machine changes speed within seconds, and a pair of them should see the same machine.
+ROUNDS, REQUESTS, OUTPUT_TOKENS = 40, 8, 16
 LEAST_RATIO = 0.98
 
 
@@ -151,12 +152,18 @@ def throughput_ratio(folder: Path) -> float:
     }
     for engine in engines.values():
         generate(engine, 0)
-    ratios = []
+    ratios: list[float] = []
+    rng = np.random.default_rng(0)
     for number in range(ROUNDS):
         order = ("stock", "ours") if number % 2 == 0 else ("ours", "stock")
         speed = {name: generate(engines[name], number + 1) for name in order}
         ratios.append(speed["ours"] / speed["stock"])
-        print(f"round {number}: stock {speed['stock']:.1f} tok/s, ours {speed['ours']:.1f} tok/s, {ratios[-1]:.3f}")
+    low, high = np.quantile(np.median(rng.choice(ratios, (2000, ROUNDS)), axis=1), (0.025, 0.975))
+    first, third = np.quantile(ratios, (0.25, 0.75))
+    print(
+        f"{ROUNDS} rounds, ours / stock: quartiles {first:.3f} and {third:.3f}; bootstrap 95 % interval of the median "
+        f"{low:.3f} to {high:.3f}"
+    )
     return float(np.median(ratios))
 
 

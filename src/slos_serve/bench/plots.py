@@ -66,7 +66,7 @@ def _title(result: Mapping[str, Any]) -> str:
 
 def _caption(result: Mapping[str, Any]) -> str:
     setup = result["setup"]
-    engine = "{model} on {device}, vLLM {engine_version}, seed {seed}. ".format_map(setup) if "model" in setup else ""
+    engine = "{model} on {device}, vLLM {engine_version}, seed {seed}.\n".format_map(setup) if "model" in setup else ""
     return (
         f"{engine}Bars: Wilson 95 % intervals. Streams: of each class the first request of "
         "the burst's second half that kept its promise with slos-serve."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
     from slos_serve.files.profile_file import Profile
 
 PROFILE_SECONDS = 60.0
+# Columns of the table when it does not go to a terminal.
+FILE_WIDTH = 130
 
 
 def demo(
@@ -54,19 +57,21 @@ def demo(
     except KeyboardInterrupt:
         console.print("stopped; the servers are down and nothing was written")
         raise typer.Exit(130) from None
-    out = Console()
+    out = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     out.print(demo_table(result))
     for text, held in claims(result):
-        out.print(f"[green]yes[/] {text}" if held else f"[red]no [/] {text}", highlight=False)
+        out.print(f"[green]yes[/] {text}" if held else f"[red]no [/] {text}", highlight=False, soft_wrap=True)
     _write(result, sides, plan, setup, json_file, png)
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSetup, Profile]:
     """The model, how it is started, and its profile: the one given, the cached one, or a new one."""
-    from slos_serve.vllm_plugin.launch import CPU_ENVIRONMENT, cpu_engine_args
+    from slos_serve.vllm_plugin.launch import CPU_ENVIRONMENT, LOGGING_VARIABLE, cpu_engine_args
 
-    for name, value in CPU_ENVIRONMENT.items():
+    # The servers write to their logs; what is said while profiling would end up between the progress bars.
+    server_logging = os.environ.get(LOGGING_VARIABLE, "INFO")
+    for name, value in {**CPU_ENVIRONMENT, LOGGING_VARIABLE: "ERROR"}.items():
         # What is profiled must be the engine that is served; vLLM reads some of these as it is imported.
         os.environ.setdefault(name, value)
     with console.status("loading vLLM"):
@@ -93,7 +98,8 @@ def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSet
     profile_path, profile = kept
     profile.check_matches(model=path, **identity)
     console.print(f"profile: {profile_path} ({profile.device}, measured {profile.created})", highlight=False)
-    return EngineSetup(path, cpu_engine_args(), CPU_ENVIRONMENT, profile_path, profile.model), profile
+    environment = {**CPU_ENVIRONMENT, LOGGING_VARIABLE: server_logging}
+    return EngineSetup(path, cpu_engine_args(), environment, profile_path, profile.model), profile
 
 
 def _identity(model: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -73,8 +74,9 @@ def profile(
 
 def _measure(console: Console, model: str, vllm_args: tuple[str, ...], duration_s: float, seed: int) -> ProfileRun:
     from slos_serve.vllm_plugin.cpu_model import resolve_model
-    from slos_serve.vllm_plugin.launch import cpu_model_args
+    from slos_serve.vllm_plugin.launch import LOGGING_VARIABLE, cpu_model_args
 
+    os.environ.setdefault(LOGGING_VARIABLE, "ERROR")  # the engine writes where the progress bar is
     path = str(resolve_model(model))
     if path != model:
         vllm_args = cpu_model_args(vllm_args)  # before the engine is imported: it reads the environment then
