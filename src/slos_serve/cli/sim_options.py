@@ -24,7 +24,9 @@ JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result 
 Oracle = Annotated[
     bool, typer.Option("--oracle-lengths", help="Tell policies the true output lengths, to see what that would add.")
 ]
-Router = Annotated[str, typer.Option(help="round-robin or least-loaded.")]
+Router = Annotated[
+    str, typer.Option(help="round-robin, least-loaded, or slo: asks mirrors of the planners (slo-pack, slo-spread).")
+]
 Acceptance = Annotated[float, typer.Option(min=0.0, max=0.999, help="Probability that a draft token is right.")]
 
 console = Console()

@@ -16,7 +16,7 @@ import numpy as np
 
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.replica import IDLE_TICK_S, Replica
-from slos_serve.sim.routers import Router
+from slos_serve.sim.routers import LoadRouter, Router
 from slos_serve.sim.step import LOST, REJECTED
 
 
@@ -40,7 +40,7 @@ class Handover:
     """
 
     seconds_per_token: float
-    router: Router
+    router: LoadRouter
 
 
 @dataclass(slots=True)
@@ -138,6 +138,8 @@ class Cluster:
             self._call_left(now_s, replica, call)
         if replica.num_requests:
             self._ask(now_s, replica)
+        else:
+            self.router.on_idle(now_s, replica)
 
     def _call_left(self, now_s: float, replica: Replica, call: int) -> None:
         calls = self.recording.workload.calls
@@ -158,7 +160,7 @@ class Cluster:
             self.recording.calls["outcome"][call] = LOST
             return
         replica = self.router.choose(now_s, call, self._session(call), alive)
-        if not replica.fits(call):
+        if replica is None or not replica.fits(call):
             self.recording.calls["arrival_s"][call] = arrival_s
             self.recording.calls["outcome"][call] = REJECTED
             return

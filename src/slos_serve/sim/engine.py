@@ -9,11 +9,13 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.policies.base import Policy
 from slos_serve.policies.registry import Parameters, make_policy, policy_entry
+from slos_serve.routing.publisher import PUBLISH_EVERY_S
 from slos_serve.sim.cluster import Cluster, Handover
 from slos_serve.sim.model_error import ModelError
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.replica import EngineLimits, Replica, ReplicaSettings
-from slos_serve.sim.routers import make_router
+from slos_serve.sim.routers import SLO_ORDERS, Router, make_router
+from slos_serve.sim.slo_router import SloRouter, SloRouting
 from slos_serve.workload.calls import Workload
 
 KV_TRANSFER_BYTES_PER_S = 50e9
@@ -28,8 +30,11 @@ class SimSettings:
         parameters: of the policy; ``None`` for its default.
         replicas: how many.
         prefill_replicas: of them, when the policy keeps prefill and decode apart.
-        router: ``round-robin`` or ``least-loaded``.
-        sticky_sessions: later rounds of a session go where its prefix is cached.
+        router: ``round-robin``, ``least-loaded``, or one of ``SLO_ORDERS`` that asks mirrors of the planners.
+        sticky_sessions: later rounds of a session go where its prefix is cached, whatever the load there (those that
+            ask mirrors decide by themselves).
+        publish_every_s, publish_delay_s: age of what an ``slo`` router sees of the replicas, and time to reach it.
+        reject_classes: classes whose calls an ``slo`` router refuses where no replica attains them.
         oracle_lengths: tell every policy the true output lengths.
         error: injected batch-time error.
         deaths: (virtual seconds, replica) at which replicas die.
@@ -44,6 +49,9 @@ class SimSettings:
     prefill_replicas: int = 1
     router: str = "least-loaded"
     sticky_sessions: bool = True
+    publish_every_s: float = PUBLISH_EVERY_S
+    publish_delay_s: float = 0.0
+    reject_classes: Sequence[str] = ()
     oracle_lengths: bool = False
     error: ModelError = field(default_factory=ModelError)
     deaths: Sequence[tuple[float, int]] = ()
@@ -74,22 +82,45 @@ def simulate(
     """
     _check_split(settings)
     recording = Recording.of(workload.bound(batch_time))
-    replicas = [_replica(index, recording, batch_time, limits, settings) for index in range(settings.replicas)]
+    router = _router(recording, limits, settings)
+    replicas = [_replica(index, recording, batch_time, limits, settings, router) for index in range(settings.replicas)]
     handover = None
     if settings.disaggregated:
         seconds_per_token = settings.kv_bytes_per_token / settings.transfer_bytes_per_s
         handover = Handover(seconds_per_token, make_router("least-loaded", sticky=False))
-    router = make_router(settings.router, settings.sticky_sessions and handover is None)
     cluster = Cluster(recording, replicas, router, handover, settings.deaths, stop=stop, progress=progress)
     return cluster.run()
 
 
+def _router(recording: Recording, limits: EngineLimits, settings: SimSettings) -> Router:
+    if settings.router not in SLO_ORDERS:
+        return make_router(settings.router, settings.sticky_sessions and not settings.disaggregated)
+    routing = SloRouting(
+        order=SLO_ORDERS[settings.router],
+        publish_every_s=settings.publish_every_s,
+        publish_delay_s=settings.publish_delay_s,
+        reject_classes=settings.reject_classes,
+        oracle_lengths=settings.oracle_lengths,
+        plan_ahead=settings.plan_ahead,
+        prefix_cache=limits.prefix_cache,
+        block_size=limits.block_size,
+    )
+    return SloRouter(recording, routing)
+
+
 def _replica(
-    index: int, recording: Recording, batch_time: BatchTimeModel, limits: EngineLimits, settings: SimSettings
+    index: int,
+    recording: Recording,
+    batch_time: BatchTimeModel,
+    limits: EngineLimits,
+    settings: SimSettings,
+    router: Router,
 ) -> Replica:
     prefill_only = settings.disaggregated and index < settings.prefill_replicas
     decode = settings.disaggregated and not prefill_only
     policy = _policy(settings, batch_time, len(recording.workload.classes), decode)
+    if isinstance(router, SloRouter):
+        policy = router.watch(index, policy)
     replica_settings = ReplicaSettings(settings.oracle_lengths, settings.error, settings.seed, settings.plan_ahead)
     return Replica(index, policy, batch_time, limits, recording, replica_settings, prefill_only)
 

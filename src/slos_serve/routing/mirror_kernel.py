@@ -1,0 +1,304 @@
+"""A replica's admission, asked in its place: the mirrors' arrays and the kernels on them.
+
+A mirror is a publication in motion. Since it was made, owed prefill was computed at the planner's own rate, prompts
+that ended have become decodes, and whatever the router sent there meanwhile has been entered. The question "would this
+request and all that is promised keep their deadlines?" is :func:`first_violation`, the planner's feasibility rule, and
+a request's cost, tier, due time and memory come from the planner's :func:`gather` and :func:`reserve`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from slos_serve.core.request import RequestArray
+from slos_serve.planning.admission_kernel import TOLERANCE, first_violation
+from slos_serve.planning.candidates import MAX_TIERS, UNDECIDED, demote_lost, forecast_lengths, gather
+from slos_serve.planning.memory import reserve
+from slos_serve.planning.prefill_rate import FloatArray, IntArray, prefill_rate
+
+BoolArray = NDArray[np.bool_]
+
+PACK, SPREAD = 0, 1
+# Tiers that in-flight requests may add to those a publication has.
+TIERS = 2 * MAX_TIERS
+NOBODY = -1
+
+
+class MirrorArrays(NamedTuple):
+    """Every mirror of a router: R replicas, N places for owed prompts, L tiers, K memory checkpoints, C classes.
+
+    Attributes:
+        clock_s: float64 [R], the time that each mirror shows.
+        ready_s: float64 [R], when the step that was running ends; nothing new starts before.
+        first, count: int64 [R], owed prompts stand at ``first .. first + count``.
+        due_s, cost_tokens: float64 [R, N]; tier: int64 [R, N].
+        num_tiers: int64 [R].
+        pace_s, periods_s, tokens_each, extra_s_each, counts, in_tier: float64 [R, L], see ``Publication``.
+        memory_left: float64 [R, K], blocks.
+        coefficients: float64 [R, 8].
+        draft_s, max_step_tokens, tpot_margin, max_implied_ttft_s: float64 [R].
+        total_blocks, block_size: int64 [R].
+        forecast_tokens: float64 [R, C, 1].
+        idle_rate: float64 [R], prefill tokens a second of the replica when nothing decodes.
+        num_unpromised: int64 [R].
+    """
+
+    clock_s: FloatArray
+    ready_s: FloatArray
+    first: IntArray
+    count: IntArray
+    due_s: FloatArray
+    cost_tokens: FloatArray
+    tier: IntArray
+    num_tiers: IntArray
+    pace_s: FloatArray
+    periods_s: FloatArray
+    tokens_each: FloatArray
+    extra_s_each: FloatArray
+    counts: FloatArray
+    in_tier: FloatArray
+    memory_left: FloatArray
+    coefficients: FloatArray
+    draft_s: FloatArray
+    max_step_tokens: FloatArray
+    tpot_margin: FloatArray
+    max_implied_ttft_s: FloatArray
+    total_blocks: IntArray
+    block_size: IntArray
+    forecast_tokens: FloatArray
+    idle_rate: FloatArray
+    num_unpromised: IntArray
+
+
+@njit(cache=True)
+def rate_beside(m: MirrorArrays, k: int, counts: FloatArray) -> float:
+    """Prefill tokens a second that replica ``k`` has beside ``counts`` decodes (float64 [L])."""
+    return prefill_rate(
+        counts,
+        m.periods_s[k],
+        m.tokens_each[k],
+        m.extra_s_each[k],
+        m.draft_s[k],
+        m.coefficients[k],
+        m.max_step_tokens[k],
+    )
+
+
+@njit(cache=True)
+def _begin_decode(m: MirrorArrays, k: int) -> None:
+    """The first owed prompt ends and becomes a decode."""
+    m.counts[k, m.tier[k, m.first[k]]] += 1.0
+    m.first[k] += 1
+    m.count[k] -= 1
+
+
+@njit(cache=True)
+def advance(m: MirrorArrays, k: int, to_s: float) -> None:
+    """Let replica ``k`` compute what it owes, in order of deadlines, up to ``to_s``.
+
+    A prompt whose deadline has passed has been met or given up; either way it is owed no more.
+    """
+    while m.clock_s[k] < to_s and m.count[k] > 0:
+        rate = rate_beside(m, k, m.counts[k])
+        if rate <= 0.0:
+            break
+        needs_s = m.cost_tokens[k, m.first[k]] / rate
+        if m.clock_s[k] + needs_s > to_s:
+            m.cost_tokens[k, m.first[k]] -= rate * (to_s - m.clock_s[k])
+            break
+        m.clock_s[k] += needs_s
+        _begin_decode(m, k)
+    m.clock_s[k] = max(m.clock_s[k], to_s)
+    while m.count[k] > 0 and m.due_s[k, m.first[k]] <= to_s:
+        _begin_decode(m, k)
+
+
+@njit(cache=True)
+def load_of(m: MirrorArrays, k: int) -> float:
+    """How busy: share of prefill rate or of memory that promises take, plus the seconds of prefill owed."""
+    counts = m.counts[k].copy()
+    owed = 0.0
+    for i in range(m.first[k], m.first[k] + m.count[k]):
+        counts[m.tier[k, i]] += 1.0
+        owed += m.cost_tokens[k, i]
+    used = 1.0 - rate_beside(m, k, counts) / m.idle_rate[k]
+    for j in range(m.memory_left.shape[1]):
+        used = max(used, 1.0 - m.memory_left[k, j] / max(m.total_blocks[k], 1))
+    return float(used + owed / m.idle_rate[k])
+
+
+@njit(cache=True)
+def _tier_for(m: MirrorArrays, k: int, pace_s: float) -> int:
+    """The tier of a TPOT, made when there is none and there is room; else the loosest one that is tight enough."""
+    found = -1
+    tightest = 0
+    for j in range(m.num_tiers[k]):
+        if m.pace_s[k, j] == pace_s:
+            return j
+        if m.pace_s[k, j] <= pace_s and (found < 0 or m.pace_s[k, j] > m.pace_s[k, found]):
+            found = j
+        if m.pace_s[k, j] < m.pace_s[k, tightest]:
+            tightest = j
+    j = m.num_tiers[k]
+    if j < m.pace_s.shape[1]:
+        m.num_tiers[k] = j + 1
+        m.pace_s[k, j] = pace_s
+        m.periods_s[k, j] = pace_s
+        m.tokens_each[k, j] = 1.0
+        m.extra_s_each[k, j] = 0.0
+        m.counts[k, j] = 0.0
+        m.in_tier[k, j] = 0.0
+        return j
+    if found >= 0:
+        return found
+    m.pace_s[k, tightest] = pace_s
+    m.periods_s[k, tightest] = min(m.periods_s[k, tightest], pace_s)
+    return tightest
+
+
+@njit(cache=True)
+def demand(
+    m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int
+) -> tuple[float, float, int, float, FloatArray]:
+    """What the request in ``row[0]`` asks of replica ``k``: due time, cost, tier, extra seconds, memory [K]."""
+    one = np.zeros(1, dtype=np.int64)
+    none = np.empty(0, dtype=np.int64)
+    row["cached_tokens"][0] = cached_tokens
+    forecast_lengths(row, one, m.forecast_tokens[k], np.ones(1))
+    _, due_s, cost, _, _, _, pace_s, extra_s = gather(
+        row, none, one, m.clock_s[k], m.coefficients[k], m.tpot_margin[k], m.max_implied_ttft_s[k]
+    )
+    need, _ = reserve(row, none, one, m.total_blocks[k], m.block_size[k])
+    memory = np.empty(m.memory_left.shape[1])
+    for j in range(len(memory)):
+        memory[j] = need[0, min(j, need.shape[1] - 1)]
+    return due_s[0], cost[0], _tier_for(m, k, pace_s[0]), extra_s[0], memory
+
+
+@njit(cache=True)
+def _place(m: MirrorArrays, k: int, due_s: float) -> int:
+    """How many owed prompts stand before one that is due at ``due_s``; it comes after its equals."""
+    first = m.first[k]
+    return int(np.searchsorted(m.due_s[k, first : first + m.count[k]], due_s, side="right"))
+
+
+@njit(cache=True)
+def attains(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> bool:
+    """Whether replica ``k`` could promise the request beside all it has promised, as its own admission would judge."""
+    due_s, cost, tier, extra_s, memory = demand(m, k, row, cached_tokens)
+    for j in range(len(memory)):
+        if memory[j] > m.memory_left[k, j] + TOLERANCE:
+            return False
+    start_s = m.clock_s[k]
+    lost = demote_lost(row, np.zeros(1, dtype=np.int64), start_s, m.coefficients[k], np.zeros(1, dtype=np.int64))
+    row["status"][0] = UNDECIDED
+    if lost > 0:
+        return False
+    first, count = m.first[k], m.count[k]
+    at = _place(m, k, due_s)
+    dues, costs = np.empty(count + 1), np.empty(count + 1)
+    tiers = np.empty(count + 1, dtype=np.int64)
+    dues[:at] = m.due_s[k, first : first + at]
+    costs[:at] = m.cost_tokens[k, first : first + at]
+    tiers[:at] = m.tier[k, first : first + at]
+    dues[at], costs[at], tiers[at] = due_s, cost, tier
+    dues[at + 1 :] = m.due_s[k, first + at : first + count]
+    costs[at + 1 :] = m.cost_tokens[k, first + at : first + count]
+    tiers[at + 1 :] = m.tier[k, first + at : first + count]
+    extras = m.extra_s_each[k].copy()
+    extras[tier] += (extra_s - extras[tier]) / (m.in_tier[k, tier] + 1.0)
+    violated, _ = first_violation(
+        np.ones(count + 1, dtype=np.bool_),
+        dues,
+        costs,
+        tiers,
+        m.counts[k],
+        m.periods_s[k],
+        m.tokens_each[k],
+        extras,
+        m.draft_s[k],
+        m.coefficients[k],
+        m.max_step_tokens[k],
+        start_s,
+    )
+    return violated < 0
+
+
+@njit(cache=True)
+def enter(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> None:
+    """Count the request among what replica ``k`` has promised; there must be a place left (``first + count < N``)."""
+    due_s, cost, tier, extra_s, memory = demand(m, k, row, cached_tokens)
+    m.extra_s_each[k, tier] += (extra_s - m.extra_s_each[k, tier]) / (m.in_tier[k, tier] + 1.0)
+    m.in_tier[k, tier] += 1.0
+    for j in range(len(memory)):
+        m.memory_left[k, j] -= memory[j]
+    at = m.first[k] + _place(m, k, due_s)
+    for i in range(m.first[k] + m.count[k], at, -1):
+        m.due_s[k, i] = m.due_s[k, i - 1]
+        m.cost_tokens[k, i] = m.cost_tokens[k, i - 1]
+        m.tier[k, i] = m.tier[k, i - 1]
+    m.due_s[k, at], m.cost_tokens[k, at], m.tier[k, at] = due_s, cost, tier
+    m.count[k] += 1
+
+
+@njit(cache=True)
+def choose(
+    m: MirrorArrays, order: int, now_s: float, row: RequestArray, cached: IntArray, usable: BoolArray, home: int
+) -> int:
+    """The first replica, in the order of asking, that attains the request; ``NOBODY`` when none does.
+
+    Args:
+        m: the mirrors; those that are asked are moved to ``now_s``.
+        order: ``PACK`` asks the busiest first, ``SPREAD`` the least busy.
+        now_s: present time.
+        row: :data:`slos_serve.core.request.REQUEST_DTYPE` [1], the request.
+        cached: int64 [R], prompt tokens that each replica has cached.
+        usable: bool [R], whose publication is fresh.
+        home: replica asked before all others, or ``NOBODY``.
+    """
+    if home >= 0 and usable[home]:
+        advance(m, home, max(now_s, m.ready_s[home]))
+        if attains(m, home, row, cached[home]):
+            return home
+    loads = np.full(len(usable), np.inf)
+    count = 0
+    for k in range(len(usable)):
+        if usable[k]:
+            advance(m, k, max(now_s, m.ready_s[k]))
+            loads[k] = load_of(m, k)
+            count += 1
+    asked = np.argsort(loads, kind="mergesort")[:count]
+    for i in range(count):
+        k = asked[i] if order == SPREAD else asked[count - 1 - i]
+        if k != home and attains(m, k, row, cached[k]):
+            return int(k)
+    return NOBODY
+
+
+@njit(cache=True)
+def least_loaded(m: MirrorArrays, now_s: float, present: BoolArray, usable: BoolArray) -> int:
+    """Where a request without a promise waits least: fewest like it, then the least busy; fresh ones first."""
+    best = NOBODY
+    best_load = np.inf
+    for k in range(len(present)):
+        if not present[k]:
+            continue
+        load = np.inf
+        if usable[k]:
+            advance(m, k, max(now_s, m.ready_s[k]))
+            load = load_of(m, k)
+        if best == NOBODY:
+            better = True
+        elif usable[k] != usable[best]:
+            better = usable[k]
+        elif m.num_unpromised[k] != m.num_unpromised[best]:
+            better = m.num_unpromised[k] < m.num_unpromised[best]
+        else:
+            better = load < best_load
+        if better:
+            best, best_load = k, load
+    return best

@@ -1,0 +1,145 @@
+"""What a replica tells routers about itself: enough to answer "can you attain this?" in its place (design 4.7).
+
+A publication holds no requests, only what admission adds up: decodes by tier, prefill still owed by due time, KV left
+after every reservation. Its size grows with the prompts that are pending, not with the decodes that run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.perf.batch_time import NUM_COEFFICIENTS
+from slos_serve.planning.prefill_rate import FloatArray, IntArray
+
+FORMAT = "slos-serve-publication/1"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Publication:
+    """State of one replica's planner right after a plan. All times are on the replica's clock.
+
+    Attributes:
+        replica: its name among the router's replicas.
+        sequence: grows by one with every publication of a replica's life.
+        time_s: when the plan was made.
+        ready_s: when the step of that plan is predicted to end, and the next plan is made.
+        seen_until_s: requests that reached the replica by then are counted in.
+        correction: factor between observed and modelled batch times, already in ``coefficients``.
+        coefficients: float64 [8], seconds, as the planner plans with them; see :mod:`slos_serve.perf.batch_time`.
+        tpot_margin, max_implied_ttft_s: of the planner's settings.
+        max_step_tokens: most tokens in a batch.
+        draft_s: sequential seconds of the draft model a batch.
+        pace_s: float64 [L], TPOT of each decode tier, margin taken off.
+        periods_s, tokens_each, extra_s_each: float64 [L], see :func:`slos_serve.planning.prefill_rate.prefill_rate`.
+        counts: float64 [L], promised decodes that run.
+        in_tier: float64 [L], requests that ``extra_s_each`` is the mean of.
+        due_s: float64 [n], first-token deadlines of promised prefill, ascending.
+        cost_tokens: float64 [n], prefill tokens each still owes, attention counted in.
+        tier: int64 [n], decode tier each enters.
+        memory_left: float64 [K], KV blocks that no promise needs, at each checkpoint of the planner's forecast.
+        total_blocks, free_blocks, block_size: KV cache.
+        num_requests: unfinished requests of any kind.
+        num_unpromised: of them, best effort and those passed over.
+        forecast_tokens: float64 [classes], forecast output length of a request that has not begun.
+    """
+
+    replica: str
+    sequence: int
+    time_s: float
+    ready_s: float
+    seen_until_s: float
+    correction: float
+    coefficients: FloatArray
+    tpot_margin: float
+    max_implied_ttft_s: float
+    max_step_tokens: int
+    draft_s: float
+    pace_s: FloatArray
+    periods_s: FloatArray
+    tokens_each: FloatArray
+    extra_s_each: FloatArray
+    counts: FloatArray
+    in_tier: FloatArray
+    due_s: FloatArray
+    cost_tokens: FloatArray
+    tier: IntArray
+    memory_left: FloatArray
+    total_blocks: int
+    free_blocks: int
+    block_size: int
+    num_requests: int
+    num_unpromised: int
+    forecast_tokens: FloatArray
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, text and lists, for any transport that carries JSON; ``inf`` as the text ``"inf"``."""
+        return {"format": FORMAT} | {name: _plain(getattr(self, name)) for name in _NAMES}
+
+    @classmethod
+    def of_dict(cls, given: Mapping[str, Any]) -> Publication:
+        """The inverse of :meth:`as_dict`.
+
+        Raises:
+            InvalidFieldError: not a publication of this format, or fields that do not belong together.
+        """
+        if given.get("format") != FORMAT:
+            raise InvalidFieldError("format", given.get("format"), FORMAT)
+        missing = [name for name in _NAMES if name not in given]
+        if missing:
+            raise InvalidFieldError("publication", missing, "every field of a publication")
+        try:
+            found = cls(**{name: _KINDS[kind](given[name]) for name, kind in _NAMES.items()})
+        except (TypeError, ValueError) as fault:
+            raise InvalidFieldError("publication", str(fault), "numbers and lists of numbers") from fault
+        found.check()
+        return found
+
+    def check(self) -> None:
+        """Raise :class:`InvalidFieldError` when arrays do not belong together or a count is impossible."""
+        for name, size in (("coefficients", NUM_COEFFICIENTS), *_sizes(self)):
+            if np.shape(getattr(self, name)) != (size,):
+                raise InvalidFieldError(name, np.shape(getattr(self, name)), f"{size} numbers in one list")
+        if len(self.pace_s) == 0 or len(self.memory_left) == 0:
+            raise InvalidFieldError("pace_s", len(self.pace_s), "at least one tier and one memory checkpoint")
+        if len(self.tier) and not (self.tier.min() >= 0 and self.tier.max() < len(self.pace_s)):
+            raise InvalidFieldError("tier", int(self.tier.max()), f"0 to {len(self.pace_s) - 1}")
+        if np.any(np.diff(self.due_s) < 0.0):
+            raise InvalidFieldError("due_s", "unsorted", "deadlines in ascending order")
+        if self.block_size < 1 or self.total_blocks < 0:
+            raise InvalidFieldError("block_size", self.block_size, "1 or more, and total_blocks 0 or more")
+        for name in ("coefficients", "time_s", "ready_s", "seen_until_s"):
+            if not np.all(np.isfinite(getattr(self, name))):
+                raise InvalidFieldError(name, "not finite", "finite seconds")
+
+
+_NAMES = {field.name: str(field.type) for field in fields(Publication)}
+
+
+def _sizes(publication: Publication) -> list[tuple[str, int]]:
+    tiers, owed = len(publication.pace_s), len(publication.due_s)
+    by_tier = ("periods_s", "tokens_each", "extra_s_each", "counts", "in_tier")
+    return [*((name, tiers) for name in by_tier), ("cost_tokens", owed), ("tier", owed)]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()]
+    if isinstance(value, float) and not np.isfinite(value):
+        return str(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _floats(value: Any) -> FloatArray:
+    return np.array([float(item) for item in value], dtype=np.float64)
+
+
+def _ints(value: Any) -> IntArray:
+    return np.array([int(item) for item in value], dtype=np.int64)
+
+
+_KINDS: dict[str, Any] = {"str": str, "int": int, "float": float, "FloatArray": _floats, "IntArray": _ints}

@@ -1,0 +1,195 @@
+"""When a replica publishes and what: its planner's own admission inputs, summed up.
+
+Runs where the planner runs, right after a plan, so that a publication never shows a half-executed step. The sums come
+from the planner's own functions; nothing here has a theory of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from slos_serve.core.plan import EngineView
+from slos_serve.core.request import SlotArray
+from slos_serve.core.slo import check_number
+from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.planning.admission_kernel import INFEASIBLE, BoolArray, admit
+from slos_serve.planning.candidates import forecast_lengths, gather
+from slos_serve.planning.lengths import EDGES
+from slos_serve.planning.memory import reserve
+from slos_serve.planning.planner import Planner
+from slos_serve.planning.prefill_rate import FloatArray, IntArray
+from slos_serve.routing.publication import Publication
+
+PUBLISH_EVERY_S = 0.1
+
+
+class Publisher:
+    """Makes the publications of one replica.
+
+    Args:
+        replica: its name.
+        planner: whose state is published.
+        model: the planner's batch-time model, uncorrected.
+        every_s: longest time between two publications while steps are shorter than that.
+    """
+
+    def __init__(self, replica: str, planner: Planner, model: BatchTimeModel, every_s: float = PUBLISH_EVERY_S) -> None:
+        self.every_s = check_number("publish_every_s", every_s, low=0.0, high=60.0, low_included=True)
+        self._replica = replica
+        self._planner = planner
+        self._model = model
+        self._sequence = 0
+        self._last_s = -math.inf
+
+    def after_plan(
+        self, now_s: float, view: EngineView, step_s: float, factor: float = 1.0, seen_until_s: float | None = None
+    ) -> Publication | None:
+        """A publication when waiting for the next plan would make the last one too old, else ``None``.
+
+        Args:
+            now_s: when the step begins.
+            view: what was planned from, with the statuses that the plan wrote.
+            step_s: predicted length of the planned step; 0 when nothing runs.
+            factor: online correction of the batch-time model.
+            seen_until_s: requests that came by then are in ``view``; ``None`` for ``now_s``.
+        """
+        if now_s + step_s - self._last_s < self.every_s:
+            return None
+        return self.publish(now_s, view, step_s, factor, seen_until_s)
+
+    def publish(
+        self,
+        now_s: float,
+        view: EngineView,
+        step_s: float = 0.0,
+        factor: float = 1.0,
+        seen_until_s: float | None = None,
+    ) -> Publication:
+        """A publication now; arguments as of :meth:`after_plan`."""
+        self._sequence += 1
+        self._last_s = now_s
+        seen_s = now_s if seen_until_s is None else seen_until_s
+        return publication_of(
+            self._planner,
+            self._model,
+            factor,
+            view,
+            now_s,
+            replica=self._replica,
+            sequence=self._sequence,
+            ready_s=now_s + step_s,
+            seen_until_s=seen_s,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a planner would admit and what it judged by; see :func:`slos_serve.planning.admission_kernel.admit`.
+
+    Attributes:
+        slots: int64 [n], requests with prefill left, in deadline order.
+        taken: bool [n].
+    """
+
+    slots: SlotArray
+    taken: BoolArray
+    due_s: FloatArray
+    cost_tokens: FloatArray
+    tier: IntArray
+    memory: FloatArray
+    memory_room: FloatArray
+    counts: FloatArray
+    pace_s: FloatArray
+    extra_s_each: FloatArray
+
+
+def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, now_s: float) -> Admission:
+    """The planner's admission of ``view`` at ``now_s``, without its consequences; writes ``expected_tokens`` only."""
+    settings = planner.settings
+    rows = view.table.rows
+    if not settings.oracle_lengths:
+        lengths = planner.lengths.table()
+        forecast_lengths(rows, view.running, lengths, EDGES)
+        forecast_lengths(rows, view.waiting, lengths, EDGES)
+    slots, due_s, cost, tier, must, counts, pace_s, extra_s = gather(
+        rows, view.running, view.waiting, now_s, coefficients, settings.tpot_margin, settings.max_implied_ttft_s
+    )
+    is_must = must > 0.0
+    memory, room = reserve(rows, view.running, slots, view.total_blocks, view.block_size)
+    taken, _, _, status, _ = admit(
+        due_s,
+        cost,
+        tier,
+        memory,
+        rows["weight"][slots],
+        is_must,
+        counts,
+        pace_s,
+        np.ones(len(pace_s)),
+        extra_s,
+        0.0,
+        coefficients,
+        float(view.max_num_batched_tokens),
+        now_s,
+        room,
+        settings.max_labels,
+    )
+    if status == INFEASIBLE:
+        taken = is_must
+    return Admission(slots, taken, due_s, cost, tier, memory, room, counts, pace_s, extra_s)
+
+
+def publication_of(
+    planner: Planner,
+    model: BatchTimeModel,
+    factor: float,
+    view: EngineView,
+    now_s: float,
+    *,
+    replica: str,
+    sequence: int = 0,
+    ready_s: float | None = None,
+    seen_until_s: float | None = None,
+) -> Publication:
+    """Sum up what the planner would admit from ``view`` at ``now_s``. Writes ``expected_tokens`` only, as a plan does.
+
+    Prefill that the planner would take counts as owed, whether it has begun or not; what it passes over does not.
+    """
+    settings = planner.settings
+    coefficients = model.coefficients * (factor * (1.0 + settings.step_margin))
+    found = own_admission(planner, coefficients, view, now_s)
+    taken, counts, pace_s = found.taken, found.counts, found.pace_s
+    promised = int(counts.sum()) + int(taken.sum())
+    num_requests = len(view.running) + len(view.waiting)
+    return Publication(
+        replica=replica,
+        sequence=sequence,
+        time_s=now_s,
+        ready_s=now_s if ready_s is None else ready_s,
+        seen_until_s=now_s if seen_until_s is None else seen_until_s,
+        correction=factor,
+        coefficients=coefficients,
+        tpot_margin=settings.tpot_margin,
+        max_implied_ttft_s=settings.max_implied_ttft_s,
+        max_step_tokens=view.max_num_batched_tokens,
+        draft_s=0.0,
+        pace_s=pace_s,
+        periods_s=pace_s.copy(),
+        tokens_each=np.ones(len(pace_s)),
+        extra_s_each=found.extra_s_each,
+        counts=counts,
+        in_tier=counts + np.bincount(found.tier, minlength=len(counts)),
+        due_s=found.due_s[taken],
+        cost_tokens=found.cost_tokens[taken],
+        tier=found.tier[taken],
+        memory_left=found.memory_room - found.memory[taken].sum(axis=0),
+        total_blocks=view.total_blocks,
+        free_blocks=view.free_blocks,
+        block_size=view.block_size,
+        num_requests=num_requests,
+        num_unpromised=max(num_requests - promised, 0),
+        forecast_tokens=planner.lengths.table()[:, 0].copy(),
+    )

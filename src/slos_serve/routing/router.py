@@ -1,0 +1,186 @@
+"""Which replica a request goes to: the first whose mirror can attain it, in an order of asking that is a policy.
+
+``PACK`` asks the busiest first and leaves others empty for what is hard to place; ``SPREAD`` asks the least busy first;
+``PREFIX`` asks the replica that has the request's prefix cached before the others, and then those as ``SPREAD`` does.
+Where nobody attains, the request goes unpromised to the replica with the fewest of its kind, which may still promise it
+later, or is refused when its class says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+
+from slos_serve.core.slo import check_number
+from slos_serve.routing import mirror_kernel as kernel
+from slos_serve.routing.mirrors import Mirrors, Sent, request_row
+
+
+class Order(StrEnum):
+    """Whom to ask first."""
+
+    PACK = "pack"
+    SPREAD = "spread"
+    PREFIX = "prefix"
+
+
+class Verdict(StrEnum):
+    """What becomes of a request."""
+
+    ATTAIN = "attain"
+    """Its replica's mirror can promise it."""
+    BEST_EFFORT = "best_effort"
+    """Sent without a promise; the replica may still make one."""
+    REJECT = "reject"
+    """Not sent."""
+
+
+class Why(StrEnum):
+    """Reason of a decision."""
+
+    ATTAINS = "attains"
+    ATTAINS_AT_PREFIX = "attains where its prefix is"
+    NO_SLO = "asks for nothing"
+    ALL_FULL = "no replica attains it"
+    ALL_STALE = "no replica has published lately"
+    NO_REPLICA = "there is no replica"
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingRequest:
+    """What routing needs to know of a request. Times are on the router's clock.
+
+    Attributes:
+        arrival_s: when the client sent it.
+        prompt_tokens, max_tokens: length, and the cap on the answer's.
+        ttft_due_s: when the first token is due; ``inf`` without such a promise.
+        tpot_s: promised time per output token; ``inf`` without such a promise.
+        class_index, weight: its class.
+        hint_tokens: the client's forecast of the answer's length, 0 without one.
+        cached: replica -> prompt tokens that its prefix cache would supply.
+        reject_when_full: refuse it where nobody attains, instead of serving it without a promise.
+    """
+
+    arrival_s: float
+    prompt_tokens: int
+    max_tokens: int
+    ttft_due_s: float = np.inf
+    tpot_s: float = np.inf
+    class_index: int = 0
+    weight: float = 1.0
+    hint_tokens: int = 0
+    cached: Mapping[str, int] = field(default_factory=dict)
+    reject_when_full: bool = False
+
+    @property
+    def has_slo(self) -> bool:
+        """Whether anything is promised."""
+        return bool(np.isfinite(self.ttft_due_s) or np.isfinite(self.tpot_s))
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingDecision:
+    """Where a request goes and why.
+
+    Attributes:
+        replica: its name; ``None`` when the request is rejected.
+        verdict, reason: see :class:`Verdict` and :class:`Why`.
+    """
+
+    replica: str | None
+    verdict: Verdict
+    reason: Why
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """How a router decides.
+
+    Attributes:
+        order: whom to ask first.
+        stale_after_s: a replica that has not published for this long counts as full.
+    """
+
+    order: Order = Order.PREFIX
+    stale_after_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("stale_after_s", self.stale_after_s, low=0.0, high=3600.0)
+
+
+DEFAULT = RouterSettings()
+
+
+def route(
+    now_s: float, request: RoutingRequest, mirrors: Mirrors, settings: RouterSettings = DEFAULT
+) -> RoutingDecision:
+    """Decide, and reserve at once: the chosen mirror counts the request from here on.
+
+    Args:
+        now_s: present time on the router's clock; never decreases from call to call.
+        request: what asks.
+        mirrors: the replicas; changed by the call.
+        settings: order and bound.
+    """
+    if not len(mirrors):
+        return RoutingDecision(None, Verdict.REJECT, Why.NO_REPLICA)
+    row = request_row(
+        arrival_s=request.arrival_s,
+        prompt_tokens=request.prompt_tokens,
+        max_tokens=request.max_tokens,
+        ttft_due_s=request.ttft_due_s,
+        tpot_s=request.tpot_s,
+        class_index=request.class_index,
+        weight=request.weight,
+        hint_tokens=request.hint_tokens,
+    )
+    usable = mirrors.usable(now_s, settings.stale_after_s)
+    cached = np.zeros(len(usable), dtype=np.int64)
+    for name, tokens in request.cached.items():
+        if name in mirrors:
+            cached[mirrors.position(name)] = min(tokens, request.prompt_tokens - 1)
+    k, why = kernel.NOBODY, Why.NO_SLO
+    if request.has_slo:
+        home = int(cached.argmax()) if settings.order is Order.PREFIX and cached.any() else kernel.NOBODY
+        asking = kernel.PACK if settings.order is Order.PACK else kernel.SPREAD
+        k = kernel.choose(mirrors.arrays, asking, now_s, row, cached, usable, home)
+        why = Why.ATTAINS_AT_PREFIX if k == home else Why.ATTAINS
+    if k != kernel.NOBODY:
+        mirrors.send(k, Sent(now_s, row, int(cached[k]), promised=True))
+        return RoutingDecision(mirrors.name_of(k), Verdict.ATTAIN, why)
+    if request.has_slo:
+        why = Why.ALL_FULL if usable.any() else Why.ALL_STALE
+        if request.reject_when_full:
+            return RoutingDecision(None, Verdict.REJECT, why)
+    k = kernel.least_loaded(mirrors.arrays, now_s, mirrors.present, usable)
+    mirrors.send(k, Sent(now_s, row, int(cached[k]), promised=False))
+    return RoutingDecision(mirrors.name_of(k), Verdict.BEST_EFFORT, why)
+
+
+def verdicts(
+    now_s: float, request: RoutingRequest, mirrors: Mirrors, settings: RouterSettings = DEFAULT
+) -> dict[str, bool]:
+    """Whether each replica with a fresh publication would attain the request; nothing is reserved."""
+    row = request_row(
+        arrival_s=request.arrival_s,
+        prompt_tokens=request.prompt_tokens,
+        max_tokens=request.max_tokens,
+        ttft_due_s=request.ttft_due_s,
+        tpot_s=request.tpot_s,
+        class_index=request.class_index,
+        weight=request.weight,
+        hint_tokens=request.hint_tokens,
+    )
+    usable = mirrors.usable(now_s, settings.stale_after_s)
+    found = {}
+    for name in mirrors:
+        k = mirrors.position(name)
+        if usable[k]:
+            m = mirrors.arrays
+            kernel.advance(m, k, max(now_s, float(m.ready_s[k])))
+            tokens = min(request.cached.get(name, 0), request.prompt_tokens - 1)
+            found[name] = bool(kernel.attains(m, k, row, tokens))
+    return found

@@ -1,0 +1,81 @@
+"""A mirror judges as the replica's own admission does, now and after it has moved on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from slos_serve.planning.planner import Planner
+from slos_serve.routing.mirror_kernel import advance, rate_beside
+from slos_serve.routing.publisher import own_admission
+from slos_serve.routing.router import route, verdicts
+from tests.builders import OPT_13B_A100, EngineBuilder
+from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, request
+
+
+def _random_engine(rng: np.random.Generator) -> EngineBuilder:
+    engine = EngineBuilder(total_blocks=int(rng.integers(400, 4000)))
+    for _ in range(int(rng.integers(0, 120))):
+        engine.decode(tpot_s=float(rng.choice([0.05, 0.1])), prompt_tokens=int(rng.integers(20, 800)))
+    for _ in range(int(rng.integers(0, 6))):
+        engine.wait(int(rng.integers(20, 1500)), due_in_s=float(rng.uniform(0.3, 2.0)))
+    return engine
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_agrees_with_the_replica_on_what_it_has_just_published(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    engine = _random_engine(rng)
+    mirrors = mirrors_of(a=engine)
+    prompt, due_in_s = int(rng.integers(20, 4000)), float(rng.uniform(0.2, 2.0))
+    mirror = verdicts(NOW_S, request(prompt, due_in_s=due_in_s), mirrors)["a"]
+    planner = Planner(OPT_13B_A100, 1)
+    coefficients = OPT_13B_A100.coefficients * (1.0 + planner.settings.step_margin)
+    before = int(own_admission(planner, coefficients, engine.view(), NOW_S).taken.sum())
+    slot = engine.wait(prompt, due_in_s=due_in_s)
+    own = own_admission(planner, coefficients, engine.view(), NOW_S)
+    if mirror:
+        assert own.taken.sum() == before + 1
+    else:
+        # It may still take the request in another's place, but not beside all it had taken.
+        assert own.taken.sum() <= before or not own.taken[own.slots == slot].any()
+
+
+def test_owed_prompts_are_computed_as_time_passes() -> None:
+    engine = loaded(10)
+    engine.wait(1000, due_in_s=1.0)
+    engine.wait(3000, due_in_s=2.0)
+    m = mirrors_of(a=engine).arrays
+    owed = m.cost_tokens[0, :2].copy()
+    rate = rate_beside(m, 0, m.counts[0])
+    advance(m, 0, NOW_S + 0.05)
+    assert m.cost_tokens[0, 0] == pytest.approx(owed[0] - 0.05 * rate)
+    advance(m, 0, NOW_S + owed[0] / rate + 1e-6)
+    assert (m.first[0], m.count[0]) == (1, 1)
+    assert m.counts[0].sum() == 11.0
+    # Past its deadline a prompt is owed no more, whatever the rate was.
+    m.cost_tokens[0, 1] = 1e9
+    advance(m, 0, NOW_S + 2.0)
+    assert m.count[0] == 0 and m.counts[0].sum() == 12.0
+
+
+def test_nothing_starts_before_the_running_step_ends() -> None:
+    asked = request(300, due_in_s=0.3)
+    mirrors = mirrors_of(a=loaded(0))
+    assert verdicts(NOW_S, asked, mirrors) == {"a": True}
+    mirrors.arrays.ready_s[0] = NOW_S + 0.28
+    assert verdicts(NOW_S, asked, mirrors) == {"a": False}
+
+
+def test_entering_a_request_leaves_the_mirror_as_a_publication_with_it_would() -> None:
+    engine = loaded(10)
+    engine.wait(500, due_in_s=0.4)
+    engine.wait(500, due_in_s=1.4)
+    mirrors = mirrors_of(a=engine)
+    route(NOW_S, request(300, due_in_s=0.9), mirrors)
+    engine.wait(300, due_in_s=0.9)
+    entered, fresh = mirrors.arrays, mirrors_of(a=engine).arrays
+    for name in ("count", "due_s", "counts", "in_tier", "memory_left", "tier"):
+        np.testing.assert_array_equal(getattr(entered, name)[0], getattr(fresh, name)[0], name)
+    for name in ("cost_tokens", "extra_s_each"):
+        np.testing.assert_allclose(getattr(entered, name)[0], getattr(fresh, name)[0], err_msg=name)

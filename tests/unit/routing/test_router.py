@@ -1,0 +1,169 @@
+"""Orders of asking, what happens where nobody attains, bursts between publications, stale replicas, prefixes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.routing.mirrors import Mirrors
+from slos_serve.routing.router import Order, RouterSettings, Verdict, Why, route, verdicts
+from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, published, request
+
+PACK, SPREAD = RouterSettings(Order.PACK), RouterSettings(Order.SPREAD)
+
+
+def test_pack_asks_the_busiest_first_and_spread_the_least_busy() -> None:
+    engines = {"idle": loaded(0), "some": loaded(20), "many": loaded(40)}
+    assert route(NOW_S, request(), mirrors_of(**engines), PACK).replica == "many"
+    assert route(NOW_S, request(), mirrors_of(**engines), SPREAD).replica == "idle"
+
+
+def test_pack_goes_on_to_the_next_when_the_busiest_cannot() -> None:
+    engines = {"idle": loaded(0), "full": loaded(600, total_blocks=40_000)}
+    decision = route(NOW_S, request(), mirrors_of(**engines), PACK)
+    assert (decision.replica, decision.verdict, decision.reason) == ("idle", Verdict.ATTAIN, Why.ATTAINS)
+
+
+def test_declined_everywhere_goes_unpromised_to_the_fewest_of_its_kind() -> None:
+    crowded = loaded(2)
+    for _ in range(3):
+        crowded.best_effort()
+    mirrors = mirrors_of(crowded=crowded, free=loaded(5))
+    hopeless = request(9000, due_in_s=0.3)
+    decision = route(NOW_S, hopeless, mirrors, SPREAD)
+    assert (decision.replica, decision.verdict, decision.reason) == ("free", Verdict.BEST_EFFORT, Why.ALL_FULL)
+    # Each one sent there counts, so the fifth goes to the other one.
+    sent = [route(NOW_S, hopeless, mirrors, SPREAD).replica for _ in range(4)]
+    assert sent == ["free", "free", "crowded", "free"]
+
+
+def test_a_class_may_prefer_rejection() -> None:
+    mirrors = mirrors_of(a=loaded(0))
+    decision = route(NOW_S, request(9000, due_in_s=0.3, reject_when_full=True), mirrors)
+    assert (decision.replica, decision.verdict, decision.reason) == (None, Verdict.REJECT, Why.ALL_FULL)
+    assert mirrors.in_flight("a") == 0
+
+
+def test_no_slo_is_best_effort_without_asking() -> None:
+    decision = route(NOW_S, request(due_in_s=np.inf, tpot_s=np.inf), mirrors_of(a=loaded(0)))
+    assert (decision.replica, decision.verdict, decision.reason) == ("a", Verdict.BEST_EFFORT, Why.NO_SLO)
+
+
+def test_no_replica_rejects() -> None:
+    assert route(NOW_S, request(), Mirrors()).reason is Why.NO_REPLICA
+
+
+def test_a_burst_does_not_slip_through_between_two_publications() -> None:
+    mirrors = mirrors_of(a=loaded(0), b=loaded(0))
+    found = [route(NOW_S, request(1000, due_in_s=0.5), mirrors, PACK) for _ in range(40)]
+    promised = Counter(one.replica for one in found if one.verdict is Verdict.ATTAIN)
+    # At most 9,000 tokens a second for half a second.
+    assert promised["a"] == promised["b"] and 2 <= promised["a"] <= 5
+    assert found[-1].verdict is Verdict.BEST_EFFORT
+
+
+def test_memory_of_what_is_in_flight_is_reserved() -> None:
+    mirrors = mirrors_of(a=loaded(0, total_blocks=100))
+    # 200 + 100 tokens are 19 blocks of 16.
+    found = [route(NOW_S, request(due_in_s=20.0), mirrors).verdict for _ in range(6)]
+    assert found == [Verdict.ATTAIN] * 5 + [Verdict.BEST_EFFORT]
+
+
+def test_a_publication_that_lacks_what_was_sent_does_not_free_its_place() -> None:
+    mirrors = mirrors_of(a=loaded(0, total_blocks=100))
+    for _ in range(5):
+        route(NOW_S + 0.05, request(due_in_s=20.0), mirrors)
+    mirrors.update(published(loaded(0, total_blocks=100), sequence=1, time_s=NOW_S + 0.04))
+    assert mirrors.in_flight("a") == 5
+    assert route(NOW_S + 0.06, request(due_in_s=20.0), mirrors).verdict is Verdict.BEST_EFFORT
+    mirrors.update(published(loaded(0, total_blocks=100), sequence=2, time_s=NOW_S + 0.07))
+    assert mirrors.in_flight("a") == 0
+    assert route(NOW_S + 0.08, request(due_in_s=20.0), mirrors).verdict is Verdict.ATTAIN
+
+
+def test_requests_on_their_way_when_a_publication_was_made_stay_reserved() -> None:
+    mirrors = Mirrors(["a"], transit_s=0.02)
+    mirrors.update(published(loaded(0)))
+    route(NOW_S + 0.05, request(), mirrors)
+    mirrors.update(published(loaded(0), sequence=1, time_s=NOW_S + 0.06))
+    assert mirrors.in_flight("a") == 1
+    mirrors.update(published(loaded(0), sequence=2, time_s=NOW_S + 0.08))
+    assert mirrors.in_flight("a") == 0
+
+
+def test_stale_and_silent_replicas_count_as_full() -> None:
+    mirrors = mirrors_of(a=loaded(0), b=loaded(30))
+    mirrors.add("silent")
+    later = NOW_S + 1.2
+    mirrors.update(published(loaded(30), "b", sequence=1, time_s=NOW_S + 1.0))
+    asked = request(due_in_s=3.0)
+    assert verdicts(later, asked, mirrors) == {"b": True}
+    assert route(later, asked, mirrors, SPREAD).replica == "b"
+    far = NOW_S + 60.0
+    decision = route(far, request(due_in_s=70.0), mirrors, SPREAD)
+    assert (decision.verdict, decision.reason) == (Verdict.BEST_EFFORT, Why.ALL_STALE)
+    # The unpromised go round, whatever is known of their replicas.
+    assert {route(far, request(), mirrors).replica for _ in range(2)} | {decision.replica} == {"a", "b", "silent"}
+
+
+def test_an_idle_replica_may_renew_its_publication() -> None:
+    mirrors = mirrors_of(a=loaded(0))
+    mirrors.renew("a", NOW_S + 5.0)
+    assert route(NOW_S + 5.5, request(due_in_s=7.0), mirrors).verdict is Verdict.ATTAIN
+
+
+def test_old_publications_and_strangers_are_ignored() -> None:
+    mirrors = mirrors_of(a=loaded(0))
+    assert not mirrors.update(published(loaded(9), sequence=0))
+    assert not mirrors.update(published(loaded(9), "stranger", sequence=5))
+    mirrors.restarted("a")
+    assert mirrors.update(published(loaded(9), sequence=0))
+
+
+def test_a_round_goes_where_its_prefix_is_while_that_replica_attains() -> None:
+    asked = request(2000, due_in_s=0.35, cached={"home": 1900})
+    decision = route(NOW_S, asked, mirrors_of(home=loaded(20), idle=loaded(0)))
+    assert (decision.replica, decision.reason) == ("home", Why.ATTAINS_AT_PREFIX)
+    full = loaded(600, total_blocks=40_000)
+    assert route(NOW_S, asked, mirrors_of(home=full, idle=loaded(0))).replica == "idle"
+
+
+def test_cached_tokens_make_attainable_what_is_not_without() -> None:
+    mirrors = mirrors_of(a=loaded(0), b=loaded(0))
+    asked = request(8000, due_in_s=0.3, cached={"b": 7900})
+    assert verdicts(NOW_S, asked, mirrors) == {"a": False, "b": True}
+    assert route(NOW_S, asked, mirrors, PACK).replica == "b"
+
+
+def test_a_replica_that_is_gone_gets_nothing_and_its_place_is_reused() -> None:
+    mirrors = mirrors_of(a=loaded(0), b=loaded(3))
+    mirrors.remove("a")
+    assert "a" not in mirrors and len(mirrors) == 1
+    assert route(NOW_S, request(), mirrors, SPREAD).replica == "b"
+    mirrors.add("c")
+    assert mirrors.position("c") == 0
+    assert route(NOW_S, request(), mirrors, SPREAD).replica == "b"  # c has not published
+
+
+def test_many_replicas_and_long_queues_grow_the_arrays() -> None:
+    mirrors = mirrors_of(**{f"r{k}": loaded(0, total_blocks=40_000) for k in range(9)})
+    found = [route(NOW_S, request(20, due_in_s=30.0, max_tokens=2), mirrors, PACK) for _ in range(150)]
+    assert {one.verdict for one in found} == {Verdict.ATTAIN}
+    assert max(Counter(one.replica for one in found).values()) > 64
+
+
+def test_more_tiers_than_places_count_as_tighter_ones() -> None:
+    mirrors = mirrors_of(a=loaded(1))
+    for step in range(20):
+        decision = route(NOW_S, request(20, tpot_s=0.3 - 0.01 * step), mirrors)
+        assert decision.verdict is Verdict.ATTAIN
+    assert mirrors.arrays.num_tiers[0] == mirrors.arrays.pace_s.shape[1]
+    assert mirrors.arrays.in_tier[0].sum() == 21
+
+
+def test_bound_is_checked() -> None:
+    with pytest.raises(InvalidFieldError, match="stale_after_s"):
+        RouterSettings(stale_after_s=0.0)
