@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from slos_serve.bench.demo_events import ADMITTED, SchedulerEvents
 from slos_serve.bench.demo_plan import DemoPlan
+from slos_serve.bench.record import write_record
 from slos_serve.bench.report import class_json, client_json, error_counts, throughput_json
 from slos_serve.bench.requests import LoadResult
-from slos_serve.bench.scoring import score_responses
+from slos_serve.bench.scoring import score_responses, targets_for
 from slos_serve.metrics.summary import TOTAL, Outcome, Quantiles, ScoredRequest, quantiles_ms, summarize
 from slos_serve.perf.batch_time import BatchTimeModel
 
@@ -90,6 +92,15 @@ def phase_json(side: SideRun, phase: str) -> dict[str, Any]:
         "error_messages": error_counts(load.responses),
         "client": client_json(load),
     }
+
+
+def record_side(path: Path, side: SideRun, plan: DemoPlan, model: BatchTimeModel, header: Mapping[str, Any]) -> None:
+    """Write every request of one side, calm phase then burst on one clock, as ``slos-serve replay`` reads it."""
+    load = side.loads["calm"].then(side.loads["burst"])
+    scored = [*side.scored["calm"], *side.scored["burst"]]
+    targets = [targets_for(response, plan.classes, model) for response in load.responses]
+    verdicts = side.events.verdicts if side.events is not None else None
+    write_record(path, header, load.responses, scored, targets, verdicts)
 
 
 def demo_json(sides: Mapping[str, SideRun], setup: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Assumes that every ``*_s`` of one run counts from the run's start on one monoton
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,5 +102,16 @@ class LoadResult:
     started_unix_s: float
 
     def then(self, later: LoadResult) -> LoadResult:
-        """Both runs as one: all responses, each on its own run's clock, and the seconds of both."""
-        return LoadResult(self.responses + later.responses, self.wall_s + later.wall_s, self.started_unix_s)
+        """Both runs as one on this run's clock, the later one right behind."""
+        moved = [_moved(response, self.wall_s) for response in later.responses]
+        return LoadResult(self.responses + moved, self.wall_s + later.wall_s, self.started_unix_s)
+
+
+def _moved(response: Response, by_s: float) -> Response:
+    return replace(
+        response,
+        request=replace(response.request, arrival_s=response.request.arrival_s + by_s),
+        sent_s=response.sent_s + by_s,
+        ended_s=response.ended_s + by_s,
+        chunk_times_s=[time_s + by_s for time_s in response.chunk_times_s],
+    )

@@ -35,6 +35,9 @@ def demo(
     png: Annotated[Path | None, typer.Option(help="Write the chart here.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Batch-time profile instead of the cached one.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the requests.")] = 0,
+    record: Annotated[
+        Path | None, typer.Option(help="Write each side's requests with their token times to this folder, for replay.")
+    ] = None,
 ) -> None:
     """Send the same requests to stock vLLM and to vLLM with SLOs-Serve and count the latency promises kept.
 
@@ -62,6 +65,8 @@ def demo(
     for text, held in claims(result):
         out.print(f"[green]yes[/] {text}" if held else f"[red]no [/] {text}", highlight=False, soft_wrap=True)
     _write(result, sides, plan, setup, json_file, png)
+    if record is not None:
+        _record(record, sides, plan, setup, result["setup"])
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -192,6 +197,16 @@ def _write(
     if png is not None:
         png.parent.mkdir(parents=True, exist_ok=True)
         plot_demo(result, sides, plan, setup.profile_model, png)
+
+
+def _record(
+    folder: Path, sides: dict[str, SideRun], plan: DemoPlan, setup: EngineSetup, header: dict[str, Any]
+) -> None:
+    from slos_serve.bench.demo_report import record_side
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, side in sides.items():
+        record_side(folder / f"{name}.jsonl", side, plan, setup.profile_model, {"side": name, **header})
 
 
 def _progress(console: Console) -> Progress:

@@ -19,6 +19,7 @@ from slos_serve.bench.demo_report import OURS, STOCK, SideRun
 from slos_serve.cli.main import app
 from slos_serve.core.errors import SlosServeError
 from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.sim.replay import read_record
 from slos_serve.vllm_plugin.launch import CPU_ENVIRONMENT
 from tests.unit.bench.builders import MODEL, demo_side
 
@@ -55,6 +56,11 @@ def bad_sides(*_arguments: object, **_options: object) -> dict[str, SideRun]:
     raise SlosServeError("the server died [here]")
 
 
+def demo_sides(json_file: Path) -> list[Any]:
+    result = json.loads(json_file.read_text(encoding="utf-8"))
+    return [result[OURS]["calm"], result[OURS]["burst"]]
+
+
 def run_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sides: Sides, *arguments: str) -> Result:
     """The command with an engine that is known and never started."""
     engine = SimpleNamespace(profile_engine=lambda *_, **__: pytest.fail("a profile was given"))
@@ -75,8 +81,13 @@ def run_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sides: Sides, *arg
 
 def test_writes_what_it_prints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     json_file, png = tmp_path / "out" / "demo.json", tmp_path / "out" / "demo.png"
-    ran = run_demo(monkeypatch, tmp_path, good_sides, "--json", str(json_file), "--png", str(png))
+    records = tmp_path / "records"
+    arguments = ("--json", str(json_file), "--png", str(png), "--record", str(records))
+    ran = run_demo(monkeypatch, tmp_path, good_sides, *arguments)
     assert ran.exit_code == 0, ran.output
+    rows = read_record(records / "slos_serve.jsonl")
+    assert len(rows) == sum(side["requests"] + side["no_slo"]["requests"] for side in demo_sides(json_file))
+    assert [row["sent_s"] for row in rows] == sorted(row["arrival_s"] for row in rows)
     result = json.loads(json_file.read_text(encoding="utf-8"))
     assert f"{result['ratio']:.2f} times as many" in ran.output
     assert result["setup"]["device"] == IDENTITY["device"] and result["setup"]["burst_load"] > 1.0
