@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from slos_serve.core.request import RequestArray, SlotArray
-from slos_serve.planning.batching import blocks_for
+from slos_serve.planning.batch import blocks_for
 from slos_serve.planning.candidates import BEST_EFFORT, tokens_to_do
 from slos_serve.planning.prefill_rate import FloatArray
 
