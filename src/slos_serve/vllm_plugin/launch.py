@@ -165,8 +165,8 @@ def cpu_model_args(given: Sequence[str], facts: Path = _CPU_FACTS) -> tuple[str,
     defaults = cpu_engine_args(facts)
     for index, word in enumerate(defaults):
         if word.startswith("--") and not any(said == word or said.startswith(f"{word}=") for said in given):
-            value = defaults[index + 1 : index + 2]
-            kept += [word, *(part for part in value if not part.startswith("--"))]
+            follows = defaults[index + 1 : index + 2]
+            kept += [word, *(part for part in follows if not part.startswith("--"))]
     return (*kept, *given)
 
 
