@@ -21,6 +21,8 @@ from slos_serve.core.errors import (
     UnsupportedEngineError,
 )
 from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.metrics.attainment import stage_starts_of
+from slos_serve.planning.candidates import next_due_s
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.dry_run import DryEngine, make_scheduler, token_at
 from slos_serve.vllm_plugin.identity import device_name
@@ -281,6 +283,28 @@ def test_a_stage_boundary_changes_the_target(start: Start, tmp_path: Path) -> No
     assert targets[0] == 0.05
     assert targets[-1] == 0.1
     assert events(tmp_path, "request")[0]["tpot_ok"] is True
+
+
+def test_a_new_stage_begins_with_the_token_after_the_one_that_ended_the_last(start: Start) -> None:
+    engine = start()
+    engine.add("t", prompt(np.random.default_rng(8), 50), 60, {"slo_class": "think"})
+    book = engine.scheduler._slo_book
+    tracked = book.by_id["t"]
+    assert tracked.slo_class is not None
+    begins = set()
+    while engine.scheduler.has_unfinished_requests():
+        engine.step()
+        if "t" not in book.by_id or tracked.stage == 0:
+            continue
+        assert book.table.rows["stage_tokens"][tracked.slot] >= 0
+        # Due at the pace of its own stage, before that begins as well: not when the prompt was.
+        if book.table.rows["stage_tokens"][tracked.slot] <= 1:
+            due_s = next_due_s(book.table.rows, tracked.slot, 0.0)
+            assert 0.0 < due_s - engine.token_times_s["t"][19] < 0.2
+        if tracked.stage_start_s is not None:
+            begins.add(tracked.stage_start_s)
+    second = stage_starts_of(tracked.slo_class.stages, 60)[1]
+    assert begins == {engine.token_times_s["t"][second]}
 
 
 def test_bad_fields_that_reach_the_engine_leave_stock_service(start: Start) -> None:

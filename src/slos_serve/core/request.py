@@ -28,14 +28,14 @@ REQUEST_DTYPE = np.dtype(
         ("arrival_s", np.float64),
         ("ttft_due_s", np.float64),  # when the first token is due; inf without a TTFT promise
         ("tpot_s", np.float64),  # of the current stage; inf without a TPOT promise
-        ("stage_start_s", np.float64),  # when the stage's first token came (predicted while in flight); nan before
+        ("stage_start_s", np.float64),  # when its first token came (predicted while in flight); nan before
         ("last_token_s", np.float64),  # when the newest token came or will come; arrival_s before the first
         ("max_stall_s", np.float64),
         ("weight", np.float64),
         ("prompt_tokens", np.int64),
         ("computed_tokens", np.int64),  # tokens with KV, those of steps in flight counted
         ("output_tokens", np.int64),  # tokens generated, those of steps in flight counted
-        ("stage_tokens", np.int64),  # the part of output_tokens that belongs to the current stage
+        ("stage_tokens", np.int64),  # output_tokens of the current stage; a token that ends a stage belongs to it
         ("max_tokens", np.int64),  # hard cap on output_tokens
         ("expected_tokens", np.int64),  # forecast of the final output_tokens
         ("hint_tokens", np.int64),  # the client's own forecast of it; 0 without one
@@ -44,6 +44,7 @@ REQUEST_DTYPE = np.dtype(
         ("order", np.int64),  # arrival order, grows
         ("status", np.int64),
         ("has_slo", np.int64),  # 1 when anything is promised
+        ("missed", np.int64),  # 1 when a promise of it, or of an earlier call of its session, is broken for good
         ("running", np.int64),  # 1 when the engine holds KV for it (its "running" list)
     ]
 )
@@ -79,6 +80,7 @@ class RequestTable:
         max_stall_s: float = np.inf,
         hint_tokens: int = 0,
         cached_tokens: int = 0,
+        missed: bool = False,
     ) -> int:
         """Enter a waiting request; returns its slot."""
         if not self._free:
@@ -105,6 +107,7 @@ class RequestTable:
         row["order"] = self._num_added
         row["status"] = Status.UNDECIDED if has_slo else Status.BEST_EFFORT
         row["has_slo"] = has_slo
+        row["missed"] = missed
         row["running"] = 0
         self._num_added += 1
         return slot

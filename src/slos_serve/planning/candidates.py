@@ -46,10 +46,17 @@ def tokens_to_do(rows: RequestArray, slot: int) -> int:
 
 @njit(cache=True)
 def next_due_s(rows: RequestArray, slot: int, tpot_margin: float) -> float:
-    """When the next token is due: the first by the TTFT, token k of a stage by its start + k * TPOT."""
-    if rows["stage_tokens"][slot] == 0:
+    """When the next token is due: the first by the TTFT, token k of a stage by its start + k * TPOT.
+
+    Nobody promises when a later stage begins; its first token is given the pace of those that follow it.
+    """
+    if rows["output_tokens"][slot] == 0:
         return float(rows["ttft_due_s"][slot])
-    paced = rows["stage_start_s"][slot] + rows["stage_tokens"][slot] * rows["tpot_s"][slot] * (1.0 - tpot_margin)
+    pace_s = rows["tpot_s"][slot] * (1.0 - tpot_margin)
+    if rows["stage_tokens"][slot] == 0:
+        paced = rows["last_token_s"][slot] + pace_s
+    else:
+        paced = rows["stage_start_s"][slot] + rows["stage_tokens"][slot] * pace_s
     return float(min(paced, rows["last_token_s"][slot] + rows["max_stall_s"][slot]))
 
 
@@ -60,17 +67,22 @@ def demote_lost(
     """Turn requests whose promise can no longer be kept into best effort; fills ``demoted``, returns how many.
 
     A first token is lost when even alone on the engine the prompt would end late. A decode stage is lost when all the
-    tokens it may still produce, each as fast as a batch can be, would not bring its mean back to the target.
+    tokens it may still produce, each as fast as a batch can be, would not bring its mean back to the target. One that
+    missed already, in an earlier stage or an earlier call of its session, cannot attain whatever is done for it.
     """
     count = 0
     fastest_s = linear_step_s(coefficients, 1.0) + coefficients[K_SEQ]
     for slot in slots:
         if rows["status"][slot] == BEST_EFFORT:
             continue
-        if rows["output_tokens"][slot] == 0:
+        if rows["missed"][slot] == 1:
+            lost = True
+        elif rows["output_tokens"][slot] == 0:
             todo = max(tokens_to_do(rows, slot) - rows["cached_tokens"][slot], 1)
             alone_s = linear_step_s(coefficients, float(todo)) + coefficients[K_Q] * todo * todo + coefficients[K_SEQ]
             lost = now_s + alone_s > rows["ttft_due_s"][slot]
+        elif rows["stage_tokens"][slot] == 0:
+            lost = False
         else:
             left = rows["max_tokens"][slot] - rows["output_tokens"][slot]
             due_s = rows["stage_start_s"][slot] + rows["stage_tokens"][slot] * rows["tpot_s"][slot]

@@ -200,6 +200,7 @@ class Replica:
             max_stall_s=slo_class.max_stall_ms / 1000.0,
             hint_tokens=self._true_length(call) if self._settings.oracle_lengths else 0,
             cached_tokens=cached,
+            missed=bool(self._recording.session_missed[session]),
         )
         if len(table.rows) != len(self._held_blocks):
             self._size_slots(len(table.rows))
@@ -420,6 +421,8 @@ class Replica:
         record["output_tokens"] = output
         if row["status"] == Status.ADMITTED:
             record["admitted"] = 1
+        if row["missed"]:
+            self._recording.session_missed[int(self._calls["session"][call])] = True
         if output == self._true_length(call):
             record["outcome"] = rules.COMPLETED
             record["done_s"] = now_s

@@ -26,6 +26,8 @@ NUM_TOTALS = 9
 
 # Outcomes of a call.
 PENDING, COMPLETED, REJECTED, LOST = range(4)
+# As in metrics.bulk.
+_ROUNDING_S = _ROUNDING_SHARE = 1e-6
 
 
 @njit(cache=True)
@@ -194,6 +196,12 @@ def uniform(seed: int, call: int, position: int) -> float:
 
 
 @njit(cache=True)
+def _later(took_s: float, promised_s: float) -> bool:
+    """With the slack of the score: token times are kept as float32."""
+    return took_s > promised_s * (1.0 + _ROUNDING_SHARE) + _ROUNDING_S
+
+
+@njit(cache=True)
 def finish_step(
     rows: RequestArray,
     call_of: IntArray,
@@ -212,7 +220,8 @@ def finish_step(
     """Advance every request of the step to its end; returns how many finished (their slots in ``finished``).
 
     ``token_s[token_start[call] + k]`` becomes the time of token ``k`` after the call's arrival. At the end of the first
-    of two stages the promise changes: the token that ended it counts as the new stage's first.
+    of two stages the promise changes; the new stage begins with the next token. ``missed`` becomes 1 with a promise
+    that is broken for good: what scores the run (``metrics.bulk``) decides the same.
     """
     num_finished = 0
     for i in range(count):
@@ -235,13 +244,19 @@ def finish_step(
         rows["last_token_s"][slot] = end_s
         for k in range(before, before + new_tokens):
             token_s[token_start[call] + k] = end_s - arrivals_s[call]
-            if k == 0:
+            if k == 0 and _later(end_s - rows["arrival_s"][slot], rows["ttft_due_s"][slot] - rows["arrival_s"][slot]):
+                rows["missed"][slot] = 1
+            if rows["stage_tokens"][slot] == 0:
                 rows["stage_start_s"][slot] = end_s
             rows["stage_tokens"][slot] += 1
+            if k + 1 == calls["first_stage_tokens"][call] or k + 1 == target:
+                gaps = rows["stage_tokens"][slot] - 1
+                if gaps > 0 and _later(end_s - rows["stage_start_s"][slot], gaps * rows["tpot_s"][slot]):
+                    rows["missed"][slot] = 1
             if k + 1 == calls["first_stage_tokens"][call] and k + 1 < target:
                 rows["tpot_s"][slot] = calls["next_tpot_s"][call]
-                rows["stage_start_s"][slot] = end_s
-                rows["stage_tokens"][slot] = 1
+                rows["stage_start_s"][slot] = np.nan
+                rows["stage_tokens"][slot] = 0
         if before + new_tokens >= target:
             finished[num_finished] = slot
             num_finished += 1

@@ -199,7 +199,10 @@ class RequestBook:
             tracked.seen_tokens = total
 
     def _cross_stages(self, tracked: Tracked, total: int, now_s: float) -> None:
-        """Move to the next stage when the current one ended with one of the new tokens."""
+        """Move to the next stage when the current one ended with one of the new tokens.
+
+        That token belongs to the stage it ended; the new stage begins with the next one, which may be in flight.
+        """
         assert tracked.slo_class is not None
         stages = tracked.slo_class.stages
         new_tokens = tracked.request.output_token_ids[tracked.seen_tokens : total]
@@ -214,9 +217,11 @@ class RequestBook:
             tracked.stage += 1
             tracked.stage_offset = position
             tracked.stage_start_s = now_s if position < total else None
-            rows = self.table.rows
-            rows["stage_start_s"][tracked.slot] = now_s
-            rows["tpot_s"][tracked.slot] = stages[tracked.stage].slo.tpot_s
+            row = self.table.rows[tracked.slot]
+            row["tpot_s"] = stages[tracked.stage].slo.tpot_s
+            row["stage_tokens"] = total - position
+            row["stage_start_s"] = now_s if position < total else np.nan
+            row["missed"] |= not tracked.stages_ok
 
 
 def stage_kept(tracked: Tracked, num_tokens: int, end_s: float) -> bool:

@@ -10,10 +10,13 @@ import pytest
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import SLO, SLOClass, Stage
+from slos_serve.metrics.attainment import stage_starts_of
+from slos_serve.metrics.bulk import requests_attained
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.sim.cluster import Cluster
 from slos_serve.sim.faults import PlanFaultError, StuckError
 from slos_serve.sim.model_error import ModelError, StepFactors
+from slos_serve.sim.outcome import score
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.replica import EngineLimits, Replica, ReplicaSettings
 from slos_serve.sim.routers import make_router
@@ -135,7 +138,27 @@ def test_second_stage_changes_the_promise() -> None:
 
     replica = Replica(0, Watching(StepPlan()), PLAIN, LIMITS, recording, ReplicaSettings())
     Cluster(recording, [replica], make_router("round-robin")).run()
-    assert seen == [(0, 0, 0.05), (1, 1, 0.05), (2, 2, 0.05), (3, 1, 0.1), (4, 2, 0.1), (5, 3, 0.1)]
+    # The third token ends the first stage and belongs to it, as the score has it.
+    assert stage_starts_of((Stage(SLO(), max_tokens=3), Stage(SLO())), 6) == [0, 3]
+    assert seen == [(0, 0, 0.05), (1, 1, 0.05), (2, 2, 0.05), (3, 0, 0.1), (4, 1, 0.1), (5, 2, 0.1)]
+
+
+@pytest.mark.parametrize(("scenario", "rate"), [("reasoning", 2.0), ("chat", 4.0), ("tool", 1.0)])
+def test_what_the_engine_calls_missed_the_score_calls_missed(scenario: str, rate: float) -> None:
+    load = make_workload(scenario, rate, 60, seed=1)
+    recording = run(load, limits=EngineLimits(kv_capacity_tokens=66_000))
+    attained = requests_attained(score(recording).attained, load.calls["session"], load.num_requests)
+    assert recording.session_missed.tolist() == (~attained).tolist()
+    assert 0 < attained.sum() < load.num_requests
+
+
+def test_later_calls_of_a_session_that_missed_are_promised_nothing() -> None:
+    load = make_workload("tool", 1.0, 20, seed=1)
+    load.calls["own_ttft_ms"][np.isfinite(load.calls["arrival_s"])] = 1.0
+    recording = run(load, "slos-serve", limits=EngineLimits(kv_capacity_tokens=66_000))
+    assert recording.completed.all()
+    assert recording.session_missed.all()
+    assert recording.calls["admitted"].sum() == 0
 
 
 def test_rounds_follow_each_other_and_use_the_prefix() -> None:
