@@ -23,6 +23,8 @@ from slos_serve.planning.prefill_rate import FloatArray, IntArray, prefill_rate
 BoolArray = NDArray[np.bool_]
 
 PACK, SPREAD = 0, 1
+# Answers of a mirror: not attainable; attainable in the place of one that has not begun; beside all that is promised.
+NO, INSTEAD, BESIDE = 0, 1, 2
 # Tiers that in-flight requests may add to those a publication has.
 TIERS = 2 * MAX_TIERS
 NOBODY = -1
@@ -34,8 +36,8 @@ class MirrorArrays(NamedTuple):
     Attributes:
         clock_s: float64 [R], the time that each mirror shows.
         ready_s: float64 [R], when the step that was running ends; nothing new starts before.
-        first, count: int64 [R], owed prompts stand at ``first .. first + count``.
-        due_s, cost_tokens: float64 [R, N]; tier: int64 [R, N].
+        first, num_owed: int64 [R], owed prompts stand at ``first .. first + num_owed``.
+        due_s, cost_tokens, weight: float64 [R, N]; tier, begun: int64 [R, N]; memory: float64 [R, N, K].
         num_tiers: int64 [R].
         pace_s, periods_s, tokens_each, extra_s_each, counts, in_tier: float64 [R, L], see ``Publication``.
         memory_left: float64 [R, K], blocks.
@@ -50,10 +52,13 @@ class MirrorArrays(NamedTuple):
     clock_s: FloatArray
     ready_s: FloatArray
     first: IntArray
-    count: IntArray
+    num_owed: IntArray
     due_s: FloatArray
     cost_tokens: FloatArray
     tier: IntArray
+    weight: FloatArray
+    begun: IntArray
+    memory: FloatArray
     num_tiers: IntArray
     pace_s: FloatArray
     periods_s: FloatArray
@@ -93,7 +98,7 @@ def _begin_decode(m: MirrorArrays, k: int) -> None:
     """The first owed prompt ends and becomes a decode."""
     m.counts[k, m.tier[k, m.first[k]]] += 1.0
     m.first[k] += 1
-    m.count[k] -= 1
+    m.num_owed[k] -= 1
 
 
 @njit(cache=True)
@@ -102,7 +107,7 @@ def advance(m: MirrorArrays, k: int, to_s: float) -> None:
 
     A prompt whose deadline has passed has been met or given up; either way it is owed no more.
     """
-    while m.clock_s[k] < to_s and m.count[k] > 0:
+    while m.clock_s[k] < to_s and m.num_owed[k] > 0:
         rate = rate_beside(m, k, m.counts[k])
         if rate <= 0.0:
             break
@@ -113,7 +118,7 @@ def advance(m: MirrorArrays, k: int, to_s: float) -> None:
         m.clock_s[k] += needs_s
         _begin_decode(m, k)
     m.clock_s[k] = max(m.clock_s[k], to_s)
-    while m.count[k] > 0 and m.due_s[k, m.first[k]] <= to_s:
+    while m.num_owed[k] > 0 and m.due_s[k, m.first[k]] <= to_s:
         _begin_decode(m, k)
 
 
@@ -122,7 +127,7 @@ def load_of(m: MirrorArrays, k: int) -> float:
     """How busy: share of prefill rate or of memory that promises take, plus the seconds of prefill owed."""
     counts = m.counts[k].copy()
     owed = 0.0
-    for i in range(m.first[k], m.first[k] + m.count[k]):
+    for i in range(m.first[k], m.first[k] + m.num_owed[k]):
         counts[m.tier[k, i]] += 1.0
         owed += m.cost_tokens[k, i]
     used = 1.0 - rate_beside(m, k, counts) / m.idle_rate[k]
@@ -143,7 +148,7 @@ def _tier_for(m: MirrorArrays, k: int, pace_s: float) -> int:
             found = j
         if m.pace_s[k, j] < m.pace_s[k, tightest]:
             tightest = j
-    j = m.num_tiers[k]
+    j = int(m.num_tiers[k])
     if j < m.pace_s.shape[1]:
         m.num_tiers[k] = j + 1
         m.pace_s[k, j] = pace_s
@@ -183,36 +188,71 @@ def demand(
 def _place(m: MirrorArrays, k: int, due_s: float) -> int:
     """How many owed prompts stand before one that is due at ``due_s``; it comes after its equals."""
     first = m.first[k]
-    return int(np.searchsorted(m.due_s[k, first : first + m.count[k]], due_s, side="right"))
+    return int(np.searchsorted(m.due_s[k, first : first + m.num_owed[k]], due_s, side="right"))
 
 
 @njit(cache=True)
-def attains(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> bool:
-    """Whether replica ``k`` could promise the request beside all it has promised, as its own admission would judge."""
-    due_s, cost, tier, extra_s, memory = demand(m, k, row, cached_tokens)
+def _with(
+    m: MirrorArrays, k: int, at: int, due_s: float, cost: float, tier: int
+) -> tuple[FloatArray, FloatArray, IntArray]:
+    """What replica ``k`` owes, and one more at position ``at``: due times, costs, tiers."""
+    first, last = m.first[k], m.first[k] + m.num_owed[k]
+    dues, costs = np.empty(last - first + 1), np.empty(last - first + 1)
+    tiers = np.empty(last - first + 1, dtype=np.int64)
+    dues[:at], dues[at], dues[at + 1 :] = m.due_s[k, first : first + at], due_s, m.due_s[k, first + at : last]
+    costs[:at], costs[at], costs[at + 1 :] = (
+        m.cost_tokens[k, first : first + at],
+        cost,
+        m.cost_tokens[k, first + at : last],
+    )
+    tiers[:at], tiers[at], tiers[at + 1 :] = m.tier[k, first : first + at], tier, m.tier[k, first + at : last]
+    return dues, costs, tiers
+
+
+@njit(cache=True)
+def _short_of_memory(m: MirrorArrays, k: int, memory: FloatArray, given_up: int) -> int:
+    """The first checkpoint at which ``memory`` does not fit when ``given_up`` (a position, or -1) goes; -1 for none."""
     for j in range(len(memory)):
-        if memory[j] > m.memory_left[k, j] + TOLERANCE:
-            return False
-    start_s = m.clock_s[k]
-    lost = demote_lost(row, np.zeros(1, dtype=np.int64), start_s, m.coefficients[k], np.zeros(1, dtype=np.int64))
-    row["status"][0] = UNDECIDED
-    if lost > 0:
-        return False
-    first, count = m.first[k], m.count[k]
-    at = _place(m, k, due_s)
-    dues, costs = np.empty(count + 1), np.empty(count + 1)
-    tiers = np.empty(count + 1, dtype=np.int64)
-    dues[:at] = m.due_s[k, first : first + at]
-    costs[:at] = m.cost_tokens[k, first : first + at]
-    tiers[:at] = m.tier[k, first : first + at]
-    dues[at], costs[at], tiers[at] = due_s, cost, tier
-    dues[at + 1 :] = m.due_s[k, first + at : first + count]
-    costs[at + 1 :] = m.cost_tokens[k, first + at : first + count]
-    tiers[at + 1 :] = m.tier[k, first + at : first + count]
-    extras = m.extra_s_each[k].copy()
-    extras[tier] += (extra_s - extras[tier]) / (m.in_tier[k, tier] + 1.0)
-    violated, _ = first_violation(
-        np.ones(count + 1, dtype=np.bool_),
+        freed = m.memory[k, m.first[k] + given_up, j] if given_up >= 0 else 0.0
+        if memory[j] > m.memory_left[k, j] + freed + TOLERANCE:
+            return j
+    return -1
+
+
+@njit(cache=True)
+def _costliest(m: MirrorArrays, k: int, size: FloatArray, own: int, own_weight: float, before: int) -> int:
+    """Which of the first ``before`` is the largest for its weight among those that have not begun.
+
+    Args:
+        m, k: the mirror.
+        size: float64 [num_owed + 1], of each owed prompt and of the one that asks, which stands at ``own``.
+        own: its position.
+        own_weight: its weight.
+        before: how many to look at.
+
+    Returns:
+        A position, ``own`` when it is the largest itself, -1 when nobody can give way.
+    """
+    found, largest = -1, -1.0
+    for i in range(before):
+        weight = own_weight
+        if i != own:
+            place = m.first[k] + i - (1 if i > own else 0)
+            if m.begun[k, place] == 1:
+                continue
+            weight = m.weight[k, place]
+        if size[i] / weight > largest:
+            found, largest = i, size[i] / weight
+    return found
+
+
+@njit(cache=True)
+def _judge(
+    m: MirrorArrays, k: int, taken: BoolArray, dues: FloatArray, costs: FloatArray, tiers: IntArray, extras: FloatArray
+) -> tuple[int, float]:
+    """The planner's feasibility rule on a set: see :func:`first_violation`."""
+    return first_violation(
+        taken,
         dues,
         costs,
         tiers,
@@ -223,33 +263,114 @@ def attains(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> b
         m.draft_s[k],
         m.coefficients[k],
         m.max_step_tokens[k],
-        start_s,
+        m.clock_s[k],
     )
-    return violated < 0
+
+
+@njit(cache=True)
+def ask(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> tuple[int, int]:
+    """Whether replica ``k`` would admit the request, as its own admission would judge.
+
+    Where it does not fit beside all that is promised, admission gives up the costliest of those that have not begun and
+    stand before the violation. That may be another than the one that asks, if what is left then is worth more: by
+    weight, then by remaining budget.
+
+    Returns:
+        ``NO``, ``INSTEAD`` or ``BESIDE``, and the place of the one given up, -1 when none is.
+    """
+    due_s, cost, tier, extra_s, memory = demand(m, k, row, cached_tokens)
+    lost = demote_lost(row, np.zeros(1, dtype=np.int64), m.clock_s[k], m.coefficients[k], np.zeros(1, dtype=np.int64))
+    row["status"][0] = UNDECIDED
+    if lost > 0:
+        return NO, -1
+    at = _place(m, k, due_s)
+    dues, costs, tiers = _with(m, k, at, due_s, cost, tier)
+    extras = m.extra_s_each[k].copy()
+    extras[tier] += (extra_s - extras[tier]) / (m.in_tier[k, tier] + 1.0)
+    taken = np.ones(len(dues), dtype=np.bool_)
+    short = _short_of_memory(m, k, memory, -1)
+    if short >= 0:
+        blocks = np.empty(len(dues))
+        first, last = m.first[k], m.first[k] + m.num_owed[k]
+        blocks[:at], blocks[at] = m.memory[k, first : first + at, short], memory[short]
+        blocks[at + 1 :] = m.memory[k, first + at : last, short]
+        victim = _costliest(m, k, blocks, at, row["weight"][0], len(blocks))
+    else:
+        violated, _ = _judge(m, k, taken, dues, costs, tiers, extras)
+        if violated < 0:
+            return BESIDE, -1
+        victim = _costliest(m, k, costs, at, row["weight"][0], violated + 1)
+    if victim < 0 or victim == at:
+        return NO, -1
+    place = m.first[k] + victim - (1 if victim > at else 0)
+    taken[victim] = False
+    violated, left = _judge(m, k, taken, dues, costs, tiers, extras)
+    if violated >= 0 or _short_of_memory(m, k, memory, place - m.first[k]) >= 0:
+        return NO, -1
+    taken[victim], taken[at] = True, False
+    kept, left_without = _judge(m, k, taken, dues, costs, tiers, extras)
+    gain = row["weight"][0] - m.weight[k, place]
+    if gain > 0.0 or (gain == 0.0 and (kept >= 0 or left > left_without)):
+        return INSTEAD, place
+    return NO, -1
+
+
+@njit(cache=True)
+def give_up(m: MirrorArrays, k: int, place: int) -> None:
+    """What stands at ``place`` is owed no more and waits without a promise."""
+    for j in range(m.memory_left.shape[1]):
+        m.memory_left[k, j] += m.memory[k, place, j]
+    for i in range(place, m.first[k] + m.num_owed[k] - 1):
+        _move(m, k, i + 1, i)
+    m.num_owed[k] -= 1
+    m.num_unpromised[k] += 1
+
+
+@njit(cache=True)
+def _move(m: MirrorArrays, k: int, source: int, target: int) -> None:
+    """Copy an owed prompt from one place to another."""
+    m.due_s[k, target] = m.due_s[k, source]
+    m.cost_tokens[k, target] = m.cost_tokens[k, source]
+    m.tier[k, target] = m.tier[k, source]
+    m.weight[k, target] = m.weight[k, source]
+    m.begun[k, target] = m.begun[k, source]
+    for j in range(m.memory_left.shape[1]):
+        m.memory[k, target, j] = m.memory[k, source, j]
 
 
 @njit(cache=True)
 def enter(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> None:
-    """Count the request among what replica ``k`` has promised; there must be a place left (``first + count < N``)."""
+    """Count the request among what replica ``k`` has promised, or among the unpromised when it does not fit any more.
+
+    There must be a place left (``first + num_owed < N``).
+    """
+    answer, given_up = ask(m, k, row, cached_tokens)
+    if answer == NO:
+        m.num_unpromised[k] += 1
+        return
+    if given_up >= 0:
+        give_up(m, k, given_up)
     due_s, cost, tier, extra_s, memory = demand(m, k, row, cached_tokens)
     m.extra_s_each[k, tier] += (extra_s - m.extra_s_each[k, tier]) / (m.in_tier[k, tier] + 1.0)
     m.in_tier[k, tier] += 1.0
+    at = m.first[k] + _place(m, k, due_s)
+    for i in range(m.first[k] + m.num_owed[k], at, -1):
+        _move(m, k, i - 1, i)
+    m.due_s[k, at], m.cost_tokens[k, at], m.tier[k, at] = due_s, cost, tier
+    m.weight[k, at], m.begun[k, at] = row["weight"][0], 0
     for j in range(len(memory)):
         m.memory_left[k, j] -= memory[j]
-    at = m.first[k] + _place(m, k, due_s)
-    for i in range(m.first[k] + m.count[k], at, -1):
-        m.due_s[k, i] = m.due_s[k, i - 1]
-        m.cost_tokens[k, i] = m.cost_tokens[k, i - 1]
-        m.tier[k, i] = m.tier[k, i - 1]
-    m.due_s[k, at], m.cost_tokens[k, at], m.tier[k, at] = due_s, cost, tier
-    m.count[k] += 1
+        m.memory[k, at, j] = memory[j]
+    m.num_owed[k] += 1
 
 
 @njit(cache=True)
 def choose(
     m: MirrorArrays, order: int, now_s: float, row: RequestArray, cached: IntArray, usable: BoolArray, home: int
-) -> int:
-    """The first replica, in the order of asking, that attains the request; ``NOBODY`` when none does.
+) -> tuple[int, int]:
+    """The first replica, in the order of asking, that attains the request beside all it has promised.
+
+    Without one, the first that attains it in the place of another; ``NOBODY`` when none does either.
 
     Args:
         m: the mirrors; those that are asked are moved to ``now_s``.
@@ -259,11 +380,18 @@ def choose(
         cached: int64 [R], prompt tokens that each replica has cached.
         usable: bool [R], whose publication is fresh.
         home: replica asked before all others, or ``NOBODY``.
+
+    Returns:
+        The replica's position and its answer.
     """
+    second = NOBODY
     if home >= 0 and usable[home]:
         advance(m, home, max(now_s, m.ready_s[home]))
-        if attains(m, home, row, cached[home]):
-            return home
+        answer, _ = ask(m, home, row, cached[home])
+        if answer == BESIDE:
+            return home, BESIDE
+        if answer == INSTEAD:
+            second = home
     loads = np.full(len(usable), np.inf)
     count = 0
     for k in range(len(usable)):
@@ -273,10 +401,15 @@ def choose(
             count += 1
     asked = np.argsort(loads, kind="mergesort")[:count]
     for i in range(count):
-        k = asked[i] if order == SPREAD else asked[count - 1 - i]
-        if k != home and attains(m, k, row, cached[k]):
-            return int(k)
-    return NOBODY
+        k = int(asked[i] if order == SPREAD else asked[count - 1 - i])
+        if k == home:
+            continue
+        answer, _ = ask(m, k, row, cached[k])
+        if answer == BESIDE:
+            return k, BESIDE
+        if answer == INSTEAD and second == NOBODY:
+            second = k
+    return second, INSTEAD if second != NOBODY else NO
 
 
 @njit(cache=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -173,16 +174,16 @@ class Mirrors:
             return
         if self._at(k).sequence < 0:
             return
-        if m.first[k] + m.count[k] == m.due_s.shape[1]:
+        if m.first[k] + m.num_owed[k] == m.due_s.shape[1]:
             self._make_place(k)
         enter(self.arrays, k, sent.row, sent.cached_tokens)
 
     def _make_place(self, k: int) -> None:
         """Move the owed prompts to the front of their row; when they fill it, make all rows longer."""
         m = self.arrays
-        first, count = int(m.first[k]), int(m.count[k])
+        first, count = int(m.first[k]), int(m.num_owed[k])
         if first > 0:
-            for owed in (m.due_s, m.cost_tokens, m.tier):
+            for owed in (m.due_s, m.cost_tokens, m.tier, m.weight, m.begun, m.memory):
                 owed[k, :count] = owed[k, first : first + count].copy()
             m.first[k] = 0
         else:
@@ -198,10 +199,14 @@ class Mirrors:
             self._resize(checkpoints=checkpoints)
         m = self.arrays
         self._clear(k)
-        m.clock_s[k], m.ready_s[k] = given.time_s + offset_s, given.ready_s + offset_s
-        m.count[k], m.num_tiers[k] = owed, tiers
+        m.clock_s[k] = m.ready_s[k] = given.ready_s + offset_s
+        m.num_owed[k], m.num_tiers[k] = owed, tiers
         m.due_s[k, :owed] = given.due_s + offset_s
-        m.cost_tokens[k, :owed], m.tier[k, :owed] = given.cost_tokens, given.tier
+        for name in ("cost_tokens", "tier", "weight", "begun"):
+            getattr(m, name)[k, :owed] = getattr(given, name)
+        if owed:
+            m.memory[k, :owed, :] = given.memory.max(axis=1)[:, None]
+            m.memory[k, :owed, :checkpoints] = given.memory
         for name in ("pace_s", "periods_s", "tokens_each", "extra_s_each", "counts", "in_tier"):
             getattr(m, name)[k, :tiers] = getattr(given, name)
         m.memory_left[k, :] = given.memory_left.min()
@@ -230,7 +235,7 @@ class Mirrors:
         """Arrays with at least this much room and the old contents."""
         old = self.arrays
         self.arrays = _arrays(
-            max(replicas, len(old.count)),
+            max(replicas, len(old.num_owed)),
             max(places, old.due_s.shape[1]),
             max(checkpoints, old.memory_left.shape[1]),
             self._num_classes,
@@ -240,7 +245,8 @@ class Mirrors:
         grown = old.memory_left.shape
         # More checkpoints than a mirror knew: the tightest it knew holds for them too.
         self.arrays.memory_left[: grown[0], grown[1] :] = old.memory_left.min(axis=1)[:, None]
-        more = len(self.arrays.count) - len(self.present)
+        self.arrays.memory[: grown[0], : old.memory.shape[1], grown[1] :] = old.memory.max(axis=2)[:, :, None]
+        more = len(self.arrays.num_owed) - len(self.present)
         self.present = np.append(self.present, np.zeros(more, dtype=np.bool_))
         self._fresh_s = np.append(self._fresh_s, np.full(more, -np.inf))
 
@@ -270,13 +276,15 @@ def request_row(
 
 def _arrays(replicas: int, places: int, checkpoints: int, classes: int) -> MirrorArrays:
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(MirrorArrays._fields, (replicas,))
-    shapes |= dict.fromkeys(("due_s", "cost_tokens", "tier"), (replicas, places))
+    shapes |= dict.fromkeys(("due_s", "cost_tokens", "tier", "weight", "begun"), (replicas, places))
+    shapes["memory"] = (replicas, places, checkpoints)
     by_tier = ("pace_s", "periods_s", "tokens_each", "extra_s_each", "counts", "in_tier")
     shapes |= dict.fromkeys(by_tier, (replicas, TIERS))
     shapes["memory_left"] = (replicas, checkpoints)
     shapes["coefficients"] = (replicas, NUM_COEFFICIENTS)
     shapes["forecast_tokens"] = (replicas, classes, 1)
-    whole = {"first", "count", "tier", "num_tiers", "total_blocks", "block_size", "num_unpromised"}
-    return MirrorArrays(
-        **{name: np.zeros(shape, dtype=np.int64 if name in whole else np.float64) for name, shape in shapes.items()}
-    )
+    whole = {"first", "num_owed", "tier", "begun", "num_tiers", "total_blocks", "block_size", "num_unpromised"}
+    made: dict[str, Any] = {
+        name: np.zeros(shape, dtype=np.int64 if name in whole else np.float64) for name, shape in shapes.items()
+    }
+    return MirrorArrays(**made)

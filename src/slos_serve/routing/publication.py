@@ -7,7 +7,7 @@ after every reservation. Its size grows with the prompts that are pending, not w
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,13 @@ FORMAT = "slos-serve-publication/1"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Publication:
-    """State of one replica's planner right after a plan. All times are on the replica's clock.
+    """State that one replica's next plan will start from. All times are on the replica's clock.
 
     Attributes:
         replica: its name among the router's replicas.
         sequence: grows by one with every publication of a replica's life.
-        time_s: when the plan was made.
-        ready_s: when the step of that plan is predicted to end, and the next plan is made.
+        time_s: when it was made, right after a plan.
+        ready_s: when the step of that plan is predicted to end and the next plan is made; the state is that of then.
         seen_until_s: requests that reached the replica by then are counted in.
         correction: factor between observed and modelled batch times, already in ``coefficients``.
         coefficients: float64 [8], seconds, as the planner plans with them; see :mod:`slos_serve.perf.batch_time`.
@@ -38,10 +38,13 @@ class Publication:
         periods_s, tokens_each, extra_s_each: float64 [L], see :func:`slos_serve.planning.prefill_rate.prefill_rate`.
         counts: float64 [L], promised decodes that run.
         in_tier: float64 [L], requests that ``extra_s_each`` is the mean of.
-        due_s: float64 [n], first-token deadlines of promised prefill, ascending.
+        due_s: float64 [n], first-token deadlines of the prompts that the replica means to compute, ascending.
         cost_tokens: float64 [n], prefill tokens each still owes, attention counted in.
         tier: int64 [n], decode tier each enters.
-        memory_left: float64 [K], KV blocks that no promise needs, at each checkpoint of the planner's forecast.
+        weight: float64 [n], value of each to admission.
+        begun: int64 [n], 1 where it is promised for good, 0 where another may still take its place.
+        memory: float64 [n, K], KV blocks of each, at each checkpoint of the planner's forecast.
+        memory_left: float64 [K], KV blocks beside all of these.
         total_blocks, free_blocks, block_size: KV cache.
         num_requests: unfinished requests of any kind.
         num_unpromised: of them, best effort and those passed over.
@@ -68,6 +71,9 @@ class Publication:
     due_s: FloatArray
     cost_tokens: FloatArray
     tier: IntArray
+    weight: FloatArray
+    begun: IntArray
+    memory: FloatArray
     memory_left: FloatArray
     total_blocks: int
     free_blocks: int
@@ -94,9 +100,12 @@ class Publication:
             raise InvalidFieldError("publication", missing, "every field of a publication")
         try:
             found = cls(**{name: _KINDS[kind](given[name]) for name, kind in _NAMES.items()})
+            found = replace(found, memory=found.memory.reshape(-1, len(found.memory_left)))
+            found.check()
+        except InvalidFieldError:
+            raise
         except (TypeError, ValueError) as fault:
             raise InvalidFieldError("publication", str(fault), "numbers and lists of numbers") from fault
-        found.check()
         return found
 
     def check(self) -> None:
@@ -104,6 +113,8 @@ class Publication:
         for name, size in (("coefficients", NUM_COEFFICIENTS), *_sizes(self)):
             if np.shape(getattr(self, name)) != (size,):
                 raise InvalidFieldError(name, np.shape(getattr(self, name)), f"{size} numbers in one list")
+        if np.shape(self.memory) != (len(self.due_s), len(self.memory_left)):
+            raise InvalidFieldError("memory", np.shape(self.memory), "a row for each prompt, a column a checkpoint")
         if len(self.pace_s) == 0 or len(self.memory_left) == 0:
             raise InvalidFieldError("pace_s", len(self.pace_s), "at least one tier and one memory checkpoint")
         if len(self.tier) and not (self.tier.min() >= 0 and self.tier.max() < len(self.pace_s)):
@@ -123,12 +134,13 @@ _NAMES = {field.name: str(field.type) for field in fields(Publication)}
 def _sizes(publication: Publication) -> list[tuple[str, int]]:
     tiers, owed = len(publication.pace_s), len(publication.due_s)
     by_tier = ("periods_s", "tokens_each", "extra_s_each", "counts", "in_tier")
-    return [*((name, tiers) for name in by_tier), ("cost_tokens", owed), ("tier", owed)]
+    by_prompt = ("cost_tokens", "tier", "weight", "begun")
+    return [*((name, tiers) for name in by_tier), *((name, owed) for name in by_prompt)]
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()]
+        return [_plain(item) for item in value.ravel().tolist()]
     if isinstance(value, float) and not np.isfinite(value):
         return str(value)
     return value.item() if isinstance(value, np.generic) else value

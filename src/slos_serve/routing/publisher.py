@@ -1,7 +1,7 @@
 """When a replica publishes and what: its planner's own admission inputs, summed up.
 
-Runs where the planner runs, right after a plan, so that a publication never shows a half-executed step. The sums come
-from the planner's own functions; nothing here has a theory of its own.
+Runs where the planner runs, right after a plan, and shows the state that the next plan will start from, at the end of
+the planned step. The sums come from the planner's own functions; nothing here has a theory of its own.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slos_serve.core.plan import EngineView
+from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import SlotArray
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.admission_kernel import INFEASIBLE, BoolArray, admit
-from slos_serve.planning.candidates import forecast_lengths, gather
+from slos_serve.planning.candidates import ADMITTED, demote_lost, forecast_lengths, gather
 from slos_serve.planning.lengths import EDGES
 from slos_serve.planning.memory import reserve
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.prefill_rate import FloatArray, IntArray
+from slos_serve.routing.projection import after_step, view_copy
 from slos_serve.routing.publication import Publication
 
 PUBLISH_EVERY_S = 0.1
@@ -45,43 +46,42 @@ class Publisher:
         self._last_s = -math.inf
 
     def after_plan(
-        self, now_s: float, view: EngineView, step_s: float, factor: float = 1.0, seen_until_s: float | None = None
+        self, now_s: float, view: EngineView, plan: StepPlan, factor: float = 1.0, seen_until_s: float | None = None
     ) -> Publication | None:
         """A publication when waiting for the next plan would make the last one too old, else ``None``.
 
         Args:
             now_s: when the step begins.
             view: what was planned from, with the statuses that the plan wrote.
-            step_s: predicted length of the planned step; 0 when nothing runs.
+            plan: the plan.
             factor: online correction of the batch-time model.
             seen_until_s: requests that came by then are in ``view``; ``None`` for ``now_s``.
         """
-        if now_s + step_s - self._last_s < self.every_s:
+        if now_s + plan.predicted_s - self._last_s < self.every_s:
             return None
-        return self.publish(now_s, view, step_s, factor, seen_until_s)
+        return self.publish(now_s, view, plan, factor, seen_until_s)
 
     def publish(
         self,
         now_s: float,
         view: EngineView,
-        step_s: float = 0.0,
+        plan: StepPlan | None = None,
         factor: float = 1.0,
         seen_until_s: float | None = None,
     ) -> Publication:
-        """A publication now; arguments as of :meth:`after_plan`."""
+        """A publication now; arguments as of :meth:`after_plan`. An idle replica publishes its empty view."""
         self._sequence += 1
         self._last_s = now_s
-        seen_s = now_s if seen_until_s is None else seen_until_s
         return publication_of(
             self._planner,
             self._model,
             factor,
             view,
             now_s,
+            plan,
             replica=self._replica,
             sequence=self._sequence,
-            ready_s=now_s + step_s,
-            seen_until_s=seen_s,
+            seen_until_s=seen_until_s,
         )
 
 
@@ -148,27 +148,33 @@ def publication_of(
     factor: float,
     view: EngineView,
     now_s: float,
+    plan: StepPlan | None = None,
     *,
     replica: str,
     sequence: int = 0,
-    ready_s: float | None = None,
     seen_until_s: float | None = None,
 ) -> Publication:
-    """Sum up what the planner would admit from ``view`` at ``now_s``. Writes ``expected_tokens`` only, as a plan does.
+    """Sum up what the planner would admit when it plans next: after ``plan``, or at once without one.
 
-    Prefill that the planner would take counts as owed, whether it has begun or not; what it passes over does not.
+    Prompts that the planner would take count as owed, whether they have begun or not; what it passes over does not.
+    ``view`` is only read.
     """
     settings = planner.settings
     coefficients = model.coefficients * (factor * (1.0 + settings.step_margin))
-    found = own_admission(planner, coefficients, view, now_s)
-    taken, counts, pace_s = found.taken, found.counts, found.pace_s
+    ready_s = now_s if plan is None else now_s + plan.predicted_s
+    view = view_copy(view) if plan is None else after_step(view, plan, ready_s)
+    if settings.best_effort:
+        active = np.concatenate((view.running, view.waiting))
+        demote_lost(view.table.rows, active, ready_s, coefficients, np.empty_like(active))
+    found = own_admission(planner, coefficients, view, ready_s)
+    rows, taken, counts, pace_s = view.table.rows, found.taken, found.counts, found.pace_s
     promised = int(counts.sum()) + int(taken.sum())
     num_requests = len(view.running) + len(view.waiting)
     return Publication(
         replica=replica,
         sequence=sequence,
         time_s=now_s,
-        ready_s=now_s if ready_s is None else ready_s,
+        ready_s=ready_s,
         seen_until_s=now_s if seen_until_s is None else seen_until_s,
         correction=factor,
         coefficients=coefficients,
@@ -185,6 +191,9 @@ def publication_of(
         due_s=found.due_s[taken],
         cost_tokens=found.cost_tokens[taken],
         tier=found.tier[taken],
+        weight=rows["weight"][found.slots[taken]],
+        begun=(rows["status"][found.slots[taken]] == ADMITTED).astype(np.int64),
+        memory=found.memory[taken],
         memory_left=found.memory_room - found.memory[taken].sum(axis=0),
         total_blocks=view.total_blocks,
         free_blocks=view.free_blocks,

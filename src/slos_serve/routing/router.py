@@ -43,6 +43,7 @@ class Why(StrEnum):
 
     ATTAINS = "attains"
     ATTAINS_AT_PREFIX = "attains where its prefix is"
+    INSTEAD = "attains in the place of one that has not begun"
     NO_SLO = "asks for nothing"
     ALL_FULL = "no replica attains it"
     ALL_STALE = "no replica has published lately"
@@ -146,8 +147,8 @@ def route(
     if request.has_slo:
         home = int(cached.argmax()) if settings.order is Order.PREFIX and cached.any() else kernel.NOBODY
         asking = kernel.PACK if settings.order is Order.PACK else kernel.SPREAD
-        k = kernel.choose(mirrors.arrays, asking, now_s, row, cached, usable, home)
-        why = Why.ATTAINS_AT_PREFIX if k == home else Why.ATTAINS
+        k, answer = kernel.choose(mirrors.arrays, asking, now_s, row, cached, usable, home)
+        why = Why.INSTEAD if answer == kernel.INSTEAD else Why.ATTAINS_AT_PREFIX if k == home else Why.ATTAINS
     if k != kernel.NOBODY:
         mirrors.send(k, Sent(now_s, row, int(cached[k]), promised=True))
         return RoutingDecision(mirrors.name_of(k), Verdict.ATTAIN, why)
@@ -182,5 +183,5 @@ def verdicts(
             m = mirrors.arrays
             kernel.advance(m, k, max(now_s, float(m.ready_s[k])))
             tokens = min(request.cached.get(name, 0), request.prompt_tokens - 1)
-            found[name] = bool(kernel.attains(m, k, row, tokens))
+            found[name] = kernel.ask(m, k, row, tokens)[0] != kernel.NO
     return found

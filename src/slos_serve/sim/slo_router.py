@@ -71,7 +71,7 @@ class Published:
         plan = self._policy.plan(now_s, view)
         seen_s = self._planned_s if self._plan_ahead else now_s
         factor = self._policy.correction.factor
-        publication = self._publisher.after_plan(now_s, view, plan.predicted_s, factor, seen_s)
+        publication = self._publisher.after_plan(now_s, view, plan, factor, seen_s)
         if publication is not None:
             self._deliver(publication)
         self._planned_s = now_s
@@ -90,7 +90,7 @@ class Published:
             view.max_num_seqs,
             view.max_num_batched_tokens,
         )
-        self._deliver(self._publisher.publish(now_s, empty, factor=self._policy.correction.factor))
+        self._deliver(self._publisher.publish(now_s, empty, None, self._policy.correction.factor))
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
         """Passed on."""

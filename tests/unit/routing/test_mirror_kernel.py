@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from slos_serve.core.plan import StepPlan
+from slos_serve.core.request import Status
 from slos_serve.planning.planner import Planner
 from slos_serve.routing.mirror_kernel import advance, rate_beside
+from slos_serve.routing.projection import after_step
 from slos_serve.routing.publisher import own_admission
 from slos_serve.routing.router import route, verdicts
 from tests.builders import OPT_13B_A100, EngineBuilder
@@ -31,14 +34,28 @@ def test_agrees_with_the_replica_on_what_it_has_just_published(seed: int) -> Non
     mirror = verdicts(NOW_S, request(prompt, due_in_s=due_in_s), mirrors)["a"]
     planner = Planner(OPT_13B_A100, 1)
     coefficients = OPT_13B_A100.coefficients * (1.0 + planner.settings.step_margin)
-    before = int(own_admission(planner, coefficients, engine.view(), NOW_S).taken.sum())
     slot = engine.wait(prompt, due_in_s=due_in_s)
     own = own_admission(planner, coefficients, engine.view(), NOW_S)
-    if mirror:
-        assert own.taken.sum() == before + 1
-    else:
-        # It may still take the request in another's place, but not beside all it had taken.
-        assert own.taken.sum() <= before or not own.taken[own.slots == slot].any()
+    assert mirror == own.taken[own.slots == slot].any()
+
+
+def test_the_end_of_a_step_is_what_the_next_plan_starts_from() -> None:
+    engine = EngineBuilder()
+    decode, last = engine.decode(), engine.decode(output_tokens=99)
+    prefill, fresh, other = engine.prefilling(500, 100), engine.wait(300), engine.wait(50)
+    engine.table.rows["cached_tokens"][fresh] = 160
+    victim = engine.decode(status=Status.BEST_EFFORT)
+    slots = np.array([decode, last, prefill, fresh], dtype=np.int64)
+    plan = StepPlan(slots=slots, tokens=np.array([1, 1, 400, 100]), preempt=np.array([victim]), predicted_s=0.05)
+    before = engine.table.rows.tobytes()
+    after = after_step(engine.view(), plan, NOW_S + 0.05)
+    assert engine.table.rows.tobytes() == before
+    rows = after.table.rows
+    assert after.running.tolist() == [decode, prefill, fresh]  # the last token of one came
+    assert sorted(after.waiting.tolist()) == [other, victim]
+    assert rows["computed_tokens"][[decode, prefill, fresh, victim]].tolist() == [210, 500, 260, 0]
+    assert rows["output_tokens"][[decode, prefill, fresh]].tolist() == [11, 1, 0]
+    assert rows["stage_start_s"][prefill] == rows["last_token_s"][decode] == NOW_S + 0.05
 
 
 def test_owed_prompts_are_computed_as_time_passes() -> None:
@@ -51,12 +68,12 @@ def test_owed_prompts_are_computed_as_time_passes() -> None:
     advance(m, 0, NOW_S + 0.05)
     assert m.cost_tokens[0, 0] == pytest.approx(owed[0] - 0.05 * rate)
     advance(m, 0, NOW_S + owed[0] / rate + 1e-6)
-    assert (m.first[0], m.count[0]) == (1, 1)
+    assert (m.first[0], m.num_owed[0]) == (1, 1)
     assert m.counts[0].sum() == 11.0
     # Past its deadline a prompt is owed no more, whatever the rate was.
     m.cost_tokens[0, 1] = 1e9
     advance(m, 0, NOW_S + 2.0)
-    assert m.count[0] == 0 and m.counts[0].sum() == 12.0
+    assert m.num_owed[0] == 0 and m.counts[0].sum() == 12.0
 
 
 def test_nothing_starts_before_the_running_step_ends() -> None:
@@ -75,7 +92,7 @@ def test_entering_a_request_leaves_the_mirror_as_a_publication_with_it_would() -
     route(NOW_S, request(300, due_in_s=0.9), mirrors)
     engine.wait(300, due_in_s=0.9)
     entered, fresh = mirrors.arrays, mirrors_of(a=engine).arrays
-    for name in ("count", "due_s", "counts", "in_tier", "memory_left", "tier"):
+    for name in ("num_owed", "due_s", "counts", "in_tier", "memory_left", "tier"):
         np.testing.assert_array_equal(getattr(entered, name)[0], getattr(fresh, name)[0], name)
     for name in ("cost_tokens", "extra_s_each"):
         np.testing.assert_allclose(getattr(entered, name)[0], getattr(fresh, name)[0], err_msg=name)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.core.plan import EngineView
+from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import Status
 from slos_serve.planning.planner import Planner
 from slos_serve.routing.publication import Publication
@@ -33,8 +33,8 @@ def test_sums_are_those_of_the_requests() -> None:
     found = published(_mixed())
     assert found.pace_s == pytest.approx([0.0475, 0.095])
     assert found.counts.tolist() == [1.0, 10.0]
-    # Ten loose decodes, two prompts that fit and one that does not; one tight decode.
-    assert found.in_tier.tolist() == [1.0, 13.0]
+    # One tight decode; ten loose ones and two prompts that fit. The third prompt is lost even alone.
+    assert found.in_tier.tolist() == [1.0, 12.0]
     assert (found.due_s - NOW_S).tolist() == pytest.approx([0.5, 0.8])
     assert 300.0 < found.cost_tokens[0] < 350.0 and 400.0 < found.cost_tokens[1] < 450.0
     # Blocks of 16 tokens at their peak: eleven decodes and two prompts, best effort not.
@@ -102,7 +102,7 @@ def test_publishes_before_the_last_one_is_too_old() -> None:
     view = loaded(3).view()
 
     def at(now_s: float, step_s: float) -> Publication | None:
-        return publisher.after_plan(now_s, view, step_s)
+        return publisher.after_plan(now_s, view, StepPlan(predicted_s=step_s))
 
     first = at(NOW_S, 0.04)
     assert first is not None and first.ready_s == NOW_S + 0.04

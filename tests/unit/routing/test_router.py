@@ -40,6 +40,38 @@ def test_declined_everywhere_goes_unpromised_to_the_fewest_of_its_kind() -> None
     assert sent == ["free", "free", "crowded", "free"]
 
 
+def test_a_short_request_takes_the_place_of_a_long_one_that_has_not_begun() -> None:
+    full = loaded(0)
+    full.wait(3500, due_in_s=0.6)
+    mirrors = mirrors_of(a=full)
+    longer, shorter = request(3800, due_in_s=0.65), request(1000, due_in_s=0.5)
+    assert route(NOW_S, longer, mirrors).verdict is Verdict.BEST_EFFORT
+    decision = route(NOW_S, shorter, mirrors)
+    assert (decision.verdict, decision.reason) == (Verdict.ATTAIN, Why.INSTEAD)
+    # The long one waits unpromised now, so there is room for more.
+    assert mirrors.arrays.num_unpromised[0] == 2 and mirrors.arrays.num_owed[0] == 1
+    assert route(NOW_S, shorter, mirrors).reason is Why.ATTAINS
+
+
+@pytest.mark.parametrize("change", ["begun", "heavier"])
+def test_nothing_begun_and_nothing_worth_more_is_given_up(change: str) -> None:
+    full = loaded(0)
+    if change == "begun":
+        full.prefilling(3500, 10, due_in_s=0.6)
+    else:
+        full.wait(3500, due_in_s=0.6, weight=2.0)
+    assert route(NOW_S, request(1000, due_in_s=0.5), mirrors_of(a=full)).verdict is Verdict.BEST_EFFORT
+
+
+def test_one_that_has_not_begun_gives_its_memory_too() -> None:
+    full = loaded(0, total_blocks=150)
+    full.wait(1500, due_in_s=9.0)
+    mirrors = mirrors_of(a=full)
+    assert route(NOW_S, request(1600, due_in_s=9.0), mirrors).verdict is Verdict.BEST_EFFORT
+    assert route(NOW_S, request(900, due_in_s=9.0), mirrors).reason is Why.INSTEAD
+    assert mirrors.arrays.memory_left[0, 0] == 150 - -(-1000 // 16)
+
+
 def test_a_class_may_prefer_rejection() -> None:
     mirrors = mirrors_of(a=loaded(0))
     decision = route(NOW_S, request(9000, due_in_s=0.3, reject_when_full=True), mirrors)

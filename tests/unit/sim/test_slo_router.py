@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -74,7 +76,7 @@ def test_a_dead_replica_gets_nothing_more_and_its_calls_are_routed_again() -> No
 
 
 @pytest.mark.parametrize("settings", [{"publish_delay_s": 0.2}, {"publish_every_s": 1.0}, {"plan_ahead": True}])
-def test_old_news_costs_little_of_a_burst(settings: dict[str, float]) -> None:
+def test_old_news_costs_little_of_a_burst(settings: dict[str, Any]) -> None:
     fresh, stale = _routed(_burst(16)), _routed(_burst(16), **settings)
     assert stale.completed.all()
     due_s = CHAT.slo.ttft_s(0.0)
