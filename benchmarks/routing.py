@@ -2,10 +2,12 @@
 
 python -m benchmarks.routing [--time-only | --agreement-only]
 
-Time: p50 and p99 of route(), for each order of asking and where nobody attains and all are asked. Exits 1 when a p99 is
-1 ms or more. Agreement: in the simulator, for every call that arrives and every replica, the mirror's verdict against
-the replica's own admission at its next plan, on its true state then; and what became of the calls in the end. Exits 1
-when fewer than 95 % agree at a publication age of up to 100 ms.
+Time: p50 and p99 of route(), for each order of asking and where nobody attains and all are asked; beside it the p99 of
+the CPU time it took, which other work on the machine does not lengthen. Exits 1 when a p99 is 1 ms or more.
+
+Agreement: in the simulator, for every call that arrives and every replica, the mirror's verdict against the replica's
+own admission at its next plan, on its true state then; and what became of the calls in the end. Exits 1 when fewer than
+95 % agree while publications are at most 100 ms old.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ def time_route(order: Order, pending: int, hopeless: bool) -> dict[str, float]:
     rng = np.random.default_rng(0)
     planner = Planner(OPT_13B_A100, 3)
     mirrors = Mirrors([str(k) for k in range(REPLICAS)], num_classes=3)
-    made, taken, spent, verdict = [], [], [], dict.fromkeys(Verdict, 0)
+    made, taken, spent, computed, verdict = [], [], [], [], dict.fromkeys(Verdict, 0)
     publications = []
     for k in range(REPLICAS):
         view = engine(rng, pending).view()
@@ -91,15 +93,17 @@ def time_route(order: Order, pending: int, hopeless: bool) -> dict[str, float]:
                 mirrors.update(renewed)
                 taken.append(time.perf_counter() - start_s)
         asked = request(rng, hopeless)
-        start_s = time.perf_counter()
+        start_s, start_cpu_s = time.perf_counter(), time.thread_time()
         decision = route(NOW_S, asked, mirrors, RouterSettings(order))
         if done >= 0:
             spent.append(time.perf_counter() - start_s)
+            computed.append(time.thread_time() - start_cpu_s)
             verdict[decision.verdict] += 1
     p50, p99 = (1e3 * float(np.percentile(spent, q)) for q in (50, 99))
     return {
         "p50": p50,
         "p99": p99,
+        "cpu_p99": 1e3 * float(np.percentile(computed, 99)),
         "attain": verdict[Verdict.ATTAIN] / DECISIONS,
         "update_p50": 1e3 * float(np.percentile(taken, 50)),
         "publish_p50": 1e3 * float(np.percentile(made, 50)),
@@ -109,7 +113,10 @@ def time_route(order: Order, pending: int, hopeless: bool) -> dict[str, float]:
 def print_times() -> bool:
     """The table; False when a p99 is over its limit."""
     print(f"route(), {REPLICAS} replicas x {RUNNING} requests, {DECISIONS} decisions each")
-    print(f"{'order':8}{'pending':>8}{'attained':>10}{'p50 ms':>9}{'p99 ms':>9}{'update ms':>11}{'publish ms':>12}")
+    print(
+        f"{'order':8}{'pending':>8}{'attained':>10}{'p50 ms':>9}{'p99 ms':>9}{'CPU p99 ms':>12}"
+        f"{'update ms':>11}{'publish ms':>12}"
+    )
     good = True
     cases = [(order, pending, False) for order in Order for pending in (20, 100)]
     cases += [(Order.SPREAD, pending, True) for pending in (20, 100, 200)]
@@ -117,7 +124,7 @@ def print_times() -> bool:
         found = time_route(order, pending, hopeless)
         print(
             f"{order:8}{pending:>8}{found['attain']:>10.0%}{found['p50']:>9.3f}{found['p99']:>9.3f}"
-            f"{found['update_p50']:>11.3f}{found['publish_p50']:>12.3f}",
+            f"{found['cpu_p99']:>12.3f}{found['update_p50']:>11.3f}{found['publish_p50']:>12.3f}",
             flush=True,
         )
         good &= found["p99"] < LIMIT_MS
@@ -134,7 +141,8 @@ class Question:
     asked_s: float
     request: RoutingRequest
     mirror: bool
-    chosen: bool = False
+    cached_tokens: int
+    chosen: bool
 
 
 @dataclass
@@ -185,6 +193,7 @@ def own_verdict(policy: SLOsServePolicy, view: EngineView, now_s: float, questio
             class_index=asked.class_index,
             weight=asked.weight,
             hint_tokens=asked.hint_tokens,
+            cached_tokens=question.cached_tokens,
         )
         waiting = np.append(waiting, slot)
     settings = policy.planner.settings
@@ -253,7 +262,7 @@ class ProbedRouter(SloRouter):
         decision = super()._decide(now_s, call, request)
         self._tally.decisions.append((call, decision.verdict))
         for name, mirror in found.items():
-            question = Question(now_s, request, mirror, name == decision.replica)
+            question = Question(now_s, request, mirror, request.cached.get(name, 0), name == decision.replica)
             asked = self._asked[name]
             if name in self._idle_views:
                 self._tally.add(mirror, own_verdict(asked.policy, self._idle_views[name], now_s, question))
@@ -276,19 +285,27 @@ def agreement(scenario: str, arrivals: str, rate: float, routing: SloRouting, re
     return tally, Cluster(recording, replicas, router).run()
 
 
-CASES = (("mixed", "gamma:4", 9.0), ("coding", "azure-code", 9.0), ("tool", "azure-conv", 2.0))
+# Bursts near what four replicas carry, and far above it.
+CASES = (
+    ("mixed", "gamma:4", 5.0, 400),
+    ("mixed", "gamma:4", 9.0, 400),
+    ("coding", "azure-code", 4.0, 400),
+    ("coding", "azure-code", 9.0, 400),
+    ("tool", "azure-conv", 2.0, 150),
+)
+AGES_S = ((0.1, 0.0), (0.1, 0.1))  # longest time between publications, and time until the router has them
 
 
-def print_agreement(requests: int) -> bool:
+def print_agreement() -> bool:
     """The table; False when fewer agree than should."""
     print("mirror's verdict against the replica's own, OPT-13B/A100, 4 replicas")
     print(
-        f"{'scenario':14}{'arrivals':12}{'age ms':>10}{'cases':>8}{'agree':>8}{'both yes':>10}"
+        f"{'scenario':9}{'arrivals':12}{'rate/s':>7}{'age ms':>9}{'cases':>8}{'agree':>8}{'both yes':>10}"
         f"{'only mirror':>13}{'only replica':>14}{'promised, admitted':>20}{'unpromised, admitted':>22}"
     )
     good = True
-    for scenario, arrivals, rate in CASES:
-        for every_s, delay_s in ((0.0, 0.0), (0.1, 0.0), (0.1, 0.1), (0.5, 0.0)):
+    for scenario, arrivals, rate, requests in CASES:
+        for every_s, delay_s in AGES_S:
             routing = SloRouting(publish_every_s=every_s, publish_delay_s=delay_s)
             tally, recording = agreement(scenario, arrivals, rate, routing, requests)
             admitted = recording.calls["admitted"] == 1
@@ -297,7 +314,7 @@ def print_agreement(requests: int) -> bool:
             age = f"{1e3 * delay_s:.0f}-{1e3 * (every_s + delay_s):.0f}"
             shares = [f"{admitted[calls].sum()} of {len(calls)}" for calls in (promised, others)]
             print(
-                f"{scenario:14}{arrivals:12}{age:>10}{tally.cases:>8}{tally.agreement:>8.1%}"
+                f"{scenario:9}{arrivals:12}{rate:>7g}{age:>9}{tally.cases:>8}{tally.agreement:>8.1%}"
                 f"{tally.both_yes / max(tally.cases, 1):>10.1%}{tally.mirror_yes / max(tally.cases, 1):>13.1%}"
                 f"{tally.mirror_no / max(tally.cases, 1):>14.1%}{shares[0]:>20}{shares[1]:>22}",
                 flush=True,
@@ -313,7 +330,7 @@ def main(arguments: Sequence[str]) -> int:
     if "--agreement-only" not in arguments:
         good &= print_times()
     if "--time-only" not in arguments:
-        good &= print_agreement(1000)
+        good &= print_agreement()
     return 0 if good else 1
 
 
