@@ -194,6 +194,7 @@ def own_verdict(policy: SLOsServePolicy, view: EngineView, now_s: float, questio
             weight=asked.weight,
             hint_tokens=asked.hint_tokens,
             cached_tokens=question.cached_tokens,
+            missed=asked.missed,
         )
         waiting = np.append(waiting, slot)
     settings = policy.planner.settings

@@ -28,7 +28,7 @@ def carry_out(rows: RequestArray, slots: SlotArray, tokens: SlotArray, drafts: S
         rows["computed_tokens"][slot] = min(done, total)
         if done < total:
             continue
-        if rows["output_tokens"][slot] == 0:
+        if rows["stage_tokens"][slot] == 0:
             rows["stage_start_s"][slot] = end_s
         rows["output_tokens"][slot] += 1
         rows["stage_tokens"][slot] += 1

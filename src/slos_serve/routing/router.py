@@ -45,6 +45,7 @@ class Why(StrEnum):
     ATTAINS_AT_PREFIX = "attains where its prefix is"
     INSTEAD = "attains in the place of one that has not begun"
     NO_SLO = "asks for nothing"
+    MISSED = "a promise of its session is broken already"
     ALL_FULL = "no replica attains it"
     ALL_STALE = "no replica has published lately"
     NO_REPLICA = "there is no replica"
@@ -62,6 +63,7 @@ class RoutingRequest:
         class_index, weight: its class.
         hint_tokens: the client's forecast of the answer's length, 0 without one.
         cached: replica -> prompt tokens that its prefix cache would supply.
+        missed: a promise to an earlier call of its session is broken for good, so that nothing is to be kept.
         reject_when_full: refuse it where nobody attains, instead of serving it without a promise.
     """
 
@@ -74,12 +76,13 @@ class RoutingRequest:
     weight: float = 1.0
     hint_tokens: int = 0
     cached: Mapping[str, int] = field(default_factory=dict)
+    missed: bool = False
     reject_when_full: bool = False
 
     @property
     def has_slo(self) -> bool:
-        """Whether anything is promised."""
-        return bool(np.isfinite(self.ttft_due_s) or np.isfinite(self.tpot_s))
+        """Whether there is a promise to be kept."""
+        return not self.missed and bool(np.isfinite(self.ttft_due_s) or np.isfinite(self.tpot_s))
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +146,7 @@ def route(
     for name, tokens in request.cached.items():
         if name in mirrors:
             cached[mirrors.position(name)] = min(tokens, request.prompt_tokens - 1)
-    k, why = kernel.NOBODY, Why.NO_SLO
+    k, why = kernel.NOBODY, Why.MISSED if request.missed else Why.NO_SLO
     if request.has_slo:
         home = int(cached.argmax()) if settings.order is Order.PREFIX and cached.any() else kernel.NOBODY
         asking = kernel.PACK if settings.order is Order.PACK else kernel.SPREAD
@@ -183,5 +186,5 @@ def verdicts(
             m = mirrors.arrays
             kernel.advance(m, k, max(now_s, float(m.ready_s[k])))
             tokens = min(request.cached.get(name, 0), request.prompt_tokens - 1)
-            found[name] = kernel.ask(m, k, row, tokens)[0] != kernel.NO
+            found[name] = request.has_slo and kernel.ask(m, k, row, tokens)[0] != kernel.NO
     return found

@@ -190,6 +190,7 @@ class SloRouter:
             weight=self._weights[index],
             hint_tokens=int(row["output_tokens"]) if self._routing.oracle_lengths else 0,
             cached=self._cached(session, int(row["prompt_tokens"])),
+            missed=bool(self._recording.session_missed[session]),
             reject_when_full=bool(self._rejects[index]),
         )
 

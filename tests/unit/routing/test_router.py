@@ -84,6 +84,14 @@ def test_no_slo_is_best_effort_without_asking() -> None:
     assert (decision.replica, decision.verdict, decision.reason) == ("a", Verdict.BEST_EFFORT, Why.NO_SLO)
 
 
+def test_a_session_that_missed_takes_no_promised_place() -> None:
+    mirrors = mirrors_of(a=loaded(0))
+    decision = route(NOW_S, request(missed=True), mirrors)
+    assert (decision.verdict, decision.reason) == (Verdict.BEST_EFFORT, Why.MISSED)
+    assert verdicts(NOW_S, request(missed=True), mirrors) == {"a": False}
+    assert mirrors.arrays.num_owed[0] == 0
+
+
 def test_no_replica_rejects() -> None:
     assert route(NOW_S, request(), Mirrors()).reason is Why.NO_REPLICA
 
