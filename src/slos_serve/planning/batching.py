@@ -39,7 +39,7 @@ from slos_serve.planning.batch import (
     tokens_done,
     tokens_left,
 )
-from slos_serve.planning.candidates import ADMITTED, next_due_s, tokens_to_do
+from slos_serve.planning.candidates import ADMITTED, CATCH_UP_SHARE, next_due_s, tokens_to_do
 from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
 
 DECODE_DUE = int(Reason.DECODE_DUE)
@@ -50,8 +50,8 @@ HELD_AHEAD = int(Reason.HELD_AHEAD)
 NO_ROOM = int(Reason.NO_ROOM)
 NO_MEMORY = int(Reason.NO_MEMORY)
 _EPSILON_S = 1e-9
-# Part of what a decode's forecast tokens can make up that one wait for a whole prompt may use.
-CATCH_UP_SHARE = 0.25
+# When the due decodes alone overfill a step, those that can wait for this part of the next one do.
+CROWDED_SHARE = 0.75
 # Positions in the flags that the passes hand on.
 STOPPED, WAITING_STARTED = range(2)
 
@@ -135,7 +135,8 @@ def _absorbable_s(
     """Length of a step that ends the only prompt there is beside every decode, if each can make up for the wait.
 
     A promise is about the mean of a stage. With nobody else waiting, a decode that comes late once catches up at the
-    engine's own speed; it may be late by a part of what its forecast tokens can make up, never beyond its stall bound.
+    engine's own speed; it may be late by a small part of what its forecast tokens can make up, never beyond its stall
+    bound, and only while decodes take no more than half of their pace: a fuller engine has no time to catch up in.
     0 when one of them could not.
     """
     done, todo = tokens_done(rows, slot), tokens_left(rows, slot)
@@ -146,6 +147,8 @@ def _absorbable_s(
         late_s = now_s + whole_s - work.decode_due_s[j]
         left = rows["expected_tokens"][decode] - rows["output_tokens"][decode]
         gain_s = rows["tpot_s"][decode] * (1.0 - tpot_margin) - all_decodes_s
+        if late_s > 0.0 and gain_s < all_decodes_s:
+            return 0.0
         if late_s > 0.0 and late_s > CATCH_UP_SHARE * left * gain_s:
             return 0.0
         if now_s + whole_s > rows["last_token_s"][decode] + rows["max_stall_s"][decode]:
@@ -181,10 +184,28 @@ def _step_limits_s(
 
 
 @njit(cache=True)
+def _with_one_s(rows: RequestArray, slot: int, coefficients: FloatArray, sums: FloatArray) -> float:
+    """Seconds of the batch with one more decode."""
+    after_s = linear_step_s(coefficients, sums[TOKENS] + 1.0) + sums[FIXED_S] + coefficients[K_SEQ]
+    return float(after_s + coefficients[K_CTX] * rows["computed_tokens"][slot])
+
+
+@njit(cache=True)
 def _add_due_decodes(
-    rows: RequestArray, work: Work, hold_until_s: float, may_hold: bool, limits: Limits, batch: Batch
+    rows: RequestArray,
+    work: Work,
+    hold_until_s: float,
+    crowded_until_s: float,
+    pace_s: float,
+    may_hold: bool,
+    limits: Limits,
+    batch: Batch,
 ) -> SlotArray:
-    """Add the decodes due by ``hold_until_s``, all of them unless they may be held; returns those that can wait."""
+    """Add the decodes due by ``hold_until_s``, all of them unless they may be held; returns those that can wait.
+
+    When they take longer than ``pace_s``, those due after ``crowded_until_s`` wait as well: loose tiers that fell into
+    the same step would else make it late for the tight ones, and the next one half empty.
+    """
     coefficients, max_tokens, _, block_size, max_num_seqs = limits
     sums, counts, entries, held, victims = batch
     decodes, due_s = work.decodes, work.decode_due_s
@@ -192,7 +213,9 @@ def _add_due_decodes(
     num_early = 0
     for j in range(len(decodes)):
         slot = decodes[j]
-        if may_hold and due_s[j] > hold_until_s:
+        if (may_hold and due_s[j] > hold_until_s) or (
+            due_s[j] > crowded_until_s and _with_one_s(rows, slot, coefficients, sums) > pace_s
+        ):
             early[num_early] = slot
             num_early += 1
         elif sums[TOKENS] + 1 > max_tokens:
@@ -280,8 +303,7 @@ def _add_early_decodes(
     for slot in early:
         fits = sums[TOKENS] + 1 <= budget and flags[STOPPED] == 0
         if fits:
-            after_s = linear_step_s(coefficients, sums[TOKENS] + 1.0) + sums[FIXED_S] + coefficients[K_SEQ]
-            after_s += coefficients[K_CTX] * rows["computed_tokens"][slot]
+            after_s = _with_one_s(rows, slot, coefficients, sums)
             fits = after_s <= limit_s + _EPSILON_S or counts[NUM_ENTRIES] == 0
         if not fits or blocks_short(rows, slot, 1, block_size, sums):
             hold(slot, HELD_AHEAD, counts, held)
@@ -384,7 +406,9 @@ def form_batch(
     flags = np.zeros(2, dtype=np.int64)
     limit_s, next_s = _step_limits_s(rows, work, now_s, limits, tpot_margin)
     may_hold = hold_decodes and len(work.prefills) > 0
-    early = _add_due_decodes(rows, work, now_s + max(limit_s, 0.0) + next_s, may_hold, limits, batch)
+    until_s = now_s + max(limit_s, 0.0) + next_s
+    crowded_s = now_s + max(limit_s, 0.0) + CROWDED_SHARE * work.shortest_s if hold_decodes else np.inf
+    early = _add_due_decodes(rows, work, until_s, crowded_s, max(limit_s, work.shortest_s), may_hold, limits, batch)
     limit_s = max(limit_s, batch_s(coefficients, batch.sums))
     budget = max_tokens
     if fixed_budget > 0:

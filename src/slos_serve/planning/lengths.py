@@ -45,6 +45,7 @@ class LengthForecast:
         self._decay = 0.5 ** (1.0 / half_life)
         self._counts = np.tile(_prior(), (num_classes, 1))
         self._table = np.empty((num_classes, NUM_BINS), dtype=np.float64)
+        self._survival = np.zeros((num_classes, NUM_BINS + 1), dtype=np.float64)
         self._stale = np.ones(num_classes, dtype=bool)
         self._seen_since = np.zeros(num_classes, dtype=np.int64)
 
@@ -60,11 +61,21 @@ class LengthForecast:
 
     def table(self) -> NDArray[np.float64]:
         """float64 [num_classes, NUM_BINS]: forecast total length given the bin of the tokens generated so far."""
+        self._refresh()
+        return self._table
+
+    def survival(self) -> NDArray[np.float64]:
+        """float64 [num_classes, NUM_BINS + 1]: share of answers that reach bin b; the last column is 0."""
+        self._refresh()
+        return self._survival
+
+    def _refresh(self) -> None:
         for class_index in np.flatnonzero(self._stale):
-            self._table[class_index] = conditional_quantiles(self._counts[class_index], self._quantile)
+            counts = self._counts[class_index]
+            self._table[class_index] = conditional_quantiles(counts, self._quantile)
+            self._survival[class_index, :NUM_BINS] = np.cumsum(counts[::-1])[::-1] / counts.sum()
             self._stale[class_index] = False
             self._seen_since[class_index] = 0
-        return self._table
 
 
 def conditional_quantiles(counts: NDArray[np.float64], quantile: float) -> NDArray[np.float64]:

@@ -1,7 +1,8 @@
 """KV memory that promises will need (design 4.3).
 
-A request holds its prompt and what it has generated, and grows to prompt + forecast output. Best effort counts for
-nothing here: it gives way.
+A request holds its prompt and what it generated, and grows until its answer ends. Two ways to count: :func:`reserve`
+adds up every forecast peak; :func:`forecast` looks at several moments and counts each request by how likely it still
+runs then, so that room which some give back is promised to others. Best effort counts for nothing: it gives way.
 """
 
 from __future__ import annotations
@@ -11,8 +12,15 @@ from numba import njit
 
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.planning.batch import blocks_for
-from slos_serve.planning.candidates import BEST_EFFORT, tokens_to_do
+from slos_serve.planning.candidates import ADMITTED, tokens_to_do
 from slos_serve.planning.prefill_rate import FloatArray
+
+# Moments at which memory is forecast, in tokens of the tightest pace from now.
+CHECKPOINT_TOKENS = (0.0, 16.0, 48.0, 128.0, 320.0, 768.0)
+# When nobody promises a TPOT the moments need some pace.
+UNPROMISED_PACE_S = 0.1
+# Standard deviations of the requests' own ends kept free at each moment.
+SPREAD = 1.0
 
 
 @njit(cache=True)
@@ -34,11 +42,103 @@ def reserve(
     room = np.empty(1)
     room[0] = total_blocks
     for slot in running:
-        if rows["status"][slot] == BEST_EFFORT:
-            continue
+        if rows["status"][slot] != ADMITTED:
+            continue  # gives way, or stands among the candidates
         if rows["output_tokens"][slot] > 0 and tokens_to_do(rows, slot) <= 1:
             room[0] -= peak_blocks(rows, slot, block_size)
     memory = np.empty((len(candidates), 1))
     for j in range(len(candidates)):
         memory[j, 0] = peak_blocks(rows, candidates[j], block_size)
     return memory, room
+
+
+@njit(cache=True)
+def _survives(survival: FloatArray, edges: FloatArray, tokens: float) -> float:
+    """Share of answers of a class longer than ``tokens``, linear within a bin."""
+    at = int(np.searchsorted(edges, tokens))
+    if at >= len(edges):
+        return 0.0
+    low = edges[at - 1] if at > 0 else 0.0
+    part = (tokens - low) / (edges[at] - low)
+    return float(survival[at] + part * (survival[at + 1] - survival[at]))
+
+
+@njit(cache=True)
+def still_runs(rows: RequestArray, slot: int, more: float, survival: FloatArray, edges: FloatArray) -> float:
+    """Probability that a request generates ``more`` tokens after those it has.
+
+    A client's hint is taken at its word while it holds. Past every length seen, half as much again is expected.
+    """
+    generated = float(rows["output_tokens"][slot])
+    total = generated + more
+    if total >= rows["max_tokens"][slot]:
+        return 0.0
+    if rows["hint_tokens"][slot] > generated:
+        return 1.0 if total < rows["hint_tokens"][slot] else 0.0
+    so_far = _survives(survival, edges, generated)
+    if so_far <= 1e-6:
+        return 1.0 if more < 0.5 * generated else 0.0
+    return _survives(survival, edges, total) / so_far
+
+
+@njit(cache=True)
+def forecast(
+    rows: RequestArray,
+    running: SlotArray,
+    candidates: SlotArray,
+    due_s: FloatArray,
+    now_s: float,
+    pace_s: float,
+    survival: FloatArray,
+    edges: FloatArray,
+    total_blocks: int,
+    block_size: int,
+) -> tuple[FloatArray, FloatArray]:
+    """Blocks each candidate is expected to hold at several moments, and what promised decodes leave then.
+
+    Everyone is taken to decode as slowly as its promise allows, and a candidate to begin when its first token is due:
+    whoever is faster gives its room back sooner. Moments at which all candidates fit together are left out, but for
+    one, so that they cost admission nothing.
+
+    Args:
+        rows: the request table, forecasts written.
+        running: slots that hold KV.
+        candidates, due_s: int64 and float64 [n], as :func:`slos_serve.planning.candidates.gather` has them.
+        now_s: when the plan begins.
+        pace_s: shortest TPOT, inf when there is none; the moments are multiples of it.
+        survival: float64 [classes, bins + 1], see :meth:`slos_serve.planning.lengths.LengthForecast.survival`.
+        edges: float64 [bins].
+        total_blocks, block_size: the KV cache.
+
+    Returns:
+        memory (float64 [n, K]) and room (float64 [K]), in blocks.
+    """
+    if not np.isfinite(pace_s):
+        pace_s = UNPROMISED_PACE_S
+    moments = len(CHECKPOINT_TOKENS)
+    memory, room = np.zeros((len(candidates), moments)), np.empty(moments)
+    slack = np.empty(moments)
+    for k in range(moments):
+        at_s = CHECKPOINT_TOKENS[k] * pace_s
+        used, variance = 0.0, 0.0
+        for slot in running:
+            if rows["status"][slot] != ADMITTED or rows["output_tokens"][slot] == 0 or tokens_to_do(rows, slot) > 1:
+                continue
+            more = at_s / rows["tpot_s"][slot]
+            share = still_runs(rows, slot, more, survival[rows["class_index"][slot]], edges)
+            blocks = (rows["prompt_tokens"][slot] + rows["output_tokens"][slot] + more) / block_size + 0.5
+            used += share * blocks
+            variance += share * (1.0 - share) * blocks * blocks
+        room[k] = total_blocks - used - SPREAD * np.sqrt(variance)
+        slack[k] = room[k]
+        for j in range(len(candidates)):
+            slot = candidates[j]
+            more = max(at_s - max(due_s[j] - now_s, 0.0), 0.0) / rows["tpot_s"][slot]
+            share = still_runs(rows, slot, more, survival[rows["class_index"][slot]], edges)
+            blocks = (rows["prompt_tokens"][slot] + rows["output_tokens"][slot] + more) / block_size + 0.5
+            memory[j, k] = share * blocks
+            slack[k] -= memory[j, k]
+    binding = np.flatnonzero(slack < 0.0)
+    if len(binding) == 0:
+        binding = np.array([np.argmin(slack)])
+    return memory[:, binding], room[binding]

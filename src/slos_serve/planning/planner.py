@@ -18,7 +18,8 @@ from slos_serve.planning.admission_kernel import INFEASIBLE, admit
 from slos_serve.planning.batching import form_batch
 from slos_serve.planning.candidates import ADMITTED, BEST_EFFORT, UNDECIDED, demote_lost, forecast_lengths, gather
 from slos_serve.planning.lengths import EDGES, LengthForecast
-from slos_serve.planning.memory import reserve
+from slos_serve.planning.memory import forecast, reserve
+from slos_serve.planning.prefill_rate import FloatArray, linear_step_s
 from slos_serve.planning.settings import PlannerSettings
 
 _NONE: SlotArray = np.empty(0, dtype=np.int64)
@@ -101,6 +102,16 @@ class Planner:
             predicted_s=step_s,
         )
 
+    def _memory(
+        self, rows: RequestArray, view: EngineView, slots: SlotArray, due_s: FloatArray, now_s: float, pace_s: float
+    ) -> tuple[FloatArray, FloatArray]:
+        if not self.settings.forecast_memory:
+            return reserve(rows, view.running, slots, view.total_blocks, view.block_size)
+        survival = self.lengths.survival()
+        return forecast(
+            rows, view.running, slots, due_s, now_s, pace_s, survival, EDGES, view.total_blocks, view.block_size
+        )
+
     def _cheapest_to_lose(self, rows: RequestArray, running: SlotArray) -> int:
         """Best effort before promises; among the former the youngest, among the latter who has computed least."""
         promised = rows["status"][running] == ADMITTED
@@ -166,8 +177,10 @@ class Planner:
             self.settings.max_implied_ttft_s,
         )
         is_must = must > 0.0
-        memory, room = reserve(rows, view.running, slots, view.total_blocks, view.block_size)
+        memory, room = self._memory(rows, view, slots, due_s, now_s, float(periods_s[0]))
         ones = np.ones(len(periods_s))
+        # The batch that ends a prompt is cut short by its due time: one more fixed cost than a fluid has.
+        cut_short_s = linear_step_s(self._coefficients, 0.0)
         taken, _, _, status, labels = admit(
             due_s,
             cost,
@@ -182,7 +195,7 @@ class Planner:
             0.0,
             self._coefficients,
             float(view.max_num_batched_tokens),
-            now_s,
+            now_s + cut_short_s,
             room,
             self.settings.max_labels,
         )

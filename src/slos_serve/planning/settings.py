@@ -23,6 +23,7 @@ class PlannerSettings:
         dynamic_batch: False uses a fixed token budget of ``fixed_budget`` (ablation).
         fixed_budget: token budget of a step without dynamic batch size.
         hold_decodes: False runs every decode in every step (ablation).
+        forecast_memory: False reserves the sum of forecast peaks rather than a forecast over time (ablation).
         best_effort: False leaves unattainable requests in the queue's front, as a stock engine would (ablation).
         oracle_lengths: ``expected_tokens`` of the table is the truth; do not forecast (simulator only).
     """
@@ -38,6 +39,7 @@ class PlannerSettings:
     dynamic_batch: bool = True
     fixed_budget: int = 512
     hold_decodes: bool = True
+    forecast_memory: bool = True
     best_effort: bool = True
     oracle_lengths: bool = False
 

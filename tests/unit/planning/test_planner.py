@@ -62,6 +62,16 @@ def test_without_prefill_every_decode_runs() -> None:
     assert len(plan.held) == 0
 
 
+def test_a_loose_tier_waits_when_all_decodes_overfill_the_step() -> None:
+    engine = EngineBuilder()
+    tight = [engine.decode(prompt_tokens=1000, tpot_s=0.05, ahead_s=0.0475) for _ in range(20)]
+    loose = [engine.decode(prompt_tokens=1000, tpot_s=0.1, ahead_s=0.095) for _ in range(40)]
+    plan = planned(engine)
+    assert set(tight) <= set(plan.slots.tolist())
+    assert 0 < len(set(loose) & set(plan.held.tolist())) < 40
+    assert plan.predicted_s <= 0.0475
+
+
 def test_holding_can_be_switched_off() -> None:
     engine = EngineBuilder()
     ahead = engine.decode(ahead_s=1.5)
@@ -135,7 +145,7 @@ def test_one_long_request_gives_way_to_two_short_ones() -> None:
 
 def test_weight_turns_the_choice() -> None:
     engine = EngineBuilder()
-    long = engine.wait(4000, due_in_s=0.62, weight=5.0)
+    long = engine.wait(4000, due_in_s=0.65, weight=5.0)
     engine.wait(1500, due_in_s=0.66)
     engine.wait(1500, due_in_s=0.7)
     Planner(OPT_13B_A100, 2).plan(engine.now_s, engine.view())

@@ -62,7 +62,7 @@ def test_rounds_stay_where_their_prefix_is() -> None:
     replica = recording.calls["replica"]
     before = np.flatnonzero(load.calls["next_call"] >= 0)
     stayed = replica[before] == replica[load.calls["next_call"][before]]
-    assert stayed.mean() > 0.9
+    assert stayed.mean() > 0.75
     packed = _routed(load, "slo-spread")
     assert recording.calls["cached_tokens"].sum() > packed.calls["cached_tokens"].sum()
 
