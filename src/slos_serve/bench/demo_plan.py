@@ -39,8 +39,8 @@ class DemoSettings:
     """
 
     seed: int = 0
-    calm_s: float = 32.0
-    burst_s: float = 26.0
+    calm_s: float = 28.0
+    burst_s: float = 24.0
     calm_parts: int = 2
     calm_load: float = 0.45
     burst_load: float = 1.7

@@ -69,7 +69,7 @@ def _caption(result: Mapping[str, Any]) -> str:
     engine = "{model} on {device}, vLLM {engine_version}, seed {seed}.\n".format_map(setup) if "model" in setup else ""
     return (
         f"{engine}Bars: Wilson 95 % intervals. Streams: of each class the first request of "
-        "the burst's second half that kept its promise with slos-serve."
+        "the burst's second half that kept its promise with slos-serve, or the first if none did."
     )
 
 

@@ -41,7 +41,7 @@ def demo(
 ) -> None:
     """Send the same requests to stock vLLM and to vLLM with SLOs-Serve and count the latency promises kept.
 
-    Takes about six minutes on two cores, four more the first time for the model and its profile.
+    Takes about seven minutes on two cores, three more the first time for the model and its profile.
     """
     from slos_serve.bench.demo_plan import DemoSettings
     from slos_serve.bench.demo_report import claims, demo_json, demo_table
