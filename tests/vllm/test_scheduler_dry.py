@@ -307,6 +307,19 @@ def test_a_new_stage_begins_with_the_token_after_the_one_that_ended_the_last(sta
     assert begins == {engine.token_times_s["t"][second]}
 
 
+@pytest.mark.parametrize(("ttft_ms", "missed"), [(10, True), (1000, False)])
+def test_a_late_first_token_is_a_missed_promise_from_then_on(start: Start, ttft_ms: int, missed: bool) -> None:
+    engine = start()
+    engine.add("t", prompt(np.random.default_rng(8), 500), 20, {"slo_class": "chat", "slo_ttft_ms": ttft_ms})
+    book = engine.scheduler._slo_book
+    seen = []
+    while "t" in book.by_id:
+        seen.append((len(engine.token_times_s["t"]) > 0, bool(book.table.rows["missed"][book.by_id["t"].slot])))
+        engine.step()
+    assert (True, missed) in seen
+    assert all(row_missed == missed for came, row_missed in seen if came), seen
+
+
 def test_bad_fields_that_reach_the_engine_leave_stock_service(start: Start) -> None:
     engine = start()
     engine.add("bad", [5, 6, 7], 4, {"slo_ttft_ms": "soon"})

@@ -41,7 +41,7 @@ def demo(
 ) -> None:
     """Send the same requests to stock vLLM and to vLLM with SLOs-Serve and count the latency promises kept.
 
-    Takes about seven minutes on two cores, three more the first time for the model and its profile.
+    Takes about six minutes on two cores, four more the first time for the model and its profile.
     """
     from slos_serve.bench.demo_plan import DemoSettings
     from slos_serve.bench.demo_report import claims, demo_json, demo_table
@@ -72,13 +72,12 @@ def demo(
 
 def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSetup, Profile]:
     """The model, how it is started, and its profile: the one given, the cached one, or a new one."""
-    from slos_serve.vllm_plugin.launch import CPU_ENVIRONMENT, LOGGING_VARIABLE, cpu_engine_args
+    from slos_serve.vllm_plugin.launch import CPU_ENVIRONMENT, LOGGING_VARIABLE, cpu_engine_args, set_cpu_environment
 
     # The servers write to their logs; what is said while profiling would end up between the progress bars.
     server_logging = os.environ.get(LOGGING_VARIABLE, "INFO")
-    for name, value in {**CPU_ENVIRONMENT, LOGGING_VARIABLE: "ERROR"}.items():
-        # What is profiled must be the engine that is served; vLLM reads some of these as it is imported.
-        os.environ.setdefault(name, value)
+    os.environ.setdefault(LOGGING_VARIABLE, "ERROR")
+    set_cpu_environment()  # what is profiled must be the engine that is served
     with console.status("loading vLLM"):
         from slos_serve.bench.demo import EngineSetup
         from slos_serve.files.profile_file import default_profile_path, find_profile, load_profile, save_profile

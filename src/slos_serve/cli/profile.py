@@ -74,12 +74,13 @@ def profile(
 
 def _measure(console: Console, model: str, vllm_args: tuple[str, ...], duration_s: float, seed: int) -> ProfileRun:
     from slos_serve.vllm_plugin.cpu_model import resolve_model
-    from slos_serve.vllm_plugin.launch import LOGGING_VARIABLE, cpu_model_args
+    from slos_serve.vllm_plugin.launch import LOGGING_VARIABLE, cpu_model_args, set_cpu_environment
 
     os.environ.setdefault(LOGGING_VARIABLE, "ERROR")  # the engine writes where the progress bar is
     path = str(resolve_model(model))
     if path != model:
-        vllm_args = cpu_model_args(vllm_args)  # before the engine is imported: it reads the environment then
+        vllm_args = cpu_model_args(vllm_args)
+        set_cpu_environment()
     # Importing the engine takes seconds, which `--help` should not pay.
     from slos_serve.vllm_plugin.profile_run import profile_engine
 

@@ -28,6 +28,7 @@ from slos_serve.vllm_plugin.launch import (
     ServerStartError,
     cpu_model_args,
     option_value,
+    set_cpu_environment,
 )
 
 DEFAULT_PORT = 8000
@@ -114,6 +115,7 @@ def _model(model: str, given: tuple[str, ...], announce: Callable[[str], None]) 
     path = resolve_model(model, announce)
     if path == model:
         return path, given
+    set_cpu_environment()
     arguments = cpu_model_args(given)
     named = option_value(given, "--served-model-name") is not None
     return path, arguments if named else (*arguments, "--served-model-name", model)

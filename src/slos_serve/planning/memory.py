@@ -69,13 +69,18 @@ def still_runs(rows: RequestArray, slot: int, more: float, survival: FloatArray,
 
     A client's hint is taken at its word while it holds. Past every length seen, half as much again is expected.
     """
+    return _share(rows, slot, more, _survives(survival, edges, float(rows["output_tokens"][slot])), survival, edges)
+
+
+@njit(cache=True)
+def _share(rows: RequestArray, slot: int, more: float, so_far: float, survival: FloatArray, edges: FloatArray) -> float:
+    """:func:`still_runs`, the share of answers as long as this one is already known."""
     generated = float(rows["output_tokens"][slot])
     total = generated + more
     if total >= rows["max_tokens"][slot]:
         return 0.0
     if rows["hint_tokens"][slot] > generated:
         return 1.0 if total < rows["hint_tokens"][slot] else 0.0
-    so_far = _survives(survival, edges, generated)
     if so_far <= 1e-6:
         return 1.0 if more < 0.5 * generated else 0.0
     return _survives(survival, edges, total) / so_far
@@ -116,27 +121,33 @@ def forecast(
     if not np.isfinite(pace_s):
         pace_s = UNPROMISED_PACE_S
     moments = len(CHECKPOINT_TOKENS)
-    memory, room = np.zeros((len(candidates), moments)), np.empty(moments)
-    slack = np.empty(moments)
-    for k in range(moments):
-        at_s = CHECKPOINT_TOKENS[k] * pace_s
-        used, variance = 0.0, 0.0
-        for slot in running:
-            if rows["status"][slot] != ADMITTED or rows["output_tokens"][slot] == 0 or tokens_to_do(rows, slot) > 1:
-                continue
-            more = at_s / rows["tpot_s"][slot]
-            share = still_runs(rows, slot, more, survival[rows["class_index"][slot]], edges)
-            blocks = (rows["prompt_tokens"][slot] + rows["output_tokens"][slot] + more) / block_size + 0.5
-            used += share * blocks
-            variance += share * (1.0 - share) * blocks * blocks
-        room[k] = total_blocks - used - SPREAD * np.sqrt(variance)
-        slack[k] = room[k]
-        for j in range(len(candidates)):
-            slot = candidates[j]
-            more = max(at_s - max(due_s[j] - now_s, 0.0), 0.0) / rows["tpot_s"][slot]
-            share = still_runs(rows, slot, more, survival[rows["class_index"][slot]], edges)
-            blocks = (rows["prompt_tokens"][slot] + rows["output_tokens"][slot] + more) / block_size + 0.5
-            memory[j, k] = share * blocks
+    memory = np.zeros((len(candidates), moments))
+    used, variance = np.zeros(moments), np.zeros(moments)
+    for slot in running:
+        if rows["status"][slot] != ADMITTED or rows["output_tokens"][slot] == 0 or tokens_to_do(rows, slot) > 1:
+            continue
+        held, tpot_s = rows["prompt_tokens"][slot] + rows["output_tokens"][slot], rows["tpot_s"][slot]
+        own = survival[rows["class_index"][slot]]
+        so_far = _survives(own, edges, float(rows["output_tokens"][slot]))
+        for k in range(moments):
+            more = CHECKPOINT_TOKENS[k] * pace_s / tpot_s
+            share = _share(rows, slot, more, so_far, own, edges)
+            if share <= 0.0:
+                break  # it has ended, at every later moment too
+            blocks = (held + more) / block_size + 0.5
+            used[k] += share * blocks
+            variance[k] += share * (1.0 - share) * blocks * blocks
+    room = total_blocks - used - SPREAD * np.sqrt(variance)
+    slack = room.copy()
+    for j in range(len(candidates)):
+        slot = candidates[j]
+        held, wait_s = rows["prompt_tokens"][slot] + rows["output_tokens"][slot], max(due_s[j] - now_s, 0.0)
+        own = survival[rows["class_index"][slot]]
+        so_far = _survives(own, edges, float(rows["output_tokens"][slot]))
+        for k in range(moments):
+            more = max(CHECKPOINT_TOKENS[k] * pace_s - wait_s, 0.0) / rows["tpot_s"][slot]
+            share = _share(rows, slot, more, so_far, own, edges)
+            memory[j, k] = share * ((held + more) / block_size + 0.5)
             slack[k] -= memory[j, k]
     binding = np.flatnonzero(slack < 0.0)
     if len(binding) == 0:

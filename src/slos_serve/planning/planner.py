@@ -14,12 +14,10 @@ import numpy as np
 from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.planning.admission_kernel import INFEASIBLE, admit
+from slos_serve.planning.admission import judge, write_forecasts
 from slos_serve.planning.batching import form_batch
-from slos_serve.planning.candidates import ADMITTED, BEST_EFFORT, UNDECIDED, demote_lost, forecast_lengths, gather
-from slos_serve.planning.lengths import EDGES, LengthForecast
-from slos_serve.planning.memory import forecast, reserve
-from slos_serve.planning.prefill_rate import FloatArray, linear_step_s
+from slos_serve.planning.candidates import ADMITTED, BEST_EFFORT, UNDECIDED, demote_lost
+from slos_serve.planning.lengths import LengthForecast
 from slos_serve.planning.settings import PlannerSettings
 
 _NONE: SlotArray = np.empty(0, dtype=np.int64)
@@ -61,10 +59,7 @@ class Planner:
         """Plan the step that starts at ``now_s``."""
         rows = view.table.rows
         self.counters.plans += 1
-        if not self.settings.oracle_lengths:
-            table = self.lengths.table()
-            forecast_lengths(rows, view.running, table, EDGES)
-            forecast_lengths(rows, view.waiting, table, EDGES)
+        write_forecasts(view, self.settings, self.lengths)
         demoted = self._give_up(rows, view, now_s)
         active = np.concatenate((view.running, view.waiting))
         undecided = active[rows["status"][active] == UNDECIDED]
@@ -100,16 +95,6 @@ class Planner:
             admitted=admitted,
             demoted=demoted,
             predicted_s=step_s,
-        )
-
-    def _memory(
-        self, rows: RequestArray, view: EngineView, slots: SlotArray, due_s: FloatArray, now_s: float, pace_s: float
-    ) -> tuple[FloatArray, FloatArray]:
-        if not self.settings.forecast_memory:
-            return reserve(rows, view.running, slots, view.total_blocks, view.block_size)
-        survival = self.lengths.survival()
-        return forecast(
-            rows, view.running, slots, due_s, now_s, pace_s, survival, EDGES, view.total_blocks, view.block_size
         )
 
     def _cheapest_to_lose(self, rows: RequestArray, running: SlotArray) -> int:
@@ -167,44 +152,18 @@ class Planner:
         waits = np.any(rows["status"][view.waiting] != BEST_EFFORT)
         if not waits and not np.any(rows["status"][view.running] == UNDECIDED):
             return _NONE, _NONE
-        slots, due_s, cost, tier, must, base_counts, periods_s, extra_s = gather(
-            rows,
-            view.running,
-            view.waiting,
+        found = judge(
+            view,
             now_s,
             self._coefficients,
-            self.settings.tpot_margin,
-            self.settings.max_implied_ttft_s,
+            self.settings,
+            self.lengths,
+            forecast_memory=self.settings.forecast_memory,
         )
-        is_must = must > 0.0
-        memory, room = self._memory(rows, view, slots, due_s, now_s, float(periods_s[0]))
-        ones = np.ones(len(periods_s))
-        # The batch that ends a prompt is cut short by its due time: one more fixed cost than a fluid has.
-        cut_short_s = linear_step_s(self._coefficients, 0.0)
-        taken, _, _, status, labels = admit(
-            due_s,
-            cost,
-            tier,
-            memory,
-            rows["weight"][slots],
-            is_must,
-            base_counts,
-            periods_s,
-            ones,
-            extra_s,
-            0.0,
-            self._coefficients,
-            float(view.max_num_batched_tokens),
-            now_s + cut_short_s,
-            room,
-            self.settings.max_labels,
-        )
+        slots, taken = found.slots, found.taken
         self.counters.admissions += 1
-        self.counters.labels += labels
-        if status == INFEASIBLE:
-            # What is promised already does not fit any more (a forecast was wrong): promise nothing new.
-            self.counters.infeasible_musts += 1
-            taken = is_must
+        self.counters.labels += found.labels
+        self.counters.infeasible_musts += found.infeasible
         is_running = rows["running"][slots] == 1
         # One that already computes in what was left over is promised its SLO as soon as it fits.
         rows["status"][slots[taken & is_running]] = ADMITTED

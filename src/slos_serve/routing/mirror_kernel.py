@@ -18,7 +18,7 @@ from slos_serve.core.request import RequestArray
 from slos_serve.planning.admission_kernel import TOLERANCE, first_violation
 from slos_serve.planning.candidates import MAX_TIERS, UNDECIDED, demote_lost, forecast_lengths, gather
 from slos_serve.planning.memory import reserve
-from slos_serve.planning.prefill_rate import FloatArray, IntArray, prefill_rate
+from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s, prefill_rate
 
 BoolArray = NDArray[np.bool_]
 
@@ -263,7 +263,8 @@ def _judge(
         m.draft_s[k],
         m.coefficients[k],
         m.max_step_tokens[k],
-        m.clock_s[k],
+        # As admission does: the batch that ends a prompt costs one fixed part more than a fluid has.
+        m.clock_s[k] + linear_step_s(m.coefficients[k], 0.0),
     )
 
 

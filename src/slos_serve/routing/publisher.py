@@ -7,20 +7,16 @@ the planned step. The sums come from the planner's own functions; nothing here h
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 
 from slos_serve.core.plan import EngineView, StepPlan
-from slos_serve.core.request import SlotArray
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.planning.admission_kernel import INFEASIBLE, BoolArray, admit
-from slos_serve.planning.candidates import ADMITTED, demote_lost, forecast_lengths, gather
-from slos_serve.planning.lengths import EDGES
-from slos_serve.planning.memory import reserve
+from slos_serve.planning.admission import Admission, judge, write_forecasts
+from slos_serve.planning.candidates import ADMITTED, demote_lost
 from slos_serve.planning.planner import Planner
-from slos_serve.planning.prefill_rate import FloatArray, IntArray
+from slos_serve.planning.prefill_rate import FloatArray
 from slos_serve.routing.projection import after_step, view_copy
 from slos_serve.routing.publication import Publication
 
@@ -85,61 +81,14 @@ class Publisher:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Admission:
-    """What a planner would admit and what it judged by; see :func:`slos_serve.planning.admission_kernel.admit`.
-
-    Attributes:
-        slots: int64 [n], requests with prefill left, in deadline order.
-        taken: bool [n].
-    """
-
-    slots: SlotArray
-    taken: BoolArray
-    due_s: FloatArray
-    cost_tokens: FloatArray
-    tier: IntArray
-    memory: FloatArray
-    memory_room: FloatArray
-    counts: FloatArray
-    pace_s: FloatArray
-    extra_s_each: FloatArray
-
-
 def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, now_s: float) -> Admission:
-    """The planner's admission of ``view`` at ``now_s``, without its consequences; writes ``expected_tokens`` only."""
-    settings = planner.settings
-    rows = view.table.rows
-    if not settings.oracle_lengths:
-        lengths = planner.lengths.table()
-        forecast_lengths(rows, view.running, lengths, EDGES)
-        forecast_lengths(rows, view.waiting, lengths, EDGES)
-    slots, due_s, cost, tier, must, counts, pace_s, extra_s = gather(
-        rows, view.running, view.waiting, now_s, coefficients, settings.tpot_margin, settings.max_implied_ttft_s
-    )
-    is_must = must > 0.0
-    memory, room = reserve(rows, view.running, slots, view.total_blocks, view.block_size)
-    taken, _, _, status, _ = admit(
-        due_s,
-        cost,
-        tier,
-        memory,
-        rows["weight"][slots],
-        is_must,
-        counts,
-        pace_s,
-        np.ones(len(pace_s)),
-        extra_s,
-        0.0,
-        coefficients,
-        float(view.max_num_batched_tokens),
-        now_s,
-        room,
-        settings.max_labels,
-    )
-    if status == INFEASIBLE:
-        taken = is_must
-    return Admission(slots, taken, due_s, cost, tier, memory, room, counts, pace_s, extra_s)
+    """The planner's admission of ``view`` at ``now_s``, without its consequences; writes ``expected_tokens`` only.
+
+    KV is counted as the sum of peaks whatever the planner's setting: one checkpoint that a mirror can add to. That is
+    stricter than the planner's forecast over time.
+    """
+    write_forecasts(view, planner.settings, planner.lengths)
+    return judge(view, now_s, coefficients, planner.settings, planner.lengths, forecast_memory=False)
 
 
 def publication_of(

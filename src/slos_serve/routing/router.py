@@ -14,6 +14,7 @@ from enum import StrEnum
 
 import numpy as np
 
+from slos_serve.core.request import RequestArray
 from slos_serve.core.slo import check_number
 from slos_serve.routing import mirror_kernel as kernel
 from slos_serve.routing.mirrors import Mirrors, Sent, request_row
@@ -131,16 +132,7 @@ def route(
     """
     if not len(mirrors):
         return RoutingDecision(None, Verdict.REJECT, Why.NO_REPLICA)
-    row = request_row(
-        arrival_s=request.arrival_s,
-        prompt_tokens=request.prompt_tokens,
-        max_tokens=request.max_tokens,
-        ttft_due_s=request.ttft_due_s,
-        tpot_s=request.tpot_s,
-        class_index=request.class_index,
-        weight=request.weight,
-        hint_tokens=request.hint_tokens,
-    )
+    row = _row_of(request)
     usable = mirrors.usable(now_s, settings.stale_after_s)
     cached = np.zeros(len(usable), dtype=np.int64)
     for name, tokens in request.cached.items():
@@ -168,16 +160,7 @@ def verdicts(
     now_s: float, request: RoutingRequest, mirrors: Mirrors, settings: RouterSettings = DEFAULT
 ) -> dict[str, bool]:
     """Whether each replica with a fresh publication would attain the request; nothing is reserved."""
-    row = request_row(
-        arrival_s=request.arrival_s,
-        prompt_tokens=request.prompt_tokens,
-        max_tokens=request.max_tokens,
-        ttft_due_s=request.ttft_due_s,
-        tpot_s=request.tpot_s,
-        class_index=request.class_index,
-        weight=request.weight,
-        hint_tokens=request.hint_tokens,
-    )
+    row = _row_of(request)
     usable = mirrors.usable(now_s, settings.stale_after_s)
     found = {}
     for name in mirrors:
@@ -188,3 +171,17 @@ def verdicts(
             tokens = min(request.cached.get(name, 0), request.prompt_tokens - 1)
             found[name] = request.has_slo and kernel.ask(m, k, row, tokens)[0] != kernel.NO
     return found
+
+
+def _row_of(request: RoutingRequest) -> RequestArray:
+    """The request as the planner's tables have it."""
+    return request_row(
+        arrival_s=request.arrival_s,
+        prompt_tokens=request.prompt_tokens,
+        max_tokens=request.max_tokens,
+        ttft_due_s=request.ttft_due_s,
+        tpot_s=request.tpot_s,
+        class_index=request.class_index,
+        weight=request.weight,
+        hint_tokens=request.hint_tokens,
+    )

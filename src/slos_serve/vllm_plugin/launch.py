@@ -155,12 +155,7 @@ def cpu_engine_args(facts: Path = _CPU_FACTS) -> tuple[str, ...]:
 
 
 def cpu_model_args(given: Sequence[str], facts: Path = _CPU_FACTS) -> tuple[str, ...]:
-    """``given``, before it what :func:`cpu_engine_args` says about options that are not given.
-
-    Also sets the variables of :data:`CPU_ENVIRONMENT` that are not set: vLLM would claim most of the memory.
-    """
-    for name, value in CPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    """``given``, before it what :func:`cpu_engine_args` says about options that are not given."""
     kept: list[str] = []
     defaults = cpu_engine_args(facts)
     for index, word in enumerate(defaults):
@@ -168,6 +163,12 @@ def cpu_model_args(given: Sequence[str], facts: Path = _CPU_FACTS) -> tuple[str,
             follows = defaults[index + 1 : index + 2]
             kept += [word, *(part for part in follows if not part.startswith("--"))]
     return (*kept, *given)
+
+
+def set_cpu_environment() -> None:
+    """Set what is not set of :data:`CPU_ENVIRONMENT`; vLLM reads some of it as it is imported."""
+    for name, value in CPU_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def free_port() -> int:

@@ -192,6 +192,8 @@ class RequestBook:
                 rows["stage_start_s"][tracked.slot] = now_s
             if tracked.first_token_s is None:
                 tracked.first_token_s = now_s
+                # A first token that came late cannot be made up for.
+                rows["missed"][tracked.slot] |= now_s > tracked.ttft_due_s
             tracked.last_token_s = now_s
             rows["last_token_s"][tracked.slot] = now_s
             if len(tracked.slo_class.stages) > 1:

@@ -136,12 +136,15 @@ def test_the_status_is_the_servers(monkeypatch: pytest.MonkeyPatch, engine: Engi
 
 
 def test_a_short_name_stays_the_name_of_the_model(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+    for name, value in launch.CPU_ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)  # the command sets them too; this way they are gone after the test
     commands = replace_vllm(monkeypatch, status=0)
     serve("smollm2", "--port", launch.free_port())
     serve("smollm2", "--port", launch.free_port(), "--served-model-name", "mine")
     assert commands[0][4] == "/models/small"
     assert launch.option_value(commands[0], "--served-model-name") == "smollm2"
     assert launch.option_value(commands[1], "--served-model-name") == "mine"
+    assert launch.option_value(commands[0], "--max-num-seqs") == "64"
 
 
 def test_a_profile_of_another_model_is_refused(tmp_path: Path, engine: Engine, classes: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from slos_serve.core.errors import SlosServeError
 from slos_serve.vllm_plugin import launch, middleware, settings
 from slos_serve.vllm_plugin.launch import (
+    CPU_ENVIRONMENT,
     Plugin,
     ServerProcess,
     ServerStartError,
@@ -22,6 +23,7 @@ from slos_serve.vllm_plugin.launch import (
     option_value,
     server_command,
     server_environment,
+    set_cpu_environment,
 )
 
 # Serves /health, starts a worker in its process group, writes what it was told, ends on SIGTERM.
@@ -178,18 +180,13 @@ def test_the_dtype_is_one_the_cores_compute_in(tmp_path: Path, flags: str, dtype
     assert cpu_engine_args(tmp_path / "absent")[:2] == ("--dtype", "float32")
 
 
-def test_the_cpu_model_gets_defaults_for_what_is_not_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "3")
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+def test_the_cpu_model_gets_defaults_for_what_is_not_given(tmp_path: Path) -> None:
     arguments = cpu_model_args(("--max-model-len=512", "--seed", "1"), tmp_path / "absent")
-    assert arguments == (
-        "--dtype",
-        "float32",
-        "--max-num-seqs",
-        "64",
-        "--enforce-eager",
-        "--max-model-len=512",
-        "--seed",
-        "1",
-    )
-    assert (os.environ["VLLM_CPU_KVCACHE_SPACE"], os.environ["HF_HUB_OFFLINE"]) == ("3", "1")
+    defaults = ("--dtype", "float32", "--max-num-seqs", "64", "--enforce-eager")
+    assert arguments == (*defaults, "--max-model-len=512", "--seed", "1")
+
+
+def test_variables_that_are_set_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"VLLM_CPU_KVCACHE_SPACE": "3"})
+    set_cpu_environment()
+    assert os.environ == {**CPU_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "3"}

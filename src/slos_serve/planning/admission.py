@@ -1,0 +1,135 @@
+"""Admission of one view: who may be promised, and the sums it was judged by (design 4.2).
+
+The planner acts on it; a replica that publishes its state to routers shows it. Nothing here changes a status.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from slos_serve.core.plan import EngineView
+from slos_serve.core.request import SlotArray
+from slos_serve.planning.admission_kernel import INFEASIBLE, BoolArray, admit
+from slos_serve.planning.candidates import forecast_lengths, gather
+from slos_serve.planning.lengths import EDGES, LengthForecast
+from slos_serve.planning.memory import forecast, reserve
+from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
+from slos_serve.planning.settings import PlannerSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What is admitted and what it was judged by; see :func:`slos_serve.planning.admission_kernel.admit`.
+
+    Attributes:
+        slots: int64 [n], requests with prefill left, in deadline order.
+        taken: bool [n].
+        infeasible: what is promised already does not fit any more (a forecast was wrong); nothing new is taken.
+        labels: labels that the dynamic program kept.
+    """
+
+    slots: SlotArray
+    taken: BoolArray
+    infeasible: bool
+    labels: int
+    due_s: FloatArray
+    cost_tokens: FloatArray
+    tier: IntArray
+    memory: FloatArray
+    memory_room: FloatArray
+    counts: FloatArray
+    pace_s: FloatArray
+    extra_s_each: FloatArray
+
+
+def write_forecasts(view: EngineView, settings: PlannerSettings, lengths: LengthForecast) -> None:
+    """Write ``expected_tokens`` of everyone in the view, unless the table holds the truth."""
+    if settings.oracle_lengths:
+        return
+    table = lengths.table()
+    forecast_lengths(view.table.rows, view.running, table, EDGES)
+    forecast_lengths(view.table.rows, view.waiting, table, EDGES)
+
+
+def judge(
+    view: EngineView,
+    now_s: float,
+    coefficients: FloatArray,
+    settings: PlannerSettings,
+    lengths: LengthForecast,
+    *,
+    forecast_memory: bool,
+) -> Admission:
+    """Admission at ``now_s``; reads the view only.
+
+    Args:
+        view: forecasts written, what is lost given up.
+        now_s: when the step starts.
+        coefficients: float64 [8], margin and correction applied.
+        settings: the planner's.
+        lengths: what answers have been like.
+        forecast_memory: forecast KV over time, or reserve the sum of peaks: one checkpoint, stricter.
+    """
+    rows = view.table.rows
+    slots, due_s, cost, tier, must, counts, pace_s, extra_s = gather(
+        rows, view.running, view.waiting, now_s, coefficients, settings.tpot_margin, settings.max_implied_ttft_s
+    )
+    is_must = must > 0.0
+    if forecast_memory:
+        memory, room = forecast(
+            rows,
+            view.running,
+            slots,
+            due_s,
+            now_s,
+            float(pace_s[0]),
+            lengths.survival(),
+            EDGES,
+            view.total_blocks,
+            view.block_size,
+        )
+    else:
+        memory, room = reserve(rows, view.running, slots, view.total_blocks, view.block_size)
+    taken, _, _, status, labels = admit(
+        due_s,
+        cost,
+        tier,
+        memory,
+        rows["weight"][slots],
+        is_must,
+        counts,
+        pace_s,
+        np.ones(len(pace_s)),
+        extra_s,
+        0.0,
+        coefficients,
+        float(view.max_num_batched_tokens),
+        now_s + cut_short_s(coefficients),
+        room,
+        settings.max_labels,
+    )
+    infeasible = status == INFEASIBLE
+    return Admission(
+        slots,
+        is_must if infeasible else taken,
+        infeasible,
+        labels,
+        due_s,
+        cost,
+        tier,
+        memory,
+        room,
+        counts,
+        pace_s,
+        extra_s,
+    )
+
+
+def cut_short_s(coefficients: FloatArray) -> float:
+    """Seconds by which admission's fluid starts late.
+
+    The batch that ends a prompt is cut short by its due time: one more fixed cost than a fluid has.
+    """
+    return float(linear_step_s(coefficients, 0.0))
