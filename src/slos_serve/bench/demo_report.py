@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from slos_serve.bench.demo_events import ADMITTED, SchedulerEvents
@@ -15,7 +17,15 @@ from slos_serve.bench.record import write_record
 from slos_serve.bench.report import class_json, client_json, error_counts, throughput_json
 from slos_serve.bench.requests import LoadResult
 from slos_serve.bench.scoring import score_responses, targets_for
-from slos_serve.metrics.summary import TOTAL, Outcome, Quantiles, ScoredRequest, quantiles_ms, summarize
+from slos_serve.metrics.summary import (
+    TOTAL,
+    Outcome,
+    Quantiles,
+    ScoredRequest,
+    median_interval,
+    quantiles_ms,
+    summarize,
+)
 from slos_serve.perf.batch_time import BatchTimeModel
 
 PHASES = ("calm", "burst")
@@ -107,12 +117,31 @@ def demo_json(sides: Mapping[str, SideRun], setup: Mapping[str, Any]) -> dict[st
     """The whole result.
 
     ``ratio`` is attained requests of the burst, ours over stock; a stock engine that attains none counts as one.
+    ``calm_ttft_ratio`` sets the two answers to each calm request side by side: TTFT of ours over that of stock.
     """
     result: dict[str, Any] = {
         name: {phase: phase_json(side, phase) for phase in PHASES} for name, side in sides.items()
     }
     stock, ours = (result[name]["burst"]["attained"] for name in (STOCK, OURS))
-    return {**result, "ratio": ours / max(stock, 1), "setup": dict(setup)}
+    ratios = calm_ttft_ratios(sides)
+    median, low, high = median_interval(ratios)
+    interval = [low, high] if math.isfinite(high) else None
+    paired = {"pairs": len(ratios), "median": median if ratios else None, "interval": interval}
+    return {**result, "ratio": ours / max(stock, 1), "calm_ttft_ratio": paired, "setup": dict(setup)}
+
+
+def calm_ttft_ratios(sides: Mapping[str, SideRun]) -> list[float]:
+    """TTFT of ours over stock's, for each calm request that carried an SLO and got a first token on both sides.
+
+    The p50s of a dozen prompts of all lengths jump from one prompt to the next; the same prompt twice does not.
+    """
+    ttft_s: dict[str, dict[str, float]] = {}
+    for name, side in sides.items():
+        pairs = zip(side.loads["calm"].responses, side.scored["calm"], strict=True)
+        ttft_s[name] = {one.request.request_id: score.score.ttft_s for one, score in pairs if score.has_slo}
+    shared = [key for key in ttft_s[STOCK] if key in ttft_s[OURS]]
+    ratios = [ttft_s[OURS][key] / ttft_s[STOCK][key] for key in shared]
+    return [ratio for ratio in ratios if np.isfinite(ratio)]
 
 
 def demo_table(result: Mapping[str, Any]) -> Table:
@@ -140,7 +169,6 @@ def claims(result: Mapping[str, Any]) -> list[tuple[str, bool]]:
     admitted_rate = _rate(burst_o["admitted_attained"], burst_o["admitted"])
     completed = sum(ours[p]["best_effort_completed"] + ours[p]["no_slo"]["completed"] for p in PHASES)
     best_effort = sum(ours[p]["best_effort"] + ours[p]["no_slo"]["requests"] for p in PHASES)
-    ttft = _over(calm_o["ttft_ms"]["p50"], calm_s["ttft_ms"]["p50"])
     speed = _over(calm_o["throughput"]["output_tokens_per_s"], calm_s["throughput"]["output_tokens_per_s"])
     calm_rates = (_rate(calm_s["attained"], calm_s["requests"]), _rate(calm_o["attained"], calm_o["requests"]))
     times = f"{ratio:.2f} times as many requests attain as on stock vLLM"
@@ -149,13 +177,16 @@ def claims(result: Mapping[str, Any]) -> list[tuple[str, bool]]:
     kept = f"burst: {admitted_rate:.1%} of the {burst_o['admitted']} admitted requests attain (wanted: 95 %)"
     ended = f"both phases: {completed} of {best_effort} best-effort requests complete (wanted: all)"
     calm = f"calm: {calm_rates[0]:.1%} attain on stock vLLM, {calm_rates[1]:.1%} on ours (wanted: 95 % on both)"
-    cost = f"calm: TTFT p50 {ttft:.2f} times, throughput {speed:.2f} times that of stock vLLM (wanted: within 10 %)"
+    paired = result["calm_ttft_ratio"]["median"] or float("inf")
+    p50s = _over(calm_o["ttft_ms"]["p50"], calm_s["ttft_ms"]["p50"])
+    medians = f"TTFT {paired:.2f} times (median over the same requests; of the p50s {p50s:.2f})"
+    cost = f"calm: {medians}, throughput {speed:.2f} times that of stock vLLM (wanted: within 10 %)"
     return [
         (goodput, ratio >= 1.3),
         (kept, admitted_rate >= 0.95),
         (ended, completed == best_effort),
         (calm, min(calm_rates) >= 0.95),
-        (cost, ttft <= 1.1 and speed >= 0.9),
+        (cost, paired <= 1.1 and speed >= 0.9),
     ]
 
 

@@ -137,6 +137,25 @@ def wilson_interval(successes: int, trials: int, z: float = _Z_95) -> tuple[floa
     return low, high
 
 
+def median_interval(values: Sequence[float] | NDArray[np.float64]) -> tuple[float, float, float]:
+    """Median of a sample and an interval that holds the true one in at least 95 % of cases, by order statistics.
+
+    The sign test turned around: no shape is assumed. Fewer than six values say nothing, so the interval is (0, inf).
+    """
+    ordered = np.sort(np.asarray(values, dtype=np.float64))
+    count = len(ordered)
+    if count == 0:
+        return float("nan"), 0.0, float("inf")
+    median = float(np.median(ordered))
+    tail, rank = 0.5**count, 0
+    while tail <= 0.025:
+        rank += 1
+        tail += math.comb(count, rank) * 0.5**count
+    if rank == 0:
+        return median, 0.0, float("inf")
+    return median, float(ordered[rank - 1]), float(ordered[count - rank])
+
+
 def quantiles_ms(values_s: Sequence[float] | NDArray[np.float64]) -> Quantiles:
     """p50 and p99 of seconds, in milliseconds, linear between samples; ``nan`` values are left out."""
     values = np.asarray(values_s, dtype=np.float64)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from slos_serve.bench.demo_events import SchedulerEvents, read_events
 from slos_serve.bench.demo_plan import DemoPlan
-from slos_serve.bench.demo_report import OURS, PHASES, STOCK, SideRun, claims, demo_json, demo_table
+from slos_serve.bench.demo_report import OURS, PHASES, STOCK, SideRun, claims, demo_json, demo_table, side_run
 from slos_serve.bench.plots import due_line, plot_demo, stream_shown
 from slos_serve.metrics.attainment import StageTarget
-from tests.unit.bench.builders import MODEL, demo_side, small_plan
+from tests.unit.bench.builders import MODEL, demo_side, load_of, response_of, small_plan
 
 FIELDS = {
     "requests", "attained", "attained_by_class", "admitted", "admitted_attained", "best_effort", "ttft_ms", "tpot_ms",
@@ -35,7 +36,7 @@ def sides_of(plan: DemoPlan, ours_slow_from: int = 12, stock_slow_from: int = 4)
 def test_json_has_the_promised_shape() -> None:
     plan = small_plan()
     result = json.loads(json.dumps(demo_json(sides_of(plan), {"seed": 0}), allow_nan=False))
-    assert set(result) == {STOCK, OURS, "ratio", "setup"}
+    assert set(result) == {STOCK, OURS, "ratio", "calm_ttft_ratio", "setup"}
     for side in (STOCK, OURS):
         for phase in PHASES:
             found = result[side][phase]
@@ -65,6 +66,19 @@ def test_claims_hold_only_when_they_hold() -> None:
     assert all(held for _, held in claims(demo_json(sides_of(plan), {})))
     even = claims(demo_json(sides_of(plan, ours_slow_from=4), {}))
     assert [held for _, held in even] == [False, True, True, True, True]
+
+
+def test_calm_first_tokens_are_compared_request_by_request() -> None:
+    plan = small_plan()
+    stock = demo_side(plan, slow_from=4)
+    slower = [response_of(request, ttft_s=0.1 if index % 2 else 0.15) for index, request in enumerate(plan.calm)]
+    loads = {"calm": load_of(slower), "burst": stock.loads["burst"]}
+    ours = side_run(loads, plan, MODEL, None)
+    found = demo_json({STOCK: stock, OURS: ours}, {})["calm_ttft_ratio"]
+    promised = [index for index, request in enumerate(plan.calm) if request.slo_class is not None]
+    expected = np.median([1.0 if index % 2 else 1.5 for index in promised])
+    assert found["pairs"] == len(promised) and found["median"] == pytest.approx(expected)
+    assert found["interval"] == pytest.approx([1.0, 1.5])
 
 
 def test_stock_that_attains_nothing_counts_as_one() -> None:

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 from slos_serve.metrics.attainment import StageTarget, score_request
-from slos_serve.metrics.summary import TOTAL, Outcome, ScoredRequest, quantiles_ms, summarize, wilson_interval
+from slos_serve.metrics.summary import (
+    TOTAL,
+    Outcome,
+    ScoredRequest,
+    median_interval,
+    quantiles_ms,
+    summarize,
+    wilson_interval,
+)
 
 
 def scored(
@@ -83,3 +91,17 @@ def test_wilson_narrows_with_more_trials(trials: int) -> None:
     low, high = wilson_interval(trials, 2 * trials)
     low_more, high_more = wilson_interval(4 * trials, 8 * trials)
     assert high_more - low_more < high - low
+
+
+def test_interval_of_the_median_covers_it() -> None:
+    rng = np.random.default_rng(0)
+    held = 0
+    for _ in range(2000):
+        median, low, high = median_interval(rng.exponential(1.0, 12))
+        assert low <= median <= high
+        held += low <= np.log(2.0) <= high
+    assert 0.95 <= held / 2000 <= 0.975  # exact coverage of ranks 3 and 10 of 12 is 0.961
+
+
+def test_few_values_say_nothing_about_the_median() -> None:
+    assert median_interval([1.0, 2.0, 3.0]) == (2.0, 0.0, float("inf"))
