@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from slos_serve.cli.sim_options import JsonFile, console, fail, policy_of, write_json
-from slos_serve.core.errors import SlosServeError
+from slos_serve.core.errors import InvalidFieldError, SlosServeError
+
+if TYPE_CHECKING:
+    from slos_serve.sim.recording import Recording
 
 
 def replay(
@@ -20,23 +23,36 @@ def replay(
     max_num_seqs: Annotated[int, typer.Option(min=1, help="The engine's --max-num-seqs.")] = 256,
     plan_ahead: Annotated[bool, typer.Option(help="The engine schedules asynchronously (vLLM's default).")] = True,
     overhead_ms: Annotated[float, typer.Option(help="HTTP and tokenising, added to every first token.")] = 0.0,
+    speed: Annotated[
+        str,
+        typer.Option(help="Multiple of the profile's step times; auto: from the first third of the requests."),
+    ] = "1",
     json_file: JsonFile = None,
 ) -> None:
     """Simulate the recorded requests and print the error at p50, p90 and p99 and in attainment."""
     from slos_serve.sim.engine import SimSettings, simulate
+    from slos_serve.sim.model_error import ModelError
     from slos_serve.sim.profiles import find_profile, limits_of
-    from slos_serve.sim.replay import compare, read_record, replay_workload
+    from slos_serve.sim.replay import compare, fit_speed, fitted_on, read_record, replay_workload
 
     try:
         name, parameters = policy_of(policy)
         measured = find_profile(profile)
         rows = read_record(record)
         limits = limits_of(measured, max_num_seqs)
-        settings = SimSettings(policy=name, parameters=parameters or None, plan_ahead=plan_ahead)
-        found = compare(simulate(replay_workload(rows), measured.model, limits, settings), rows, overhead_ms / 1000.0)
+        requests = replay_workload(rows)
+
+        def simulate_at(factor: float) -> Recording:
+            settings = SimSettings(
+                policy=name, parameters=parameters or None, plan_ahead=plan_ahead, error=ModelError(bias=factor)
+            )
+            return simulate(requests, measured.model, limits, settings)
+
+        factor = fit_speed(rows, simulate_at) if speed == "auto" else _factor(speed)
+        found = compare(simulate_at(factor), rows, overhead_ms / 1000.0, skip=fitted_on(rows) if speed == "auto" else 0)
     except SlosServeError as fault:
         raise fail(fault) from fault
-    table = Table(title=f"{found.requests} requests of {record.name}, {policy}")
+    table = Table(title=f"{found.requests} requests of {record.name}, {policy}, step times x {factor:.2f}")
     for column in ("", "measured", "simulated", "error"):
         table.add_column(column, justify="right" if column else "left")
     for label, errors in (("TTFT", found.ttft_ms), ("TPOT", found.tpot_ms)):
@@ -45,4 +61,11 @@ def replay(
     real, virtual = found.attainment
     table.add_row("attained", f"{100 * real:.1f} %", f"{100 * virtual:.1f} %", f"{100 * (virtual - real):+.1f} points")
     console.print(table)
-    write_json(json_file, {"record": record.name, "policy": policy, **asdict(found)})
+    write_json(json_file, {"record": record.name, "policy": policy, "speed": factor, **asdict(found)})
+
+
+def _factor(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError as fault:
+        raise InvalidFieldError("speed", text, "a number above 0, or auto") from fault

@@ -3,12 +3,16 @@
 Each request keeps the time it was sent, its prompt and answer length and its promises; the profile, the engine's limits
 and the policy stand for the engine. What is compared is what clients saw: time to first token, time per output token
 and whether the promises were kept.
+
+A profile is as old as its measurement, and a shared machine is not as fast today as yesterday. :func:`fit_speed` takes
+one factor on every step's time from the first third of the requests; the error is then that of the others.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +28,8 @@ from slos_serve.sim.recording import Recording
 from slos_serve.workload.calls import Workload, empty_calls
 
 QUANTILES = (0.5, 0.9, 0.99)
+SPEED_FITTED_ON = 1.0 / 3.0
+_SLOWEST, _SPEED_TOLERANCE = 4.0, 0.002
 Row = Mapping[str, Any]
 
 
@@ -32,7 +38,7 @@ class Fidelity:
     """Measured against simulated.
 
     Attributes:
-        requests: compared; those that completed in the real run.
+        requests: how many are compared, of those that completed in the real run.
         ttft_ms, tpot_ms: quantile -> (measured, simulated, relative error).
         attainment: measured and simulated share, over requests with a promise.
     """
@@ -85,20 +91,55 @@ def replay_workload(rows: Sequence[Row], name: str = "replay") -> Workload:
     return Workload(name, tuple(single_stage(name, SLO()) for name in names), calls)
 
 
-def compare(recording: Recording, rows: Sequence[Row], overhead_s: float = 0.0) -> Fidelity:
-    """Errors of a simulated run of :func:`replay_workload`; ``overhead_s`` is added to every simulated first token."""
+def fitted_on(rows: Sequence[Row]) -> int:
+    """How many of the first requests :func:`fit_speed` looks at."""
+    return math.ceil(SPEED_FITTED_ON * len(rows))
+
+
+def fit_speed(rows: Sequence[Row], simulate_at: Callable[[float], Recording]) -> float:
+    """Multiple of the profile's step times at which the first requests take as long as they did, in the median.
+
+    Args:
+        rows: of the record.
+        simulate_at: serves :func:`replay_workload` of ``rows`` with every step taking that multiple.
+    """
+    count = fitted_on(rows)
+    measured_s = np.array([float(row["token_times_s"][-1]) - float(row["sent_s"]) for row in rows[:count]])
+
+    def too_fast(factor: float) -> bool:
+        recording = simulate_at(factor)
+        last = recording.token_start + recording.workload.calls["output_tokens"] - 1
+        return float(np.median(recording.token_s[last[:count]] / measured_s)) < 1.0
+
+    low, high = 1.0 / _SLOWEST, _SLOWEST
+    while high / low > 1.0 + _SPEED_TOLERANCE:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if too_fast(middle) else (low, middle)
+    return math.sqrt(low * high)
+
+
+def compare(recording: Recording, rows: Sequence[Row], overhead_s: float = 0.0, skip: int = 0) -> Fidelity:
+    """Errors of a simulated run of :func:`replay_workload`.
+
+    Args:
+        recording: the simulated run.
+        rows: the measured one.
+        overhead_s: added to every simulated first token.
+        skip: leave out that many of the first requests.
+    """
     scores = score(recording)
     measured = [_measured(row) for row in rows]
     simulated_ttft = scores.ttft_s + overhead_s
     calls = recording.workload.calls
     promised = np.isfinite(calls["ttft_s"]) | np.isfinite(calls["tpot_s"])
+    promised[:skip] = False
     kept = scores.completed & scores.tpot_met & (simulated_ttft <= calls["ttft_s"] + 1e-6)
     real_kept = np.array([score.attained for score in measured])
     shares = (float(real_kept[promised].mean()), float(kept[promised].mean())) if promised.any() else (1.0, 1.0)
     return Fidelity(
-        requests=len(rows),
-        ttft_ms=_errors(np.array([score.ttft_s for score in measured]), simulated_ttft),
-        tpot_ms=_errors(np.array([score.tpot_s for score in measured]), scores.tpot_s),
+        requests=len(rows) - skip,
+        ttft_ms=_errors(np.array([score.ttft_s for score in measured[skip:]]), simulated_ttft[skip:]),
+        tpot_ms=_errors(np.array([score.tpot_s for score in measured[skip:]]), scores.tpot_s[skip:]),
         attainment=shares,
     )
 

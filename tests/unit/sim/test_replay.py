@@ -10,7 +10,7 @@ import pytest
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.replay import compare, read_record, replay_workload
+from slos_serve.sim.replay import compare, fit_speed, fitted_on, read_record, replay_workload
 from slos_serve.workload.scenarios import make_workload
 from tests.sim_builders import GPU, run, token_times, workload
 
@@ -45,6 +45,17 @@ def test_a_simulated_run_replays_without_error(tmp_path: Path) -> None:
     assert again.attainment[0] == again.attainment[1]
     slower = compare(run(replay_workload(rows), "vllm", GPU.scaled(1.5)), rows)
     assert slower.tpot_ms["p50"][2] > 0.3
+
+
+def test_the_speed_of_a_run_is_found_from_its_first_requests() -> None:
+    load = make_workload("chat", 1.0, 60, arrivals="poisson")
+    rows = _rows(run(load, "vllm", GPU.scaled(1.3)))
+    again = replay_workload(rows)
+    factor = fit_speed(rows, lambda factor: run(again, "vllm", GPU.scaled(factor)))
+    assert factor == pytest.approx(1.3, rel=0.005)
+    rest = compare(run(again, "vllm", GPU.scaled(factor)), rows, skip=fitted_on(rows))
+    assert rest.requests == 40
+    assert abs(rest.tpot_ms["p50"][2]) < 0.01 and abs(rest.ttft_ms["p50"][2]) < 0.02
 
 
 def test_planning_ahead_costs_a_new_request_one_step() -> None:
