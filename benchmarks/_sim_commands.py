@@ -7,11 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+RESULTS = Path(__file__).resolve().parent / "results"
+
 
 def options(description: str | None, replicas: int, rate: float = 0.0, requests: int = 1500) -> argparse.Namespace:
     """``--output``, ``--replicas``, ``--requests`` and ``--rate``; the output folder is made."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--replicas", type=int, default=replicas)
     parser.add_argument("--requests", type=int, default=requests)
     parser.add_argument("--rate", type=float, default=rate)

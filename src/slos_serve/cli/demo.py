@@ -35,6 +35,9 @@ def demo(
     png: Annotated[Path | None, typer.Option(help="Write the chart here.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Batch-time profile instead of the cached one.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the requests.")] = 0,
+    calm_seconds: Annotated[float, typer.Option(min=1, help="How long requests arrive in the calm phase.")] = 28.0,
+    burst_seconds: Annotated[float, typer.Option(min=1, help="How long requests arrive in the burst.")] = 24.0,
+    burst_load: Annotated[float, typer.Option(min=0.1, help="Load of the burst, in parts of the capacity.")] = 1.7,
     record: Annotated[
         Path | None, typer.Option(help="Write each side's requests with their token times to this folder, for replay.")
     ] = None,
@@ -51,7 +54,8 @@ def demo(
     began_s = time.monotonic()
     try:
         setup, found = _engine(console, model, profile)
-        plan, sides = _run(console, setup, DemoSettings(seed=seed), folder)
+        settings = DemoSettings(seed=seed, calm_s=calm_seconds, burst_s=burst_seconds, burst_load=burst_load)
+        plan, sides = _run(console, setup, settings, folder)
         result = demo_json(sides, _setup_json(setup, found, plan, time.monotonic() - began_s))
     except SlosServeError as error:
         console.print(f"[bold red]slos-serve demo:[/] {str(error).replace('[', chr(92) + '[')}", highlight=False)
@@ -170,6 +174,7 @@ def _setup_json(setup: EngineSetup, profile: Profile, plan: DemoPlan, wall_s: fl
         "device": profile.device,
         "engine_version": profile.engine_version,
         "vllm_args": list(setup.vllm_args),
+        "profile": str(setup.profile_path),
         "profile_created": profile.created,
         "batch_time": {name: getattr(profile.model, name) for name in profile.model.__slots__},
         "capacity_per_s": plan.capacity_per_s,

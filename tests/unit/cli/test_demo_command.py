@@ -95,6 +95,14 @@ def test_writes_what_it_prints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert "no  " not in ran.output and "Each side gets" in ran.output
 
 
+def test_phases_can_be_made_longer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    json_file = tmp_path / "demo.json"
+    longer = ("--calm-seconds", "40", "--burst-seconds", "60", "--burst-load", "1.2")
+    assert run_demo(monkeypatch, tmp_path, good_sides, "--json", str(json_file), *longer).exit_code == 0
+    setup = json.loads(json_file.read_text(encoding="utf-8"))["setup"]
+    assert (setup["calm_s"], setup["burst_s"], setup["burst_load"]) == (40.0, 60.0, 1.2)
+
+
 def test_failure_says_where_the_logs_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ran = run_demo(monkeypatch, tmp_path, bad_sides)
     assert ran.exit_code == 1
