@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,7 +13,9 @@ import plotly.graph_objects as go
 from matplotlib.figure import Figure
 
 # Okabe-Ito: told apart by people who do not see every colour.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+# What this project adds is drawn alike everywhere.
+OURS, OUR_COLOUR = "slos-serve", "#D55E00"
 Number = float | None
 
 
@@ -57,11 +60,20 @@ class Chart:
     log_y: bool = False
 
 
+def _colours(series: Sequence[Series]) -> list[str]:
+    """One a series: ours where exactly one of them is of this project, the others in turn."""
+    ours = [one.name.partition(",")[0].partition(":")[0] == OURS for one in series]
+    if sum(ours) != 1:
+        every = (OUR_COLOUR, *COLOURS)
+        return [every[index % len(every)] for index in range(len(series))]
+    others = itertools.cycle(COLOURS)
+    return [OUR_COLOUR if mine else next(others) for mine in ours]
+
+
 def plotly_figure(chart: Chart) -> go.Figure:
     """The chart for a web page."""
     figure = go.Figure()
-    for index, series in enumerate(chart.series):
-        colour = COLOURS[index % len(COLOURS)]
+    for series, colour in zip(chart.series, _colours(chart.series), strict=True):
         bars = None
         if series.low:
             above = [high - (y or 0.0) for high, y in zip(series.high, series.y, strict=True)]
@@ -99,8 +111,7 @@ def png_bytes(chart: Chart) -> bytes:
         axes = figure.subplots()
         names = list(dict.fromkeys(str(x) for series in chart.series for x in series.x)) if chart.kind == "bars" else []
         width = 0.8 / max(len(chart.series), 1)
-        for index, series in enumerate(chart.series):
-            colour = COLOURS[index % len(COLOURS)]
+        for index, (series, colour) in enumerate(zip(chart.series, _colours(chart.series), strict=True)):
             values = [float("nan") if y is None else y for y in series.y]
             errors = None
             if series.low:
@@ -121,9 +132,11 @@ def png_bytes(chart: Chart) -> bytes:
             axes.set_xticks(range(len(names)), names)
         if chart.log_y:
             axes.set_yscale("log")
-        axes.set(title=chart.title, xlabel=chart.x_label, ylabel=chart.y_label)
+        axes.set(xlabel=chart.x_label, ylabel=chart.y_label)
+        axes.set_title(chart.title, loc="left", fontweight="bold")
         if len(chart.series) > 1:
-            axes.legend(frameon=False, ncols=2)
+            # Beside the data: there is no corner that no line may cross.
+            figure.legend(loc="outside right upper", frameon=False)
         buffer = io.BytesIO()
         # No date inside: the same result gives the same file.
         figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})

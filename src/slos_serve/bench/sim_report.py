@@ -60,10 +60,14 @@ def capacity_charts(rows: Sequence[Row]) -> list[Chart]:
 
 def run_charts(rows: Sequence[Row]) -> list[Chart]:
     """Latency, attainment and batches over time."""
+    of_target = "times the target (p99)"
     wanted = (
         ("arrivals", "Arrivals", "arrivals_rps", "requests/s", False),
-        ("ttft", "p99 time to first token, by arrival", "ttft_p99_ms", "ms", True),
-        ("tpot", "p99 time per output token, by arrival", "tpot_p99_ms", "ms", False),
+        ("ttft-promised", "Time to first token of what was promised", "ttft_of_target_p99", of_target, True),
+        ("tpot-promised", "Time per output token of what was promised", "tpot_of_target_p99", of_target, True),
+        ("promised", "Promised requests, by arrival", "promised_rps", "requests/s", False),
+        ("ttft", "p99 time to first token of all, by arrival", "ttft_p99_ms", "ms", True),
+        ("tpot", "p99 time per output token of all, by arrival", "tpot_p99_ms", "ms", False),
         ("attained", "Share that attained, by arrival", "attained", "share", False),
         ("batch-tokens", "Batch size", "batch_tokens", "tokens a step (mean)", False),
         ("waiting", "Waiting requests", "waiting", "requests (mean)", False),
@@ -72,8 +76,9 @@ def run_charts(rows: Sequence[Row]) -> list[Chart]:
     charts = []
     for key, title, column, unit, log_y in wanted:
         some = rows[:1] if key == "arrivals" else rows
-        series = [Series(_label(row), row["timeline"]["t_s"], row["timeline"][column]) for row in some]
-        charts.append(Chart(f"timeline-{key}", title, "virtual seconds", unit, series, log_y=log_y))
+        series = [Series(_label(row), row["timeline"]["t_s"], row["timeline"].get(column, [])) for row in some]
+        marks = (("target", 1.0),) if unit == of_target else ()
+        charts.append(Chart(f"timeline-{key}", title, "virtual seconds", unit, series, marks=marks, log_y=log_y))
     return charts
 
 

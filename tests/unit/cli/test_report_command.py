@@ -60,7 +60,7 @@ def test_runs_are_overlaid(tmp_path: Path) -> None:
         files.append(str(file))
     result = RUNNER.invoke(app, ["report", *files, "--output", str(tmp_path / "both.html")])
     assert result.exit_code == 0, result.output
-    assert len(list(tmp_path.glob("both-timeline-*.png"))) == 7
+    assert len(list(tmp_path.glob("both-timeline-*.png"))) == 10
 
 
 def test_bad_results_are_named(tmp_path: Path) -> None:

@@ -21,9 +21,10 @@ from slos_serve.sim.recording import Recording
 from slos_serve.sim.replica import EngineLimits, Replica, ReplicaSettings
 from slos_serve.sim.routers import make_router
 from slos_serve.sim.step import uniform
+from slos_serve.sim.timeline import timeline
 from slos_serve.workload.calls import Workload
 from slos_serve.workload.scenarios import make_workload
-from tests.sim_builders import LIMITS, PLAIN, run, token_times, workload
+from tests.sim_builders import GPU, LIMITS, PLAIN, run, token_times, workload
 
 
 @dataclass
@@ -232,3 +233,17 @@ def test_impossible_settings_are_named() -> None:
         run(load, parameters={"bugdet": 1})
     with pytest.raises(InvalidFieldError, match="deaths"):
         run(load, deaths=[(1.0, 5)])
+
+
+def test_a_timeline_sets_what_was_promised_beside_its_target() -> None:
+    load = make_workload("chat", 4.0, 150, arrivals="poisson")
+    large = EngineLimits(kv_capacity_tokens=16 * 8000, max_num_batched_tokens=8192)
+    series = timeline(run(load, "slos-serve", GPU, large, oracle_lengths=True), slices=6)
+    ratios = series["ttft_of_target_p99"] + series["tpot_of_target_p99"]
+    assert max(value for value in ratios if value is not None) <= 1.01
+    width_s = 2.0 * series["t_s"][0]
+    assert sum(series["promised_rps"]) < sum(series["arrivals_rps"])
+    assert sum(series["arrivals_rps"]) == pytest.approx(150 / width_s, rel=1e-3)
+    crowded = timeline(run(load, "vllm", GPU, large), slices=6)
+    assert crowded["promised_rps"] == crowded["arrivals_rps"]  # it promises nothing, so all count
+    assert max(value for value in crowded["ttft_of_target_p99"] if value is not None) > 1.5
