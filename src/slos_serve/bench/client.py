@@ -22,10 +22,12 @@ from slos_serve.bench.requests import BenchRequest, LoadResult, Response
 from slos_serve.bench.stream import AnswerReader, EventSplitter, StreamError, error_text
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.metrics.summary import Outcome
+from slos_serve.vllm_plugin.stolen_time import stolen_s
 
 CLASS_HEADER = "x-slo-class"
 _REJECTED_STATUS = (429, 503)
 _LONGEST_ERROR = 300
+_STOLEN_EVERY_S = 0.25
 
 
 class ServerUnreachableError(SlosServeError):
@@ -133,13 +135,18 @@ class LoadClient:
         ordered = sorted(requests, key=lambda request: request.arrival_s)
         responses = [Response(request) for request in ordered]
         started_unix_s, zero_s = time.time(), time.perf_counter()
-        async with asyncio.TaskGroup() as tasks:
-            for response in responses:
-                wait_s = response.request.arrival_s - (time.perf_counter() - zero_s)
-                if wait_s > 0.0:
-                    await asyncio.sleep(wait_s)
-                tasks.create_task(self._send(response, zero_s, on_end))
-        return LoadResult(responses, time.perf_counter() - zero_s, started_unix_s)
+        stolen: list[tuple[float, float]] = []
+        watch = asyncio.create_task(_watch_stolen(zero_s, stolen))
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for response in responses:
+                    wait_s = response.request.arrival_s - (time.perf_counter() - zero_s)
+                    if wait_s > 0.0:
+                        await asyncio.sleep(wait_s)
+                    tasks.create_task(self._send(response, zero_s, on_end))
+        finally:
+            watch.cancel()
+        return LoadResult(responses, time.perf_counter() - zero_s, started_unix_s, stolen)
 
     async def _send(self, response: Response, zero_s: float, on_end: Callable[[Response], None] | None) -> None:
         """Send one request; every failure becomes part of its response."""
@@ -237,6 +244,17 @@ class LoadClient:
             raise ServerUnreachableError(
                 f"no answer from {url} ({reason}); is the server up? Start one with 'slos-serve serve MODEL'"
             ) from error
+
+
+async def _watch_stolen(zero_s: float, stolen: list[tuple[float, float]]) -> None:
+    """Append how much of this machine a hypervisor took, where the count changes."""
+    before_s = stolen_s()
+    while True:
+        now_s, taken_s = time.perf_counter() - zero_s, stolen_s() - before_s
+        if len(stolen) > 1 and stolen[-1][1] == stolen[-2][1] == taken_s:
+            stolen.pop()
+        stolen.append((now_s, taken_s))
+        await asyncio.sleep(_STOLEN_EVERY_S)
 
 
 async def _read_refusal(http: aiohttp.ClientResponse, response: Response) -> None:

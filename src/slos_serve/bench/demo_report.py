@@ -110,7 +110,7 @@ def record_side(path: Path, side: SideRun, plan: DemoPlan, model: BatchTimeModel
     scored = [*side.scored["calm"], *side.scored["burst"]]
     targets = [targets_for(response, plan.classes, model) for response in load.responses]
     verdicts = side.events.verdicts if side.events is not None else None
-    write_record(path, header, load.responses, scored, targets, verdicts)
+    write_record(path, header, load, scored, targets, verdicts)
 
 
 def demo_json(sides: Mapping[str, SideRun], setup: Mapping[str, Any]) -> dict[str, Any]:

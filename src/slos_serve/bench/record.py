@@ -1,6 +1,7 @@
 """The record of a run: JSON lines that hold what a replay or a later analysis needs.
 
-The first line describes the run, each further line one request. Times count from the run's start, in seconds.
+The first line describes the run; one line may say how much of the client's machine was stolen when; each further line
+is one request. Times count from the run's start, in seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from slos_serve.bench.requests import Response
+from slos_serve.bench.requests import LoadResult, Response
 from slos_serve.metrics.attainment import StageTarget
 from slos_serve.metrics.summary import ScoredRequest
 
@@ -21,7 +22,7 @@ RECORD_FORMAT = "slos-serve-record/1"
 def write_record(
     path: Path,
     header: Mapping[str, Any],
-    responses: Sequence[Response],
+    load: LoadResult,
     scored: Sequence[ScoredRequest],
     targets: Sequence[Sequence[StageTarget]],
     verdicts: Mapping[str, str] | None = None,
@@ -31,13 +32,18 @@ def write_record(
     Args:
         path: file to write.
         header: what is known of the run (server, model, workload, seed, ...).
-        responses, scored, targets: one of each for every request, in the same order.
+        load: the run, its requests in the order of ``scored`` and ``targets``.
+        scored, targets: one of each for every request.
         verdicts: the scheduler's word on each request by request id, where known.
     """
     verdicts = verdicts or {}
     with path.open("w", encoding="utf-8") as file:
         file.write(json.dumps({"kind": "run", "format": RECORD_FORMAT, **header}) + "\n")
-        for response, score, target in zip(responses, scored, targets, strict=True):
+        if load.stolen:
+            times_s, seconds = zip(*load.stolen, strict=True)
+            row = {"kind": "stolen", "t_s": [round(t, 3) for t in times_s], "seconds": [round(s, 3) for s in seconds]}
+            file.write(json.dumps(row) + "\n")
+        for response, score, target in zip(load.responses, scored, targets, strict=True):
             verdict = verdicts.get(response.request.request_id)
             file.write(json.dumps(request_row(response, score, target, verdict)) + "\n")
 

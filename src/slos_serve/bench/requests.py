@@ -95,16 +95,21 @@ class LoadResult:
         responses: one for every request, in order of arrival.
         wall_s: from the first scheduled arrival's clock zero to the last answer's end.
         started_unix_s: wall clock at zero.
+        stolen: (time, seconds that a hypervisor took from this machine until then, summed over its cores).
     """
 
     responses: list[Response]
     wall_s: float
     started_unix_s: float
+    stolen: list[tuple[float, float]] = field(default_factory=list)
 
     def then(self, later: LoadResult) -> LoadResult:
         """Both runs as one on this run's clock, the later one right behind."""
         moved = [_moved(response, self.wall_s) for response in later.responses]
-        return LoadResult(self.responses + moved, self.wall_s + later.wall_s, self.started_unix_s)
+        before_s = self.stolen[-1][1] if self.stolen else 0.0
+        stolen = [(time_s + self.wall_s, before_s + seconds) for time_s, seconds in later.stolen]
+        wall_s = self.wall_s + later.wall_s
+        return LoadResult(self.responses + moved, wall_s, self.started_unix_s, self.stolen + stolen)
 
 
 def _moved(response: Response, by_s: float) -> Response:

@@ -107,7 +107,7 @@ class BenchRun:
     def write_record(self, path: Path) -> None:
         """Write every request with its token times (JSON lines)."""
         targets = [targets_for(response, self.classes, self.model) for response in self.load.responses]
-        write_record(path, self.header(), self.load.responses, self.scored, targets)
+        write_record(path, self.header(), self.load, self.scored, targets)
 
 
 async def run_bench(

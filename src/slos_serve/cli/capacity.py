@@ -119,7 +119,7 @@ def tables(results: list[Capacity]) -> list[Table]:
         for name in policies:
             table.add_column(name, justify="right")
     capacities.add_column("fluid bound / 0.9", justify="right")
-    capacities.add_column("the same with speculation", justify="right")
+    capacities.add_column("with speculation", justify="right")
     by_scenario: dict[str, dict[str, Capacity]] = defaultdict(dict)
     for row in results:
         by_scenario[row.scenario][row.policy] = row
@@ -136,7 +136,7 @@ def tables(results: list[Capacity]) -> list[Table]:
 
 
 def _cell(row: Capacity | None) -> str:
-    return "" if row is None else f"{row.capacity_rps_per_gpu:.2f} ({row.ci[0]:.2f}-{row.ci[1]:.2f})"
+    return "" if row is None else f"{row.capacity_rps_per_gpu:.2f}\n{row.ci[0]:.2f}-{row.ci[1]:.2f}"
 
 
 def _quartiles(row: Capacity | None) -> str:

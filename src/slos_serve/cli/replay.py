@@ -27,13 +27,16 @@ def replay(
         str,
         typer.Option(help="Multiple of the profile's step times; auto: from the first third of the requests."),
     ] = "1",
+    stolen: Annotated[
+        bool, typer.Option(help="Lose the time that, by the record, was stolen from the machine.")
+    ] = True,
     json_file: JsonFile = None,
 ) -> None:
     """Simulate the recorded requests and print the error at p50, p90 and p99 and in attainment."""
     from slos_serve.sim.engine import SimSettings, simulate
     from slos_serve.sim.model_error import ModelError
     from slos_serve.sim.profiles import find_profile, limits_of
-    from slos_serve.sim.replay import compare, fit_speed, fitted_on, read_record, replay_workload
+    from slos_serve.sim.replay import compare, fit_speed, fitted_on, read_interruptions, read_record, replay_workload
 
     try:
         name, parameters = policy_of(policy)
@@ -41,11 +44,11 @@ def replay(
         rows = read_record(record)
         limits = limits_of(measured, max_num_seqs)
         requests = replay_workload(rows)
+        gaps = read_interruptions(record, rows) if stolen else None
 
         def simulate_at(factor: float) -> Recording:
-            settings = SimSettings(
-                policy=name, parameters=parameters or None, plan_ahead=plan_ahead, error=ModelError(bias=factor)
-            )
+            error = ModelError(bias=factor, interruptions=gaps)
+            settings = SimSettings(policy=name, parameters=parameters or None, plan_ahead=plan_ahead, error=error)
             return simulate(requests, measured.model, limits, settings)
 
         factor = fit_speed(rows, simulate_at) if speed == "auto" else _factor(speed)
@@ -61,6 +64,8 @@ def replay(
     real, virtual = found.attainment
     table.add_row("attained", f"{100 * real:.1f} %", f"{100 * virtual:.1f} %", f"{100 * (virtual - real):+.1f} points")
     console.print(table)
+    if gaps is not None:
+        console.print(f"{gaps.lost_s:.1f} s were stolen from the machine meanwhile (--no-stolen leaves that out)")
     write_json(json_file, {"record": record.name, "policy": policy, "speed": factor, **asdict(found)})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,7 +30,9 @@ Router = Annotated[
 ]
 Acceptance = Annotated[float, typer.Option(min=0.0, max=0.999, help="Probability that a draft token is right.")]
 
-console = Console()
+# Columns of a table that does not go to a terminal.
+FILE_WIDTH = 130
+console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
 errors = Console(stderr=True)
 
 

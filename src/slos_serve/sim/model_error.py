@@ -1,8 +1,9 @@
-"""How far real step times stray from the batch-time model: noise, bias, stragglers."""
+"""How far real step times stray from the batch-time model: noise, bias, stragglers, a machine that is taken away."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +11,45 @@ import numpy as np
 from slos_serve.core.slo import check_number
 
 _BLOCK = 4096
+
+
+# However much is taken away, this part of the time stays: the clock must go on.
+_LEAST_LEFT = 0.05
+
+
+class Interruptions:
+    """Time during which the machine did something else, as a virtual machine's processors are taken away.
+
+    Args:
+        times_s: rising moments.
+        lost_s: seconds lost up to each of them.
+    """
+
+    def __init__(self, times_s: Sequence[float], lost_s: Sequence[float]) -> None:
+        times = np.asarray(times_s, dtype=np.float64)
+        widths = np.diff(times)
+        lost = np.minimum(np.diff(np.asarray(lost_s, dtype=np.float64)), (1.0 - _LEAST_LEFT) * widths)
+        self._times = times
+        self._left = np.concatenate((np.zeros(1), np.cumsum(widths - lost)))
+
+    @property
+    def lost_s(self) -> float:
+        """Seconds lost in all."""
+        return float(self._times[-1] - self._times[0] - self._left[-1])
+
+    def duration_s(self, start_s: float, work_s: float) -> float:
+        """How long ``work_s`` of machine time takes from ``start_s`` on; nothing is lost outside the moments known."""
+        begin = self._left_at(start_s)
+        return max(self._time_of(begin + work_s) - start_s, work_s)
+
+    def _left_at(self, time_s: float) -> float:
+        first, last = float(self._times[0]), float(self._times[-1])
+        outside = min(time_s - first, 0.0) + max(time_s - last, 0.0)
+        return float(np.interp(time_s, self._times, self._left)) + outside
+
+    def _time_of(self, left_s: float) -> float:
+        outside = min(left_s, 0.0) + max(left_s - float(self._left[-1]), 0.0)
+        return float(np.interp(left_s, self._left, self._times)) + outside
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,12 +60,14 @@ class ModelError:
         bias: every step takes this multiple of what the model says.
         noise: coefficient of variation of a log-normal factor on each step, mean 1.
         straggler_probability, straggler_factor: now and then a step takes this multiple.
+        interruptions: when the machine was elsewhere; the work of a step takes that much longer.
     """
 
     bias: float = 1.0
     noise: float = 0.0
     straggler_probability: float = 0.0
     straggler_factor: float = 4.0
+    interruptions: Interruptions | None = None
 
     def __post_init__(self) -> None:
         check_number("bias", self.bias, low=0.0, high=100.0)
@@ -35,7 +77,7 @@ class ModelError:
 
     @property
     def exact(self) -> bool:
-        """The model is right about every step."""
+        """The model is right about every step's work."""
         return self.bias == 1.0 and self.noise == 0.0 and self.straggler_probability == 0.0
 
 
@@ -47,6 +89,12 @@ class StepFactors:
         self._random = np.random.default_rng((seed, replica, 0x5E7))
         self._block = np.empty(0)
         self._next = 0
+
+    def duration_s(self, start_s: float, predicted_s: float) -> float:
+        """How long a step that begins at ``start_s`` and for which the model says ``predicted_s`` takes."""
+        work_s = predicted_s * self.draw()
+        gaps = self._error.interruptions
+        return work_s if gaps is None else gaps.duration_s(start_s, work_s)
 
     def draw(self) -> float:
         """Factor of the next step."""

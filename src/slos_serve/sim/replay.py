@@ -5,7 +5,8 @@ and the policy stand for the engine. What is compared is what clients saw: time 
 and whether the promises were kept.
 
 A profile is as old as its measurement, and a shared machine is not as fast today as yesterday. :func:`fit_speed` takes
-one factor on every step's time from the first third of the requests; the error is then that of the others.
+one factor on every step's time from the first third of the requests; the error is then that of the others. When the
+record says how much of the machine a hypervisor took meanwhile, the simulated steps lose the same time.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import SLO, single_stage
 from slos_serve.metrics.attainment import StageTarget, score_request
+from slos_serve.sim.model_error import Interruptions
 from slos_serve.sim.outcome import score
 from slos_serve.sim.recording import Recording
 from slos_serve.workload.calls import Workload, empty_calls
@@ -74,6 +76,29 @@ def read_record(path: Path) -> list[Row]:
     if not rows:
         raise InvalidFieldError("record", str(path), "a record with at least one completed request")
     return sorted(rows, key=lambda row: float(row["sent_s"]))
+
+
+def read_interruptions(path: Path, rows: Sequence[Row]) -> Interruptions | None:
+    """What a record says was stolen from the machine, on the clock of :func:`replay_workload`; ``None`` if nothing.
+
+    Seconds are summed over cores; a batch runs on all of them and waits for the slowest, so each is lost whole.
+
+    Raises:
+        InvalidFieldError: naming file and line.
+    """
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if '"stolen"' not in line:
+            continue
+        row = json.loads(line)
+        if row.get("kind") != "stolen":
+            continue
+        times, seconds = row.get("t_s"), row.get("seconds")
+        if not isinstance(times, list) or not isinstance(seconds, list) or len(times) != len(seconds):
+            raise InvalidFieldError("t_s", times, "as many moments as there are seconds", f"{path}:{number}")
+        if len(times) > 1 and seconds[-1] > 0.0:
+            first_s = float(rows[0]["sent_s"])
+            return Interruptions([time_s - first_s for time_s in times], seconds)
+    return None
 
 
 def replay_workload(rows: Sequence[Row], name: str = "replay") -> Workload:

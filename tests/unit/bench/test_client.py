@@ -211,3 +211,9 @@ def test_no_server_is_one_clear_error() -> None:
 def test_settings_are_checked(changes: dict[str, str]) -> None:
     with pytest.raises(InvalidFieldError):
         replace(QUICK, **changes)  # type: ignore[arg-type]  # the keys are fields that hold strings
+
+
+def test_runs_one_behind_the_other_add_up_what_was_stolen() -> None:
+    first = LoadResult([], 10.0, 0.0, stolen=[(0.0, 0.0), (9.0, 2.0)])
+    second = LoadResult([], 5.0, 20.0, stolen=[(0.5, 0.0), (4.0, 1.0)])
+    assert first.then(second).stolen == [(0.0, 0.0), (9.0, 2.0), (10.5, 2.0), (14.0, 3.0)]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slos_serve.bench.record import RECORD_FORMAT, write_record
-from slos_serve.bench.requests import BenchRequest
+from slos_serve.bench.requests import BenchRequest, LoadResult
 from slos_serve.bench.scoring import check_scorable, score_response, score_responses, targets_for
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import SLO, ClassSet, single_stage
@@ -74,9 +74,11 @@ def test_record_holds_what_a_replay_needs(tmp_path: Path) -> None:
     scored = score_responses(responses, CLASSES, MODEL)
     targets = [targets_for(response, CLASSES, MODEL) for response in responses]
     path = tmp_path / "record.jsonl"
-    write_record(path, {"seed": 1}, responses, scored, targets, {"r-1": "admitted"})
-    run, first, second = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    load = LoadResult(responses, 8.0, 0.0, stolen=[(0.0, 0.0), (2.0, 0.5)])
+    write_record(path, {"seed": 1}, load, scored, targets, {"r-1": "admitted"})
+    run, stolen, first, second = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     assert (run["kind"], run["format"], run["seed"]) == ("run", RECORD_FORMAT, 1)
+    assert stolen == {"kind": "stolen", "t_s": [0.0, 2.0], "seconds": [0.0, 0.5]}
     assert (first["arrival_s"], first["prompt_tokens"], first["output_tokens"]) == (5.0, 100, 3)
     assert (first["slo_class"], first["ttft_ms"], first["tpot_ms"]) == ("absolute", 500.0, [50.0])
     assert first["token_times_s"] == pytest.approx([5.1, 5.11, 5.12])

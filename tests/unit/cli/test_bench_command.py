@@ -38,7 +38,8 @@ def test_named_workload_gives_table_json_and_record(classes: Path, tmp_path: Pat
     assert result["warnings"] == [] or "late" in result["warnings"][0]
     assert result["seed"] == 1 and result["vllm_version"] == "0.32.0"
     assert "chat" in ran.output and "100.0%" in ran.output
-    assert len(record.read_text(encoding="utf-8").splitlines()) == 1 + len(sent)
+    rows = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    assert [row["kind"] for row in rows] == ["run", "stolen", *("request" for _ in sent)]
 
 
 def test_trace_keeps_its_lengths(classes: Path, tmp_path: Path) -> None:
@@ -53,7 +54,9 @@ def test_trace_keeps_its_lengths(classes: Path, tmp_path: Path) -> None:
             "--base-url", server.url, "--classes", one_class, "--trace", trace, "--rate", 100, "--record", record
         )  # fmt: skip
     assert ran.exit_code == 0, ran.output
-    _, first, second = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
+    first, second = [line for line in lines if line["kind"] == "request"]
+    assert lines[0]["kind"] == "run" and lines[1]["kind"] == "stolen"
     assert [row["output_tokens"] for row in (first, second)] == [3, 2]
     assert first["prompt_tokens"] == pytest.approx(40, abs=8)
     assert second["prompt_tokens"] == pytest.approx(90, abs=8)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.sim.model_error import Interruptions, ModelError
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.replay import compare, fit_speed, fitted_on, read_record, replay_workload
+from slos_serve.sim.replay import compare, fit_speed, fitted_on, read_interruptions, read_record, replay_workload
 from slos_serve.workload.scenarios import make_workload
 from tests.sim_builders import GPU, run, token_times, workload
 
@@ -56,6 +57,24 @@ def test_the_speed_of_a_run_is_found_from_its_first_requests() -> None:
     rest = compare(run(again, "vllm", GPU.scaled(factor)), rows, skip=fitted_on(rows))
     assert rest.requests == 40
     assert abs(rest.tpot_ms["p50"][2]) < 0.01 and abs(rest.ttft_ms["p50"][2]) < 0.02
+
+
+def test_a_record_says_when_the_machine_was_elsewhere(tmp_path: Path) -> None:
+    load = workload([0.0, 0.9], [100, 100], [40, 40])
+    taken = Interruptions([0.0, 0.2, 0.4, 5.0], [0.0, 0.0, 0.1, 0.1])
+    real = run(load, error=ModelError(interruptions=taken))
+    assert token_times(real, 0)[-1] == pytest.approx(token_times(run(load), 0)[-1] + 0.1, abs=1e-6)
+    file = tmp_path / "record.jsonl"
+    stolen = {"kind": "stolen", "t_s": [3.0, 3.2, 3.4, 8.0], "seconds": [0.0, 0.0, 0.1, 0.1]}
+    file.write_text("\n".join(json.dumps(row) for row in [stolen, *_rows(real)]) + "\n")
+    rows = read_record(file)
+    found = read_interruptions(file, rows)
+    assert found is not None and found.lost_s == pytest.approx(0.1)
+    again = compare(run(replay_workload(rows), error=ModelError(interruptions=found)), rows)
+    assert all(abs(error) < 1e-3 for _, _, error in (*again.ttft_ms.values(), *again.tpot_ms.values()))
+    file.write_text(json.dumps(stolen | {"seconds": [0.0]}) + "\n")
+    with pytest.raises(InvalidFieldError, match=r"record\.jsonl:1"):
+        read_interruptions(file, rows)
 
 
 def test_planning_ahead_costs_a_new_request_one_step() -> None:

@@ -15,7 +15,7 @@ from slos_serve.metrics.bulk import requests_attained
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.sim.cluster import Cluster
 from slos_serve.sim.faults import PlanFaultError, StuckError
-from slos_serve.sim.model_error import ModelError, StepFactors
+from slos_serve.sim.model_error import Interruptions, ModelError, StepFactors
 from slos_serve.sim.outcome import score
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.replica import EngineLimits, Replica, ReplicaSettings
@@ -233,6 +233,15 @@ def test_impossible_settings_are_named() -> None:
         run(load, parameters={"bugdet": 1})
     with pytest.raises(InvalidFieldError, match="deaths"):
         run(load, deaths=[(1.0, 5)])
+
+
+def test_work_takes_longer_while_the_machine_is_elsewhere() -> None:
+    gaps = Interruptions([1.0, 2.0, 3.0, 4.0], [0.0, 0.5, 0.5, 1.5])
+    assert gaps.duration_s(0.0, 1.0) == pytest.approx(1.0)
+    assert gaps.duration_s(1.0, 0.25) == pytest.approx(0.5)  # half of this second is lost
+    assert gaps.duration_s(1.5, 0.75) == pytest.approx(1.0)
+    assert gaps.duration_s(3.0, 0.05) == pytest.approx(1.0)  # never all of it
+    assert gaps.duration_s(9.0, 0.3) == pytest.approx(0.3)
 
 
 def test_a_timeline_sets_what_was_promised_beside_its_target() -> None:
