@@ -5,19 +5,30 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def options(description: str | None, replicas: int, rate: float = 0.0, requests: int = 1500) -> argparse.Namespace:
-    """``--output``, ``--replicas``, ``--requests`` and ``--rate``; the output folder is made."""
+def options(
+    description: str | None,
+    replicas: int,
+    rate: float = 0.0,
+    requests: int = 1500,
+    seeds: int = 3,
+    scenarios: Sequence[str] = ("all",),
+) -> argparse.Namespace:
+    """``--output`` (made), ``--replicas``, ``--requests``, ``--rate``, ``--seeds``, ``--scenario``."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--replicas", type=int, default=replicas)
     parser.add_argument("--requests", type=int, default=requests)
     parser.add_argument("--rate", type=float, default=rate)
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--scenario", action="append", help=f"may be repeated; default: {', '.join(scenarios)}")
     given = parser.parse_args()
+    given.scenario = given.scenario or list(scenarios)
     given.output.mkdir(parents=True, exist_ok=True)
     return given
 

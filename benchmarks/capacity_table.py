@@ -1,6 +1,6 @@
 """Capacity of every policy on the six scenarios, OPT-13B on A100: the table of docs/benchmarks.md.
 
-python -m benchmarks.capacity_table [--replicas 4] [--output benchmarks/results]
+python -m benchmarks.capacity_table [--replicas 1] [--output benchmarks/results]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from benchmarks._sim_commands import options, run_command
 
 def main() -> None:
     """Search, then draw."""
-    given = options(__doc__, replicas=4)
+    given = options(__doc__, replicas=1)
     result = given.output / "capacity.json"
     policies = ("vllm", "vllm-v0", "sarathi", "distserve", "scorpio", "slos-serve")
     chosen = [part for name in policies for part in ("--policy", name)]

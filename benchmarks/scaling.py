@@ -1,6 +1,9 @@
-"""Capacity per GPU at 1, 2, 4 and 8 replicas for each scenario and router: the scaling figure.
+"""Capacity per GPU at 1, 2, 4 and 8 replicas by router: the scaling figure.
 
-python -m benchmarks.scaling [--output benchmarks/results]
+python -m benchmarks.scaling [--scenario coding --scenario tool] [--replicas 8] [--requests 400] [--seeds 2]
+
+Three ways to spread requests over replicas that all run SLOs-Serve: in turn, to the least loaded, and by asking mirrors
+of the replicas' planners. ``--requests`` counts those of one replica.
 """
 
 from __future__ import annotations
@@ -9,20 +12,26 @@ import json
 
 from benchmarks._sim_commands import options, run_command
 
+ROUTERS = ("round-robin", "least-loaded", "slo")
+
 
 def main() -> None:
-    """One search a number of replicas; rows of all of them in one file."""
-    given = options(__doc__, replicas=8)
+    """One search a router and number of replicas; rows of all of them in one file."""
+    given = options(__doc__, replicas=8, requests=400, seeds=2, scenarios=("coding", "tool", "mixed"))
+    chosen = [part for name in given.scenario for part in ("--scenario", name)]
     rows = []
-    for router in ("round-robin", "least-loaded"):
-        for replicas in (count for count in (1, 2, 4, 8) if count <= given.replicas):
+    for replicas in (count for count in (1, 2, 4, 8) if count <= given.replicas):
+        # One replica leaves a router nothing to choose, but mirrors may still take another order of arrival.
+        for router in ROUTERS if replicas > 1 else ROUTERS[:1]:
             part = given.output / f"scaling-{router}-{replicas}.json"
-            common = ["--scenario", "all", "--policy", "slos-serve", "--policy", "vllm", "--router", router]
-            common += ["--replicas", str(replicas), "--requests", str(given.requests)]
+            common = [*chosen, "--policy", "slos-serve", "--router", router, "--replicas", str(replicas)]
+            common += ["--requests", str(given.requests), "--seeds", str(given.seeds)]
             run_command("capacity", *common, "--resume", str(given.output / "answers.jsonl"), "--json", str(part))
-            rows += [{**row, "router": router} for row in json.loads(part.read_text(encoding="utf-8"))]
+            found = json.loads(part.read_text(encoding="utf-8"))
+            part.unlink()
+            rows += [{**row, "router": name} for name in (ROUTERS if replicas == 1 else (router,)) for row in found]
     result = given.output / "scaling.json"
-    result.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    result.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     run_command("report", str(result))
 
 

@@ -18,7 +18,7 @@ from slos_serve.workload.scenarios import SCENARIOS, scenario_named
 
 ProfileName = Annotated[str, typer.Option("--profile", help="Shipped profile (opt-13b-a100, ...) or a profile file.")]
 Arrivals = Annotated[
-    str, typer.Option(help="scenario (the scenario's own), poisson, azure-conv, azure-code or gamma:CV.")
+    str, typer.Option(help="scenario (the scenario's own), poisson, azure-conv, azure-code, gamma:CV or burst:FACTOR.")
 ]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of lengths and arrivals.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result here.")]

@@ -1,4 +1,4 @@
-"""When requests arrive: ``poisson``, ``gamma:CV``, and two processes fitted to Azure's production traces.
+"""When requests arrive: ``poisson``, ``gamma:CV``, ``burst:FACTOR``, and two fitted to Azure's production traces.
 
 ``azure-code`` alternates bursts and silences: size, speed and following silence come from a table of the trace's
 bursts, drawn in short runs because neighbours resemble each other; gaps within a burst come from quantiles.
@@ -24,14 +24,16 @@ from slos_serve.workload.lengths import PROBABILITIES, load_table
 Floats = NDArray[np.float64]
 DRIFT_STEP_S = 1.0
 BURSTS_A_RUN = 8
-ARRIVAL_NAMES = ("poisson", "azure-conv", "azure-code", "gamma:CV")
+ARRIVAL_NAMES = ("poisson", "azure-conv", "azure-code", "gamma:CV", "burst:FACTOR")
+# Where in a run of ``burst:FACTOR`` the burst begins and ends, as parts of its time.
+BURST_FROM, BURST_TO = 0.4, 0.6
 
 
 def arrival_times(name: str, rate_rps: float, count: int, random: Generator) -> Floats:
     """float64 [count], rising, from 0 on.
 
     Args:
-        name: one of :data:`ARRIVAL_NAMES`, with a number for CV.
+        name: one of :data:`ARRIVAL_NAMES`, with a number for CV or FACTOR.
         rate_rps: mean requests a second.
         count: how many.
         random: source of randomness; equal streams give equal arrivals up to the scale of time.
@@ -52,19 +54,30 @@ def _process(name: str) -> Callable[[int, Generator], Floats]:
     if kind == "poisson" and not parameter:
         return lambda count, random: np.cumsum(random.exponential(size=count))
     if kind == "gamma":
-        return partial(_gamma, _cv(name, parameter))
+        return partial(_gamma, _parameter(name, parameter, "CV", 0.0, 100.0))
+    if kind == "burst":
+        return partial(_one_burst, _parameter(name, parameter, "FACTOR", 1.0, 10_000.0))
     if name in ("azure-conv", "azure-code"):
         table = load_table(name.replace("-", "_") + "_arrivals")
         return partial(_bursts if table["process"] == "on-off" else _drift, table)
     raise InvalidFieldError("arrivals", name, f"one of {', '.join(ARRIVAL_NAMES)}")
 
 
-def _cv(name: str, parameter: str) -> float:
+def _parameter(name: str, text: str, what: str, low: float, high: float) -> float:
+    kind = name.partition(":")[0]
     try:
-        cv = float(parameter)
+        value = float(text)
     except ValueError as fault:
-        raise InvalidFieldError("arrivals", name, "gamma:CV with a number, such as gamma:2") from fault
-    return check_number("arrivals CV", cv, low=0.0, high=100.0)
+        raise InvalidFieldError("arrivals", name, f"{kind}:{what} with a number, such as {kind}:2") from fault
+    return check_number(f"arrivals {what}", value, low=low, high=high)
+
+
+def _one_burst(factor: float, count: int, random: Generator) -> Floats:
+    """A Poisson process whose rate is ``factor`` times as high for a fifth of its time."""
+    expected = np.array([0.0, BURST_FROM, BURST_FROM + factor * (BURST_TO - BURST_FROM), 0.0])
+    expected[-1] = expected[-2] + 1.0 - BURST_TO
+    came = np.cumsum(random.exponential(size=count))
+    return np.asarray(np.interp(came / came[-1] * expected[-1], expected, [0.0, BURST_FROM, BURST_TO, 1.0]))
 
 
 def _gamma(cv: float, count: int, random: Generator) -> Floats:

@@ -35,7 +35,7 @@ def test_azure_hours_are_reproduced(name: str) -> None:
         assert np.mean([_peak(hour, window_s) for hour in hours]) == pytest.approx(peak, rel=0.2), window_s
 
 
-@pytest.mark.parametrize("name", ["poisson", "azure-conv", "azure-code", "gamma:3"])
+@pytest.mark.parametrize("name", ["poisson", "azure-conv", "azure-code", "gamma:3", "burst:10"])
 def test_rate_is_exact_and_scales_the_clock(name: str) -> None:
     slow = arrival_times(name, 1.0, 2000, np.random.default_rng(1))
     fast = arrival_times(name, 4.0, 2000, np.random.default_rng(1))
@@ -49,7 +49,15 @@ def test_gamma_has_the_cv_asked_for() -> None:
     assert _cv(arrival_times("poisson", 1.0, 100_000, np.random.default_rng(0))) == pytest.approx(1.0, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["bursty", "gamma", "gamma:x", "gamma:-1", "poisson:2"])
+def test_a_burst_is_as_many_times_as_fast_as_what_is_around_it() -> None:
+    times = arrival_times("burst:10", 2.0, 20_000, np.random.default_rng(0))
+    end_s = times[-1]
+    inside = np.count_nonzero((times > 0.4 * end_s) & (times < 0.6 * end_s)) / 0.2
+    outside = np.count_nonzero((times < 0.4 * end_s) | (times > 0.6 * end_s)) / 0.8
+    assert inside / outside == pytest.approx(10.0, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["bursty", "gamma", "gamma:x", "gamma:-1", "poisson:2", "burst", "burst:0.5"])
 def test_unknown_processes_are_named(name: str) -> None:
     with pytest.raises(InvalidFieldError, match="arrivals"):
         arrival_times(name, 1.0, 10, np.random.default_rng(0))
