@@ -261,9 +261,9 @@ class ProbedRouter(SloRouter):
                 self._idle_views[str(replica.index)] = view
         return super().choose(now_s, call, session, replicas)
 
-    def _decide(self, now_s: float, call: int, request: RoutingRequest) -> RoutingDecision:
-        found = verdicts(now_s, request, self.mirrors, self._settings)
-        decision = super()._decide(now_s, call, request)
+    def _decide(self, now_s: float, call: int, request: RoutingRequest, home: int) -> RoutingDecision:
+        found = verdicts(now_s, request, self.shards[home], self._settings)
+        decision = super()._decide(now_s, call, request, home)
         self._tally.decisions.append((call, decision.verdict))
         for name, mirror in found.items():
             question = Question(now_s, request, mirror, request.cached.get(name, 0), name == decision.replica)

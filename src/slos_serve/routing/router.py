@@ -44,6 +44,7 @@ class Why(StrEnum):
 
     ATTAINS = "attains"
     ATTAINS_AT_PREFIX = "attains where its prefix is"
+    ATTAINS_ELSEWHERE = "attains with another router"
     INSTEAD = "attains in the place of one that has not begun"
     NO_SLO = "asks for nothing"
     MISSED = "a promise of its session is broken already"

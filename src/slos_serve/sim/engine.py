@@ -34,6 +34,7 @@ class SimSettings:
         sticky_sessions: later rounds of a session go where its prefix is cached, whatever the load there (those that
             ask mirrors decide by themselves).
         publish_every_s, publish_delay_s: age of what an ``slo`` router sees of the replicas, and time to reach it.
+        routers, router_tries: ``slo`` routers that share the replicas, and how many others one asks before it gives up.
         reject_classes: classes whose calls an ``slo`` router refuses where no replica attains them.
         oracle_lengths: tell every policy the true output lengths.
         error: injected batch-time error.
@@ -51,6 +52,8 @@ class SimSettings:
     sticky_sessions: bool = True
     publish_every_s: float = PUBLISH_EVERY_S
     publish_delay_s: float = 0.0
+    routers: int = 1
+    router_tries: int = 1
     reject_classes: Sequence[str] = ()
     oracle_lengths: bool = False
     error: ModelError = field(default_factory=ModelError)
@@ -104,6 +107,8 @@ def _router(recording: Recording, limits: EngineLimits, settings: SimSettings) -
         plan_ahead=settings.plan_ahead,
         prefix_cache=limits.prefix_cache,
         block_size=limits.block_size,
+        shards=settings.routers,
+        tries=settings.router_tries,
     )
     return SloRouter(recording, routing)
 
@@ -139,6 +144,8 @@ def _check_split(settings: SimSettings) -> None:
         raise InvalidFieldError(
             "prefill_replicas", settings.prefill_replicas, f"1 to {settings.replicas - 1} of {settings.replicas}"
         )
+    if not 1 <= settings.routers <= settings.replicas:
+        raise InvalidFieldError("routers", settings.routers, f"1 to the number of replicas, {settings.replicas}")
     for at_s, replica in settings.deaths:
         if at_s < 0.0 or not 0 <= replica < settings.replicas:
             raise InvalidFieldError("deaths", (at_s, replica), f"seconds >= 0 and a replica below {settings.replicas}")

@@ -20,8 +20,9 @@ from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.publisher import PUBLISH_EVERY_S, Publisher
-from slos_serve.routing.router import Order, RouterSettings, RoutingDecision, RoutingRequest, Verdict, route
+from slos_serve.routing.router import Order, RouterSettings, RoutingDecision, RoutingRequest, Verdict
 from slos_serve.routing.sessions import Sessions
+from slos_serve.routing.shards import route_sharded
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.replica import Replica
 from slos_serve.sim.step import COMPLETED
@@ -41,6 +42,8 @@ class SloRouting:
         plan_ahead: replicas plan one step ahead, so a plan lacks what came during the step before it.
         prefix_cache: replicas keep the KV of ended calls.
         block_size: of their KV caches.
+        shards: routers that each decide for their own part of the replicas; a session stays with one of them.
+        tries: other routers that are asked when a router's own replicas do not attain a request.
     """
 
     order: Order = Order.PREFIX
@@ -52,6 +55,8 @@ class SloRouting:
     plan_ahead: bool = False
     prefix_cache: bool = True
     block_size: int = 16
+    shards: int = 1
+    tries: int = 1
 
 
 class Published:
@@ -123,7 +128,7 @@ class SloRouter:
         self._rejects = np.array([slo_class.name in routing.reject_classes for slo_class in classes], dtype=np.bool_)
         self._weights = [slo_class.weight for slo_class in classes]
         self._settings = RouterSettings(routing.order, routing.stale_after_s)
-        self.mirrors = Mirrors(num_classes=len(classes))
+        self.shards = [Mirrors(num_classes=len(classes)) for _ in range(routing.shards)]
         self.decisions: dict[str, int] = {}
         self._sessions = Sessions(routing.block_size)
         self._last_call: dict[int, int] = {}
@@ -133,6 +138,10 @@ class SloRouter:
         self._pending: list[tuple[float, Publication]] = []
         self._began = False
 
+    def mirrors_of(self, index: int) -> Mirrors:
+        """Those of the router that replica ``index`` belongs to."""
+        return self.shards[index % len(self.shards)]
+
     def watch(self, index: int, policy: Policy) -> Policy:
         """The policy to give to replica ``index`` instead, so that it publishes.
 
@@ -141,7 +150,7 @@ class SloRouter:
         """
         if not isinstance(policy, SLOsServePolicy):
             raise InvalidFieldError("router", "slo", "policy slos-serve, whose planner can be mirrored")
-        self.mirrors.add(str(index))
+        self.mirrors_of(index).add(str(index))
         publisher = Publisher(str(index), policy.planner, policy.model, self._routing.publish_every_s)
 
         def deliver(publication: Publication) -> None:
@@ -159,7 +168,7 @@ class SloRouter:
         """The replica that attains the call, or the one that serves it unpromised; ``None`` rejects it."""
         self._receive(now_s, replicas)
         request = self.request_of(now_s, call, session)
-        decision = self._decide(now_s, call, request)
+        decision = self._decide(now_s, call, request, session % len(self.shards))
         self.decisions[decision.reason] = self.decisions.get(decision.reason, 0) + 1
         if decision.verdict is Verdict.REJECT or decision.replica is None:
             return None
@@ -170,9 +179,9 @@ class SloRouter:
             self._sessions.sent(session, decision.replica, request.prompt_tokens)
         return next(replica for replica in replicas if replica.index == index)
 
-    def _decide(self, now_s: float, call: int, request: RoutingRequest) -> RoutingDecision:
+    def _decide(self, now_s: float, call: int, request: RoutingRequest, home: int) -> RoutingDecision:
         """One decision, reserved in the mirrors."""
-        return route(now_s, request, self.mirrors, self._settings)
+        return route_sharded(now_s, request, self.shards, home, self._routing.tries, self._settings)
 
     def request_of(self, now_s: float, call: int, session: int) -> RoutingRequest:
         """What the router knows of a call when it arrives at ``now_s``."""
@@ -212,10 +221,10 @@ class SloRouter:
             # Replicas published that they were there before the first call came.
             began_s = now_s - self._routing.publish_every_s - self._routing.publish_delay_s
             self._idle = {replica.index: _Idle(began_s, replica.view) for replica in replicas}
-        if len(replicas) != len(self.mirrors):
+        if len(replicas) != sum(len(mirrors) for mirrors in self.shards):
             alive = {str(replica.index) for replica in replicas}
-            for name in [name for name in self.mirrors if name not in alive]:
-                self.mirrors.remove(name)
+            for name in [name for mirrors in self.shards for name in mirrors if name not in alive]:
+                self.mirrors_of(int(name)).remove(name)
                 self._sessions.forget_replica(name)
                 self._idle.pop(int(name), None)
         for index, idle in self._idle.items():
@@ -227,10 +236,10 @@ class SloRouter:
         waiting = []
         for visible_s, publication in self._pending:
             if visible_s <= now_s:
-                self.mirrors.update(publication)
+                self.mirrors_of(int(publication.replica)).update(publication)
             else:
                 waiting.append((visible_s, publication))
         self._pending = waiting
         for index, idle in self._idle.items():
             if idle.published:
-                self.mirrors.renew(str(index), now_s)
+                self.mirrors_of(index).renew(str(index), now_s)

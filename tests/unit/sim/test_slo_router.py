@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.replica import EngineLimits
 from slos_serve.sim.routers import SLO_ORDERS
@@ -87,3 +88,17 @@ def test_old_news_costs_little_of_a_burst(settings: dict[str, Any]) -> None:
 def test_only_planners_can_be_mirrored() -> None:
     with pytest.raises(InvalidFieldError, match="slos-serve"):
         run(_burst(2), "vllm", router="slo")
+
+
+def test_routers_that_share_the_replicas_attain_nearly_as_much_as_one() -> None:
+    load = make_workload("chat", 7.0, 300, seed=3, arrivals="gamma:4")
+    shares = []
+    for settings in ({}, {"routers": 4}, {"routers": 4, "router_tries": 0}):
+        outcome = summarize_run(_routed(load, "slo-spread", replicas=4, **settings))
+        assert outcome.unfinished == 0
+        shares.append(outcome.attained)
+    one, asking, alone = shares
+    assert asking >= 0.95 * one
+    assert asking > alone
+    with pytest.raises(InvalidFieldError, match="routers"):
+        _routed(load, replicas=2, routers=3)

@@ -1,0 +1,96 @@
+"""One router for 256 replicas against many that share them: attainment and what a decision costs.
+
+python -m benchmarks.scale [--replicas 256] [--rate 5000] [--requests 60000] [--output benchmarks/results]
+
+Chat on Llama-2-7B/H100, gamma arrivals of CV 4 (a fleet's own burstiness), SLOs-Serve in every replica. A run with
+``n`` routers: a request reaches one of them, which sees its 256/n replicas, and asks one other when none attains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._sim_commands import RESULTS
+from slos_serve.routing.router import RoutingDecision, RoutingRequest
+from slos_serve.sim import slo_router
+from slos_serve.sim.engine import SimSettings, simulate
+from slos_serve.sim.outcome import summarize_run
+from slos_serve.sim.profiles import find_profile, limits_of
+from slos_serve.workload.scenarios import make_workload
+
+# Router, how many of them, how many others each asks.
+SETTINGS = (
+    ("least-loaded", 1, 0),
+    ("slo-spread", 1, 0),
+    ("slo-spread", 8, 0),
+    ("slo-spread", 8, 1),
+    ("slo-spread", 32, 1),
+)
+
+
+def measure(setting: tuple[str, int, int], given: argparse.Namespace) -> dict[str, Any]:
+    """One run; wall time of each decision, reservation and publications of that moment not counted in."""
+    router, routers, tries = setting
+    decide, took_s = slo_router.route_sharded, []
+
+    def timed(now_s: float, request: RoutingRequest, *rest: Any) -> RoutingDecision:
+        began = time.perf_counter()
+        decision = decide(now_s, request, *rest)
+        took_s.append(time.perf_counter() - began)
+        return decision
+
+    slo_router.route_sharded = timed  # type: ignore[assignment]  # the same, with a clock
+    profile = find_profile(given.profile)
+    load = make_workload(given.scenario, given.rate, given.requests, 0, given.arrivals)
+    settings = SimSettings(replicas=given.replicas, router=router, routers=routers, router_tries=tries)
+    began = time.perf_counter()
+    outcome = summarize_run(simulate(load, profile.model, limits_of(profile), settings))
+    p50, p99 = (1000.0 * float(np.quantile(took_s, q)) if took_s else None for q in (0.5, 0.99))
+    return {
+        "router": router,
+        "routers": routers,
+        "tries": tries,
+        "attained": outcome.attained / outcome.requests,
+        "admitted_attained": outcome.admitted_attained / max(outcome.admitted, 1),
+        "decision_ms": {"p50": p50, "p99": p99},
+        "wall_s": time.perf_counter() - began,
+    }
+
+
+def main() -> None:
+    """Every setting on the same requests."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--replicas", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=5000.0)
+    parser.add_argument("--requests", type=int, default=60_000)
+    parser.add_argument("--scenario", default="chat")
+    parser.add_argument("--arrivals", default="gamma:4")
+    parser.add_argument("--profile", default="llama-2-7b-h100")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    print(
+        f"{'router':14}{'routers':>8}{'others asked':>14}{'attained':>10}{'of admitted':>13}{'p50 ms':>8}{'p99 ms':>8}"
+    )
+    rows = []
+    with ProcessPoolExecutor(given.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(measure, SETTINGS, [given] * len(SETTINGS)):
+            rows.append(row)
+            shares = [f"{row[name]:.1%}" for name in ("attained", "admitted_attained")]
+            times = ["-" if value is None else f"{value:.3f}" for value in row["decision_ms"].values()]
+            cells = (row["router"], row["routers"], row["tries"], *shares, *times)
+            print("".join(f"{cell:>14}" for cell in cells), flush=True)
+    given.output.mkdir(parents=True, exist_ok=True)
+    (given.output / "scale.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
