@@ -13,7 +13,7 @@ import numpy as np
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
-from slos_serve.policies.queue_order import chunked, step_plan, whole_prompts
+from slos_serve.policies.queue_order import IntArray, chunked, step_plan, whole_prompts
 
 # Prompts are batched until the compute-bound branch exceeds the constant work of a step this many times over.
 SATURATION = 2.0
@@ -58,6 +58,9 @@ class DistServePrefill:
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
         """Learns nothing."""
 
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
+        """Learns nothing."""
+
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
         """Learns nothing."""
 
@@ -91,6 +94,9 @@ class DistServeDecode:
         return step_plan(slots[:count], tokens[:count])
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
+        """Learns nothing."""
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
         """Learns nothing."""
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:

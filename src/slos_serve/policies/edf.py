@@ -97,5 +97,8 @@ class EarliestDeadlineFirst:
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
         """Learns nothing."""
 
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
+        """Learns nothing."""
+
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
         """Learns nothing."""

@@ -182,6 +182,9 @@ class Scorpio:
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
         """Learns nothing: the authors fit their predictors offline."""
 
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
+        """Learns nothing."""
+
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
         """Learn the mean answer length of a class."""
         self._answers[class_index] += (1.0, float(output_tokens))

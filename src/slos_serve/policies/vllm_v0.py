@@ -11,7 +11,7 @@ import numpy as np
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.policies.queue_order import step_plan, whole_prompts
+from slos_serve.policies.queue_order import IntArray, step_plan, whole_prompts
 
 WATERMARK = 0.01
 
@@ -47,6 +47,9 @@ class VllmV0:
         return step_plan(view.running.copy(), np.ones(len(view.running), dtype=np.int64))
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
+        """Learns nothing."""
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
         """Learns nothing."""
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from slos_serve.policies.registry import policy_entry
 from slos_serve.sim.bounds import Work, fluid_bound, work_of
+from slos_serve.sim.drafters import NO_DRAFTER, with_drafter
 from slos_serve.sim.engine import SimSettings, simulate
 from slos_serve.sim.model_error import ModelError
 from slos_serve.sim.outcome import summarize_run
@@ -50,6 +51,7 @@ class Question:
     router: str = "least-loaded"
     oracle_lengths: bool = False
     acceptance: float = 0.7
+    drafter: str = NO_DRAFTER
     bias: float = 1.0
     noise: float = 0.0
     stop_below: float = 0.0
@@ -126,7 +128,7 @@ RateSearch = Generator[list[Question], list[Answer], list[tuple[float, list[Answ
 
 def answer(question: Question) -> Answer:
     """Run one simulation."""
-    profile = find_profile(question.profile)
+    profile = with_drafter(find_profile(question.profile), question.drafter)
     workload = make_workload(
         question.scenario,
         question.rate_rps,
@@ -145,6 +147,7 @@ def answer(question: Question) -> Answer:
         error=ModelError(bias=question.bias, noise=question.noise),
         kv_bytes_per_token=kv_bytes_per_token(profile),
         seed=question.seed,
+        drafter=question.drafter,
     )
     measured = np.zeros(workload.num_requests, dtype=np.bool_)
     begin, end = int(WARM_UP_SHARE * len(measured)), int((1.0 - COOL_DOWN_SHARE) * len(measured))
