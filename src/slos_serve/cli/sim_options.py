@@ -29,6 +29,10 @@ Router = Annotated[
 ]
 Acceptance = Annotated[float, typer.Option(min=0.0, max=0.999, help="Probability that a draft token is right.")]
 
+Drafter = Annotated[
+    str, typer.Option(help="What drafts tokens in the engine: none, ngram (costs nothing), opt-125m (a draft model).")
+]
+
 console = Console()
 errors = Console(stderr=True)
 

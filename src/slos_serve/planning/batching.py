@@ -54,6 +54,9 @@ NO_MEMORY = int(Reason.NO_MEMORY)
 _EPSILON_S = 1e-9
 # When the due decodes alone overfill a step, those that can wait for this part of the next one do.
 CROWDED_SHARE = 0.75
+# A verification may bring one token only. Decodes that draft are kept this many batches ahead of their due times, so that
+# a few such in a row neither make them late nor cut batches short. A verification costs the same now or later.
+LEAD_PERIODS = 4.0
 # Positions in the flags that the passes hand on.
 STOPPED, WAITING_STARTED = range(2)
 
@@ -81,12 +84,12 @@ class Drafts(NamedTuple):
 
     Attributes:
         lengths: int64 [decodes].
-        yields: float64 [decodes], tokens that a verification brings on average.
-        ahead_s: how long the next step may last if every decode is to have a token in time after it, on average.
+        longest_s: how long a step beside them may last; no bound without speculation.
+        ahead_s: decodes due within this much of the end of the step are in it; the shortest pace without speculation.
     """
 
     lengths: IntArray
-    yields: FloatArray
+    longest_s: float
     ahead_s: float
 
 
@@ -147,22 +150,20 @@ def _drafts_of(
     tpot_margin: float,
     tier_tpot_s: FloatArray,
     tier_drafts: IntArray,
-    tier_yields: FloatArray,
     tier_longer: FloatArray,
 ) -> Drafts:
     """Look up every promised decode's tier; nobody drafts anything when there are no tiers."""
     count = len(work.decodes)
-    lengths, yields = np.zeros(count, dtype=np.int64), np.ones(count)
+    lengths = np.zeros(count, dtype=np.int64)
     if len(tier_drafts) == 0:
-        return Drafts(lengths, yields, work.shortest_s)
-    ahead_s = np.inf
+        return Drafts(lengths, np.inf, work.shortest_s)
+    longest_s = np.inf
     for j in range(count):
         slot = work.decodes[j]
         level = tier_of(tier_tpot_s, rows["tpot_s"][slot])
         lengths[j] = draft_of(rows, slot, tier_tpot_s, tier_drafts)
-        yields[j] = tier_yields[level]
-        ahead_s = min(ahead_s, rows["tpot_s"][slot] * (1.0 - tpot_margin) * tier_longer[level])
-    return Drafts(lengths, yields, ahead_s)
+        longest_s = min(longest_s, rows["tpot_s"][slot] * (1.0 - tpot_margin) * tier_longer[level])
+    return Drafts(lengths, longest_s, LEAD_PERIODS * longest_s if lengths.any() else work.shortest_s)
 
 
 @njit(cache=True)
@@ -236,9 +237,8 @@ def _absorbable_s(
         decode = work.decodes[j]
         late_s = now_s + whole_s - work.decode_due_s[j]
         left = rows["expected_tokens"][decode] - rows["output_tokens"][decode]
-        token_s = all_decodes_s / drafts.yields[j]
-        gain_s = rows["tpot_s"][decode] * (1.0 - tpot_margin) - token_s
-        if late_s > 0.0 and gain_s < token_s:
+        gain_s = rows["tpot_s"][decode] * (1.0 - tpot_margin) - all_decodes_s
+        if late_s > 0.0 and gain_s < all_decodes_s:
             return 0.0
         if late_s > 0.0 and late_s > CATCH_UP_SHARE * left * gain_s:
             return 0.0
@@ -266,11 +266,12 @@ def _step_limits_s(
     limit_s = full_s
     for due_s in work.decode_due_s:
         limit_s = min(limit_s, due_s - now_s)
+    limit_s = min(limit_s, max(drafts.longest_s, all_decodes_s))
     if len(work.prefills) == 1 and len(work.decodes) > 0:
         whole_s = _absorbable_s(
             rows, work.prefills[0], work, drafts, now_s, coefficients, tpot_margin, all_decodes_s, all_fixed_s
         )
-        if whole_s <= full_s:
+        if whole_s <= full_s and whole_s <= 2.0 * drafts.longest_s:
             limit_s = max(limit_s, whole_s)
     return limit_s, max(min(drafts.ahead_s, full_s), all_decodes_s)
 
@@ -501,7 +502,6 @@ def form_batch(
     tier_tpot_s: FloatArray,
     tier_drafts: IntArray,
     alone_drafts: IntArray,
-    tier_yields: FloatArray,
     tier_longer: FloatArray,
 ) -> tuple[SlotArray, IntArray, IntArray, IntArray, SlotArray, IntArray, SlotArray, float]:
     """Form one step.
@@ -518,7 +518,7 @@ def form_batch(
         min_chunk: least prefill chunk in tokens, unless it ends its prompt.
         hold_decodes: decodes that can wait may be held when there is prefill to do.
         fixed_budget: token budget in place of the dynamic one; 0 for dynamic.
-        tier_tpot_s, tier_drafts, alone_drafts, tier_yields, tier_longer: the fields of
+        tier_tpot_s, tier_drafts, alone_drafts, tier_longer: fields of
             :class:`slos_serve.planning.drafting.DraftPlan`; empty without speculation.
 
     Returns:
@@ -532,7 +532,7 @@ def form_batch(
     lengths = tier_drafts
     if len(work.prefills) + len(leftover) == 0 and not _anyone_prefills(rows, work.extras):
         lengths = alone_drafts
-    drafts = _drafts_of(rows, work, tpot_margin, tier_tpot_s, lengths, tier_yields, tier_longer)
+    drafts = _drafts_of(rows, work, tpot_margin, tier_tpot_s, lengths, tier_longer)
     limit_s, next_s = _step_limits_s(rows, work, drafts, now_s, limits, tpot_margin)
     may_hold = hold_decodes and len(work.prefills) > 0
     until_s = now_s + max(limit_s, 0.0) + next_s

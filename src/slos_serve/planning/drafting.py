@@ -19,6 +19,7 @@ from slos_serve.planning.speculation import (
     demand_by_length,
     fastest_draft,
     gather_tiers,
+    paces_in_a_batch,
     tokens_each_verification,
 )
 
@@ -115,7 +116,7 @@ class Drafting:
         pace_s = np.where(np.isfinite(tpot_s), tpot_s, UNPROMISED_PACE_S) * (1.0 - settings.tpot_margin)
         max_tokens = float(view.max_num_batched_tokens)
         if settings.adaptive_drafts:
-            periods, tokens, extra = demand_by_length(pace_s, extra_s, acceptance, longest, settings.draft_stretch)
+            periods, tokens, extra = demand_by_length(pace_s, extra_s, acceptance, longest, settings.longest_step_s)
             slope = max(coefficients[0], coefficients[2])
             hysteresis = HYSTERESIS_SHARE / slope
             before = self._carried(tpot_s)
@@ -125,7 +126,9 @@ class Drafting:
         else:
             drafts = alone_tokens = np.full(len(tpot_s), longest)
         self._keep(now_s, tpot_s, drafts)
-        self.present = self._plan_of(tpot_s, self._probed(now_s, drafts), alone_tokens, acceptance, coefficients)
+        self.present = self._plan_of(
+            tpot_s, pace_s, self._probed(now_s, drafts), alone_tokens, acceptance, coefficients
+        )
         return self.present
 
     def _carried(self, tpot_s: FloatArray) -> IntArray:
@@ -157,6 +160,7 @@ class Drafting:
     def _plan_of(
         self,
         tpot_s: FloatArray,
+        pace_s: FloatArray,
         drafts: IntArray,
         alone_tokens: IntArray,
         acceptance: FloatArray,
@@ -164,6 +168,7 @@ class Drafting:
     ) -> DraftPlan:
         pairs = zip(acceptance, drafts, strict=True)
         yields = np.array([tokens_each_verification(one, int(draft)) for one, draft in pairs])
-        longer = 1.0 + self._settings.draft_stretch * (yields - 1.0)
+        bounds = zip(yields, pace_s, strict=True)
+        longer = np.array([paces_in_a_batch(mean, pace, self._settings.longest_step_s) for mean, pace in bounds])
         draft_s = float(coefficients[7] * drafts.max())
         return DraftPlan(tpot_s, drafts, alone_tokens, yields, longer, draft_s)

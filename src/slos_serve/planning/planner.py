@@ -144,7 +144,6 @@ class Planner:
             lengths.tpot_s,
             lengths.tokens,
             lengths.alone_tokens,
-            lengths.yields,
             lengths.longer,
         )
 

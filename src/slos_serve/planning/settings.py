@@ -30,7 +30,8 @@ class PlannerSettings:
         oracle_lengths: ``expected_tokens`` of the table is the truth; do not forecast (simulator only).
         max_draft_tokens: longest draft that may be planned, 0 to 10; 0 is no speculation, for engines without a drafter.
         adaptive_drafts: False drafts ``max_draft_tokens`` for every decode in every step (ablation).
-        draft_stretch: how far batches may grow with what a verification brings, 0 (not) to 1 (as far as it lasts).
+        longest_step_s: with drafts, batches beside decodes may last as long as the tokens of a verification, up to this:
+            a prompt that comes in the middle of a batch waits for its end.
         acceptance_confidence: standard deviations by which planning stays below the mean of observed acceptance.
         known_acceptance: acceptance of a draft token, taken as known instead of learnt (simulator only).
     """
@@ -51,7 +52,7 @@ class PlannerSettings:
     oracle_lengths: bool = False
     max_draft_tokens: int = 0
     adaptive_drafts: bool = True
-    draft_stretch: float = 0.5
+    longest_step_s: float = 0.14
     acceptance_confidence: float = 1.0
     known_acceptance: float | None = None
 
@@ -62,7 +63,7 @@ class PlannerSettings:
         check_number("length_quantile", self.length_quantile, low=0.0, high=0.999)
         check_number("max_implied_ttft_s", self.max_implied_ttft_s, low=0.0, high=3600.0)
         check_number("max_draft_tokens", self.max_draft_tokens, low=0, high=MAX_DRAFT_TOKENS, low_included=True)
-        check_number("draft_stretch", self.draft_stretch, low=0.0, high=1.0, low_included=True)
+        check_number("longest_step_s", self.longest_step_s, low=0.0, high=60.0, low_included=True)
         check_number("acceptance_confidence", self.acceptance_confidence, low=0.0, high=10.0, low_included=True)
         if self.known_acceptance is not None:
             check_number("known_acceptance", self.known_acceptance, low=0.0, high=0.99, low_included=True)

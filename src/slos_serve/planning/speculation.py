@@ -32,13 +32,19 @@ def tokens_each_verification(acceptance: float, draft: int) -> float:
 
 
 @njit(cache=True)
+def paces_in_a_batch(mean_tokens: float, pace_s: float, longest_step_s: float) -> float:
+    """How many paces of a tier a batch may last whose verifications bring ``mean_tokens`` each; 1 at least."""
+    return max(min(mean_tokens, longest_step_s / pace_s), 1.0)
+
+
+@njit(cache=True)
 def demand_by_length(
-    pace_s: FloatArray, extra_s_each: FloatArray, acceptance: FloatArray, longest: int, stretch: float
+    pace_s: FloatArray, extra_s_each: FloatArray, acceptance: FloatArray, longest: int, longest_step_s: float
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """What one decode of each tier asks of batches under each draft length 0 .. ``longest``.
 
-    A tier's period is its pace times 1 + ``stretch`` * (A(d) - 1): 1 lets batches be as long as the tokens of a
-    verification last on average, 0 keeps them as short as without drafts.
+    A tier's period, the longest batch that carries it, is what the tokens of a verification last on average, but not
+    more than ``longest_step_s`` nor less than one pace.
 
     Returns:
         float64 [L, longest + 1] each: period in seconds, tokens in a period, extra seconds in a period.
@@ -48,7 +54,7 @@ def demand_by_length(
     for tier in range(len(pace_s)):
         for draft in range(longest + 1):
             mean = tokens_each_verification(acceptance[tier], draft)
-            longer = 1.0 + stretch * (mean - 1.0)
+            longer = paces_in_a_batch(mean, pace_s[tier], longest_step_s)
             each = longer / mean  # verifications in a period
             periods[tier, draft] = pace_s[tier] * longer
             tokens[tier, draft] = each * (draft + 1.0)
