@@ -1,8 +1,8 @@
 """How likely a draft token is right, learnt per class from what verifications accepted.
 
 A verification of d drafts that accepts k of them saw k successes and, when k < d, one failure: under a geometric
-process that is all there is to know. Counts decay with the drafts tested, a weak prior stands in at first, and plans are
-made at a lower confidence bound: a class that has hardly been seen is trusted less than its mean.
+process that is all there is to know. Counts decay with the drafts tested, a weak prior stands in at first, and plans
+are made at a lower confidence bound: a class that has hardly been seen is trusted less than its mean.
 """
 
 from __future__ import annotations

@@ -54,9 +54,12 @@ NO_MEMORY = int(Reason.NO_MEMORY)
 _EPSILON_S = 1e-9
 # When the due decodes alone overfill a step, those that can wait for this part of the next one do.
 CROWDED_SHARE = 0.75
-# A verification may bring one token only. Decodes that draft are kept this many batches ahead of their due times, so that
-# a few such in a row neither make them late nor cut batches short. A verification costs the same now or later.
-LEAD_PERIODS = 4.0
+# A verification may bring one token only. Decodes that draft are kept this many batches ahead of their due times, so
+# that a few such in a row neither make them late nor cut batches short. A verification costs the same now or later.
+LEAD_PERIODS = 6.0
+# With that lead nobody is late after a long step, but prompts that come during it are: the only prompt there is makes a
+# step at most this many times as long as one beside drafting decodes may be.
+ABSORBED_PERIODS = 2.0
 # Positions in the flags that the passes hand on.
 STOPPED, WAITING_STARTED = range(2)
 
@@ -152,7 +155,7 @@ def _drafts_of(
     tier_drafts: IntArray,
     tier_longer: FloatArray,
 ) -> Drafts:
-    """Look up every promised decode's tier; nobody drafts anything when there are no tiers."""
+    """Look up every promised decode's tier. When none drafts anything the step is as without speculation."""
     count = len(work.decodes)
     lengths = np.zeros(count, dtype=np.int64)
     if len(tier_drafts) == 0:
@@ -163,16 +166,18 @@ def _drafts_of(
         level = tier_of(tier_tpot_s, rows["tpot_s"][slot])
         lengths[j] = draft_of(rows, slot, tier_tpot_s, tier_drafts)
         longest_s = min(longest_s, rows["tpot_s"][slot] * (1.0 - tpot_margin) * tier_longer[level])
-    return Drafts(lengths, longest_s, LEAD_PERIODS * longest_s if lengths.any() else work.shortest_s)
+    if not lengths.any():
+        return Drafts(lengths, np.inf, work.shortest_s)
+    return Drafts(lengths, longest_s, LEAD_PERIODS * longest_s)
 
 
 @njit(cache=True)
 def _anyone_prefills(rows: RequestArray, extras: SlotArray) -> bool:
     """Whether one of them has more to compute than its next token."""
+    found = False
     for slot in extras:
-        if rows["output_tokens"][slot] == 0 or tokens_left(rows, slot) > 1:
-            return True
-    return False
+        found = found or rows["output_tokens"][slot] == 0 or tokens_left(rows, slot) > 1
+    return found
 
 
 @njit(cache=True)
@@ -271,7 +276,7 @@ def _step_limits_s(
         whole_s = _absorbable_s(
             rows, work.prefills[0], work, drafts, now_s, coefficients, tpot_margin, all_decodes_s, all_fixed_s
         )
-        if whole_s <= full_s and whole_s <= 2.0 * drafts.longest_s:
+        if whole_s <= full_s and whole_s <= ABSORBED_PERIODS * drafts.longest_s:
             limit_s = max(limit_s, whole_s)
     return limit_s, max(min(drafts.ahead_s, full_s), all_decodes_s)
 

@@ -28,10 +28,10 @@ class PlannerSettings:
         forecast_memory: False reserves the sum of forecast peaks rather than a forecast over time (ablation).
         best_effort: False leaves unattainable requests in the queue's front, as a stock engine would (ablation).
         oracle_lengths: ``expected_tokens`` of the table is the truth; do not forecast (simulator only).
-        max_draft_tokens: longest draft that may be planned, 0 to 10; 0 is no speculation, for engines without a drafter.
+        max_draft_tokens: longest draft that may be planned, 0 to 10; 0 (no drafter in the engine) is no speculation.
         adaptive_drafts: False drafts ``max_draft_tokens`` for every decode in every step (ablation).
-        longest_step_s: with drafts, batches beside decodes may last as long as the tokens of a verification, up to this:
-            a prompt that comes in the middle of a batch waits for its end.
+        longest_step_s: with drafts, batches beside decodes may last as long as the tokens of a verification, up to
+            this: a prompt that comes in the middle of a batch waits for its end.
         acceptance_confidence: standard deviations by which planning stays below the mean of observed acceptance.
         known_acceptance: acceptance of a draft token, taken as known instead of learnt (simulator only).
     """

@@ -1,9 +1,10 @@
 """How many tokens to draft for each decode tier (design 4.1): none where that serves more.
 
-With acceptance a, a verification of d drafts yields A(d) = (1 - a^(d+1)) / (1 - a) tokens on average, puts d + 1 tokens
-into a batch and waits for d steps of the draft model. Its context is read once for all of them, and a decode needs one
-only every A(d) of its paces. The lengths (d_1 .. d_L) with the largest prefill rate are found by enumeration; a branch is
-cut when even its best completion is not better. All zeros are always among them, so drafts are made only where they pay.
+With acceptance a, a verification of d drafts yields A(d) = (1 - a^(d+1)) / (1 - a) tokens on average, puts d + 1
+tokens into a batch and waits for d steps of the draft model. Its context is read once for all of them, and a decode
+needs one only every A(d) of its paces. The lengths (d_1 .. d_L) with the largest prefill rate are found by enumeration;
+a branch is cut when even its best completion is not better. All zeros are always among them, so drafts are made only
+where they pay.
 """
 
 from __future__ import annotations

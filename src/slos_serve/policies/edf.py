@@ -13,7 +13,14 @@ from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.request import RequestArray
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.policies.queue_order import IntArray, blocks_of, checked_draft_tokens, drafts_for, step_plan, tokens_left
+from slos_serve.policies.queue_order import (
+    IntArray,
+    blocks_of,
+    checked_draft_tokens,
+    drafts_for,
+    step_plan,
+    tokens_left,
+)
 
 
 @njit(cache=True)

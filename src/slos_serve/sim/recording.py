@@ -73,7 +73,8 @@ class Recording:
         steps: every step of every replica.
         end_s: virtual time at the end.
         num_steps, num_preemptions, num_empty_plans, num_no_room: counts over all replicas.
-        num_drafted, num_accepted: draft tokens that were verified, and those that were right (answers' last ones left out).
+        num_drafted, num_accepted: draft tokens verified, and those that were right; verifications that ended an answer
+            are left out.
         stopped_early: the run was cut short because its attainment could no longer reach what was asked.
     """
 

@@ -9,7 +9,9 @@ import pytest
 
 from slos_serve.core.plan import Reason, StepPlan
 from slos_serve.core.request import Status
+from slos_serve.planning.admission import judge, write_forecasts
 from slos_serve.planning.drafting import NO_DRAFTS, PROBE_EVERY_S, PROBE_TOKENS, Drafting
+from slos_serve.planning.lengths import LengthForecast
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
 from tests.builders import OPT_13B_A100, EngineBuilder
@@ -20,7 +22,7 @@ KNOWN = PlannerSettings(max_draft_tokens=10, known_acceptance=0.7)
 
 def loaded(decodes: int = 40, **decode: float) -> EngineBuilder:
     """An engine with prefill to do beside its decodes."""
-    engine = EngineBuilder()
+    engine = EngineBuilder(total_blocks=20_000)
     for _ in range(decodes):
         engine.decode(prompt_tokens=1000, ahead_s=0.09, **decode)  # type: ignore[arg-type]  # numbers by name
     for _ in range(3):
@@ -55,17 +57,17 @@ def test_decodes_verify_their_drafts_and_one_token_more() -> None:
 
 def test_drafts_leave_more_room_for_prompts() -> None:
     """The rate that admission counts on grows, so more is promised."""
-    promised = []
-    for settings in (PlannerSettings(), KNOWN):
-        engine = loaded(55)
-        for k in range(20):
-            engine.wait(700, due_in_s=1.0 + 0.2 * k)
-        planner = Planner(DRAFTER, 2, settings)
-        view = engine.view()
-        planner.plan(engine.now_s, view)
-        chosen, _ = planner._admit(engine.table.rows, view, engine.now_s)
-        promised.append(len(chosen) + int((engine.table.rows["status"][engine.waiting] == Status.ADMITTED).sum()))
-    assert promised[1] > promised[0]
+    engine = loaded(55)
+    for k in range(30):
+        engine.wait(700, due_in_s=1.0 + 0.1 * k)
+    view, coefficients = engine.view(), DRAFTER.coefficients
+    drafting, lengths = Drafting(2, KNOWN), LengthForecast(2)
+    write_forecasts(view, KNOWN, lengths)
+    taken = [
+        judge(view, engine.now_s, coefficients, KNOWN, lengths, forecast_memory=False, drafts=drafts).taken.sum()
+        for drafts in (NO_DRAFTS, drafting.choose(engine.now_s, view, coefficients))
+    ]
+    assert taken[1] > taken[0] > 0
 
 
 def test_useless_drafts_are_not_made() -> None:
