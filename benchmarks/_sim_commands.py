@@ -18,8 +18,12 @@ def options(
     requests: int = 1500,
     seeds: int = 3,
     scenarios: Sequence[str] = ("all",),
+    drafters: bool = False,
 ) -> argparse.Namespace:
-    """``--output`` (made), ``--replicas``, ``--requests``, ``--rate``, ``--seeds``, ``--scenario``."""
+    """``--output`` (made), ``--replicas``, ``--requests``, ``--rate``, ``--seeds``, ``--scenario``.
+
+    With ``drafters`` also ``--drafter`` and ``--acceptance``, see :func:`speculation`.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--replicas", type=int, default=replicas)
@@ -27,10 +31,18 @@ def options(
     parser.add_argument("--rate", type=float, default=rate)
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--scenario", action="append", help=f"may be repeated; default: {', '.join(scenarios)}")
+    if drafters:
+        parser.add_argument("--drafter", default="none")
+        parser.add_argument("--acceptance", type=float, default=0.7)
     given = parser.parse_args()
     given.scenario = given.scenario or list(scenarios)
     given.output.mkdir(parents=True, exist_ok=True)
     return given
+
+
+def speculation(given: argparse.Namespace) -> list[str]:
+    """Arguments that put a drafter into the simulated engine."""
+    return ["--drafter", given.drafter, "--acceptance", str(given.acceptance)]
 
 
 def run_command(*arguments: str) -> None:

@@ -26,7 +26,7 @@ from slos_serve.perf.batch_time import BatchShape
 from slos_serve.planning.admission import judge, write_forecasts
 from slos_serve.planning.candidates import demote_lost
 from slos_serve.planning.planner import Planner
-from slos_serve.policies.base import Policy
+from slos_serve.policies.base import IntArray, Policy
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publisher import publication_of
@@ -208,7 +208,8 @@ def own_verdict(policy: SLOsServePolicy, view: EngineView, now_s: float, questio
         return False
     lengths = policy.planner.lengths
     write_forecasts(seen, settings, lengths)
-    found = judge(seen, now_s, coefficients, settings, lengths, forecast_memory=settings.forecast_memory)
+    drafts, forecast_memory = policy.planner.drafting.present, settings.forecast_memory
+    found = judge(seen, now_s, coefficients, settings, lengths, forecast_memory=forecast_memory, drafts=drafts)
     return bool(found.taken[found.slots == slot].any())
 
 
@@ -229,6 +230,10 @@ class Asked:
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
         """Passed on."""
         self._published.on_step_done(shape, duration_s)
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
+        """Passed on."""
+        self._published.on_verified(class_index, drafted, accepted)
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
         """Passed on."""

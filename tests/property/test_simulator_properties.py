@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -42,6 +44,17 @@ def loads(draw: st.DrawFn) -> Workload:
     return workload(np.cumsum(gaps).tolist(), prompts, outputs, (TIGHT, LOOSE, FREE), kinds)
 
 
+DRAFTER = dataclasses.replace(GPU, k_s_s=1e-3)
+FIXED_DRAFTS = [name for name, entry in POLICIES.items() if entry.fixed_drafts and entry.make_decode is None]
+
+
+def with_acceptance(load: Workload, acceptances: list[float]) -> Workload:
+    """The same calls, each with the acceptance of its own drafts."""
+    calls = load.calls.copy()
+    calls["acceptance"] = np.resize(acceptances, len(calls))
+    return dataclasses.replace(load, calls=calls)
+
+
 def _check(recording: Recording, replicas: int) -> None:
     """No token from nowhere, KV within bounds, steps one after the other and within their budget."""
     calls = recording.workload.calls
@@ -66,6 +79,32 @@ def _check(recording: Recording, replicas: int) -> None:
 @QUICK
 def test_every_request_ends_with_exactly_its_tokens(policy: str, load: Workload) -> None:
     _check(run(load, policy, GPU, LIMITS), 1)
+
+
+@given(load=loads(), acceptances=st.lists(st.sampled_from([0.0, 0.11, 0.5, 0.7, 0.9]), min_size=1, max_size=5))
+@QUICK
+def test_drafts_keep_the_rules_whatever_is_accepted(load: Workload, acceptances: list[float]) -> None:
+    load = with_acceptance(load, acceptances)
+    _check(run(load, "slos-serve", DRAFTER, LIMITS, drafter="opt-125m"), 1)
+    recording = run(load, "slos-serve", GPU, LIMITS, drafter="ngram")
+    _check(recording, 1)
+    assert recording.num_drafted > 0 or len(load.calls) < 5 or load.calls["output_tokens"].max() < 3
+
+
+@pytest.mark.parametrize("policy", FIXED_DRAFTS)
+@given(load=loads(), draft_tokens=st.integers(1, 10), acceptance=st.sampled_from([0.0, 0.5, 0.9]))
+@QUICK
+def test_fixed_drafts_keep_the_rules(policy: str, load: Workload, draft_tokens: int, acceptance: float) -> None:
+    load = with_acceptance(load, [acceptance])
+    _check(run(load, policy, DRAFTER, LIMITS, parameters={"draft_tokens": draft_tokens}), 1)
+
+
+@given(load=loads(), draft_tokens=st.integers(1, 10))
+@QUICK
+def test_apart_prefill_and_decode_keep_the_rules_with_drafts(load: Workload, draft_tokens: int) -> None:
+    parameters = {"draft_tokens": draft_tokens}
+    load = with_acceptance(load, [0.7])
+    _check(run(load, "distserve", DRAFTER, LIMITS, replicas=2, parameters=parameters, kv_bytes_per_token=8e5), 2)
 
 
 @given(load=loads(), prefill=st.integers(1, 2))
@@ -104,6 +143,26 @@ def test_admitted_requests_attain_when_model_and_lengths_are_known(scenario: str
     outcome = summarize_run(run(load, "slos-serve", GPU, limits, oracle_lengths=True))
     assert outcome.admitted > 100
     assert outcome.admitted_attained >= 0.99 * outcome.admitted
+
+
+@pytest.mark.parametrize("scenario", ["chat", "coding", "summarization", "mixed"])
+def test_admitted_requests_attain_when_acceptance_is_known(scenario: str) -> None:
+    load = make_workload(scenario, 2.6, 400, seed=1, arrivals="poisson", acceptance=0.7)
+    limits = EngineLimits(kv_capacity_tokens=63_000)
+    known = {"known_acceptance": 0.7}
+    recording = run(load, "slos-serve", DRAFTER, limits, oracle_lengths=True, drafter="opt-125m", parameters=known)
+    outcome = summarize_run(recording)
+    assert recording.num_drafted > 1000
+    assert outcome.admitted > 100
+    assert outcome.admitted_attained >= 0.99 * outcome.admitted
+
+
+def test_acceptance_is_that_of_the_workload() -> None:
+    load = make_workload("chat", 2.0, 300, seed=1, arrivals="poisson", acceptance=0.6)
+    recording = run(load, "slos-serve", DRAFTER, EngineLimits(kv_capacity_tokens=63_000), drafter="opt-125m")
+    # Drafts after a wrong one are not accepted whatever they are, so the share of right ones is below the acceptance.
+    assert recording.num_drafted > 10_000
+    assert 0.25 < recording.num_accepted / recording.num_drafted < 0.6
 
 
 def test_best_effort_finishes_after_load_ends() -> None:

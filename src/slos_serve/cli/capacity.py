@@ -14,6 +14,7 @@ from rich.table import Table
 from slos_serve.cli.sim_options import (
     Acceptance,
     Arrivals,
+    Drafter,
     JsonFile,
     Oracle,
     ProfileName,
@@ -46,6 +47,7 @@ def capacity(
     attain: Annotated[float, typer.Option(min=0.01, max=0.999, help="Share of requests that must attain.")] = 0.9,
     oracle_lengths: Oracle = False,
     acceptance: Acceptance = 0.7,
+    drafter: Drafter = "none",
     processes: Annotated[int, typer.Option(min=1, help="Simulations at once.")] = 2,
     cache_file: Annotated[
         Path | None, typer.Option("--resume", help="Keep every simulation here (JSON lines) and reuse what is there.")
@@ -54,12 +56,13 @@ def capacity(
 ) -> None:
     """Search the highest rate per GPU at which the share of requests attains; each policy at its best parameters."""
     from slos_serve.sim.capacity import Question, search_capacity
+    from slos_serve.sim.drafters import with_drafter
     from slos_serve.sim.profiles import find_profile
     from slos_serve.sim.sweep import AnswerFile, run_searches
     from slos_serve.workload.scenarios import make_workload
 
     try:
-        find_profile(profile)
+        with_drafter(find_profile(profile), drafter)
         names = scenarios_of(scenario or ["all"])
         policies = [policy_of(text) for text in policy or policy_names()]
         make_workload(names[0], 1.0, 1, arrivals=arrivals)
@@ -80,6 +83,7 @@ def capacity(
                     router=router,
                     oracle_lengths=oracle_lengths,
                     acceptance=acceptance,
+                    drafter=drafter,
                 )
                 searches.append((f"{name} {chosen}", search_capacity(base, seeds, attain, variants=not parameters)))
         began = time.perf_counter()

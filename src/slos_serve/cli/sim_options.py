@@ -30,6 +30,10 @@ Router = Annotated[
 ]
 Acceptance = Annotated[float, typer.Option(min=0.0, max=0.999, help="Probability that a draft token is right.")]
 
+Drafter = Annotated[
+    str, typer.Option(help="What drafts tokens in the engine: none, ngram (costs nothing), opt-125m (a draft model).")
+]
+
 # Columns of a table that does not go to a terminal.
 FILE_WIDTH = 130
 console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)

@@ -12,6 +12,7 @@ from rich.table import Table
 from slos_serve.cli.sim_options import (
     Acceptance,
     Arrivals,
+    Drafter,
     JsonFile,
     Oracle,
     ProfileName,
@@ -48,6 +49,7 @@ def simulate(
     seed: Seed = 0,
     oracle_lengths: Oracle = False,
     acceptance: Acceptance = 0.7,
+    drafter: Drafter = "none",
     noise: Annotated[float, typer.Option(help="Coefficient of variation of injected step-time noise.")] = 0.0,
     bias: Annotated[float, typer.Option(help="Steps take this multiple of what the profile says.")] = 1.0,
     stragglers: Annotated[float, typer.Option(help="Share of steps that take four times as long.")] = 0.0,
@@ -58,6 +60,7 @@ def simulate(
 ) -> None:
     """Simulate and print what attained, how late tokens were, and how fast the simulator ran."""
     from slos_serve.policies.registry import policy_entry
+    from slos_serve.sim.drafters import with_drafter
     from slos_serve.sim.engine import SimSettings
     from slos_serve.sim.engine import simulate as run
     from slos_serve.sim.model_error import ModelError
@@ -69,7 +72,7 @@ def simulate(
         name, parameters = policy_of(policy)
         if parameters == {}:
             parameters = dict(policy_entry(name).variants[0])
-        measured = find_profile(profile)
+        measured = with_drafter(find_profile(profile), drafter)
         workload = _workload(scenario, trace, classes, rate, requests, seed, arrivals, acceptance)
         settings = SimSettings(
             policy=name,
@@ -83,6 +86,7 @@ def simulate(
             deaths=[_death(text) for text in kill or []],
             kv_bytes_per_token=kv_bytes_per_token(measured),
             seed=seed,
+            drafter=drafter,
         )
         began = time.perf_counter()
         last_s = float(workload.request_arrivals_s.max())
@@ -102,6 +106,8 @@ def simulate(
         "wall_s": wall_s,
         "requests_per_s": workload.num_requests / wall_s,
         "steps_per_s": outcome.steps / wall_s,
+        "drafted": recording.num_drafted,
+        "accepted": recording.num_accepted,
     }
     _print(outcome, f"{workload.name}, {policy}, {replicas} x {profile}", speed)
     digest = recording.digest()
@@ -164,6 +170,9 @@ def _print(outcome: Outcome, title: str, speed: dict[str, Any]) -> None:
             table.add_row(f"{name} p50 / p99", f"{quantiles.p50:.0f} / {quantiles.p99:.0f} ms")
     table.add_row("rejected, unfinished", f"{outcome.rejected}, {outcome.unfinished}")
     table.add_row("preemptions", str(outcome.preemptions))
+    if speed["drafted"]:
+        share = 100.0 * speed["accepted"] / speed["drafted"]
+        table.add_row("drafts right", f"{share:.1f} % of {speed['drafted']:,.0f}")
     table.add_row("virtual time", f"{outcome.duration_s:.0f} s, {outcome.output_tokens_per_s:.0f} output tokens/s")
     rates = f"{speed['requests_per_s']:.0f} requests/s, {speed['steps_per_s']:.0f} steps/s"
     table.add_row("simulated in", f"{speed['wall_s']:.1f} s: {rates}")

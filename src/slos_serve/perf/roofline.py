@@ -20,6 +20,7 @@ from slos_serve.perf.batch_time import BatchTimeModel
 
 MEMORY_SHARE = 0.9  # of the device's memory that an engine may use
 ACTIVATION_BYTES = 2e9  # kept free for activations and the runtime
+LAYER_LAUNCH_S = 40e-6  # about ten kernels a layer, 4 us each: what a layer takes that is too small to fill a device
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +143,20 @@ def roofline(
         k_ctx_s=shape.kv_bytes_per_token / (device.bandwidth * efficiency.kv_read * speed_up),
         k_q_s=2.0 * shape.heads_width * shape.layers / (device.peak_flops * efficiency.attention * speed_up),
     )
+
+
+def draft_step_s(shape: ModelShape, device: Device, context_tokens: float, efficiency: Efficiency = FITTED) -> float:
+    """Seconds of one sequential step of a draft model on one device.
+
+        launches + weights and (tied) embedding read once + KV cache of ``context_tokens`` read once
+
+    The formulas above fit models that fill a device; a draft model is too small for that, so its kernels' launches
+    count on their own.
+    """
+    weights = (shape.layer_parameters + shape.embedding_parameters) * shape.bytes_per_weight
+    read_s = weights / (device.bandwidth * efficiency.weights)
+    context_s = shape.kv_bytes_per_token * context_tokens / (device.bandwidth * efficiency.kv_read)
+    return LAYER_LAUNCH_S * shape.layers + read_s + context_s
 
 
 def kv_capacity_tokens(shape: ModelShape, device: Device, tensor_parallel: int = 1) -> int:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from slos_serve.core.plan import EngineView
 from slos_serve.core.request import SlotArray
 from slos_serve.planning.admission_kernel import INFEASIBLE, BoolArray, admit
 from slos_serve.planning.candidates import forecast_lengths, gather
+from slos_serve.planning.drafting import NO_DRAFTS, DraftPlan
 from slos_serve.planning.lengths import EDGES, LengthForecast
 from slos_serve.planning.memory import forecast, reserve
 from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
@@ -28,6 +27,7 @@ class Admission:
         taken: bool [n].
         infeasible: what is promised already does not fit any more (a forecast was wrong); nothing new is taken.
         labels: labels that the dynamic program kept.
+        periods_s, tokens_each, period_s_each, draft_s: what ``prefill_rate`` was given, drafts counted in.
     """
 
     slots: SlotArray
@@ -42,6 +42,10 @@ class Admission:
     counts: FloatArray
     pace_s: FloatArray
     extra_s_each: FloatArray
+    periods_s: FloatArray
+    tokens_each: FloatArray
+    period_s_each: FloatArray
+    draft_s: float
 
 
 def write_forecasts(view: EngineView, settings: PlannerSettings, lengths: LengthForecast) -> None:
@@ -61,6 +65,7 @@ def judge(
     lengths: LengthForecast,
     *,
     forecast_memory: bool,
+    drafts: DraftPlan = NO_DRAFTS,
 ) -> Admission:
     """Admission at ``now_s``; reads the view only.
 
@@ -71,6 +76,7 @@ def judge(
         settings: the planner's.
         lengths: what answers have been like.
         forecast_memory: forecast KV over time, or reserve the sum of peaks: one checkpoint, stricter.
+        drafts: draft lengths of the tiers.
     """
     rows = view.table.rows
     slots, due_s, cost, tier, must, counts, pace_s, extra_s = gather(
@@ -92,6 +98,7 @@ def judge(
         )
     else:
         memory, room = reserve(rows, view.running, slots, view.total_blocks, view.block_size)
+    periods_s, tokens_each, period_s_each, draft_s = drafts.applied(pace_s, extra_s, settings.tpot_margin)
     taken, _, _, status, labels = admit(
         due_s,
         cost,
@@ -100,10 +107,10 @@ def judge(
         rows["weight"][slots],
         is_must,
         counts,
-        pace_s,
-        np.ones(len(pace_s)),
-        extra_s,
-        0.0,
+        periods_s,
+        tokens_each,
+        period_s_each,
+        draft_s,
         coefficients,
         float(view.max_num_batched_tokens),
         now_s + cut_short_s(coefficients),
@@ -124,6 +131,10 @@ def judge(
         counts,
         pace_s,
         extra_s,
+        periods_s,
+        tokens_each,
+        period_s_each,
+        draft_s,
     )
 
 

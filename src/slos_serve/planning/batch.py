@@ -12,11 +12,11 @@ import numpy as np
 from numba import njit
 
 from slos_serve.core.request import RequestArray, SlotArray
-from slos_serve.perf.batch_time import B_C, B_M, K_C, K_CTX, K_M, K_Q, K_SEQ
+from slos_serve.perf.batch_time import B_C, B_M, K_C, K_CTX, K_M, K_Q, K_S, K_SEQ
 from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
 
 # Positions in Batch.sums and Batch.counts.
-TOKENS, FIXED_S, FREE_BLOCKS, NUM_RUNNING = range(4)
+TOKENS, FIXED_S, FREE_BLOCKS, NUM_RUNNING, DRAFT_STEPS = range(5)
 NUM_ENTRIES, NUM_HELD, NUM_PREEMPTED = range(3)
 
 
@@ -35,9 +35,9 @@ class Batch(NamedTuple):
     out of the tuple costs more than what they do with it.
 
     Attributes:
-        sums: float64 [4], tokens, seconds beside the roofline part, free KV blocks, running requests.
+        sums: float64 [5], tokens, seconds beside the roofline part, free KV blocks, running requests, draft steps.
         counts: int64 [3], how many entries, held and preempted there are.
-        entries: int64 [3, most], slots, tokens and reasons of requests that run.
+        entries: int64 [4, most], slots, tokens, reasons and draft lengths of requests that run.
         held: int64 [2, running], slots and reasons of running requests that do not.
         victims: int64, who may be preempted, first to go first; those below the number preempted are.
     """
@@ -52,10 +52,10 @@ class Batch(NamedTuple):
 @njit(cache=True)
 def empty_batch(most: int, num_running: int, free_blocks: int, victims: SlotArray) -> Batch:
     """A batch with room for ``most`` entries on an engine with ``num_running`` requests inside."""
-    sums = np.zeros(4)
+    sums = np.zeros(5)
     sums[FREE_BLOCKS] = free_blocks
     sums[NUM_RUNNING] = num_running
-    entries, held = np.empty((3, most), dtype=np.int64), np.empty((2, num_running), dtype=np.int64)
+    entries, held = np.empty((4, most), dtype=np.int64), np.empty((2, num_running), dtype=np.int64)
     return Batch(sums, np.zeros(3, dtype=np.int64), entries, held, victims)
 
 
@@ -132,8 +132,32 @@ def put(
         sums[FIXED_S] += coefficients[K_Q] * tokens * (tokens + 2 * done)
     sums[FREE_BLOCKS] -= blocks_for(done + tokens, block_size) - blocks_for(rows["computed_tokens"][slot], block_size)
     at = counts[NUM_ENTRIES]
-    entries[0, at], entries[1, at], entries[2, at] = slot, tokens, reason
+    entries[0, at], entries[1, at], entries[2, at], entries[3, at] = slot, tokens, reason, 0
     counts[NUM_ENTRIES] = at + 1
+
+
+@njit(cache=True)
+def put_decode(
+    rows: RequestArray,
+    slot: int,
+    draft: int,
+    reason: int,
+    coefficients: FloatArray,
+    block_size: int,
+    sums: FloatArray,
+    counts: IntArray,
+    entries: IntArray,
+) -> None:
+    """Add a decode that verifies ``draft`` draft tokens: they are decoded together, its context read once."""
+    put(rows, slot, 1, reason, coefficients, block_size, sums, counts, entries)
+    if draft > 0:
+        done = rows["computed_tokens"][slot]
+        sums[TOKENS] += draft
+        sums[FREE_BLOCKS] -= blocks_for(done + 1 + draft, block_size) - blocks_for(done + 1, block_size)
+        sums[FIXED_S] += coefficients[K_S] * max(draft - sums[DRAFT_STEPS], 0.0)
+        sums[DRAFT_STEPS] = max(sums[DRAFT_STEPS], draft)
+        at = counts[NUM_ENTRIES] - 1
+        entries[1, at], entries[3, at] = 1 + draft, draft
 
 
 @njit(cache=True)

@@ -18,8 +18,9 @@ from numba import njit
 
 from slos_serve.core.plan import Reason
 from slos_serve.core.request import RequestArray, SlotArray
-from slos_serve.perf.batch_time import K_CTX, K_Q, K_SEQ
+from slos_serve.perf.batch_time import K_CTX, K_Q, K_S, K_SEQ
 from slos_serve.planning.batch import (
+    DRAFT_STEPS,
     FIXED_S,
     NUM_ENTRIES,
     NUM_HELD,
@@ -36,10 +37,11 @@ from slos_serve.planning.batch import (
     largest_chunk,
     make_room,
     put,
+    put_decode,
     tokens_done,
     tokens_left,
 )
-from slos_serve.planning.candidates import ADMITTED, CATCH_UP_SHARE, next_due_s, tokens_to_do
+from slos_serve.planning.candidates import ADMITTED, CATCH_UP_SHARE, next_due_s, tier_of, tokens_to_do
 from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
 
 DECODE_DUE = int(Reason.DECODE_DUE)
@@ -52,6 +54,12 @@ NO_MEMORY = int(Reason.NO_MEMORY)
 _EPSILON_S = 1e-9
 # When the due decodes alone overfill a step, those that can wait for this part of the next one do.
 CROWDED_SHARE = 0.75
+# A verification may bring one token only. Decodes that draft are kept this many batches ahead of their due times, so
+# that a few such in a row neither make them late nor cut batches short. A verification costs the same now or later.
+LEAD_PERIODS = 6.0
+# With that lead nobody is late after a long step, but prompts that come during it are: the only prompt there is makes a
+# step at most this many times as long as one beside drafting decodes may be.
+ABSORBED_PERIODS = 2.0
 # Positions in the flags that the passes hand on.
 STOPPED, WAITING_STARTED = range(2)
 
@@ -72,6 +80,20 @@ class Work(NamedTuple):
     prefill_due_s: FloatArray
     extras: SlotArray
     shortest_s: float
+
+
+class Drafts(NamedTuple):
+    """What the promised decodes draft in this step.
+
+    Attributes:
+        lengths: int64 [decodes].
+        longest_s: how long a step beside them may last; no bound without speculation.
+        ahead_s: decodes due within this much of the end of the step are in it; the shortest pace without speculation.
+    """
+
+    lengths: IntArray
+    longest_s: float
+    ahead_s: float
 
 
 @njit(cache=True)
@@ -116,6 +138,79 @@ def _sort_out(rows: RequestArray, running: SlotArray, chosen: SlotArray, tpot_ma
 
 
 @njit(cache=True)
+def draft_of(rows: RequestArray, slot: int, tier_tpot_s: FloatArray, tier_drafts: IntArray) -> int:
+    """Draft length of a decode: its tier's, as far as it may still generate tokens."""
+    if len(tier_drafts) == 0:
+        return 0
+    left = rows["max_tokens"][slot] - rows["output_tokens"][slot] - 1
+    return int(max(min(tier_drafts[tier_of(tier_tpot_s, rows["tpot_s"][slot])], left), 0))
+
+
+@njit(cache=True)
+def _drafts_of(
+    rows: RequestArray,
+    work: Work,
+    tpot_margin: float,
+    tier_tpot_s: FloatArray,
+    tier_drafts: IntArray,
+    tier_longer: FloatArray,
+) -> Drafts:
+    """Look up every promised decode's tier. When none drafts anything the step is as without speculation."""
+    count = len(work.decodes)
+    lengths = np.zeros(count, dtype=np.int64)
+    if len(tier_drafts) == 0:
+        return Drafts(lengths, np.inf, work.shortest_s)
+    longest_s = np.inf
+    for j in range(count):
+        slot = work.decodes[j]
+        level = tier_of(tier_tpot_s, rows["tpot_s"][slot])
+        lengths[j] = draft_of(rows, slot, tier_tpot_s, tier_drafts)
+        longest_s = min(longest_s, rows["tpot_s"][slot] * (1.0 - tpot_margin) * tier_longer[level])
+    if not lengths.any():
+        return Drafts(lengths, np.inf, work.shortest_s)
+    return Drafts(lengths, longest_s, LEAD_PERIODS * longest_s)
+
+
+@njit(cache=True)
+def _anyone_prefills(rows: RequestArray, extras: SlotArray) -> bool:
+    """Whether one of them has more to compute than its next token."""
+    found = False
+    for slot in extras:
+        found = found or rows["output_tokens"][slot] == 0 or tokens_left(rows, slot) > 1
+    return found
+
+
+@njit(cache=True)
+def _cap_drafts(
+    rows: RequestArray, work: Work, drafts: Drafts, due_until_s: float, limit_s: float, limits: Limits
+) -> None:
+    """Shorten drafts to the longest with which the decodes due by ``due_until_s`` end within ``limit_s``; 0 at least.
+
+    They also leave every one of these decodes a token of the step.
+    """
+    coefficients = limits.coefficients
+    fixed_s, count, longest = 0.0, 0, 0
+    for j in range(len(work.decodes)):
+        if work.decode_due_s[j] <= due_until_s:
+            fixed_s += coefficients[K_SEQ] + coefficients[K_CTX] * rows["computed_tokens"][work.decodes[j]]
+            longest = max(longest, drafts.lengths[j])
+            count += 1
+    cap = longest
+    while cap > 0:
+        tokens = 0.0
+        for j in range(len(work.decodes)):
+            if work.decode_due_s[j] <= due_until_s:
+                tokens += 1.0 + min(drafts.lengths[j], cap)
+        step_s = linear_step_s(coefficients, tokens) + fixed_s + coefficients[K_S] * cap
+        if step_s <= limit_s and tokens <= limits.max_tokens:
+            break
+        cap -= 1
+    if cap < longest:
+        for j in range(len(work.decodes)):
+            drafts.lengths[j] = min(drafts.lengths[j], cap)
+
+
+@njit(cache=True)
 def _youngest_first(rows: RequestArray, slots: SlotArray) -> SlotArray:
     """Best effort gives way youngest first: the oldest keeps what it has done."""
     return slots[np.argsort(-rows["order"][slots], kind="mergesort")]
@@ -126,6 +221,7 @@ def _absorbable_s(
     rows: RequestArray,
     slot: int,
     work: Work,
+    drafts: Drafts,
     now_s: float,
     coefficients: FloatArray,
     tpot_margin: float,
@@ -140,7 +236,7 @@ def _absorbable_s(
     0 when one of them could not.
     """
     done, todo = tokens_done(rows, slot), tokens_left(rows, slot)
-    whole_s = linear_step_s(coefficients, float(len(work.decodes) + todo)) + all_fixed_s
+    whole_s = linear_step_s(coefficients, float(len(work.decodes) + drafts.lengths.sum() + todo)) + all_fixed_s
     whole_s += coefficients[K_SEQ] + coefficients[K_CTX] * done + coefficients[K_Q] * todo * (todo + 2 * done)
     for j in range(len(work.decodes)):
         decode = work.decodes[j]
@@ -158,7 +254,7 @@ def _absorbable_s(
 
 @njit(cache=True)
 def _step_limits_s(
-    rows: RequestArray, work: Work, now_s: float, limits: Limits, tpot_margin: float
+    rows: RequestArray, work: Work, drafts: Drafts, now_s: float, limits: Limits, tpot_margin: float
 ) -> tuple[float, float]:
     """How long the step may last (until the earliest due time, a full batch at most), and how long the next one may."""
     coefficients = limits.coefficients
@@ -169,24 +265,27 @@ def _step_limits_s(
         for slot in work.decodes:
             context += rows["computed_tokens"][slot]
         all_fixed_s = coefficients[K_SEQ] * len(work.decodes) + coefficients[K_CTX] * context
-        all_decodes_s = linear_step_s(coefficients, float(len(work.decodes))) + all_fixed_s
+        all_fixed_s += coefficients[K_S] * drafts.lengths.max()
+        all_decodes_s = linear_step_s(coefficients, float(len(work.decodes) + drafts.lengths.sum())) + all_fixed_s
         full_s += all_fixed_s
     limit_s = full_s
     for due_s in work.decode_due_s:
         limit_s = min(limit_s, due_s - now_s)
+    limit_s = min(limit_s, max(drafts.longest_s, all_decodes_s))
     if len(work.prefills) == 1 and len(work.decodes) > 0:
         whole_s = _absorbable_s(
-            rows, work.prefills[0], work, now_s, coefficients, tpot_margin, all_decodes_s, all_fixed_s
+            rows, work.prefills[0], work, drafts, now_s, coefficients, tpot_margin, all_decodes_s, all_fixed_s
         )
-        if whole_s <= full_s:
+        if whole_s <= full_s and whole_s <= ABSORBED_PERIODS * drafts.longest_s:
             limit_s = max(limit_s, whole_s)
-    return limit_s, max(min(work.shortest_s, full_s), all_decodes_s)
+    return limit_s, max(min(drafts.ahead_s, full_s), all_decodes_s)
 
 
 @njit(cache=True)
-def _with_one_s(rows: RequestArray, slot: int, coefficients: FloatArray, sums: FloatArray) -> float:
-    """Seconds of the batch with one more decode."""
-    after_s = linear_step_s(coefficients, sums[TOKENS] + 1.0) + sums[FIXED_S] + coefficients[K_SEQ]
+def _with_one_s(rows: RequestArray, slot: int, draft: int, coefficients: FloatArray, sums: FloatArray) -> float:
+    """Seconds of the batch with one more decode that verifies ``draft`` drafts."""
+    after_s = linear_step_s(coefficients, sums[TOKENS] + 1.0 + draft) + sums[FIXED_S] + coefficients[K_SEQ]
+    after_s += coefficients[K_S] * max(draft - sums[DRAFT_STEPS], 0.0)
     return float(after_s + coefficients[K_CTX] * rows["computed_tokens"][slot])
 
 
@@ -194,37 +293,41 @@ def _with_one_s(rows: RequestArray, slot: int, coefficients: FloatArray, sums: F
 def _add_due_decodes(
     rows: RequestArray,
     work: Work,
+    drafts: Drafts,
     hold_until_s: float,
     crowded_until_s: float,
     pace_s: float,
     may_hold: bool,
     limits: Limits,
     batch: Batch,
-) -> SlotArray:
-    """Add the decodes due by ``hold_until_s``, all of them unless they may be held; returns those that can wait.
+) -> tuple[SlotArray, IntArray]:
+    """Add the decodes due by ``hold_until_s``, all of them unless they may be held; returns those that can wait,
+    and what they would draft.
 
     When they take longer than ``pace_s``, those due after ``crowded_until_s`` wait as well: loose tiers that fell into
     the same step would else make it late for the tight ones, and the next one half empty.
     """
     coefficients, max_tokens, _, block_size, max_num_seqs = limits
     sums, counts, entries, held, victims = batch
-    decodes, due_s = work.decodes, work.decode_due_s
-    early = np.empty(len(decodes), dtype=np.int64)
+    decodes, due_s, lengths = work.decodes, work.decode_due_s, drafts.lengths
+    early, early_drafts = np.empty(len(decodes), dtype=np.int64), np.empty(len(decodes), dtype=np.int64)
     num_early = 0
     for j in range(len(decodes)):
-        slot = decodes[j]
+        slot, draft = decodes[j], lengths[j]
         if (may_hold and due_s[j] > hold_until_s) or (
-            due_s[j] > crowded_until_s and _with_one_s(rows, slot, coefficients, sums) > pace_s
+            due_s[j] > crowded_until_s and _with_one_s(rows, slot, draft, coefficients, sums) > pace_s
         ):
-            early[num_early] = slot
+            early[num_early], early_drafts[num_early] = slot, draft
             num_early += 1
         elif sums[TOKENS] + 1 > max_tokens:
             hold(slot, NO_ROOM, counts, held)
         elif not make_room(rows, slot, 1, block_size, max_num_seqs, sums, counts, victims):
             hold(slot, NO_MEMORY, counts, held)
         else:
-            put(rows, slot, 1, DECODE_DUE, coefficients, block_size, sums, counts, entries)
-    return early[:num_early]
+            if sums[TOKENS] + 1 + draft > max_tokens or blocks_short(rows, slot, 1 + draft, block_size, sums):
+                draft = 0
+            put_decode(rows, slot, draft, DECODE_DUE, coefficients, block_size, sums, counts, entries)
+    return early[:num_early], early_drafts[:num_early]
 
 
 @njit(cache=True)
@@ -295,20 +398,30 @@ def _add_prefills(
 
 @njit(cache=True)
 def _add_early_decodes(
-    rows: RequestArray, early: SlotArray, limit_s: float, budget: int, limits: Limits, batch: Batch, flags: IntArray
+    rows: RequestArray,
+    early: SlotArray,
+    drafts: IntArray,
+    limit_s: float,
+    budget: int,
+    limits: Limits,
+    batch: Batch,
+    flags: IntArray,
 ) -> None:
     """Add decodes that could wait, while they fit."""
     coefficients, block_size = limits.coefficients, limits.block_size
     sums, counts, entries, held, _ = batch
-    for slot in early:
-        fits = sums[TOKENS] + 1 <= budget and flags[STOPPED] == 0
+    for j in range(len(early)):
+        slot, draft = early[j], drafts[j]
+        if counts[NUM_ENTRIES] == 0 or blocks_short(rows, slot, 1 + draft, block_size, sums):
+            draft = 0
+        fits = sums[TOKENS] + 1 + draft <= budget and flags[STOPPED] == 0
         if fits:
-            after_s = _with_one_s(rows, slot, coefficients, sums)
+            after_s = _with_one_s(rows, slot, draft, coefficients, sums)
             fits = after_s <= limit_s + _EPSILON_S or counts[NUM_ENTRIES] == 0
         if not fits or blocks_short(rows, slot, 1, block_size, sums):
             hold(slot, HELD_AHEAD, counts, held)
         else:
-            put(rows, slot, 1, DECODE_EARLY, coefficients, block_size, sums, counts, entries)
+            put_decode(rows, slot, draft, DECODE_EARLY, coefficients, block_size, sums, counts, entries)
 
 
 @njit(cache=True)
@@ -318,21 +431,31 @@ def _add_leftover(
     leftover: SlotArray,
     limit_s: float,
     budget: int,
+    tier_tpot_s: FloatArray,
+    tier_drafts: IntArray,
     limits: Limits,
     batch: Batch,
     flags: IntArray,
 ) -> None:
     """Fill what is left over: running decodes, running prefills, then new ones in the order given."""
-    block_size, max_num_seqs = limits.block_size, limits.max_num_seqs
-    sums, counts, _, held, victims = batch
+    coefficients, block_size, max_num_seqs = limits.coefficients, limits.block_size, limits.max_num_seqs
+    sums, counts, entries, held, victims = batch
     for wants_decodes in (True, False):
         for slot in extras:
             is_decode = rows["output_tokens"][slot] > 0 and tokens_left(rows, slot) <= 1
             if is_decode != wants_decodes or is_preempted(slot, counts, victims):
                 continue
             chunk = _chunk(rows, slot, limit_s, budget, limits, sums, flags)
+            draft = draft_of(rows, slot, tier_tpot_s, tier_drafts) if wants_decodes else 0
             if chunk <= 0 or blocks_short(rows, slot, chunk, block_size, sums):
                 hold(slot, NO_ROOM, counts, held)
+            elif (
+                draft > 0
+                and sums[TOKENS] + 1 + draft <= budget
+                and _with_one_s(rows, slot, draft, coefficients, sums) <= limit_s
+                and not blocks_short(rows, slot, 1 + draft, block_size, sums)
+            ):
+                put_decode(rows, slot, draft, BEST_EFFORT_ROOM, coefficients, block_size, sums, counts, entries)
             else:
                 _put_chunk(rows, slot, chunk, BEST_EFFORT_ROOM, limits, batch, flags)
     for slot in leftover:
@@ -348,7 +471,7 @@ def _add_leftover(
 @njit(cache=True)
 def _in_engine_order(
     rows: RequestArray, limits: Limits, batch: Batch
-) -> tuple[SlotArray, IntArray, IntArray, SlotArray, IntArray, SlotArray, float]:
+) -> tuple[SlotArray, IntArray, IntArray, IntArray, SlotArray, IntArray, SlotArray, float]:
     """What :func:`form_batch` returns; the engine walks running requests before waiting ones."""
     sums, counts, entries, held, victims = batch
     count, num_held = counts[NUM_ENTRIES], counts[NUM_HELD]
@@ -357,6 +480,7 @@ def _in_engine_order(
         entries[0, :count][order],
         entries[1, :count][order],
         entries[2, :count][order],
+        entries[3, :count][order],
         held[0, :num_held],
         held[1, :num_held],
         victims[: counts[NUM_PREEMPTED]],
@@ -380,7 +504,11 @@ def form_batch(
     max_num_seqs: int,
     hold_decodes: bool,
     fixed_budget: int,
-) -> tuple[SlotArray, IntArray, IntArray, SlotArray, IntArray, SlotArray, float]:
+    tier_tpot_s: FloatArray,
+    tier_drafts: IntArray,
+    alone_drafts: IntArray,
+    tier_longer: FloatArray,
+) -> tuple[SlotArray, IntArray, IntArray, IntArray, SlotArray, IntArray, SlotArray, float]:
     """Form one step.
 
     Args:
@@ -395,25 +523,34 @@ def form_batch(
         min_chunk: least prefill chunk in tokens, unless it ends its prompt.
         hold_decodes: decodes that can wait may be held when there is prefill to do.
         fixed_budget: token budget in place of the dynamic one; 0 for dynamic.
+        tier_tpot_s, tier_drafts, alone_drafts, tier_longer: fields of
+            :class:`slos_serve.planning.drafting.DraftPlan`; empty without speculation.
 
     Returns:
-        slots, tokens, reasons (running ones first), held, held_reasons, preempt, predicted seconds.
+        slots, tokens, reasons, draft lengths (running ones first), held, held_reasons, preempt, predicted seconds.
     """
     limits = Limits(coefficients, max_tokens, min_chunk, block_size, max_num_seqs)
     work = _sort_out(rows, running, chosen, tpot_margin)
     most = len(running) + len(chosen) + len(leftover)
     batch = empty_batch(most, len(running), free_blocks, _youngest_first(rows, work.extras))
     flags = np.zeros(2, dtype=np.int64)
-    limit_s, next_s = _step_limits_s(rows, work, now_s, limits, tpot_margin)
+    lengths = tier_drafts
+    if len(work.prefills) + len(leftover) == 0 and not _anyone_prefills(rows, work.extras):
+        lengths = alone_drafts
+    drafts = _drafts_of(rows, work, tpot_margin, tier_tpot_s, lengths, tier_longer)
+    limit_s, next_s = _step_limits_s(rows, work, drafts, now_s, limits, tpot_margin)
     may_hold = hold_decodes and len(work.prefills) > 0
     until_s = now_s + max(limit_s, 0.0) + next_s
     crowded_s = now_s + max(limit_s, 0.0) + CROWDED_SHARE * work.shortest_s if hold_decodes else np.inf
-    early = _add_due_decodes(rows, work, until_s, crowded_s, max(limit_s, work.shortest_s), may_hold, limits, batch)
+    pace_s = max(limit_s, work.shortest_s)
+    if len(lengths) > 0:
+        _cap_drafts(rows, work, drafts, until_s if may_hold else np.inf, pace_s, limits)
+    early, early_drafts = _add_due_decodes(rows, work, drafts, until_s, crowded_s, pace_s, may_hold, limits, batch)
     limit_s = max(limit_s, batch_s(coefficients, batch.sums))
     budget = max_tokens
     if fixed_budget > 0:
         limit_s, budget = np.inf, min(max_tokens, fixed_budget)
     limit_s = _add_prefills(rows, work, now_s, limit_s, budget, fixed_budget > 0, limits, batch, flags)
-    _add_early_decodes(rows, early, limit_s, budget, limits, batch, flags)
-    _add_leftover(rows, work.extras, leftover, limit_s, budget, limits, batch, flags)
+    _add_early_decodes(rows, early, early_drafts, limit_s, budget, limits, batch, flags)
+    _add_leftover(rows, work.extras, leftover, limit_s, budget, tier_tpot_s, lengths, limits, batch, flags)
     return _in_engine_order(rows, limits, batch)

@@ -109,7 +109,7 @@ def demote_lost(
 
 
 @njit(cache=True)
-def _tier_periods(rows: RequestArray, running: SlotArray, waiting: SlotArray) -> FloatArray:
+def tier_periods(rows: RequestArray, running: SlotArray, waiting: SlotArray) -> FloatArray:
     """Distinct TPOTs among SLO requests, ascending, at most MAX_TIERS: the loosest ones merge into the next tighter."""
     distinct = np.empty(MAX_DISTINCT)
     count = 0
@@ -138,7 +138,7 @@ def _tier_periods(rows: RequestArray, running: SlotArray, waiting: SlotArray) ->
 
 
 @njit(cache=True)
-def _tier_of(periods_s: FloatArray, tpot_s: float) -> int:
+def tier_of(periods_s: FloatArray, tpot_s: float) -> int:
     """The loosest tier that is at least as tight as ``tpot_s``."""
     found = 0
     for j in range(len(periods_s)):
@@ -164,7 +164,7 @@ def gather(
         due_s (float64 [n]), cost_tokens (float64 [n]), tier (int64 [n]), must (float64 [n], 1.0 where promised),
         base_counts (float64 [L]), periods_s (float64 [L], margin taken off), extra_s_each (float64 [L]).
     """
-    tiers = _tier_periods(rows, running, waiting)
+    tiers = tier_periods(rows, running, waiting)
     num_tiers = len(tiers)
     base_counts = np.zeros(num_tiers)
     context = np.zeros(num_tiers)
@@ -183,7 +183,7 @@ def gather(
             status = rows["status"][slot]
             if status == BEST_EFFORT:
                 continue
-            level = _tier_of(tiers, rows["tpot_s"][slot])
+            level = tier_of(tiers, rows["tpot_s"][slot])
             todo = tokens_to_do(rows, slot)
             # A decode reads its context once a token: on average what it holds now plus half of what will come.
             context[level] += rows["prompt_tokens"][slot] + 0.5 * (

@@ -17,6 +17,7 @@ from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.admission import judge, write_forecasts
 from slos_serve.planning.batching import form_batch
 from slos_serve.planning.candidates import ADMITTED, BEST_EFFORT, UNDECIDED, demote_lost
+from slos_serve.planning.drafting import Drafting
 from slos_serve.planning.lengths import LengthForecast
 from slos_serve.planning.settings import PlannerSettings
 
@@ -47,6 +48,7 @@ class Planner:
     def __init__(self, model: BatchTimeModel, num_classes: int, settings: PlannerSettings | None = None) -> None:
         self.settings = settings or PlannerSettings()
         self.lengths = LengthForecast(num_classes, self.settings.length_quantile)
+        self.drafting = Drafting(num_classes, self.settings)
         self.counters = PlannerCounters()
         self._model = model
         self.correct(1.0)
@@ -63,6 +65,7 @@ class Planner:
         demoted = self._give_up(rows, view, now_s)
         active = np.concatenate((view.running, view.waiting))
         undecided = active[rows["status"][active] == UNDECIDED]
+        self.drafting.choose(now_s, view, self._coefficients)
         chosen, passed_over = self._admit(rows, view, now_s)
         others = view.waiting[rows["status"][view.waiting] == BEST_EFFORT]
         # Those passed over may still make it in what is left over, so they come before best effort.
@@ -77,7 +80,7 @@ class Planner:
             running = running[running != victim]
             freed += -(-int(rows["computed_tokens"][victim]) // view.block_size)
             formed = self._form(rows, running, freed, chosen, leftover, now_s, view)
-        slots, tokens, reasons, held, held_reasons, preempt, step_s = formed
+        slots, tokens, reasons, drafts, held, held_reasons, preempt, step_s = formed
         if sacrificed:
             demoted = np.concatenate((demoted, self._lose(rows, sacrificed)))
             preempt = np.concatenate((np.array(sacrificed, dtype=np.int64), preempt))
@@ -95,6 +98,7 @@ class Planner:
             admitted=admitted,
             demoted=demoted,
             predicted_s=step_s,
+            draft_tokens=drafts if self.settings.max_draft_tokens > 0 else _NONE,
         )
 
     def _cheapest_to_lose(self, rows: RequestArray, running: SlotArray) -> int:
@@ -120,7 +124,8 @@ class Planner:
         leftover: SlotArray,
         now_s: float,
         view: EngineView,
-    ) -> tuple[SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, float]:
+    ) -> tuple[SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, float]:
+        lengths = self.drafting.present
         return form_batch(
             rows,
             running,
@@ -136,6 +141,10 @@ class Planner:
             view.max_num_seqs,
             self.settings.hold_decodes,
             0 if self.settings.dynamic_batch else self.settings.fixed_budget,
+            lengths.tpot_s,
+            lengths.tokens,
+            lengths.alone_tokens,
+            lengths.longer,
         )
 
     def _give_up(self, rows: RequestArray, view: EngineView, now_s: float) -> SlotArray:
@@ -159,6 +168,7 @@ class Planner:
             self.settings,
             self.lengths,
             forecast_memory=self.settings.forecast_memory,
+            drafts=self.drafting.present,
         )
         slots, taken = found.slots, found.taken
         self.counters.admissions += 1

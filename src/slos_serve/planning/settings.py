@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from slos_serve.core.slo import check_number
 
+MAX_DRAFT_TOKENS = 10
+
 
 @dataclass(frozen=True, slots=True)
 class PlannerSettings:
@@ -26,6 +28,12 @@ class PlannerSettings:
         forecast_memory: False reserves the sum of forecast peaks rather than a forecast over time (ablation).
         best_effort: False leaves unattainable requests in the queue's front, as a stock engine would (ablation).
         oracle_lengths: ``expected_tokens`` of the table is the truth; do not forecast (simulator only).
+        max_draft_tokens: longest draft that may be planned, 0 to 10; 0 (no drafter in the engine) is no speculation.
+        adaptive_drafts: False drafts ``max_draft_tokens`` for every decode in every step (ablation).
+        longest_step_s: with drafts, batches beside decodes may last as long as the tokens of a verification, up to
+            this: a prompt that comes in the middle of a batch waits for its end.
+        acceptance_confidence: standard deviations by which planning stays below the mean of observed acceptance.
+        known_acceptance: acceptance of a draft token, taken as known instead of learnt (simulator only).
     """
 
     tpot_margin: float = 0.05
@@ -42,6 +50,11 @@ class PlannerSettings:
     forecast_memory: bool = True
     best_effort: bool = True
     oracle_lengths: bool = False
+    max_draft_tokens: int = 0
+    adaptive_drafts: bool = True
+    longest_step_s: float = 0.14
+    acceptance_confidence: float = 1.0
+    known_acceptance: float | None = None
 
     def __post_init__(self) -> None:
         check_number("tpot_margin", self.tpot_margin, low=0.0, high=0.9, low_included=True)
@@ -49,3 +62,8 @@ class PlannerSettings:
         check_number("step_margin", self.step_margin, low=0.0, high=1.0, low_included=True)
         check_number("length_quantile", self.length_quantile, low=0.0, high=0.999)
         check_number("max_implied_ttft_s", self.max_implied_ttft_s, low=0.0, high=3600.0)
+        check_number("max_draft_tokens", self.max_draft_tokens, low=0, high=MAX_DRAFT_TOKENS, low_included=True)
+        check_number("longest_step_s", self.longest_step_s, low=0.0, high=60.0, low_included=True)
+        check_number("acceptance_confidence", self.acceptance_confidence, low=0.0, high=10.0, low_included=True)
+        if self.known_acceptance is not None:
+            check_number("known_acceptance", self.known_acceptance, low=0.0, high=0.99, low_included=True)

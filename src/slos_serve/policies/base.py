@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.perf.batch_time import BatchShape
+
+IntArray = NDArray[np.int64]
 
 
 class Policy(Protocol):
@@ -20,6 +25,13 @@ class Policy(Protocol):
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
         """Learn from an executed batch how long it really took."""
+        ...
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
+        """Learn how many of the draft tokens of a step were right: int64 [n] each, one entry a verification.
+
+        Verifications in which an answer ended are left out.
+        """
         ...
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
-from slos_serve.policies.queue_order import chunked, step_plan, whole_prompts
+from slos_serve.policies.queue_order import IntArray, checked_draft_tokens, chunked, step_plan, whole_prompts
 
 # Prompts are batched until the compute-bound branch exceeds the constant work of a step this many times over.
 SATURATION = 2.0
@@ -58,6 +58,9 @@ class DistServePrefill:
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
         """Learns nothing."""
 
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
+        """Learns nothing."""
+
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
         """Learns nothing."""
 
@@ -66,16 +69,18 @@ class DistServeDecode:
     """Policy of a decode replica; see :class:`slos_serve.policies.base.Policy`.
 
     Args:
-        token_budget: most tokens in a step; only a request preempted for memory has more than one.
+        token_budget: most tokens in a step; only a request preempted for memory computes many.
+        draft_tokens: drafts of every decode, where the engine has a drafter.
     """
 
-    def __init__(self, token_budget: int = 8192) -> None:
+    def __init__(self, token_budget: int = 8192, draft_tokens: int = 0) -> None:
+        self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Everything that runs, then what has arrived."""
         size = len(view.running) + len(view.waiting)
-        slots, tokens = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+        slots, tokens, drafts = np.empty((3, size), dtype=np.int64)
         count = chunked(
             view.table.rows,
             view.running,
@@ -87,10 +92,15 @@ class DistServeDecode:
             0,
             slots,
             tokens,
+            self._draft_tokens,
+            drafts,
         )
-        return step_plan(slots[:count], tokens[:count])
+        return step_plan(slots[:count], tokens[:count], drafts=drafts[:count])
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
+        """Learns nothing."""
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
         """Learns nothing."""
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:

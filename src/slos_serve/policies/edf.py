@@ -13,7 +13,14 @@ from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.request import RequestArray
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.policies.queue_order import IntArray, blocks_of, step_plan, tokens_left
+from slos_serve.policies.queue_order import (
+    IntArray,
+    blocks_of,
+    checked_draft_tokens,
+    drafts_for,
+    step_plan,
+    tokens_left,
+)
 
 
 @njit(cache=True)
@@ -27,15 +34,18 @@ def by_deadline(
     block_size: int,
     slots: IntArray,
     tokens: IntArray,
+    draft_tokens: int,
+    drafts: IntArray,
 ) -> int:
     """Decodes of ``running``, then prefills of ``ordered`` (running and waiting ones); returns the entries written."""
     count = 0
     for slot in running:
         if tokens_left(rows, slot) == 1 and token_budget > 0:
-            free_blocks -= blocks_of(rows["computed_tokens"][slot] + 1, block_size)
+            draft = drafts_for(rows, slot, draft_tokens, token_budget)
+            free_blocks -= blocks_of(rows["computed_tokens"][slot] + 1 + draft, block_size)
             free_blocks += blocks_of(rows["computed_tokens"][slot], block_size)
-            slots[count], tokens[count] = slot, 1
-            token_budget -= 1
+            slots[count], tokens[count], drafts[count] = slot, 1 + draft, draft
+            token_budget -= 1 + draft
             count += 1
     num_running = len(running)
     for slot in ordered:
@@ -53,7 +63,7 @@ def by_deadline(
         chunk = min(left, token_budget)
         after = rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - left + chunk
         free_blocks -= blocks_of(after, block_size) - blocks_of(done, block_size)
-        slots[count], tokens[count] = slot, chunk
+        slots[count], tokens[count], drafts[count] = slot, chunk, 0
         token_budget -= chunk
         count += 1
     return count
@@ -65,9 +75,11 @@ class EarliestDeadlineFirst:
     Args:
         token_budget: most tokens in a step.
         drop_late: requests whose first token is late already come after all others.
+        draft_tokens: drafts of every decode, where the engine has a drafter.
     """
 
-    def __init__(self, token_budget: int = 2048, drop_late: bool = False) -> None:
+    def __init__(self, token_budget: int = 2048, drop_late: bool = False, draft_tokens: int = 0) -> None:
+        self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
         self._drop_late = drop_late
 
@@ -78,7 +90,7 @@ class EarliestDeadlineFirst:
         due_s = rows["ttft_due_s"][everyone]
         late = (due_s < now_s) & (rows["output_tokens"][everyone] == 0) & self._drop_late
         ordered = everyone[np.lexsort((rows["order"][everyone], due_s, late))]
-        slots, tokens = np.empty(2 * len(everyone), dtype=np.int64), np.empty(2 * len(everyone), dtype=np.int64)
+        slots, tokens, drafts = np.empty((3, 2 * len(everyone)), dtype=np.int64)
         count = by_deadline(
             rows,
             view.running,
@@ -89,12 +101,17 @@ class EarliestDeadlineFirst:
             view.block_size,
             slots,
             tokens,
+            self._draft_tokens,
+            drafts,
         )
         starts = rows["running"][slots[:count]] == 0
         first = np.argsort(starts, kind="stable")  # running ones before waiting ones, as a plan must have them
-        return step_plan(slots[:count][first], tokens[:count][first], Reason.PREFILL_DEADLINE)
+        return step_plan(slots[:count][first], tokens[:count][first], Reason.PREFILL_DEADLINE, drafts[:count][first])
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
+        """Learns nothing."""
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
         """Learns nothing."""
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from slos_serve.core.plan import Reason, StepPlan
 from slos_serve.core.request import RequestArray
+from slos_serve.core.slo import check_number
+from slos_serve.planning.settings import MAX_DRAFT_TOKENS
 
 IntArray = NDArray[np.int64]
 
@@ -30,6 +32,42 @@ def blocks_of(tokens: int, block_size: int) -> int:
 
 
 @njit(cache=True)
+def drafts_for(rows: RequestArray, slot: int, draft_tokens: int, token_budget: int) -> int:
+    """Drafts that a running decode verifies when all decodes draft ``draft_tokens``: 0 for a prefill.
+
+    Fewer when the step's budget or what the request may still generate leaves no more.
+    """
+    if rows["output_tokens"][slot] == 0 or tokens_left(rows, slot) != 1:
+        return 0
+    left = rows["max_tokens"][slot] - rows["output_tokens"][slot] - 1
+    return int(max(min(draft_tokens, left, token_budget - 1), 0))
+
+
+@njit(cache=True)
+def draft_all(
+    rows: RequestArray, decodes: IntArray, draft_tokens: int, token_budget: int, free_blocks: int, block_size: int
+) -> IntArray:
+    """int64 [n]: drafts of a step of ``decodes`` alone, in their order, each at least left its own token and block."""
+    drafts = np.zeros(len(decodes), dtype=np.int64)
+    if draft_tokens == 0:
+        return drafts
+    token_budget -= len(decodes)
+    for slot in decodes:
+        done = rows["computed_tokens"][slot]
+        free_blocks -= blocks_of(done + 1, block_size) - blocks_of(done, block_size)
+    for i in range(len(decodes)):
+        slot = decodes[i]
+        draft = drafts_for(rows, slot, draft_tokens, token_budget + 1)
+        done = rows["computed_tokens"][slot]
+        needed = blocks_of(done + 1 + draft, block_size) - blocks_of(done + 1, block_size)
+        if needed <= free_blocks:
+            drafts[i] = draft
+            token_budget -= draft
+            free_blocks -= needed
+    return drafts
+
+
+@njit(cache=True)
 def chunked(
     rows: RequestArray,
     running: IntArray,
@@ -41,19 +79,23 @@ def chunked(
     reserve_blocks: int,
     slots: IntArray,
     tokens: IntArray,
+    draft_tokens: int,
+    drafts: IntArray,
 ) -> int:
     """Running requests in their order, then waiting ones, each with as much as the token budget leaves.
 
-    ``reserve_blocks`` stay free when a waiting request starts. Returns the number of entries written.
+    Decodes verify ``draft_tokens`` drafts each, written to ``drafts``. ``reserve_blocks`` stay free when a waiting
+    request starts. Returns the number of entries written.
     """
     count = 0
     for slot in running:
         if token_budget <= 0:
             break
-        chunk = min(tokens_left(rows, slot), token_budget)
+        draft = drafts_for(rows, slot, draft_tokens, token_budget) if draft_tokens > 0 else 0
+        chunk = min(tokens_left(rows, slot) + draft, token_budget)
         done = rows["computed_tokens"][slot]
         free_blocks -= blocks_of(done + chunk, block_size) - blocks_of(done, block_size)
-        slots[count], tokens[count] = slot, chunk
+        slots[count], tokens[count], drafts[count] = slot, chunk, draft
         token_budget -= chunk
         count += 1
     num_running = len(running)
@@ -63,7 +105,7 @@ def chunked(
             break
         chunk = min(tokens_left(rows, slot), token_budget)
         free_blocks -= blocks_of(rows["cached_tokens"][slot] + chunk, block_size)
-        slots[count], tokens[count] = slot, chunk
+        slots[count], tokens[count], drafts[count] = slot, chunk, 0
         token_budget -= chunk
         num_running += 1
         count += 1
@@ -106,6 +148,20 @@ def whole_prompts(
     return count
 
 
-def step_plan(slots: IntArray, tokens: IntArray, reason: Reason = Reason.STOCK_ORDER) -> StepPlan:
-    """A plan that runs ``slots`` with ``tokens``, all for one reason."""
-    return StepPlan(slots=slots, tokens=tokens, reasons=np.full(len(slots), int(reason), dtype=np.int64))
+def step_plan(
+    slots: IntArray, tokens: IntArray, reason: Reason = Reason.STOCK_ORDER, drafts: IntArray | None = None
+) -> StepPlan:
+    """A plan that runs ``slots`` with ``tokens`` (``drafts`` counted in), all for one reason."""
+    plan = StepPlan(slots=slots, tokens=tokens, reasons=np.full(len(slots), int(reason), dtype=np.int64))
+    if drafts is not None:
+        plan.draft_tokens = drafts
+    return plan
+
+
+def checked_draft_tokens(draft_tokens: int) -> int:
+    """The fixed draft length of a policy.
+
+    Raises:
+        InvalidFieldError: out of range.
+    """
+    return int(check_number("draft_tokens", draft_tokens, low=0, high=MAX_DRAFT_TOKENS, low_included=True))

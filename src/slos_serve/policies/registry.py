@@ -30,11 +30,13 @@ class PolicyEntry:
         make: (batch-time model, number of classes, parameters) -> policy of one replica.
         variants: parameter sets that a fair comparison tries; the first one is the default.
         make_decode: set when prefill and decode are apart; then ``make`` is for prefill replicas.
+        fixed_drafts: takes ``draft_tokens``, one draft length for every decode; to be tuned where there is a drafter.
     """
 
     make: Factory
     variants: tuple[Parameters, ...] = field(default=({},))
     make_decode: Factory | None = None
+    fixed_drafts: bool = True
 
 
 def _plain(policy: Callable[..., Policy]) -> Factory:
@@ -47,16 +49,17 @@ def _slos_serve(model: BatchTimeModel, num_classes: int, given: Parameters) -> P
 
 
 POLICIES: dict[str, PolicyEntry] = {
-    "slos-serve": PolicyEntry(_slos_serve),
+    "slos-serve": PolicyEntry(_slos_serve, fixed_drafts=False),
     "vllm": PolicyEntry(_plain(VllmOrder), tuple({"token_budget": size} for size in (2048, 8192))),
     "vllm-v0": PolicyEntry(_plain(VllmV0), ({"token_budget": 8192},)),
     "sarathi": PolicyEntry(_plain(Sarathi), tuple({"chunk_tokens": size} for size in (512, 256, 1024))),
     "distserve": PolicyEntry(
-        lambda model, _classes, given: DistServePrefill(model, **given), make_decode=_plain(DistServeDecode)
+        lambda model, _classes, _given: DistServePrefill(model), make_decode=_plain(DistServeDecode)
     ),
     "scorpio": PolicyEntry(
         lambda model, num_classes, given: Scorpio(model, num_classes, **given),
         tuple({"chunk_tokens": size} for size in (0, 512)),
+        fixed_drafts=False,
     ),
     "edf": PolicyEntry(
         _plain(EarliestDeadlineFirst),

@@ -14,7 +14,7 @@ from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestArray
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.policies.queue_order import IntArray, chunked, step_plan, tokens_left
+from slos_serve.policies.queue_order import IntArray, checked_draft_tokens, chunked, step_plan, tokens_left
 
 WATERMARK = 0.01
 
@@ -38,16 +38,18 @@ class Sarathi:
 
     Args:
         chunk_tokens: tokens of a step, decodes included.
+        draft_tokens: drafts of every decode, where the engine has a drafter.
     """
 
-    def __init__(self, chunk_tokens: int = 512) -> None:
+    def __init__(self, chunk_tokens: int = 512, draft_tokens: int = 0) -> None:
+        self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, low=1, high=1e6, low_included=True))
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """All decodes, then chunks of running prompts, then new prompts."""
         rows = view.table.rows
         size = len(view.running) + len(view.waiting)
-        slots, tokens = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+        slots, tokens, drafts = np.empty((3, size), dtype=np.int64)
         ordered = np.empty(len(view.running), dtype=np.int64)
         decodes_first(rows, view.running, ordered)
         count = chunked(
@@ -61,10 +63,15 @@ class Sarathi:
             int(WATERMARK * view.total_blocks) if len(view.running) else 0,
             slots,
             tokens,
+            self._draft_tokens,
+            drafts,
         )
-        return step_plan(slots[:count], tokens[:count])
+        return step_plan(slots[:count], tokens[:count], drafts=drafts[:count])
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
+        """Learns nothing."""
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
         """Learns nothing."""
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:

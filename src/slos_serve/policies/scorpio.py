@@ -162,7 +162,7 @@ class Scorpio:
         decodes = decodes[left[decodes] == 1]
         ordered = np.concatenate((decodes, prompts))
         size = len(ordered) + len(admitted)
-        slots, tokens = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+        slots, tokens, drafts = np.empty((3, size), dtype=np.int64)
         # Held decodes stay in the engine: their places do not go to others.
         places = view.max_num_seqs - (len(view.running) - len(ordered))
         count = chunked(
@@ -176,11 +176,16 @@ class Scorpio:
             int(WATERMARK * view.total_blocks) if len(view.running) else 0,
             slots,
             tokens,
+            0,
+            drafts,
         )
         return step_plan(slots[:count], tokens[:count])
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
         """Learns nothing: the authors fit their predictors offline."""
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
+        """Learns nothing."""
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
         """Learn the mean answer length of a class."""

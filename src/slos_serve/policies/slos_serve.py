@@ -6,6 +6,7 @@ from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
 from slos_serve.perf.online import OnlineCorrection
 from slos_serve.planning.planner import Planner
+from slos_serve.planning.prefill_rate import IntArray
 from slos_serve.planning.settings import PlannerSettings
 
 
@@ -30,6 +31,10 @@ class SLOsServePolicy:
             return
         self.correction.observe(shape, self.model.step_s(shape), duration_s)
         self.planner.correct(self.correction.factor)
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
+        """Learn how often drafts of each class are right."""
+        self.planner.drafting.acceptance.observe(class_index, drafted, accepted)
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
         """Learn how long answers of the class are."""

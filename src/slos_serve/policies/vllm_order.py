@@ -11,7 +11,7 @@ import numpy as np
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.policies.queue_order import chunked, step_plan
+from slos_serve.policies.queue_order import IntArray, checked_draft_tokens, chunked, step_plan
 
 
 class VllmOrder:
@@ -19,15 +19,17 @@ class VllmOrder:
 
     Args:
         token_budget: most tokens in a step.
+        draft_tokens: drafts of every decode, where the engine has a drafter.
     """
 
-    def __init__(self, token_budget: int = 2048) -> None:
+    def __init__(self, token_budget: int = 2048, draft_tokens: int = 0) -> None:
+        self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Fill the budget in queue order."""
         size = len(view.running) + len(view.waiting)
-        slots, tokens = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+        slots, tokens, drafts = np.empty((3, size), dtype=np.int64)
         budget = min(self._token_budget, view.max_num_batched_tokens)
         count = chunked(
             view.table.rows,
@@ -40,10 +42,15 @@ class VllmOrder:
             0,
             slots,
             tokens,
+            self._draft_tokens,
+            drafts,
         )
-        return step_plan(slots[:count], tokens[:count])
+        return step_plan(slots[:count], tokens[:count], drafts=drafts[:count])
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
+        """Learns nothing."""
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
         """Learns nothing."""
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:

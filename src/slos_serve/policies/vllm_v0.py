@@ -11,7 +11,7 @@ import numpy as np
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.policies.queue_order import step_plan, whole_prompts
+from slos_serve.policies.queue_order import IntArray, checked_draft_tokens, draft_all, step_plan, whole_prompts
 
 WATERMARK = 0.01
 
@@ -21,9 +21,11 @@ class VllmV0:
 
     Args:
         token_budget: most prompt tokens in a prefill step; a longer prompt runs alone.
+        draft_tokens: drafts of every decode, where the engine has a drafter.
     """
 
-    def __init__(self, token_budget: int = 8192) -> None:
+    def __init__(self, token_budget: int = 8192, draft_tokens: int = 0) -> None:
+        self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
@@ -44,9 +46,20 @@ class VllmV0:
         )
         if count:
             return step_plan(slots[:count], tokens[:count])
-        return step_plan(view.running.copy(), np.ones(len(view.running), dtype=np.int64))
+        drafts = draft_all(
+            view.table.rows,
+            view.running,
+            self._draft_tokens,
+            view.max_num_batched_tokens,
+            view.free_blocks,
+            view.block_size,
+        )
+        return step_plan(view.running.copy(), 1 + drafts, drafts=drafts)
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
+        """Learns nothing."""
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
         """Learns nothing."""
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:

@@ -88,7 +88,15 @@ def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, 
     stricter than the planner's forecast over time.
     """
     write_forecasts(view, planner.settings, planner.lengths)
-    return judge(view, now_s, coefficients, planner.settings, planner.lengths, forecast_memory=False)
+    return judge(
+        view,
+        now_s,
+        coefficients,
+        planner.settings,
+        planner.lengths,
+        forecast_memory=False,
+        drafts=planner.drafting.present,
+    )
 
 
 def publication_of(
@@ -130,11 +138,11 @@ def publication_of(
         tpot_margin=settings.tpot_margin,
         max_implied_ttft_s=settings.max_implied_ttft_s,
         max_step_tokens=view.max_num_batched_tokens,
-        draft_s=0.0,
+        draft_s=found.draft_s,
         pace_s=pace_s,
-        periods_s=pace_s.copy(),
-        tokens_each=np.ones(len(pace_s)),
-        extra_s_each=found.extra_s_each,
+        periods_s=found.periods_s.copy(),
+        tokens_each=found.tokens_each,
+        extra_s_each=found.period_s_each,
         counts=counts,
         in_tier=counts + np.bincount(found.tier, minlength=len(counts)),
         due_s=found.due_s[taken],

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from slos_serve.policies.registry import policy_entry
-from slos_serve.sim.bounds import Work, fluid_bound, work_of
+from slos_serve.sim.bounds import DRAFT_STEP_S, Work, fluid_bound, work_of
+from slos_serve.sim.drafters import NO_DRAFTER, with_drafter
 from slos_serve.sim.engine import SimSettings, simulate
 from slos_serve.sim.model_error import ModelError
 from slos_serve.sim.outcome import summarize_run
@@ -27,6 +28,8 @@ from slos_serve.workload.scenarios import make_workload
 WARM_UP_SHARE, COOL_DOWN_SHARE = 0.10, 0.05
 # A run stops when this much below the target is certain: its exact value would not matter.
 STOP_MARGIN = 0.10
+# Fixed draft lengths that a policy without its own is tried with, on the best of its other parameters.
+FIXED_DRAFTS = (2, 4)
 COARSE_STEP, FINE_TOLERANCE = 1.3, 0.02
 MAX_BRACKET_STEPS = 14
 # Student's t at 97.5 %, by degrees of freedom.
@@ -50,6 +53,7 @@ class Question:
     router: str = "least-loaded"
     oracle_lengths: bool = False
     acceptance: float = 0.7
+    drafter: str = NO_DRAFTER
     bias: float = 1.0
     noise: float = 0.0
     stop_below: float = 0.0
@@ -126,7 +130,7 @@ RateSearch = Generator[list[Question], list[Answer], list[tuple[float, list[Answ
 
 def answer(question: Question) -> Answer:
     """Run one simulation."""
-    profile = find_profile(question.profile)
+    profile = with_drafter(find_profile(question.profile), question.drafter)
     workload = make_workload(
         question.scenario,
         question.rate_rps,
@@ -145,6 +149,7 @@ def answer(question: Question) -> Answer:
         error=ModelError(bias=question.bias, noise=question.noise),
         kv_bytes_per_token=kv_bytes_per_token(profile),
         seed=question.seed,
+        drafter=question.drafter,
     )
     measured = np.zeros(workload.num_requests, dtype=np.bool_)
     begin, end = int(WARM_UP_SHARE * len(measured)), int((1.0 - COOL_DOWN_SHARE) * len(measured))
@@ -200,17 +205,23 @@ def search_capacity(base: Question, seeds: int, target: float = 0.9, variants: b
     work = bound_work(base)
     profile = find_profile(base.profile)
     fluid = fluid_bound(work, profile.model, limits_of(profile))
-    speculative = fluid_bound(work, profile.model, limits_of(profile), base.acceptance)
+    drafting = with_drafter(profile, base.drafter)
+    draft_step_s = drafting.model.k_s_s if base.drafter != NO_DRAFTER else DRAFT_STEP_S
+    speculative = fluid_bound(work, drafting.model, limits_of(drafting), base.acceptance, draft_step_s)
     gpus = base.replicas * profile.tensor_parallel
     candidates = [base] if not variants else _candidates(base)
+    lengths = FIXED_DRAFTS if variants and base.drafter != NO_DRAFTER and policy_entry(base.policy).fixed_drafts else ()
     tried: list[tuple[float, Question]] = []
     start = 0.6 * fluid * base.replicas
-    if len(candidates) > 1:
+    if len(candidates) + len(lengths) > 1:
         for candidate in candidates:
-            found = yield from _rates(candidate, [0], start, target, 0.08)
-            crossing = _crossing(found, target, None)
-            tried.append((crossing, candidate))
-            start = max(crossing, 0.05 * fluid)
+            yield from _try(candidate, target, start, tried)
+            start = max(tried[-1][0], 0.05 * fluid)
+        _, best = max(tried, key=lambda pair: pair[0])
+        for length in lengths:
+            longer = Question(**{**_fields(best), "parameters": {**best.parameters, "draft_tokens": length}})
+            yield from _try(longer, target, start, tried)
+            start = max(tried[-1][0], 0.05 * fluid)
         best_rate, best = max(tried, key=lambda pair: pair[0])
         start = max(best_rate, 0.05 * fluid)
     else:
@@ -241,6 +252,14 @@ def search_capacity(base: Question, seeds: int, target: float = 0.9, variants: b
         seeds=seeds,
         oracle_lengths=base.oracle_lengths,
     )
+
+
+def _try(
+    candidate: Question, target: float, start: float, tried: list[tuple[float, Question]]
+) -> Generator[list[Question], list[Answer], None]:
+    """Add the crossing of one parameter set on the first seed."""
+    found = yield from _rates(candidate, [0], start, target, 0.08)
+    tried.append((_crossing(found, target, None), candidate))
 
 
 def bound_work(base: Question, sample: int = 20_000) -> Work:

@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.planning.settings import MAX_DRAFT_TOKENS
 from slos_serve.policies.base import Policy
 from slos_serve.policies.registry import Parameters, make_policy, policy_entry
 from slos_serve.routing.publisher import PUBLISH_EVERY_S
 from slos_serve.sim.cluster import Cluster, Handover
+from slos_serve.sim.drafters import DRAFTERS, NO_DRAFTER
 from slos_serve.sim.model_error import ModelError
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.replica import EngineLimits, Replica, ReplicaSettings
@@ -42,6 +44,8 @@ class SimSettings:
         kv_bytes_per_token, transfer_bytes_per_s: for the KV transfer between prefill and decode.
         seed: of injected errors and draft acceptance.
         plan_ahead: steps are planned one ahead, as with vLLM's async scheduling.
+        drafter: one of ``sim.drafters.DRAFTERS``; with one in the engine ``slos-serve`` plans drafts unless its
+            parameters say how long they may be. What it costs is in the batch-time model (``with_drafter``).
     """
 
     policy: str = "slos-serve"
@@ -62,6 +66,7 @@ class SimSettings:
     transfer_bytes_per_s: float = KV_TRANSFER_BYTES_PER_S
     seed: int = 0
     plan_ahead: bool = False
+    drafter: str = NO_DRAFTER
 
     @property
     def disaggregated(self) -> bool:
@@ -132,12 +137,16 @@ def _replica(
 
 def _policy(settings: SimSettings, batch_time: BatchTimeModel, num_classes: int, decode: bool) -> Policy:
     parameters = settings.parameters
-    if settings.policy == "slos-serve" and settings.oracle_lengths:
-        parameters = {**(parameters or {}), "oracle_lengths": True}
+    if settings.policy == "slos-serve":
+        known = {"oracle_lengths": True} if settings.oracle_lengths else {}
+        longest = {"max_draft_tokens": MAX_DRAFT_TOKENS} if settings.drafter != NO_DRAFTER else {}
+        parameters = {**longest, **(parameters or {}), **known}
     return make_policy(settings.policy, batch_time, num_classes, parameters, decode=decode)
 
 
 def _check_split(settings: SimSettings) -> None:
+    if settings.drafter not in DRAFTERS:
+        raise InvalidFieldError("drafter", settings.drafter, f"one of {list(DRAFTERS)}")
     if settings.replicas < 1:
         raise InvalidFieldError("replicas", settings.replicas, "a whole number, 1 or more")
     if settings.disaggregated and not 1 <= settings.prefill_replicas < settings.replicas:

@@ -73,6 +73,8 @@ class Recording:
         steps: every step of every replica.
         end_s: virtual time at the end.
         num_steps, num_preemptions, num_empty_plans, num_no_room: counts over all replicas.
+        num_drafted, num_accepted: draft tokens verified, and those that were right; verifications that ended an answer
+            are left out.
         stopped_early: the run was cut short because its attainment could no longer reach what was asked.
     """
 
@@ -87,6 +89,8 @@ class Recording:
     num_preemptions: int = 0
     num_empty_plans: int = 0
     num_no_room: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
     stopped_early: bool = False
 
     @classmethod

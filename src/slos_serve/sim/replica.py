@@ -142,6 +142,7 @@ class Replica:
         self._present, self._seen = np.zeros(size, dtype=np.bool_), np.zeros(size, dtype=np.bool_)
         self._step_slots, self._step_tokens = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
         self._step_drafts, self._scratch = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
+        self._step_accepted = np.zeros(size, dtype=np.int64)
         self._step_count = 0
         self._step_shape = BatchShape(0)
         self._step_start_s = 0.0
@@ -250,6 +251,7 @@ class Replica:
         self._step_tokens = _grown(self._step_tokens, size)
         self._step_drafts = _grown(self._step_drafts, size)
         self._scratch = _grown(self._scratch, size)
+        self._step_accepted = _grown(self._step_accepted, size)
 
     def _remove(self, slot: int) -> int:
         """Free a slot that is in no list any more; returns its call."""
@@ -406,10 +408,23 @@ class Replica:
             recording.token_s,
             recording.token_start,
             self._scratch,
+            self._step_accepted,
         )
         self.busy = False
+        if self._step_shape.draft_steps:
+            self._tell_verified()
         self.policy.on_step_done(self._step_shape, now_s - self._step_start_s)
         return [self._finish(int(slot), now_s) for slot in self._scratch[:num_finished].copy()]
+
+    def _tell_verified(self) -> None:
+        """Let the policy learn from the drafts of the step that ended."""
+        accepted = self._step_accepted[: self._step_count]
+        known = accepted >= 0
+        drafted, accepted = self._step_drafts[: self._step_count][known], accepted[known]
+        slots = self._step_slots[: self._step_count][known]
+        self._recording.num_drafted += int(drafted.sum())
+        self._recording.num_accepted += int(accepted.sum())
+        self.policy.on_verified(self.view.table.rows["class_index"][slots], drafted, accepted)
 
     def _finish(self, slot: int, now_s: float) -> int:
         rows = self.view.table.rows

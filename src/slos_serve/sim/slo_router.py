@@ -15,7 +15,7 @@ import numpy as np
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.policies.base import Policy
+from slos_serve.policies.base import IntArray, Policy
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publication import Publication
@@ -100,6 +100,10 @@ class Published:
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
         """Passed on."""
         self._policy.on_step_done(shape, duration_s)
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
+        """Passed on."""
+        self._policy.on_verified(class_index, drafted, accepted)
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
         """Passed on."""

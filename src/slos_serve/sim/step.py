@@ -216,12 +216,14 @@ def finish_step(
     token_s: NDArray[np.float32],
     token_start: IntArray,
     finished: IntArray,
+    accepted: IntArray,
 ) -> int:
     """Advance every request of the step to its end; returns how many finished (their slots in ``finished``).
 
     ``token_s[token_start[call] + k]`` becomes the time of token ``k`` after the call's arrival. At the end of the first
     of two stages the promise changes; the new stage begins with the next token. ``missed`` becomes 1 with a promise
-    that is broken for good: what scores the run (``metrics.bulk``) decides the same.
+    that is broken for good: what scores the run (``metrics.bulk``) decides the same. ``accepted`` becomes how many
+    drafts of each entry were right; -1 where nothing was drafted or the answer ended.
     """
     num_finished = 0
     for i in range(count):
@@ -229,6 +231,7 @@ def finish_step(
         before = rows["output_tokens"][slot]
         total = rows["prompt_tokens"][slot] + before
         done = rows["computed_tokens"][slot] + step_tokens[i] - step_drafts[i]
+        accepted[i] = -1
         if done < total:
             rows["computed_tokens"][slot] = done
             continue
@@ -260,6 +263,8 @@ def finish_step(
         if before + new_tokens >= target:
             finished[num_finished] = slot
             num_finished += 1
+        elif step_drafts[i] > 0:
+            accepted[i] = new_tokens - 1
     return num_finished
 
 

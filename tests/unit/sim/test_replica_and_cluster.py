@@ -13,6 +13,7 @@ from slos_serve.core.slo import SLO, SLOClass, Stage
 from slos_serve.metrics.attainment import stage_starts_of
 from slos_serve.metrics.bulk import requests_attained
 from slos_serve.perf.batch_time import BatchShape
+from slos_serve.policies.base import IntArray
 from slos_serve.sim.cluster import Cluster
 from slos_serve.sim.faults import PlanFaultError, StuckError
 from slos_serve.sim.model_error import Interruptions, ModelError, StepFactors
@@ -37,6 +38,8 @@ class Scripted:
         return self.answer
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None: ...
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None: ...
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None: ...
 

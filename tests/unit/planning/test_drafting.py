@@ -1,0 +1,207 @@
+"""Draft lengths from plan to plan, and what batches do with them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from slos_serve.core.plan import Reason, StepPlan
+from slos_serve.core.request import Status
+from slos_serve.planning.admission import judge, write_forecasts
+from slos_serve.planning.drafting import NO_DRAFTS, PROBE_EVERY_S, PROBE_TOKENS, Drafting
+from slos_serve.planning.lengths import LengthForecast
+from slos_serve.planning.planner import Planner
+from slos_serve.planning.settings import PlannerSettings
+from tests.builders import OPT_13B_A100, EngineBuilder
+
+DRAFTER = dataclasses.replace(OPT_13B_A100, k_s_s=1e-3)
+KNOWN = PlannerSettings(max_draft_tokens=10, known_acceptance=0.7)
+
+
+def loaded(decodes: int = 40, **decode: float) -> EngineBuilder:
+    """An engine with prefill to do beside its decodes."""
+    engine = EngineBuilder(total_blocks=20_000)
+    for _ in range(decodes):
+        engine.decode(prompt_tokens=1000, ahead_s=0.09, **decode)  # type: ignore[arg-type]  # numbers by name
+    for _ in range(3):
+        engine.wait(1500, due_in_s=1.5)
+    return engine
+
+
+def planned(engine: EngineBuilder, settings: PlannerSettings = KNOWN, *, free_blocks: int | None = None) -> StepPlan:
+    return Planner(DRAFTER, 2, settings).plan(engine.now_s, engine.view(free_blocks=free_blocks))
+
+
+def drafts_of(plan: StepPlan, slots: list[int]) -> list[int]:
+    """Draft length of those of ``slots`` that run."""
+    return [int(draft) for slot, draft in zip(plan.slots, plan.draft_tokens, strict=True) if slot in slots]
+
+
+def test_without_a_drafter_nothing_is_drafted() -> None:
+    plan = planned(loaded(), PlannerSettings())
+    assert len(plan.draft_tokens) == 0
+    assert Drafting(2, PlannerSettings()).choose(0.0, loaded().view(), DRAFTER.coefficients) is NO_DRAFTS
+
+
+def test_decodes_verify_their_drafts_and_one_token_more() -> None:
+    engine = loaded()
+    plan = planned(engine)
+    drafts = drafts_of(plan, engine.running)
+    assert drafts and min(drafts) > 0
+    decodes = np.isin(plan.slots, engine.running)
+    assert (plan.tokens[decodes] == 1 + plan.draft_tokens[decodes]).all()
+    assert (plan.draft_tokens[~decodes] == 0).all()
+
+
+def test_drafts_leave_more_room_for_prompts() -> None:
+    """The rate that admission counts on grows, so more is promised."""
+    engine = loaded(55)
+    for k in range(30):
+        engine.wait(700, due_in_s=1.0 + 0.1 * k)
+    view, coefficients = engine.view(), DRAFTER.coefficients
+    drafting, lengths = Drafting(2, KNOWN), LengthForecast(2)
+    write_forecasts(view, KNOWN, lengths)
+    taken = [
+        judge(view, engine.now_s, coefficients, KNOWN, lengths, forecast_memory=False, drafts=drafts).taken.sum()
+        for drafts in (NO_DRAFTS, drafting.choose(engine.now_s, view, coefficients))
+    ]
+    assert taken[1] > taken[0] > 0
+
+
+def test_useless_drafts_are_not_made() -> None:
+    plan = planned(loaded(), PlannerSettings(max_draft_tokens=10, known_acceptance=0.0))
+    assert plan.draft_tokens.sum() == 0
+
+
+def test_a_request_drafts_no_further_than_its_end() -> None:
+    engine = loaded(decodes=40)
+    last = engine.decode(output_tokens=98, max_tokens=100, ahead_s=0.0)
+    plan = planned(engine)
+    assert drafts_of(plan, [last]) == [1]
+
+
+def test_each_tier_has_its_own_length() -> None:
+    engine = EngineBuilder()
+    tight = [engine.decode(prompt_tokens=20, tpot_s=0.05, ahead_s=0.045) for _ in range(20)]
+    loose = [engine.decode(prompt_tokens=3000, tpot_s=0.1, ahead_s=0.045) for _ in range(20)]
+    engine.wait(1500, due_in_s=1.5)
+    engine.wait(1500, due_in_s=1.5)
+    drafting = Drafting(2, KNOWN)
+    found = drafting.choose(engine.now_s, engine.view(), DRAFTER.coefficients)
+    assert found.tpot_s.tolist() == [0.05, 0.1]
+    assert len(set(drafts_of(planned(engine), tight))) == 1
+    assert len(set(drafts_of(planned(engine), loose))) <= 1
+
+
+def test_drafts_shrink_when_the_due_decodes_would_be_late() -> None:
+    engine = EngineBuilder()
+    slots = [engine.decode(prompt_tokens=200, ahead_s=0.09) for _ in range(150)]
+    for _ in range(3):
+        engine.wait(500, due_in_s=1.5)
+    plan = planned(engine, dataclasses.replace(KNOWN, adaptive_drafts=False))
+    assert max(drafts_of(plan, slots)) < 10
+    assert plan.predicted_s <= 0.095
+
+
+def test_no_drafts_without_blocks_for_them() -> None:
+    engine = EngineBuilder()
+    slot = engine.decode(prompt_tokens=310, output_tokens=10, ahead_s=0.01)  # 319 tokens computed, 320 held
+    alone = planned(engine, free_blocks=0)
+    assert alone.slots.tolist() == [slot]
+    assert alone.draft_tokens.tolist() == [0]
+
+
+def test_without_prompts_the_length_is_that_which_brings_tokens_fastest() -> None:
+    engine = EngineBuilder()
+    engine.decode(ahead_s=0.09)
+    few = planned(engine)
+    assert few.draft_tokens.tolist()[0] >= 4
+    crowd = EngineBuilder()
+    for _ in range(200):
+        crowd.decode(prompt_tokens=20, ahead_s=0.09)
+    assert planned(crowd).draft_tokens.max() < few.draft_tokens.max()
+
+
+def test_best_effort_drafts_in_what_is_left_over() -> None:
+    engine = EngineBuilder()
+    slot = engine.decode(tpot_s=np.inf, status=Status.BEST_EFFORT)
+    plan = planned(engine)
+    assert plan.reasons.tolist() == [Reason.BEST_EFFORT]
+    assert drafts_of(plan, [slot])[0] > 0
+
+
+def test_a_fixed_length_is_everyones() -> None:
+    engine = loaded(10)
+    plan = planned(engine, PlannerSettings(max_draft_tokens=3, adaptive_drafts=False))
+    assert set(drafts_of(plan, engine.running)) == {3}
+
+
+def test_lengths_do_not_flap_while_counts_come_and_go() -> None:
+    drafting = Drafting(2, KNOWN)
+    lengths = []
+    rng = np.random.default_rng(0)
+    for step in range(60):
+        engine = loaded(int(rng.integers(34, 47)))
+        found = drafting.choose(engine.now_s + 0.1 * step, engine.view(), DRAFTER.coefficients)
+        lengths.append(int(found.tokens[0]))
+    changes = sum(a != b for a, b in zip(lengths[1:], lengths[:-1], strict=True))
+    assert changes <= 1
+
+
+def test_a_tier_that_drafts_nothing_is_probed_now_and_then() -> None:
+    drafting = Drafting(2, PlannerSettings(max_draft_tokens=10))
+    none = np.zeros(600, dtype=np.int64)
+    drafting.acceptance.observe(none, none + 1, none)  # six hundred drafts, none right
+    engine = loaded()
+    probes = []
+    for step in range(int(2 * PROBE_EVERY_S / 0.1) + 3):
+        found = drafting.choose(engine.now_s + 0.1 * step, engine.view(), DRAFTER.coefficients)
+        probes.append(int(found.tokens[0]))
+    assert sorted(set(probes)) == [0, PROBE_TOKENS]
+    assert probes.count(PROBE_TOKENS) == 2
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_any_plan_with_drafts_keeps_the_engines_limits(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    engine = EngineBuilder(total_blocks=int(rng.integers(100, 2000)), max_num_seqs=60)
+    for _ in range(int(rng.integers(0, 40))):
+        status = Status.BEST_EFFORT if rng.random() < 0.3 else Status.ADMITTED
+        engine.decode(tpot_s=float(rng.choice([0.05, 0.1])), ahead_s=float(rng.random()) - 0.1, status=status)
+    for _ in range(int(rng.integers(0, 4))):
+        engine.prefilling(1000, int(rng.integers(1, 900)), due_in_s=float(rng.random()))
+    for _ in range(int(rng.integers(0, 20))):
+        engine.wait(int(rng.integers(1, 3000)), due_in_s=float(rng.random() * 3))
+    most = int(rng.choice([64, 256, 2048]))
+    free = int(rng.integers(0, 60)) if rng.random() < 0.5 else None
+    view = engine.view(max_num_batched_tokens=most, free_blocks=free)
+    held = {slot: -(-int(engine.table.rows["computed_tokens"][slot]) // 16) for slot in engine.running}
+    plan = planned_view(engine, view, int(rng.integers(1, 11)), bool(rng.random() < 0.5))
+    rows = engine.table.rows
+    assert plan.num_tokens <= most
+    left = rows["prompt_tokens"][plan.slots] + rows["output_tokens"][plan.slots] - rows["computed_tokens"][plan.slots]
+    drafting = plan.draft_tokens > 0
+    assert (plan.tokens[drafting] == 1 + plan.draft_tokens[drafting]).all()
+    assert (left[drafting] == 1).all()
+    assert (rows["output_tokens"] + plan_total(plan, len(rows)) <= rows["max_tokens"])[plan.slots].all()
+    needed = sum(
+        -(-(int(rows["computed_tokens"][slot]) + int(tokens)) // 16) - held.get(int(slot), 0)
+        for slot, tokens in zip(plan.slots, plan.tokens, strict=True)
+    )
+    freed = sum(held[int(slot)] for slot in plan.preempt)
+    assert needed <= view.free_blocks + freed
+
+
+def planned_view(engine: EngineBuilder, view: object, longest: int, adaptive: bool) -> StepPlan:
+    """A plan with drafts up to ``longest``."""
+    settings = PlannerSettings(max_draft_tokens=longest, adaptive_drafts=adaptive)
+    return Planner(DRAFTER, 2, settings).plan(engine.now_s, view)  # type: ignore[arg-type]  # a view
+
+
+def plan_total(plan: StepPlan, size: int) -> np.ndarray:
+    """int64 [size]: most output tokens that each slot gets from the plan."""
+    most = np.zeros(size, dtype=np.int64)
+    most[plan.slots] = 1 + plan.draft_tokens
+    return most
