@@ -29,15 +29,18 @@ def main() -> None:
     """One search a variant; rows of all of them in one file, each with its variant."""
     given = options(__doc__, replicas=1, drafters=True)
     variants = VARIANTS if given.drafter == "none" else {**VARIANTS, **DRAFT_VARIANTS}
+    scenarios = [part for name in given.scenario for part in ("--scenario", name)]
     rows = []
     for name, policy in variants.items():
         part = given.output / f"ablation-{name.replace(' ', '-')}.json"
-        common = ["--scenario", "all", "--policy", policy, "--replicas", str(given.replicas), *speculation(given)]
-        common += ["--requests", str(given.requests), "--resume", str(given.output / "answers.jsonl")]
+        common = [*scenarios, "--policy", policy, "--replicas", str(given.replicas), *speculation(given)]
+        common += ["--requests", str(given.requests), "--seeds", str(given.seeds)]
+        common += ["--resume", str(given.output / "answers.jsonl")]
         run_command("capacity", *common, "--json", str(part))
         rows += [{**row, "variant": name} for row in json.loads(part.read_text(encoding="utf-8"))]
+        part.unlink()
     result = given.output / "ablation.json"
-    result.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    result.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     run_command("report", str(result))
 
 

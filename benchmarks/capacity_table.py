@@ -11,7 +11,7 @@ from benchmarks._sim_commands import options, run_command, speculation
 def main() -> None:
     """Search, then draw."""
     given = options(__doc__, replicas=1, drafters=True)
-    result = given.output / "capacity.json"
+    result = given.output / ("capacity.json" if given.drafter == "none" else "capacity-speculative.json")
     policies = ("vllm", "vllm-v0", "sarathi", "distserve", "scorpio", "slos-serve")
     chosen = [part for name in policies for part in ("--policy", name)]
     common = ["--scenario", "all", *chosen, "--profile", "opt-13b-a100", "--arrivals", "scenario"]

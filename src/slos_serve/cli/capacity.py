@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -148,10 +149,19 @@ def _quartiles(row: Capacity | None) -> str:
 
 
 def geometric_means(results: list[Capacity]) -> list[str]:
-    """Our capacity over each baseline's, and over the best baseline of each scenario: geometric means."""
+    """:func:`geometric_mean_ratios` of searches that have just ended."""
+    return geometric_mean_ratios({(row.scenario, row.policy): row.capacity_rps_per_gpu for row in results})
+
+
+def geometric_mean_ratios(capacities: Mapping[tuple[str, str], float]) -> list[str]:
+    """Our capacity over each baseline's, and over the best baseline of each scenario: geometric means.
+
+    Args:
+        capacities: (scenario, policy) -> requests/s; a baseline that carries nothing at all is left out of its mean.
+    """
     by_scenario: dict[str, dict[str, float]] = defaultdict(dict)
-    for row in results:
-        by_scenario[row.scenario][row.policy] = row.capacity_rps_per_gpu
+    for (scenario, policy), value in capacities.items():
+        by_scenario[scenario][policy] = value
     ratios: dict[str, list[float]] = defaultdict(list)
     for rows in by_scenario.values():
         ours = rows.get(OURS)
