@@ -2,8 +2,8 @@
 
 python -m benchmarks.tables [--results benchmarks/results] [--page docs/benchmarks.md]
 
-Each table of the page stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; a result that is not there leaves its
-table as it is. The other scripts of this folder make the results.
+Each table of the page stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; one whose result is not there is
+left as it is. The other scripts of this folder make the results.
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ def burst(rows: Rows) -> str:
     """Who attained in a burst."""
     lines = []
     for row in rows:
-        promised = (
-            f"{row['admitted_attained']} of {row['admitted']}" if row["admitted"] else "nobody is promised anything"
-        )
+        promised = f"{row['admitted_attained']} of {row['admitted']}" if row["admitted"] else "promises nothing"
         lines.append([row["policy"], f"{row['attained']} of {row['requests']}", promised, str(row["rejected"])])
     return table(["policy", "attained", "of those promised", "rejected"], lines)
 
