@@ -143,8 +143,8 @@ class RequestBook:
         # vLLM counts drafts in flight as if all were right; a plan counts on none of them.
         unsure = [min(tracked.drafts_in_flight, compat.tokens_in_flight(tracked.request)) for tracked in known]
         computed = np.array([tracked.request.num_computed_tokens for tracked in known]) - unsure
-        outputs = [tracked.request.num_output_tokens + compat.tokens_in_flight(tracked.request) for tracked in known]
-        outputs = np.array(outputs) - unsure
+        made = [tracked.request.num_output_tokens + compat.tokens_in_flight(tracked.request) for tracked in known]
+        outputs = np.array(made) - unsure
         # A streaming-input session appends to its prompt, so that is read anew as well.
         rows["prompt_tokens"][slots] = [tracked.request.num_prompt_tokens for tracked in known]
         rows["computed_tokens"][slots] = computed
