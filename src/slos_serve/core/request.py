@@ -11,6 +11,8 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
+MAX_DRAFT_TOKENS = 10
+
 
 class Status(IntEnum):
     """Where a request stands with its promise."""
@@ -39,6 +41,7 @@ REQUEST_DTYPE = np.dtype(
         ("max_tokens", np.int64),  # hard cap on output_tokens
         ("expected_tokens", np.int64),  # forecast of the final output_tokens
         ("hint_tokens", np.int64),  # the client's own forecast of it; 0 without one
+        ("draft_limit", np.int64),  # drafts that the engine could verify now; what a drafter has found
         ("cached_tokens", np.int64),  # prompt tokens that a prefix cache will supply when it starts
         ("class_index", np.int64),
         ("order", np.int64),  # arrival order, grows
@@ -102,6 +105,7 @@ class RequestTable:
         row["max_tokens"] = max_tokens
         row["expected_tokens"] = min(hint_tokens, max_tokens) or max_tokens
         row["hint_tokens"] = hint_tokens
+        row["draft_limit"] = MAX_DRAFT_TOKENS
         row["cached_tokens"] = cached_tokens
         row["class_index"] = class_index
         row["order"] = self._num_added

@@ -139,10 +139,10 @@ def _sort_out(rows: RequestArray, running: SlotArray, chosen: SlotArray, tpot_ma
 
 @njit(cache=True)
 def draft_of(rows: RequestArray, slot: int, tier_tpot_s: FloatArray, tier_drafts: IntArray) -> int:
-    """Draft length of a decode: its tier's, as far as it may still generate tokens."""
+    """Draft length of a decode: its tier's, as far as it has drafts and may still generate tokens."""
     if len(tier_drafts) == 0:
         return 0
-    left = rows["max_tokens"][slot] - rows["output_tokens"][slot] - 1
+    left = min(rows["max_tokens"][slot] - rows["output_tokens"][slot] - 1, rows["draft_limit"][slot])
     return int(max(min(tier_drafts[tier_of(tier_tpot_s, rows["tpot_s"][slot])], left), 0))
 
 

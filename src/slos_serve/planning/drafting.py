@@ -11,6 +11,7 @@ import numpy as np
 
 from slos_serve.core.plan import EngineView
 from slos_serve.perf.acceptance import AcceptanceEstimate
+from slos_serve.perf.batch_time import K_C, K_M, K_S
 from slos_serve.planning.prefill_rate import FloatArray, IntArray
 from slos_serve.planning.settings import PlannerSettings
 from slos_serve.planning.speculation import (
@@ -19,8 +20,7 @@ from slos_serve.planning.speculation import (
     demand_by_length,
     fastest_draft,
     gather_tiers,
-    paces_in_a_batch,
-    tokens_each_verification,
+    yields_of,
 )
 
 # A tier that drafts nothing learns nothing: this often one step drafts this many tokens for it.
@@ -115,39 +115,35 @@ class Drafting:
         )
         pace_s = np.where(np.isfinite(tpot_s), tpot_s, UNPROMISED_PACE_S) * (1.0 - settings.tpot_margin)
         max_tokens = float(view.max_num_batched_tokens)
+        self._follow(now_s, tpot_s)
         if settings.adaptive_drafts:
             periods, tokens, extra = demand_by_length(pace_s, extra_s, acceptance, longest, settings.longest_step_s)
-            slope = max(coefficients[0], coefficients[2])
+            slope = max(coefficients[K_C], coefficients[K_M])
             hysteresis = HYSTERESIS_SHARE / slope
-            before = self._carried(tpot_s)
-            drafts, _, _ = best_drafts(counts, periods, tokens, extra, coefficients, max_tokens, before, hysteresis)
+            drafts, _, _ = best_drafts(
+                counts, periods, tokens, extra, coefficients, max_tokens, self._tokens, hysteresis
+            )
             alone = fastest_draft(counts, pace_s, extra_s, acceptance, coefficients, max_tokens, longest)
             alone_tokens = np.full(len(tpot_s), alone)
         else:
             drafts = alone_tokens = np.full(len(tpot_s), longest)
-        self._keep(now_s, tpot_s, drafts)
+        self._tokens = drafts
+        self._drafted_s[drafts > 0] = now_s
         self.present = self._plan_of(
             tpot_s, pace_s, self._probed(now_s, drafts), alone_tokens, acceptance, coefficients
         )
         return self.present
 
-    def _carried(self, tpot_s: FloatArray) -> IntArray:
-        """Present lengths of tiers that may have changed since: 0 for a new one."""
-        found = np.zeros(len(tpot_s), dtype=np.int64)
+    def _follow(self, now_s: float, tpot_s: FloatArray) -> None:
+        """Take what is remembered over to the tiers there are now: a new one drafts nothing yet."""
+        if np.array_equal(self._tpot_s, tpot_s):
+            return
+        tokens, drafted_s = np.zeros(len(tpot_s), dtype=np.int64), np.full(len(tpot_s), now_s)
         for level, tpot in enumerate(tpot_s):
             same = np.flatnonzero(self._tpot_s == tpot)
             if len(same):
-                found[level] = self._tokens[same[0]]
-        return found
-
-    def _keep(self, now_s: float, tpot_s: FloatArray, drafts: IntArray) -> None:
-        """Remember the lengths, and when each tier last drafted anything."""
-        drafted_s = np.full(len(tpot_s), now_s)
-        for level, tpot in enumerate(tpot_s):
-            same = np.flatnonzero(self._tpot_s == tpot)
-            if len(same) and drafts[level] == 0:
-                drafted_s[level] = self._drafted_s[same[0]]
-        self._tpot_s, self._tokens, self._drafted_s = tpot_s, drafts, drafted_s
+                tokens[level], drafted_s[level] = self._tokens[same[0]], self._drafted_s[same[0]]
+        self._tpot_s, self._tokens, self._drafted_s = tpot_s, tokens, drafted_s
 
     def _probed(self, now_s: float, drafts: IntArray) -> IntArray:
         """The lengths, with a probe for tiers that have drafted nothing for long."""
@@ -166,9 +162,6 @@ class Drafting:
         acceptance: FloatArray,
         coefficients: FloatArray,
     ) -> DraftPlan:
-        pairs = zip(acceptance, drafts, strict=True)
-        yields = np.array([tokens_each_verification(one, int(draft)) for one, draft in pairs])
-        bounds = zip(yields, pace_s, strict=True)
-        longer = np.array([paces_in_a_batch(mean, pace, self._settings.longest_step_s) for mean, pace in bounds])
-        draft_s = float(coefficients[7] * drafts.max())
+        yields, longer = yields_of(drafts, acceptance, pace_s, self._settings.longest_step_s)
+        draft_s = float(coefficients[K_S] * drafts.max())
         return DraftPlan(tpot_s, drafts, alone_tokens, yields, longer, draft_s)

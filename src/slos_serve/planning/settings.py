@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from slos_serve.core.request import MAX_DRAFT_TOKENS
 from slos_serve.core.slo import check_number
-
-MAX_DRAFT_TOKENS = 10
 
 
 @dataclass(frozen=True, slots=True)

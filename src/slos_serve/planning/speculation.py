@@ -64,6 +64,18 @@ def demand_by_length(
 
 
 @njit(cache=True)
+def yields_of(
+    drafts: IntArray, acceptance: FloatArray, pace_s: FloatArray, longest_step_s: float
+) -> tuple[FloatArray, FloatArray]:
+    """Tokens of a verification and paces in a batch of each tier (float64 [L]) under its draft length."""
+    yields, longer = np.empty(len(drafts)), np.empty(len(drafts))
+    for tier in range(len(drafts)):
+        yields[tier] = tokens_each_verification(acceptance[tier], drafts[tier])
+        longer[tier] = paces_in_a_batch(yields[tier], pace_s[tier], longest_step_s)
+    return yields, longer
+
+
+@njit(cache=True)
 def rate_of(
     drafts: IntArray,
     counts: FloatArray,

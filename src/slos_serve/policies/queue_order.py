@@ -11,9 +11,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.core.plan import Reason, StepPlan
-from slos_serve.core.request import RequestArray
+from slos_serve.core.request import MAX_DRAFT_TOKENS, RequestArray
 from slos_serve.core.slo import check_number
-from slos_serve.planning.settings import MAX_DRAFT_TOKENS
 
 IntArray = NDArray[np.int64]
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.request import MAX_DRAFT_TOKENS
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.planning.settings import MAX_DRAFT_TOKENS
 from slos_serve.policies.base import Policy
 from slos_serve.policies.registry import Parameters, make_policy, policy_entry
 from slos_serve.routing.publisher import PUBLISH_EVERY_S

@@ -32,6 +32,8 @@ def steered(scheduler: AsyncScheduler, plan: StepPlan, book: RequestBook, now_s:
     start_now = [request for request in planned if id(request) not in is_running]
     chosen = {id(request) for request in planned}
     held = [request for request in running_before if id(request) not in chosen]
+    for request, draft in zip(planned, plan.draft_tokens.tolist(), strict=False):
+        compat.keep_drafts(request, draft)
     for request in held:
         # Draft placeholders of a step that does not happen would be verified against the wrong position later.
         request.spec_token_ids = []
@@ -46,7 +48,8 @@ def steered(scheduler: AsyncScheduler, plan: StepPlan, book: RequestBook, now_s:
 
     scheduler.running = run_now
     scheduler.waiting = compat.queue_of((*blocked, *start_now))
-    drafts = sum(len(request.spec_token_ids) for request in run_now)
+    # A request may have fewer drafts than planned; what they leave must not go to the chunk that ends the batch.
+    drafts = sum(len(request.spec_token_ids) for request in run_now) - int(plan.draft_tokens.sum())
     scheduler.max_num_scheduled_tokens = min(plan.num_tokens + drafts, budget_before)
     try:
         yield

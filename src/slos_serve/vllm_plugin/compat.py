@@ -19,6 +19,7 @@ from slos_serve.core.errors import UnsupportedEngineError
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.request_queue import RequestQueue
+    from vllm.v1.outputs import ModelRunnerOutput
     from vllm.v1.request import Request
 
 OLDEST = (0, 26)
@@ -102,6 +103,26 @@ def is_plannable(request: Request) -> bool:
 def tokens_in_flight(request: Request) -> int:
     """Output tokens that steps in flight will produce."""
     return int(request.num_output_placeholders)
+
+
+def most_drafts(scheduler: AsyncScheduler) -> int:
+    """Draft tokens that the engine's drafter makes for a request; 0 without speculation."""
+    return int(getattr(scheduler, "num_spec_tokens", 0))
+
+
+def keep_drafts(request: Request, count: int) -> None:
+    """Let a request verify only the first ``count`` of its drafts in the next step.
+
+    Under async scheduling the list is one that all requests share, so it is replaced, never changed.
+    """
+    if len(request.spec_token_ids) > count:
+        request.spec_token_ids = request.spec_token_ids[:count]
+
+
+def sampled_tokens(output: ModelRunnerOutput, request_id: str) -> int:
+    """Tokens that a step brought for a request, drafts that were right included; 0 when it sampled nothing."""
+    tokens = output.sampled_token_ids
+    return len(tokens[output.req_id_to_index[request_id]]) if tokens else 0
 
 
 def preempt(scheduler: AsyncScheduler, request: Request, timestamp_s: float) -> None:

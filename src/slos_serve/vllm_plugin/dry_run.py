@@ -2,7 +2,8 @@
 
 For tests of what the plug-in does to vLLM (thousands of steps a second, holding, preemption and async scheduling
 included) and for benchmarks of what it adds to a step. The device samples token ``k`` of a request as a fixed function
-of its prompt and ``k``, so that whatever the schedule, the answer must be the same.
+of its prompt and ``k``, so that whatever the schedule, the answer must be the same. It can draft: a given share of its
+drafts is right.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from vllm.v1.kv_cache_interface import (
     KVCacheConfig,
     KVCacheGroupSpec,
 )
-from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.outputs import DraftTokenIds, ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
@@ -94,6 +95,7 @@ def token_at(prompt: Sequence[int], position: int) -> int:
 class _OnDevice:
     prompt: Sequence[int]
     sampled: int = 0
+    drafts: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -102,6 +104,9 @@ class DryEngine:
 
     Attributes:
         depth: batches in flight, 2 as under async scheduling, 1 as without.
+        acceptance: probability that a draft is right, where the scheduler asks for drafts.
+        hit_share: share of tokens after which there are drafts at all (an n-gram that was found); without async only.
+        num_drafted, num_accepted: drafts verified so far, and those that were right.
         answers: tokens delivered to each request.
         token_times_s: when each came.
         num_steps: non-empty steps made.
@@ -110,11 +115,15 @@ class DryEngine:
     scheduler: AsyncScheduler
     model: BatchTimeModel
     depth: int = 2
+    acceptance: float = 0.7
+    hit_share: float = 1.0
     now_s: float = 0.0
     answers: dict[str, list[int]] = field(default_factory=dict)
     token_times_s: dict[str, list[float]] = field(default_factory=dict)
     finished: dict[str, str] = field(default_factory=dict)
     num_steps: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
     _device: dict[str, _OnDevice] = field(default_factory=dict)
     _flying: deque[tuple[Any, ModelRunnerOutput, float]] = field(default_factory=deque)
     _device_free_s: float = 0.0
@@ -177,23 +186,33 @@ class DryEngine:
     def _take_in(self) -> None:
         output, result, done_s = self._flying.popleft()
         self.now_s = max(self.now_s, done_s)
+        if self.depth == 1 and self.scheduler.num_spec_tokens:
+            ids = list(result.req_ids)
+            proposed = DraftTokenIds(ids, [list(self._device[key].drafts) for key in ids])
         for outputs in self.scheduler.update_from_output(output, result).values():
             for one in outputs.outputs:
                 self.answers[one.request_id].extend(one.new_token_ids)
                 self.token_times_s[one.request_id].extend([self.now_s] * len(one.new_token_ids))
                 if one.finish_reason is not None:
                     self.finished[one.request_id] = str(one.finish_reason)
+        if self.depth == 1 and self.scheduler.num_spec_tokens:
+            self.scheduler.update_draft_token_ids(proposed)
 
     def _execute(self, output: Any) -> tuple[float, ModelRunnerOutput]:
         done = {data.req_id: data.num_computed_tokens for data in output.scheduled_new_reqs}
         cached = output.scheduled_cached_reqs
         done |= dict(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
         ids = list(output.num_scheduled_tokens)
-        sampled = [self._sample(key, done[key] + output.num_scheduled_tokens[key]) for key in ids]
+        drafts = output.scheduled_spec_decode_tokens
+        sampled = [
+            self._sample(key, done[key] + output.num_scheduled_tokens[key], len(drafts.get(key, ()))) for key in ids
+        ]
         shape = BatchShape(
             new_tokens=int(output.total_num_scheduled_tokens),
             context_tokens=sum(done[key] for key in ids),
-            quad_tokens2=sum(n * (n + 2 * done[key]) for key, n in output.num_scheduled_tokens.items() if n > 1),
+            quad_tokens2=sum(
+                n * (n + 2 * done[key]) for key, n in output.num_scheduled_tokens.items() if n > 1 and key not in drafts
+            ),
             num_seqs=len(ids),
         )
         return self.model.step_s(shape), ModelRunnerOutput(
@@ -205,9 +224,31 @@ class DryEngine:
             pooler_output=[],
         )
 
-    def _sample(self, request_id: str, computed: int) -> list[int]:
+    def _sample(self, request_id: str, computed: int, num_drafts: int) -> list[int]:
+        """Tokens of a request after ``computed`` ones: its drafts as far as they are right, and one more."""
         state = self._device[request_id]
-        if computed < len(state.prompt) + state.sampled:
+        if computed - num_drafts < len(state.prompt) + state.sampled:
+            state.drafts = []
             return []
-        state.sampled += 1
-        return [token_at(state.prompt, state.sampled - 1)]
+        tokens = []
+        for draft in [*state.drafts[:num_drafts], None]:
+            tokens.append(token_at(state.prompt, state.sampled))
+            state.sampled += 1
+            if draft != tokens[-1]:
+                break
+        self.num_drafted += num_drafts
+        self.num_accepted += len(tokens) - 1
+        state.drafts = self._draft(state)
+        return tokens
+
+    def _draft(self, state: _OnDevice) -> list[int]:
+        """What the device proposes to come next; wrong tokens are next to the right ones."""
+        if _share(state, state.sampled, "hit") >= self.hit_share and self.depth == 1:
+            return []
+        places = range(state.sampled, state.sampled + self.scheduler.num_spec_tokens)
+        return [token_at(state.prompt, place) + (_share(state, place, "right") >= self.acceptance) for place in places]
+
+
+def _share(state: _OnDevice, position: int, what: str) -> float:
+    """A number in [0, 1) that depends on the request, the position and ``what`` only."""
+    return (token_at(state.prompt, position) * 7919 + zlib.crc32(what.encode())) % 9973 / 9973.0

@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from vllm.logger import init_logger
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from slos_serve.core.errors import InvalidFieldError, PlanOverrunError
 from slos_serve.core.plan import StepPlan
+from slos_serve.core.request import MAX_DRAFT_TOKENS
 from slos_serve.core.slo import SLOClass
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.planning.warm_up import warm_up
@@ -62,6 +64,7 @@ class SLOScheduler(AsyncScheduler):
         self._slo_book = RequestBook()
         self._slo_clock = StepClock()
         self._slo_starved = False
+        self._slo_drafting: set[int] = set()
         self._slo_policy: SLOsServePolicy | None = None
         if settings.profile is not None:
             settings.profile.check_matches(
@@ -69,7 +72,9 @@ class SLOScheduler(AsyncScheduler):
                 **asdict(identity_of(self.vllm_config)),
             )
             num_classes = len(settings.classes) + 2  # custom numbers, and none
-            self._slo_policy = SLOsServePolicy(settings.profile.model, num_classes, settings.planner)
+            most_drafts = min(compat.most_drafts(self), MAX_DRAFT_TOKENS)
+            planner = replace(settings.planner, max_draft_tokens=most_drafts)
+            self._slo_policy = SLOsServePolicy(settings.profile.model, num_classes, planner)
             warm_up(self._slo_policy.planner)
         self._slo_recorder = Recorder(settings.classes, settings.events_path)
         self._slo_say_hello()
@@ -81,10 +86,12 @@ class SLOScheduler(AsyncScheduler):
                 PROFILE_VARIABLE,
             )
         logger.info(
-            "slos-serve: classes %s, default %s, async scheduling %s, KV cache of %d blocks of %d tokens.",
+            "slos-serve: classes %s, default %s, async scheduling %s, drafts up to %d, KV cache of %d blocks of %d "
+            "tokens.",
             ", ".join(self._slo_classes) or "none",
             self._slo_settings.classes.default or "none",
             "on" if self.scheduler_config.async_scheduling else "off",
+            min(compat.most_drafts(self), MAX_DRAFT_TOKENS),
             compat.total_blocks(self),
             self.block_size,
         )
@@ -123,6 +130,7 @@ class SLOScheduler(AsyncScheduler):
                 output = super().schedule(*args, **kwargs)
                 made_s = time.perf_counter()
         self._slo_starved = plan is not None and output.total_num_scheduled_tokens == 0
+        self._slo_note_drafts(output, plan)
         shape, predicted_s = self._slo_time_step(output, now_s)
         self._slo_recorder.step(
             self._slo_book,
@@ -138,6 +146,7 @@ class SLOScheduler(AsyncScheduler):
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
         """Take in a step's tokens; note when they came and how long the step took."""
+        self._slo_learn_drafts(scheduler_output, *args)
         result = super().update_from_output(scheduler_output, *args, **kwargs)
         if self._slo_policy is not None and scheduler_output.total_num_scheduled_tokens > 0:
             now_s = self.slo_clock_s()
@@ -217,10 +226,50 @@ class SLOScheduler(AsyncScheduler):
                 self._slo_recorder.fell_back(error),
             )
 
+    def _slo_note_drafts(self, output: SchedulerOutput, plan: StepPlan | None) -> None:
+        """Remember the drafts that a scheduled step verifies.
+
+        A request that was to verify some and had none (n-grams found nothing) teaches what a wrong draft does.
+        """
+        assert self._slo_policy is not None
+        drafts = output.scheduled_spec_decode_tokens
+        if drafts:
+            self._slo_book.drafts_sent(drafts)
+            self._slo_drafting.add(id(output))
+        if plan is None or not self._slo_policy.planner.drafting.present.tokens.any():
+            return
+        book = self._slo_book
+        running = book.table.rows["output_tokens"][plan.slots] > 0
+        none = [
+            slot
+            for slot in plan.slots[running & (plan.tokens == 1)].tolist()
+            if book.table.rows["draft_limit"][slot] == 0 and book.by_slot[slot].request.request_id not in drafts
+        ]
+        classes = book.table.rows["class_index"][none].astype(np.int64)
+        ones = np.ones(len(none), dtype=np.int64)
+        self._slo_policy.on_verified(classes, ones, 0 * ones)
+
+    def _slo_learn_drafts(self, scheduler_output: SchedulerOutput, *args: Any) -> None:
+        """Learn from the drafts of a step whose tokens came; called before vLLM takes them in."""
+        if id(scheduler_output) not in self._slo_drafting:
+            return
+        assert self._slo_policy is not None
+        self._slo_drafting.discard(id(scheduler_output))
+        drafts = scheduler_output.scheduled_spec_decode_tokens
+        verified = []
+        for request_id, tokens in drafts.items():
+            tracked = self._slo_book.by_id.get(request_id)
+            sampled = compat.sampled_tokens(args[0], request_id)
+            if tracked is not None and sampled > 0:
+                verified.append((self._slo_class_index(tracked.slo_class), len(tokens), sampled - 1))
+        self._slo_book.drafts_verified(drafts)
+        if verified:
+            self._slo_policy.on_verified(*np.array(verified, dtype=np.int64).T)
+
     def _slo_time_step(self, output: SchedulerOutput, now_s: float) -> tuple[BatchShape, float]:
         """Start the clock on a step whose scheduling began at ``now_s``; returns its shape and predicted seconds."""
         assert self._slo_policy is not None
-        shape = self._slo_book.shape(output.num_scheduled_tokens)
+        shape = self._slo_book.shape(output.num_scheduled_tokens, output.scheduled_spec_decode_tokens)
         predicted_s = self._slo_policy.model.step_s(shape) * self._slo_policy.correction.factor
         if shape.new_tokens > 0:
             self._slo_clock.scheduled(output, shape, now_s, predicted_s)

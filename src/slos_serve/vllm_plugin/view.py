@@ -37,6 +37,7 @@ class Tracked:
         stage_offset: output tokens that came before the current stage.
         first_token_s: when its first token came, ``None`` before.
         stages_ok: False once a finished stage missed its TPOT.
+        drafts_in_flight: drafts in steps whose tokens have not come yet.
     """
 
     request: Request
@@ -54,6 +55,7 @@ class Tracked:
     last_token_s: float | None = None
     seen_tokens: int = 0
     stages_ok: bool = True
+    drafts_in_flight: int = 0
 
 
 class RequestBook:
@@ -138,13 +140,17 @@ class RequestBook:
         if not known:
             return slots
         rows = self.table.rows
-        computed = [tracked.request.num_computed_tokens for tracked in known]
-        outputs = [tracked.request.num_output_tokens + tracked.request.num_output_placeholders for tracked in known]
+        # vLLM counts drafts in flight as if all were right; a plan counts on none of them.
+        unsure = [min(tracked.drafts_in_flight, compat.tokens_in_flight(tracked.request)) for tracked in known]
+        computed = np.array([tracked.request.num_computed_tokens for tracked in known]) - unsure
+        made = [tracked.request.num_output_tokens + compat.tokens_in_flight(tracked.request) for tracked in known]
+        outputs = np.array(made) - unsure
         # A streaming-input session appends to its prompt, so that is read anew as well.
         rows["prompt_tokens"][slots] = [tracked.request.num_prompt_tokens for tracked in known]
         rows["computed_tokens"][slots] = computed
         rows["output_tokens"][slots] = outputs
-        rows["stage_tokens"][slots] = np.array(outputs) - np.array([tracked.stage_offset for tracked in known])
+        rows["stage_tokens"][slots] = outputs - np.array([tracked.stage_offset for tracked in known])
+        rows["draft_limit"][slots] = [len(tracked.request.spec_token_ids) for tracked in known]
         rows["running"][slots] = running
         pending = slots[np.isnan(rows["stage_start_s"][slots]) & (rows["stage_tokens"][slots] > 0)]
         rows["stage_start_s"][pending] = pending_first_s
@@ -161,20 +167,38 @@ class RequestBook:
         for slot in plan.demoted.tolist():
             self.by_slot[slot].reason = "ttft" if outputs[slot] == 0 else "tpot"
 
-    def shape(self, num_scheduled_tokens: Mapping[str, int]) -> BatchShape:
+    def drafts_sent(self, drafts: Mapping[str, Sequence[int]]) -> None:
+        """Note the drafts of a step that was scheduled."""
+        for request_id, tokens in drafts.items():
+            if request_id in self.by_id:
+                self.by_id[request_id].drafts_in_flight += len(tokens)
+
+    def drafts_verified(self, drafts: Mapping[str, Sequence[int]]) -> None:
+        """The tokens of a step that :meth:`drafts_sent` was told of have come."""
+        for request_id, tokens in drafts.items():
+            if request_id in self.by_id:
+                tracked = self.by_id[request_id]
+                tracked.drafts_in_flight = max(tracked.drafts_in_flight - len(tokens), 0)
+
+    def shape(self, num_scheduled_tokens: Mapping[str, int], drafts: Mapping[str, Sequence[int]]) -> BatchShape:
         """What a scheduled batch asks of the hardware; to be called before its tokens are counted in the table."""
-        known = [(self.by_id[key].slot, count) for key, count in num_scheduled_tokens.items() if key in self.by_id]
+        known = [
+            (self.by_id[key].slot, count, len(drafts.get(key, ())))
+            for key, count in num_scheduled_tokens.items()
+            if key in self.by_id
+        ]
         if not known:
             return BatchShape(new_tokens=0)
-        slots, tokens = np.array(known, dtype=np.int64).T
+        slots, tokens, drafted = np.array(known, dtype=np.int64).T
         rows = self.table.rows
         done = rows["computed_tokens"][slots] + np.where(rows["running"][slots] == 1, 0, rows["cached_tokens"][slots])
-        quad = np.where(tokens > 1, tokens * (tokens + 2 * done), 0)
+        quad = np.where((tokens > 1) & (drafted == 0), tokens * (tokens + 2 * done), 0)
         return BatchShape(
             new_tokens=int(tokens.sum()),
             context_tokens=int(done.sum()),
             quad_tokens2=int(quad.sum()),
             num_seqs=len(slots),
+            draft_steps=int(drafted.max()),
         )
 
     def tokens_came(self, request_ids: Iterable[str], now_s: float) -> None:
