@@ -30,7 +30,8 @@ from slos_serve.policies.base import IntArray, Policy
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publisher import publication_of
-from slos_serve.routing.router import Order, RouterSettings, RoutingDecision, RoutingRequest, Verdict, route, verdicts
+from slos_serve.routing.router import RouterSettings, RoutingDecision, RoutingRequest, Verdict, route, verdicts
+from slos_serve.routing.settings import Order
 from slos_serve.sim.cluster import Cluster
 from slos_serve.sim.profiles import find_profile, limits_of
 from slos_serve.sim.recording import Recording

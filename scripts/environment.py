@@ -205,6 +205,8 @@ def install_all(installer: Installer, venv: Path, vllm_version: str) -> None:
     install_torch(installer, torch_pin)
     say(f"installing the pinned lists, {' and '.join(packages)}")
     lists = ("-r", str(pins), "-r", str(REQUIREMENTS / "dev.txt"))
+    if not vllm_version:  # Ray's own list fits the pinned vLLM's; other versions test the plug-in alone
+        lists = (*lists, "-r", str(REQUIREMENTS / "ray.txt"))
     if not installer.install(*lists, *packages) or not installer.install("--no-build-isolation", "-e", str(ROOT)):
         raise SetupError("installation failed; the messages above say why")
 
@@ -233,10 +235,12 @@ def configured_installer() -> Installer:
 
 
 def lock() -> None:
-    """Make cpu.txt and dev.txt from cpu.in and dev.in; versions change only where the inputs ask for it."""
+    """Make cpu.txt, ray.txt and dev.txt from their inputs; versions change only where the inputs ask for it."""
     installer = configured_installer()
     done = installer.lock(REQUIREMENTS / "cpu.in", REQUIREMENTS / "cpu.txt", *LOCK_OPTIONS)
-    if not done or not installer.lock(REQUIREMENTS / "dev.in", REQUIREMENTS / "dev.txt"):
+    for name in ("ray", "dev"):
+        done = done and installer.lock(REQUIREMENTS / f"{name}.in", REQUIREMENTS / f"{name}.txt")
+    if not done:
         raise SetupError("the requirements cannot be resolved; the messages above say why")
 
 

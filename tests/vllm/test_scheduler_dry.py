@@ -23,14 +23,17 @@ from slos_serve.core.errors import (
 from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.metrics.attainment import stage_starts_of
 from slos_serve.planning.candidates import next_due_s
+from slos_serve.routing.publication import Publication
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.dry_run import DryEngine, make_scheduler, token_at
 from slos_serve.vllm_plugin.identity import device_name
+from slos_serve.vllm_plugin.publish import EnginePublisher
 from slos_serve.vllm_plugin.scheduler import SLOScheduler
 from slos_serve.vllm_plugin.settings import (
     CLASSES_VARIABLE,
     EVENTS_VARIABLE,
     PROFILE_VARIABLE,
+    PUBLISH_VARIABLE,
 )
 from tests.builders import OPT_13B_A100
 
@@ -445,3 +448,49 @@ def test_drafts_keep_more_promises(start: Start, tmp_path: Path) -> None:
         ended = [event for event in events(tmp_path, "request") if event["slo_class"] in ("chat", "code")]
         kept.append(sum(event["ttft_ok"] and event["tpot_ok"] for event in ended))
     assert kept[1] >= kept[0], kept
+
+
+# Publications ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> list[Publication]:
+    """What an engine publishes from now on."""
+    found: list[Publication] = []
+    monkeypatch.setenv(PUBLISH_VARIABLE, "ipc:///nonexistent/engine")
+    monkeypatch.setattr(EnginePublisher, "deliver", lambda _, publication: found.append(publication))
+    monkeypatch.setattr("slos_serve.vllm_plugin.scheduler.end_with_parent", lambda: None)
+    monkeypatch.setattr(SLOScheduler, "slo_clock_s", staticmethod(lambda: -1.0))  # before the engine sets its own
+    return found
+
+
+@pytest.mark.parametrize("slo", [True, False])
+def test_an_engine_publishes_while_it_works_and_when_it_rests(
+    start: Start, published: list[Publication], slo: bool
+) -> None:
+    engine = start(num_blocks=4000)
+    (first,) = published
+    assert (first.num_requests, first.replica, first.total_blocks) == (0, "", 3999)
+    published.clear()
+    mixed_load(engine, count=40, slo=slo)
+    assert_answers(engine)
+    assert [one.sequence for one in published] == list(range(2, 2 + len(published)))
+    working = [one for one in published if one.num_requests]
+    assert len(working) > 20
+    assert published[-1].num_requests == 0, "the last request's end is published though no step follows"
+    ages = np.diff([one.time_s for one in working])
+    assert np.median(ages) < 0.2
+    assert any(one.counts.sum() > 0 for one in working) is slo
+    for one in published:
+        one.check()
+
+
+def test_nothing_is_published_without_a_reader_or_a_planner(
+    start: Start, published: list[Publication], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(PROFILE_VARIABLE)
+    engine = start()
+    mixed_load(engine, count=5)
+    monkeypatch.delenv(PUBLISH_VARIABLE)
+    start()
+    assert not published

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -21,6 +23,7 @@ from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.core.slo import ClassSet, SLOClass
 from slos_serve.files.class_file import load_classes
 from slos_serve.files.profile_file import Profile, default_profile_path, find_profile, load_profile, save_profile
+from slos_serve.routing.settings import Order
 from slos_serve.vllm_plugin.launch import (
     STOP_TIMEOUT_S,
     Plugin,
@@ -35,6 +38,7 @@ DEFAULT_PORT = 8000
 DEFAULT_HOST = "127.0.0.1"
 USAGE_ERROR = 2
 INTERRUPTED_STOP_S = 5.0
+DEFAULT_ORDER = "prefix"
 # How typer must register the command for vLLM's arguments to pass.
 _OURS = ("--scheduler-cls", "--model")
 
@@ -50,6 +54,8 @@ class ServePlan:
     classes: ClassSet
     plugin: Plugin
     profile: Profile
+    replicas: int | None = None
+    order: str = DEFAULT_ORDER
 
 
 def serve(
@@ -65,6 +71,12 @@ def serve(
     events: Annotated[
         Path | None, typer.Option(help="Append what happens to each request and step as JSON lines.")
     ] = None,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="Serve this many replicas with Ray Serve, routed by their promises.")
+    ] = None,
+    order: Annotated[
+        str, typer.Option(help="Which replica is asked first: prefix, spread or pack; with --replicas.")
+    ] = DEFAULT_ORDER,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the resolved configuration here.")] = None,
 ) -> None:
     """Serve MODEL so that each request keeps the latency promises of its class.
@@ -73,12 +85,23 @@ def serve(
     """
     console = Console(stderr=True)
     try:
+        _check_replicas(replicas, order)
         plan = _settle(console, model, tuple(context.args), Plugin(classes, profile, events), profile_seconds)
+        plan = replace(plan, replicas=replicas, order=order)
         status = _run(console, plan, json_file)
     except SlosServeError as error:
         console.print(f"[bold red]slos-serve serve:[/] {_escaped(error)}", highlight=False, soft_wrap=True)
         raise typer.Exit(1 if isinstance(error, ServerStartError) else USAGE_ERROR) from None
     raise typer.Exit(status)
+
+
+def _check_replicas(replicas: int | None, order: str) -> None:
+    if order not in list(Order):
+        raise InvalidFieldError("--order", order, f"one of {[known.value for known in Order]}")
+    if replicas is not None and find_spec("ray") is None:
+        raise InvalidFieldError(
+            "--replicas", replicas, "only where Ray Serve is installed: pip install 'slos-serve[ray]'"
+        )
 
 
 def _settle(console: Console, model: str, given: tuple[str, ...], plugin: Plugin, profile_seconds: float) -> ServePlan:
@@ -161,6 +184,12 @@ def _progress(console: Console) -> Progress:
 
 def _run(console: Console, plan: ServePlan, json_file: Path | None) -> int:
     """Serve until the server ends or a signal ends it; its exit status, 0 after a signal."""
+    with tempfile.TemporaryDirectory(prefix="slos-serve-") as folder:
+        return _run_in(console, plan, json_file, Path(folder))
+
+
+def _run_in(console: Console, plan: ServePlan, json_file: Path | None, folder: Path) -> int:
+    """As :func:`_run`, with a folder for what the server is told."""
     ended_by: list[int] = []
     server = ServerProcess(
         plan.model,
@@ -170,7 +199,9 @@ def _run(console: Console, plan: ServePlan, json_file: Path | None) -> int:
         port=plan.port,
         inherit_output=True,
         on_wait=lambda _: _give_up_if(ended_by),
+        command=None if plan.replicas is None else _replicas_command(plan, folder / "plan.json"),
     )
+    interrupted_stop_s = INTERRUPTED_STOP_S if plan.replicas is None else STOP_TIMEOUT_S
     _banner(console, plan, server.base_url)
     if json_file is not None:
         json_file.write_text(json.dumps(_resolved(plan, server), indent=2) + "\n", encoding="utf-8")
@@ -185,8 +216,26 @@ def _run(console: Console, plan: ServePlan, json_file: Path | None) -> int:
                 raise
             status = 0
         finally:
-            server.stop(INTERRUPTED_STOP_S if ended_by else STOP_TIMEOUT_S)
+            server.stop(interrupted_stop_s if ended_by else STOP_TIMEOUT_S)
     return 0 if ended_by else status
+
+
+def _replicas_command(plan: ServePlan, path: Path) -> list[str]:
+    """Write what Ray Serve is to run; the command that runs it."""
+    from slos_serve.ray_serve.run import ReplicaPlan
+
+    assert plan.replicas is not None
+    files = plan.plugin.paths
+    ReplicaPlan(
+        model=plan.model,
+        replicas=plan.replicas,
+        host=plan.host,
+        port=plan.port,
+        vllm_args=plan.vllm_args,
+        order=plan.order,
+        **files,
+    ).write(path)
+    return ServerProcess.python_command("slos_serve.ray_serve.run", str(path))
 
 
 def _give_up_if(ended_by: Sequence[int]) -> None:
@@ -221,6 +270,8 @@ def _banner(console: Console, plan: ServePlan, url: str) -> None:
         table.add_row(name, _first_token(slo_class), _per_token(slo_class), f"{slo_class.weight:g}", stall)
     if len(plan.classes):
         console.print(table)
+        if plan.replicas is not None:
+            console.print(f"{plan.replicas} replicas on Ray Serve, asked in the order {plan.order!r}")
     else:
         console.print(f"slos-serve: {plan.model} at {url}, no class file: only requests' own numbers count")
     console.print(
@@ -250,6 +301,7 @@ def _resolved(plan: ServePlan, server: ServerProcess) -> dict[str, Any]:
         "base_url": server.base_url,
         "command": server.command,
         "environment": plan.plugin.environment,
+        "replicas": plan.replicas,
         "default_class": plan.classes.default,
         "classes": {slo_class.name: asdict(slo_class) for slo_class in plan.classes},
         "profile": {

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 
 from slos_serve.core.errors import InvalidFieldError
 
@@ -66,6 +67,15 @@ class SLO:
         return math.inf if self.tpot_ms is None else self.tpot_ms / 1000.0
 
 
+class WhenFull(StrEnum):
+    """What a router does with a request that no replica can promise."""
+
+    BEST_EFFORT = "best_effort"
+    """It is served without a promise, which it may still get."""
+    REJECT = "reject"
+    """It is refused at once, with the time after which to ask again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stage:
     """One decode stage of a request and what ends it.
@@ -96,12 +106,16 @@ class SLOClass:
         stages: one or more stages in order; ``stages[0].slo`` holds the TTFT.
         weight: what attaining one request is worth to admission, relative to others.
         max_stall_ms: longest gap the scheduler may cause between two tokens of a stream.
+        when_full: what a router does with a request that no replica can promise.
+        last_round: class that a session's last call gets instead, when the client marks it; ``None`` for this one.
     """
 
     name: str
     stages: tuple[Stage, ...]
     weight: float = 1.0
     max_stall_ms: float = DEFAULT_MAX_STALL_MS
+    when_full: WhenFull = WhenFull.BEST_EFFORT
+    last_round: str | None = None
 
     def __post_init__(self) -> None:
         if not _CLASS_NAME.fullmatch(self.name):
@@ -154,6 +168,10 @@ class ClassSet:
             raise InvalidFieldError("classes", len(self.classes), f"at most {MAX_CLASSES} classes")
         if self.default is not None and self.default not in self.classes:
             raise InvalidFieldError("default_class", self.default, f"one of {sorted(self.classes)}")
+        for slo_class in self.classes.values():
+            if slo_class.last_round is not None and slo_class.last_round not in self.classes:
+                field_name = f"classes.{slo_class.name}.last_round"
+                raise InvalidFieldError(field_name, slo_class.last_round, f"one of {sorted(self.classes)}")
 
     def __iter__(self) -> Iterator[SLOClass]:
         return iter(self.classes.values())
@@ -161,8 +179,17 @@ class ClassSet:
     def __len__(self) -> int:
         return len(self.classes)
 
-    def resolve(self, name: str | None, ttft_ms: float | None = None, tpot_ms: float | None = None) -> SLOClass | None:
+    def resolve(
+        self,
+        name: str | None,
+        ttft_ms: float | None = None,
+        tpot_ms: float | None = None,
+        *,
+        last_round: bool = False,
+    ) -> SLOClass | None:
         """The class a request gets, its own numbers applied; ``None`` when it asked for nothing.
+
+        The last call of a session gets the class that its class names for it.
 
         Raises:
             InvalidFieldError: the class is unknown or a number is out of range.
@@ -176,6 +203,8 @@ class ClassSet:
         if found is None:
             known = sorted({*self.classes, NO_SLO_CLASS})
             raise InvalidFieldError("slo_class", chosen, f"one of {known}")
+        if last_round and found.last_round is not None:
+            found = self.classes[found.last_round]
         return found if ttft_ms is None and tpot_ms is None else found.with_overrides(ttft_ms, tpot_ms)
 
 

@@ -11,8 +11,10 @@
           - {tpot_ms: 100}                        # the answer
 
 A class without promises (``batch: {}``) is a name for best effort. ``tpot_ms`` of a class holds for each of its stages
-that gives none. Nothing is guessed: an unknown key, a key given twice or a number out of range is an error that names
-the file, the line, the field, what was given and what is allowed.
+that gives none. ``when_full: reject`` has a router refuse what no replica can promise (``best_effort``, the default,
+serves it all the same); ``last_round: chat`` gives the call that a client marks as its session's last the promises of
+another class. Nothing is guessed: an unknown key, a key given twice or a number out of range is an error that names the
+file, the line, the field, what was given and what is allowed.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from slos_serve.core.slo import (
     ClassSet,
     SLOClass,
     Stage,
+    WhenFull,
     check_number,
 )
 
@@ -40,7 +43,17 @@ CUSTOM_CLASS = "custom"
 MAX_STAGES = 16
 MAX_STAGE_TOKENS = 10_000_000
 _TOP_KEYS = ("classes", "default_class", "max_stall_ms")
-_CLASS_KEYS = ("ttft_ms", "ttft_slowdown", "ttft_floor_ms", "tpot_ms", "weight", "max_stall_ms", "stages")
+_CLASS_KEYS = (
+    "ttft_ms",
+    "ttft_slowdown",
+    "ttft_floor_ms",
+    "tpot_ms",
+    "weight",
+    "max_stall_ms",
+    "stages",
+    "when_full",
+    "last_round",
+)
 _STAGE_KEYS = ("tpot_ms", "end_token_id", "max_tokens")
 _RESERVED = (NO_SLO_CLASS, CUSTOM_CLASS)
 
@@ -91,7 +104,10 @@ class _FileReader:
         try:
             return ClassSet(classes, default)
         except InvalidFieldError as error:
-            raise self._placed(error, node if error.field == "default_class" else top["classes"]) from None
+            at = node if error.field == "default_class" else top["classes"]
+            if error.field.endswith(".last_round"):
+                at = named[error.field.split(".", 1)[1].removesuffix(".last_round")]
+            raise self._placed(error, at) from None
 
     def _slo_class(self, name: str, node: yaml.Node, max_stall_ms: float) -> SLOClass:
         field = f"classes.{name}"
@@ -108,9 +124,20 @@ class _FileReader:
                 stages=stages,
                 weight=1.0 if weight is None else weight,
                 max_stall_ms=max_stall_ms if stall_ms is None else stall_ms,
+                when_full=self._when_full(keys, field),
+                last_round=self._name_of(keys["last_round"], f"{field}.last_round") if "last_round" in keys else None,
             )
         except InvalidFieldError as error:
             raise self._placed(error, node) from None
+
+    def _when_full(self, keys: Mapping[str, yaml.Node], field: str) -> WhenFull:
+        if "when_full" not in keys:
+            return WhenFull.BEST_EFFORT
+        text = self._name_of(keys["when_full"], f"{field}.when_full")
+        if text not in list(WhenFull):
+            allowed = f"one of {[kind.value for kind in WhenFull]}"
+            raise InvalidFieldError(f"{field}.when_full", text, allowed, self._where(keys["when_full"]))
+        return WhenFull(text)
 
     def _slo(self, keys: Mapping[str, yaml.Node], field: str) -> SLO:
         if "ttft_ms" in keys and "ttft_slowdown" in keys:

@@ -19,8 +19,7 @@ from slos_serve.planning.planner import Planner
 from slos_serve.planning.prefill_rate import FloatArray
 from slos_serve.routing.projection import after_step, view_copy
 from slos_serve.routing.publication import Publication
-
-PUBLISH_EVERY_S = 0.1
+from slos_serve.routing.settings import PUBLISH_EVERY_S
 
 
 class Publisher:

@@ -18,14 +18,7 @@ from slos_serve.core.request import RequestArray
 from slos_serve.core.slo import check_number
 from slos_serve.routing import mirror_kernel as kernel
 from slos_serve.routing.mirrors import Mirrors, Sent, request_row
-
-
-class Order(StrEnum):
-    """Whom to ask first."""
-
-    PACK = "pack"
-    SPREAD = "spread"
-    PREFIX = "prefix"
+from slos_serve.routing.settings import STALE_AFTER_S, Order
 
 
 class Verdict(StrEnum):
@@ -111,7 +104,7 @@ class RouterSettings:
     """
 
     order: Order = Order.PREFIX
-    stale_after_s: float = 1.0
+    stale_after_s: float = STALE_AFTER_S
 
     def __post_init__(self) -> None:
         check_number("stale_after_s", self.stale_after_s, low=0.0, high=3600.0)

@@ -10,7 +10,7 @@ from slos_serve.core.request import MAX_DRAFT_TOKENS
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.policies.base import Policy
 from slos_serve.policies.registry import Parameters, make_policy, policy_entry
-from slos_serve.routing.publisher import PUBLISH_EVERY_S
+from slos_serve.routing.settings import PUBLISH_EVERY_S
 from slos_serve.sim.cluster import Cluster, Handover
 from slos_serve.sim.drafters import DRAFTERS, NO_DRAFTER
 from slos_serve.sim.model_error import ModelError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.routing.router import Order
+from slos_serve.routing.settings import Order
 from slos_serve.sim.replica import Replica
 
 # vLLM's data-parallel coordinator weighs a waiting request like this many running ones.

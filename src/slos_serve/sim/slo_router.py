@@ -19,9 +19,10 @@ from slos_serve.policies.base import IntArray, Policy
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publication import Publication
-from slos_serve.routing.publisher import PUBLISH_EVERY_S, Publisher
-from slos_serve.routing.router import Order, RouterSettings, RoutingDecision, RoutingRequest, Verdict
+from slos_serve.routing.publisher import Publisher
+from slos_serve.routing.router import RouterSettings, RoutingDecision, RoutingRequest, Verdict
 from slos_serve.routing.sessions import Sessions
+from slos_serve.routing.settings import PUBLISH_EVERY_S, Order
 from slos_serve.routing.shards import route_sharded
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.replica import Replica

@@ -72,6 +72,12 @@ class Plugin:
     events: Path | None = None
 
     @property
+    def paths(self) -> dict[str, str]:
+        """The files by the names of the attributes; paths absolute, those that are not there left out."""
+        files = {"classes": self.classes, "profile": self.profile, "events": self.events}
+        return {name: str(path.resolve()) for name, path in files.items() if path is not None}
+
+    @property
     def environment(self) -> dict[str, str]:
         """The variables that tell the server's processes; paths absolute."""
         files = {
@@ -165,6 +171,19 @@ def cpu_model_args(given: Sequence[str], facts: Path = _CPU_FACTS) -> tuple[str,
     return (*kept, *given)
 
 
+def cpu_engine_kwargs(facts: Path = _CPU_FACTS) -> dict[str, str | int | bool]:
+    """What :func:`cpu_engine_args` says, as keyword arguments of vLLM's engine."""
+    words = cpu_engine_args(facts)
+    found: dict[str, str | int | bool] = {}
+    for index, word in enumerate(words):
+        if word.startswith("--"):
+            follows = words[index + 1 : index + 2]
+            value = follows[0] if follows and not follows[0].startswith("--") else True
+            key = word.removeprefix("--").replace("-", "_")
+            found[key] = int(value) if isinstance(value, str) and value.isdecimal() else value
+    return found
+
+
 def set_cpu_environment() -> None:
     """Set what is not set of :data:`CPU_ENVIRONMENT`; vLLM reads some of it as it is imported."""
     for name, value in CPU_ENVIRONMENT.items():
@@ -191,6 +210,7 @@ class ServerProcess:
         inherit_output: let it write to this process's output instead.
         start_timeout_s: how long it may take to answer.
         on_wait: called with the seconds waited so far, a few times a second, while it starts.
+        command: what to start instead of vLLM's server; ``None`` starts that.
     """
 
     def __init__(
@@ -206,10 +226,12 @@ class ServerProcess:
         inherit_output: bool = False,
         start_timeout_s: float = START_TIMEOUT_S,
         on_wait: Callable[[float], None] | None = None,
+        command: Sequence[str] | None = None,
     ) -> None:
         self.host = host
         self.port = free_port() if port is None else port
-        self.command = server_command(model, vllm_args, host=host, port=self.port, plugin=plugin)
+        own = server_command(model, vllm_args, host=host, port=self.port, plugin=plugin)
+        self.command = own if command is None else list(command)
         self._plugin = plugin
         self._extra = dict(environment or {})
         self._log_path = log_path
@@ -218,6 +240,11 @@ class ServerProcess:
         self._on_wait = on_wait
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
+
+    @staticmethod
+    def python_command(module: str, *arguments: str) -> list[str]:
+        """Command line of a module of this Python."""
+        return [sys.executable, "-m", module, *arguments]
 
     @property
     def base_url(self) -> str:
@@ -283,9 +310,9 @@ class ServerProcess:
             status = self._started.poll()
             waited_s = time.monotonic() - began_s
             if status is not None:
-                raise ServerStartError(f"vLLM's server ended with status {status} before it was ready{self._tail()}")
+                raise ServerStartError(f"the server ended with status {status} before it was ready{self._tail()}")
             if waited_s > self._start_timeout_s:
-                raise ServerStartError(f"vLLM's server was not ready within {waited_s:.0f} s{self._tail()}")
+                raise ServerStartError(f"the server was not ready within {waited_s:.0f} s{self._tail()}")
             if self._on_wait is not None:
                 self._on_wait(waited_s)
             time.sleep(_POLL_S)

@@ -7,6 +7,7 @@ decode for as long as the run lasts, and streams of prompts that ask for one tok
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import itertools
 import json
@@ -161,6 +162,14 @@ def parse_engine_args(model: str, vllm_args: Sequence[str]) -> AsyncEngineArgs:
     """vLLM's own parser on its own server arguments."""
     parser = _server_parser(FlexibleArgumentParser(prog="vllm arguments"))
     return AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", model, *vllm_args]))
+
+
+def given_arguments(vllm_args: Sequence[str]) -> dict[str, Any]:
+    """What vLLM's own parser makes of those arguments that are given, by name; defaults are left out."""
+    parser = _server_parser(FlexibleArgumentParser(prog="vllm arguments"))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    return dict(vars(parser.parse_args(list(vllm_args))))
 
 
 def _server_parser(parser: Any) -> Any:

@@ -27,7 +27,9 @@ from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.apply import steered
 from slos_serve.vllm_plugin.identity import identity_of
+from slos_serve.vllm_plugin.orphan import end_with_parent
 from slos_serve.vllm_plugin.outcome import Recorder
+from slos_serve.vllm_plugin.publish import publisher_of
 from slos_serve.vllm_plugin.settings import PROFILE_VARIABLE, PluginSettings
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
 from slos_serve.vllm_plugin.step_clock import StepClock
@@ -76,8 +78,12 @@ class SLOScheduler(AsyncScheduler):
             planner = replace(settings.planner, max_draft_tokens=most_drafts)
             self._slo_policy = SLOsServePolicy(settings.profile.model, num_classes, planner)
             warm_up(self._slo_policy.planner)
+        self._slo_publisher = publisher_of(settings, self._slo_policy)
+        if settings.publish_to is not None:  # whoever reads it replaces servers that die
+            end_with_parent()
         self._slo_recorder = Recorder(settings.classes, settings.events_path)
         self._slo_say_hello()
+        self._slo_publish_idle()
 
     def _slo_say_hello(self) -> None:
         if self._slo_policy is None:
@@ -108,6 +114,7 @@ class SLOScheduler(AsyncScheduler):
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
         """Plan the step and let the stock scheduler make it."""
         if not self._slo_book.num_slo or compat.is_paused(self):
+            self._slo_publish_unplanned()
             return super().schedule(*args, **kwargs)
         entered_s = time.perf_counter()
         now_s = self.slo_clock_s()
@@ -161,12 +168,17 @@ class SLOScheduler(AsyncScheduler):
 
     def _free_request(self, request: Request, *args: Any, **kwargs: Any) -> Any:
         self._slo_forget(request)
-        return super()._free_request(request, *args, **kwargs)
+        freed = super()._free_request(request, *args, **kwargs)
+        if not self.requests:
+            self._slo_publish_idle()
+        return freed
 
     def shutdown(self) -> None:
         """End with the engine."""
         super().shutdown()
         self._slo_recorder.events.close()
+        if self._slo_publisher is not None:
+            self._slo_publisher.close()
 
     # What we add to it ----------------------------------------------------------------------------------------
 
@@ -211,13 +223,16 @@ class SLOScheduler(AsyncScheduler):
         assert self._slo_policy is not None
         wall_s, busy_s = time.perf_counter(), time.thread_time()
         try:
-            plan = self._slo_policy.plan(start_s, self._slo_book.view(self, start_s))
+            seen_s, view = self.slo_clock_s(), self._slo_book.view(self, start_s)
+            plan = self._slo_policy.plan(start_s, view)
             plan_s = time.perf_counter() - wall_s
             self._slo_book.note(plan)
             # Processor time: a plan is not to blame for a core that something else kept busy.
             spent_s = time.thread_time() - busy_s
             if spent_s > self._slo_settings.plan_limit_s:
                 raise PlanOverrunError(f"planning took {spent_s * 1e3:.1f} ms")
+            if self._slo_publisher is not None:
+                self._slo_publisher.after_plan(start_s, view, plan, seen_until_s=seen_s)
             return (plan if len(plan.slots) else None), plan_s, None
         except Exception as error:  # whatever the planner does, serving goes on
             return (
@@ -265,6 +280,18 @@ class SLOScheduler(AsyncScheduler):
         self._slo_book.drafts_verified(drafts)
         if verified:
             self._slo_policy.on_verified(*np.array(verified, dtype=np.int64).T)
+
+    def _slo_publish_unplanned(self) -> None:
+        """Steps without a plan publish too, when it is time."""
+        now_s = self.slo_clock_s()
+        if self._slo_publisher is not None and self._slo_publisher.due(now_s):
+            self._slo_publisher.unplanned(now_s, self._slo_book.view(self, now_s))
+
+    def _slo_publish_idle(self) -> None:
+        """No step follows the last request, so that it left is published at once."""
+        if self._slo_publisher is not None:
+            now_s = self.slo_clock_s()
+            self._slo_publisher.idle(now_s, self._slo_book.view(self, now_s))
 
     def _slo_time_step(self, output: SchedulerOutput, now_s: float) -> tuple[BatchShape, float]:
         """Start the clock on a step whose scheduling began at ``now_s``; returns its shape and predicted seconds."""

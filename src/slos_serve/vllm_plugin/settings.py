@@ -1,7 +1,8 @@
 """What the plug-in is configured with, read from the environment of the engine-core process at start.
 
 ``SLOS_SERVE_CLASSES`` names the class file, ``SLOS_SERVE_PROFILE`` the batch-time profile, ``SLOS_SERVE_EVENTS`` an
-optional JSONL file for what happened to each request and step. vLLM starts its engine core with the server's
+optional JSONL file for what happened to each request and step, ``SLOS_SERVE_PUBLISH`` where a router's mirror of this
+engine is fed from. vLLM starts its engine core with the server's
 environment, so one ``export`` reaches both processes.
 """
 
@@ -16,12 +17,15 @@ from slos_serve.core.slo import ClassSet
 from slos_serve.files.class_file import load_classes
 from slos_serve.files.profile_file import Profile, load_profile
 from slos_serve.planning.settings import PlannerSettings
+from slos_serve.routing.settings import PUBLISH_EVERY_S
 
 CLASSES_VARIABLE = "SLOS_SERVE_CLASSES"
 PROFILE_VARIABLE = "SLOS_SERVE_PROFILE"
 EVENTS_VARIABLE = "SLOS_SERVE_EVENTS"
 PLAN_LIMIT_VARIABLE = "SLOS_SERVE_PLAN_LIMIT_MS"
 MARGIN_VARIABLE = "SLOS_SERVE_TTFT_MARGIN_MS"
+PUBLISH_VARIABLE = "SLOS_SERVE_PUBLISH"
+PUBLISH_EVERY_VARIABLE = "SLOS_SERVE_PUBLISH_EVERY_MS"
 DEFAULT_PLAN_LIMIT_S = 0.010
 
 
@@ -35,6 +39,8 @@ class PluginSettings:
         events_path: where to append events, ``None`` for nowhere.
         plan_limit_s: processor time a plan may take before its step falls back to stock order.
         planner: the planner's knobs.
+        publish_to: ZeroMQ address that the planner's state is published to, ``None`` for nowhere.
+        publish_every_s: age that a publication may reach.
     """
 
     classes: ClassSet = field(default_factory=ClassSet)
@@ -42,6 +48,8 @@ class PluginSettings:
     events_path: Path | None = None
     plan_limit_s: float = DEFAULT_PLAN_LIMIT_S
     planner: PlannerSettings = field(default_factory=PlannerSettings)
+    publish_to: str | None = None
+    publish_every_s: float = PUBLISH_EVERY_S
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> PluginSettings:
@@ -60,6 +68,8 @@ class PluginSettings:
             events_path=Path(events_path) if events_path else None,
             plan_limit_s=_milliseconds(environment, PLAN_LIMIT_VARIABLE, DEFAULT_PLAN_LIMIT_S * 1000.0) / 1000.0,
             planner=PlannerSettings(ttft_margin_s=margin_ms / 1000.0),
+            publish_to=environment.get(PUBLISH_VARIABLE) or None,
+            publish_every_s=_milliseconds(environment, PUBLISH_EVERY_VARIABLE, PUBLISH_EVERY_S * 1000.0) / 1000.0,
         )
 
 

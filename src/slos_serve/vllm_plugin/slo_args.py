@@ -48,7 +48,7 @@ class SloArgs:
         ttft_ms, tpot_ms: the request's own promises in milliseconds, over those of its class.
         expected_tokens: the client's hint of its output length.
         session_id: which conversation or agent loop the request belongs to.
-        last_round: no further call of this session follows.
+        last_round: no further call of this session follows; its class may name another one for this call.
     """
 
     slo_class: str | None = None
@@ -64,7 +64,7 @@ class SloArgs:
         Raises:
             InvalidFieldError: the class is unknown.
         """
-        return classes.resolve(self.slo_class, self.ttft_ms, self.tpot_ms)
+        return classes.resolve(self.slo_class, self.ttft_ms, self.tpot_ms, last_round=self.last_round)
 
 
 def from_extra_args(extra_args: Mapping[str, object] | None) -> SloArgs:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from slos_serve.cli.main import app
 from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.ray_serve.run import ReplicaPlan
 from slos_serve.vllm_plugin import launch
 
 # Answers /health, then ends itself like a server that was told to.
@@ -210,3 +211,39 @@ def test_ctrl_c_and_sigterm_reach_the_server() -> None:
         os.kill(process.pid, signal.SIGTERM)
         assert process.stdout.readline() == "got 15\n"
     assert process.returncode == 0
+
+
+def test_replicas_are_handed_to_ray_serve(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: Engine, classes: Path
+) -> None:
+    plans: list[tuple[str, ReplicaPlan]] = []
+    port = launch.free_port()
+
+    def command(module: str, path: str) -> list[str]:
+        plans.append((module, ReplicaPlan.read(Path(path))))
+        return [sys.executable, "-c", STAND_IN % 0, "--port", str(port)]
+
+    monkeypatch.setattr(launch.ServerProcess, "python_command", staticmethod(command))
+    monkeypatch.setattr("slos_serve.cli.serve.find_spec", lambda _: object())
+    given = ("tiny", "--replicas", 3, "--order", "pack", "--classes", classes, "--port", port, "--max-model-len", "64")
+    status, output = serve(*given, "--json", tmp_path / "serve.json")
+    assert status == 0, output
+    assert "3 replicas on Ray Serve" in output
+    ((module, plan),) = plans
+    assert module == "slos_serve.ray_serve.run"
+    assert (plan.model, plan.replicas, plan.port, plan.order) == ("tiny", 3, port, "pack")
+    assert plan.classes == str(classes.resolve()) and plan.profile is not None
+    assert list(plan.vllm_args) == ["--port", str(port), "--max-model-len", "64"]
+    assert json.loads((tmp_path / "serve.json").read_text())["replicas"] == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [(("--replicas", "2"), "only where Ray Serve is installed"), (("--order", "best"), "'pack'")],
+)
+def test_replicas_that_cannot_be_served(
+    monkeypatch: pytest.MonkeyPatch, engine: Engine, given: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setattr("slos_serve.cli.serve.find_spec", lambda _: None)
+    status, output = serve("tiny", *given)
+    assert status == 2 and said in output

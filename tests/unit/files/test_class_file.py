@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.core.slo import SLO, Stage
+from slos_serve.core.slo import SLO, Stage, WhenFull
 from slos_serve.files.class_file import load_classes, parse_classes
 
 EXAMPLE = """\
@@ -91,6 +91,9 @@ def test_reads_a_file(tmp_path: Path) -> None:
         ("classes:\n  a:\n    stages: [{end_token_id: 1.5}, {}]\n", 3, "classes.a.stages[0].end_token_id", "[0,"),
         ("classes:\n  a:\n    stages: [{ttft_ms: 5}]\n", 3, "key of classes.a.stages[0]", "end_token_id"),
         ("classes:\n  ? [a]\n  : {}\n", 2, "key of classes", "a name"),
+        ("classes:\n  a:\n    when_full: queue\n", 3, "classes.a.when_full", "'reject'"),
+        ("classes:\n  a:\n    when_full: [reject]\n", 3, "classes.a.when_full", "a name"),
+        ("classes:\n  b: {}\n  a:\n    last_round: c\n", 4, "classes.a.last_round", "['a', 'b']"),
     ],
 )
 def test_an_error_names_line_field_and_what_is_allowed(text: str, line: int, field: str, said: str) -> None:
@@ -99,6 +102,17 @@ def test_an_error_names_line_field_and_what_is_allowed(text: str, line: int, fie
     assert raised.value.where == f"my.yaml:{line}"
     assert raised.value.field == field
     assert said in str(raised.value)
+
+
+def test_what_routers_do_when_full_and_the_last_round() -> None:
+    classes = parse_classes("classes:\n  a: {when_full: reject, last_round: b}\n  b: {ttft_ms: 5}\n", "my.yaml")
+    assert classes.classes["a"].when_full is WhenFull.REJECT
+    assert classes.classes["b"].when_full is WhenFull.BEST_EFFORT
+    assert classes.resolve("a") == classes.classes["a"]
+    assert classes.resolve("a", last_round=True) == classes.classes["b"]
+    last = classes.resolve("a", ttft_ms=7.0, last_round=True)
+    assert last is not None and (last.name, last.slo.ttft_ms) == ("b", 7.0)
+    assert classes.resolve("b", last_round=True) == classes.classes["b"]
 
 
 def test_too_many_classes_are_refused() -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.routing.mirrors import Mirrors
-from slos_serve.routing.router import Order, RouterSettings, Verdict, Why, route, verdicts
+from slos_serve.routing.router import RouterSettings, Verdict, Why, route, verdicts
+from slos_serve.routing.settings import Order
 from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, published, request
 
 PACK, SPREAD = RouterSettings(Order.PACK), RouterSettings(Order.SPREAD)

@@ -1,0 +1,30 @@
+"""How many replicas are needed for promises to be kept: a policy for Ray Serve's autoscaler.
+
+Ray pickles this module by value and calls the policy in its controller. Each replica reports its fullness: demand for
+promises over what it could promise (:mod:`slos_serve.ray_serve.demand`). The policy holds the replicas' mean at a
+target below 1, so that there is room for what comes while a new replica starts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+TARGET_FULLNESS = 0.7
+_FULLNESS = "slos_serve_fullness"
+
+
+def headroom_policy(context: Any) -> tuple[float, dict[str, Any]]:
+    """Replicas wanted, as a policy function of ``autoscaling_config``; Ray applies its own bounds and delays.
+
+    Args:
+        context: :class:`ray.serve.config.AutoscalingContext`.
+
+    Returns:
+        Wanted number of replicas, and no state. As many as now until replicas have reported.
+    """
+    reported = (context.aggregated_metrics or {}).get(_FULLNESS) or {}
+    fullness = [float(value) for value in reported.values() if value is not None]
+    if not fullness:
+        return context.current_num_replicas, {}
+    mean = sum(fullness) / len(fullness)
+    return context.current_num_replicas * mean / TARGET_FULLNESS, {}

@@ -1,0 +1,75 @@
+"""Every name of Ray Serve LLM that is not public and that this package uses.
+
+``ray.serve.llm`` publishes classes to be extended, not the functions that its ingress is made of. They are imported
+here and nowhere else, so that a release which moves one fails at start with one message.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from vllm.platforms import current_platform
+
+from slos_serve.core.errors import UnsupportedEngineError
+
+OLDEST = (2, 60)
+# Part of what vLLM answers when its engine is dead, in an error of a stream that has begun.
+ENGINE_DEAD = ("EngineDead", "EngineCore")
+
+try:
+    from ray.llm._internal.common.callbacks.base import CallbackBase
+    from ray.llm._internal.serve.constants import DEFAULT_LLM_ROUTER_HTTP_TIMEOUT as HTTP_TIMEOUT_S
+    from ray.llm._internal.serve.core.configs.openai_api_models import (
+        ChatCompletionRequest,
+        ErrorResponse,
+        OpenAIHTTPException,
+        to_model_metadata,
+    )
+    from ray.llm._internal.serve.core.ingress.ingress import DEFAULT_ENDPOINTS, router_request_timeout
+    from ray.llm._internal.serve.core.ingress.ingress import init as fastapi_app
+    from ray.llm._internal.serve.core.ingress.utils import (
+        NON_STREAMING_RESPONSE_TYPES,
+        _apply_openai_json_format,
+        _sanitize_chat_completion_request,
+    )
+    from ray.llm._internal.serve.core.protocol import RawRequestInfo
+    from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+except ImportError as fault:
+    raise UnsupportedEngineError(
+        f"slos-serve serves replicas with Ray Serve LLM {OLDEST[0]}.{OLDEST[1]} or later; this is Ray "
+        f"{ray.__version__}, and it lacks what is needed: {fault}"
+    ) from fault
+
+__all__ = [
+    "DEFAULT_ENDPOINTS",
+    "HTTP_TIMEOUT_S",
+    "NON_STREAMING_RESPONSE_TYPES",
+    "CallbackBase",
+    "ChatCompletionRequest",
+    "ErrorResponse",
+    "OpenAIHTTPException",
+    "RawRequestInfo",
+    "VLLMEngine",
+    "engine_is_on_cpu",
+    "fastapi_app",
+    "router_request_timeout",
+    "sent_form",
+    "server_sent",
+    "to_model_metadata",
+]
+
+
+def sent_form(body: Any) -> Any:
+    """The request in a form that can be pickled."""
+    return _sanitize_chat_completion_request(body) if isinstance(body, ChatCompletionRequest) else body
+
+
+def server_sent(chunk: Any) -> str:
+    """A chunk of an answer, or a batch of them, as server-sent events."""
+    return str(_apply_openai_json_format(chunk))
+
+
+def engine_is_on_cpu() -> bool:
+    """Whether the vLLM installed here computes on the CPU."""
+    return bool(current_platform.is_cpu())

@@ -1,0 +1,67 @@
+"""What a replica is asked for, by class, and what it could still promise: the signal that replicas are scaled on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from slos_serve.ray_serve.ticket import Ticket
+from slos_serve.routing.headroom import fullness, headroom, promises
+from slos_serve.routing.publication import Publication
+from slos_serve.routing.router import RoutingRequest
+
+FULLNESS = "slos_serve_fullness"
+HEADROOM = "slos_serve_headroom_"
+FORGET_S = 300.0
+LEAST_ASKED = 32
+_WEIGHT_OF_NEW = 0.1
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A class as it is asked for lately: its newest request, with prompt and cap averaged."""
+
+    typical: RoutingRequest
+    prompt_tokens: float
+    max_tokens: float
+    last_s: float
+
+
+class Demand:
+    """Of one replica. Times are on its monotonic clock."""
+
+    def __init__(self) -> None:
+        self._classes: dict[str, _Asked] = {}
+        self._unpromised: set[int] = set()
+
+    def began(self, number: int, ticket: Ticket | None, now_s: float) -> None:
+        """A call came, with what its ingress told of it."""
+        if ticket is None or not ticket.asked.has_slo:
+            return
+        if ticket.is_unpromised:
+            self._unpromised.add(number)
+        asked, name = ticket.asked, ticket.slo_class or "custom"
+        known = self._classes.get(name)
+        share = 1.0 if known is None else _WEIGHT_OF_NEW
+        prompt, most = (0.0, 0.0) if known is None else (known.prompt_tokens, known.max_tokens)
+        prompt += share * (asked.prompt_tokens - prompt)
+        most += share * (asked.max_tokens - most)
+        self._classes[name] = _Asked(asked, prompt, most, now_s)
+
+    def ended(self, number: int) -> None:
+        """A call is over."""
+        self._unpromised.discard(number)
+
+    def stats(self, publication: Publication | None, now_s: float) -> dict[str, float]:
+        """Fullness, and headroom of each class that was asked for lately; a replica that never published is full."""
+        if publication is None:
+            return {FULLNESS: 1.0}
+        found = {}
+        for name, asked in list(self._classes.items()):
+            if now_s - asked.last_s > FORGET_S:
+                del self._classes[name]
+                continue
+            prompt, most = max(round(asked.prompt_tokens), 1), max(round(asked.max_tokens), 1)
+            typical = replace(asked.typical, prompt_tokens=prompt, max_tokens=most)
+            found[name] = headroom(publication, typical, now_s, most=max(LEAST_ASKED, promises(publication)))
+        stats: dict[str, float] = {HEADROOM + name: float(count) for name, count in found.items()}
+        return {FULLNESS: fullness(publication, len(self._unpromised), found), **stats}

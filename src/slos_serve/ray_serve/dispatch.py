@@ -1,0 +1,130 @@
+"""Routing decisions from what replicas publish; everything of the request router that is not Ray.
+
+One object a deployment handle. All calls come from the router's event loop. A replica's address is part of what Ray
+tells about it; without one (another server class) it counts as full and gets only what nobody promises.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.ray_serve.ticket import Ticket
+from slos_serve.ray_serve.wire import Envelope
+from slos_serve.routing.clock_offset import ClockOffset
+from slos_serve.routing.mirrors import Mirrors
+from slos_serve.routing.retry_after import retry_after_s
+from slos_serve.routing.router import RouterSettings, RoutingDecision, Verdict, Why, route
+from slos_serve.routing.sessions import Sessions
+from slos_serve.routing.settings import STALE_AFTER_S, Order
+
+TRANSIT_S = 0.05
+_logger = logging.getLogger("slos_serve.ray_serve")
+
+
+class Mailbox(Protocol):
+    """What :class:`slos_serve.ray_serve.inbox.Inbox` does."""
+
+    def listen(self, replica: str, address: str) -> None:
+        """Take in what a replica publishes from now on."""
+
+    def ignore(self, replica: str) -> None:
+        """A replica is gone."""
+
+    def take(self) -> dict[str, Envelope]:
+        """The newest of each replica that came since the last call."""
+
+
+class Dispatcher:
+    """Decides where requests go.
+
+    Args:
+        mailbox: where publications arrive.
+        num_classes: SLO classes that requests may belong to.
+        order: whom to ask first.
+        stale_after_s: a replica that has not published for this long counts as full.
+        transit_s: a request may take this long to reach its engine's scheduler.
+        clock_s: the clock of tickets and of the mailbox.
+    """
+
+    def __init__(
+        self,
+        mailbox: Mailbox,
+        num_classes: int = 1,
+        order: str = Order.PREFIX,
+        stale_after_s: float = STALE_AFTER_S,
+        transit_s: float = TRANSIT_S,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._mailbox = mailbox
+        self._clock_s = clock_s
+        self._settings = RouterSettings(Order(order), stale_after_s)
+        self._sessions = Sessions()
+        self._offsets: dict[str, ClockOffset] = {}
+        self._now_s = -float("inf")
+        self.mirrors = Mirrors(num_classes=num_classes, transit_s=transit_s)
+        self.decisions: Counter[tuple[Verdict, Why]] = Counter()
+
+    def set_replicas(self, addresses: Mapping[str, str | None]) -> None:
+        """The replicas there are now, each with the address that it publishes at, if it does."""
+        for name in [name for name in self.mirrors if name not in addresses]:
+            self.drop_replica(name)
+        for name, address in addresses.items():
+            if name not in self.mirrors:
+                self.mirrors.add(name)
+            if address is not None and name not in self._offsets:
+                self._offsets[name] = ClockOffset()
+                self._mailbox.listen(name, address)
+
+    def drop_replica(self, name: str) -> None:
+        """A replica is gone, and its prefixes with it."""
+        self.mirrors.remove(name)
+        self._sessions.forget_replica(name)
+        if self._offsets.pop(name, None) is not None:
+            self._mailbox.ignore(name)
+
+    def decide(self, ticket: Ticket) -> RoutingDecision:
+        """Decide and reserve; the decision is written into the ticket, and when to ask again if it is a no."""
+        now_s = max(self._clock_s(), self._now_s)
+        self._now_s = now_s
+        self._receive()
+        asked = ticket.asked
+        if ticket.session is not None:
+            asked = ticket.with_cached(self._sessions.cached(ticket.session, asked.prompt_tokens))
+        decision = route(now_s, asked, self.mirrors, self._settings)
+        ticket.decision = decision
+        ticket.attempts += 1
+        self.decisions[decision.verdict, decision.reason] += 1
+        if decision.verdict is Verdict.REJECT:
+            ticket.retry_after_s = retry_after_s(now_s, asked.class_index, self.mirrors, self._settings.stale_after_s)
+        elif decision.replica is not None and ticket.session is not None and not ticket.last_round:
+            self._sessions.sent(ticket.session, decision.replica, asked.prompt_tokens)
+        return decision
+
+    def ended(self, ticket: Ticket) -> None:
+        """A request is over: its session's next round finds its answer cached too."""
+        decision = ticket.decision
+        if ticket.session is None or ticket.last_round or decision is None or decision.replica not in self.mirrors:
+            return
+        assert decision.replica is not None
+        # The last token of an answer is sampled but never computed.
+        context = ticket.asked.prompt_tokens + max(ticket.output_tokens - 1, 0)
+        self._sessions.sent(ticket.session, decision.replica, context)
+
+    def _receive(self) -> None:
+        for name, envelope in self._mailbox.take().items():
+            offset = self._offsets.get(name)
+            if offset is None:
+                continue
+            offset_s = offset.observe(envelope.sent_s, envelope.received_s)
+            try:
+                self.mirrors.update(envelope.publication(name), offset_s)
+            except InvalidFieldError:
+                _logger.exception("slos-serve: a publication of replica %s cannot be used", name)
+                continue
+            if envelope.unchanged:
+                self.mirrors.renew(name, envelope.sent_s + offset_s)

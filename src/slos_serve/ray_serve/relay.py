@@ -1,0 +1,92 @@
+"""From one engine to any number of routers: takes its publications in and hands them out over the network.
+
+A thread of its own in the replica's process, so that a busy event loop does not make publications late. The newest
+publication is sent again while the engine rests, because a router that connected later would know nothing, and as the
+sign that it is still there.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import zmq
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.ray_serve.pulse import Pulse
+from slos_serve.ray_serve.wire import Envelope
+from slos_serve.routing.publication import Publication
+
+_logger = logging.getLogger("slos_serve.ray_serve")
+
+
+class Relay:
+    """Listens for one engine, publishes to all routers.
+
+    Args:
+        host: address of this node that routers reach.
+        pulse: told of every publication.
+        every_s: how often a resting engine's state is sent again.
+        clock_s: the clock of the engine's publications.
+    """
+
+    def __init__(self, host: str, pulse: Pulse, every_s: float, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._pulse = pulse
+        self._every_s = every_s
+        self._clock_s = clock_s
+        self._last: bytes | None = None
+        self._ended = threading.Event()
+        self._folder = tempfile.TemporaryDirectory(prefix="slos-serve-")
+        self.engine_address = f"ipc://{Path(self._folder.name) / 'engine'}"
+        self._context = zmq.Context(io_threads=1)
+        self._engine = self._context.socket(zmq.PULL)
+        self._engine.setsockopt(zmq.CONFLATE, 1)
+        self._engine.bind(self.engine_address)
+        self._routers = self._context.socket(zmq.PUB)
+        self._routers.setsockopt(zmq.LINGER, 0)
+        if ":" in host:
+            self._routers.setsockopt(zmq.IPV6, 1)
+            host = f"[{host}]"
+        port = self._routers.bind_to_random_port(f"tcp://{host}")
+        self.address = f"tcp://{host}:{port}"
+        self._thread = threading.Thread(target=self._run, name="slos-serve relay", daemon=True)
+        self._thread.start()
+
+    def latest(self) -> Publication | None:
+        """The newest publication, ``None`` before the first."""
+        payload = self._last
+        return None if payload is None else Envelope(0.0, False, payload).publication("")
+
+    def close(self) -> None:
+        """End the thread and free the addresses."""
+        self._ended.set()
+        self._thread.join()
+        self._context.destroy(linger=0)
+        self._folder.cleanup()
+
+    def _run(self) -> None:
+        wait_ms = max(int(self._every_s * 1000.0), 1)
+        while not self._ended.is_set():
+            try:
+                self._turn(wait_ms)
+            except (zmq.ZMQError, InvalidFieldError):
+                _logger.exception("slos-serve: a publication could not be handed on")
+                self._ended.wait(self._every_s)
+
+    def _turn(self, wait_ms: int) -> None:
+        """One publication of the engine, or the last one again."""
+        payload = self._engine.recv() if self._engine.poll(wait_ms) else None
+        now_s = self._clock_s()
+        if payload is not None:
+            self._pulse.published(now_s, Envelope(0.0, False, payload).publication("").num_requests)
+            self._last = payload
+            self._send(Envelope(now_s, False, payload))
+        elif self._last is not None and self._pulse.resting(now_s):
+            self._send(Envelope(now_s, True, self._last))
+
+    def _send(self, envelope: Envelope) -> None:
+        self._routers.send_multipart(envelope.parts())

@@ -1,0 +1,115 @@
+"""The engine deployment: Ray Serve LLM's server, whose engine publishes and whose silence is noticed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import time
+from collections.abc import AsyncGenerator
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import metrics
+from ray.serve.llm import LLMConfig
+from ray.serve.llm.deployment import LLMServer
+
+from slos_serve.ray_serve.demand import FULLNESS, HEADROOM, Demand
+from slos_serve.ray_serve.engine import SLOEngine
+from slos_serve.ray_serve.pulse import Pulse
+from slos_serve.ray_serve.relay import Relay
+from slos_serve.ray_serve.ticket import Ticket
+from slos_serve.ray_serve.wire import ADDRESS_KEY
+from slos_serve.vllm_plugin.settings import EVENTS_VARIABLE, PUBLISH_VARIABLE, PluginSettings
+
+HANG_VARIABLE = "SLOS_SERVE_HANG_AFTER_S"
+HANG_AFTER_S = 60.0
+METRICS_EVERY_S = 5.0
+_logger = logging.getLogger("slos_serve.ray_serve")
+
+
+class SLOServer(LLMServer):
+    """One replica: vLLM with :class:`slos_serve.vllm_plugin.SLOScheduler`, its state published to routers."""
+
+    async def __init__(self, llm_config: LLMConfig, **options: Any) -> None:  # type: ignore[misc]  # Ray awaits it
+        settings = PluginSettings.from_environment(os.environ)
+        self._pulse = Pulse()
+        self._relay = Relay(ray.util.get_node_ip_address(), self._pulse, settings.publish_every_s)
+        self._hang_after_s = float(os.environ.get(HANG_VARIABLE, HANG_AFTER_S))
+        self._demand = Demand()
+        # vLLM starts its engine core with this process's environment.
+        os.environ[PUBLISH_VARIABLE] = self._relay.engine_address
+        if settings.events_path is not None:
+            os.environ[EVENTS_VARIABLE] = str(_own_file(settings.events_path))
+        await super().__init__(llm_config, **{"engine_cls": SLOEngine, **options})
+        self._metrics = asyncio.create_task(self._report())
+
+    async def chat(self, request: Any, raw_request_info: Any = None, ticket: Ticket | None = None) -> Any:
+        """Run a chat request."""
+        return self._watched(await super().chat(request, raw_request_info), ticket)
+
+    async def completions(self, request: Any, raw_request_info: Any = None, ticket: Ticket | None = None) -> Any:
+        """Run a completion request."""
+        return self._watched(await super().completions(request, raw_request_info), ticket)
+
+    async def check_health(self) -> None:
+        """Raise when the engine is dead, so that Ray replaces the replica; end this process when the engine hangs.
+
+        Ray would let a replica that says it is unhealthy finish its requests first, which a hanging engine never does.
+        """
+        await super().check_health()
+        silent_s = self._pulse.silent_s(time.monotonic())
+        if silent_s > self._hang_after_s:
+            _logger.critical("%d requests wait and no step came for %.0f s", self._pulse.num_calls, silent_s)
+            end_this_replica()
+
+    async def record_replica_metadata(self) -> dict[str, Any]:
+        """Where routers hear what this replica publishes."""
+        return {ADDRESS_KEY: self._relay.address}
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What :func:`slos_serve.ray_serve.autoscaling.headroom_policy` scales on, and headroom by class."""
+        return await asyncio.to_thread(self._demand.stats, self._relay.latest(), time.monotonic())
+
+    async def _report(self) -> None:
+        """Set the metrics anew, for as long as the replica lives."""
+        full = metrics.Gauge("slos_serve_fullness", "Demand for promises over what the replica could promise.")
+        room = metrics.Gauge(
+            "slos_serve_headroom", "Typical requests of a class that could still be promised.", tag_keys=("slo_class",)
+        )
+        while True:
+            await asyncio.sleep(METRICS_EVERY_S)
+            try:
+                stats = await self.record_autoscaling_stats()
+            except Exception:
+                _logger.exception("slos-serve: headroom cannot be told")
+                continue
+            full.set(stats.pop(FULLNESS))
+            for name, value in stats.items():
+                room.set(value, tags={"slo_class": name.removeprefix(HEADROOM)})
+
+    async def _watched(self, answer: Any, ticket: Ticket | None) -> AsyncGenerator[Any, None]:
+        now_s = time.monotonic()
+        number = self._pulse.call_began(now_s)
+        self._demand.began(number, ticket, now_s)
+        try:
+            async for part in answer:
+                yield part
+        finally:
+            self._pulse.call_ended(number)
+            self._demand.ended(number)
+
+
+def end_this_replica() -> None:
+    """End at once, the engine first: what waits here is routed again, and its memory is free for the next replica."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(1)
+
+
+def _own_file(path: Path) -> Path:
+    """``events.jsonl`` -> ``events-REPLICA.jsonl``: each replica appends to a file of its own."""
+    return path.with_name(f"{path.stem}-{serve.get_replica_context().replica_id.unique_id}{path.suffix}")

@@ -1,0 +1,65 @@
+"""What an ingress tells the request router about a request, and what it hears back.
+
+A ticket goes with the request through the deployment handle. The router runs in the ingress's own process, so that the
+decision which it writes into the ticket is read there; the replica gets a copy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+from slos_serve.core.errors import SlosServeError
+from slos_serve.routing.router import RoutingDecision, RoutingRequest, Verdict
+
+
+@dataclass(slots=True)
+class Ticket:
+    """One request on its way to a replica.
+
+    Attributes:
+        asked: what routing needs to know; times on the ingress's monotonic clock.
+        slo_class: name of its class, ``None`` without one.
+        session: conversation it belongs to.
+        last_round: no further call of the session follows.
+        decision: of the router, ``None`` before it.
+        retry_after_s: for a rejected request, when to ask again.
+        output_tokens: of the answer, as far as it has come.
+        attempts: how often it was sent.
+    """
+
+    asked: RoutingRequest
+    slo_class: str | None = None
+    session: str | None = None
+    last_round: bool = False
+    decision: RoutingDecision | None = None
+    retry_after_s: float = math.nan
+    output_tokens: int = 0
+    attempts: int = 0
+    tried: list[str] = field(default_factory=list)
+
+    def again(self) -> None:
+        """It has to be routed anew: its replica is lost."""
+        if self.decision is not None and self.decision.replica is not None:
+            self.tried.append(self.decision.replica)
+        self.decision = None
+        self.output_tokens = 0
+
+    def with_cached(self, cached: dict[str, int]) -> RoutingRequest:
+        """What is asked of the mirrors, given what replicas have cached of its prompt."""
+        return replace(self.asked, cached=cached)
+
+    @property
+    def is_unpromised(self) -> bool:
+        """Whether it asked for a promise and was sent without one."""
+        decision = self.decision
+        return self.asked.has_slo and decision is not None and decision.verdict is Verdict.BEST_EFFORT
+
+
+class RequestRefusedError(SlosServeError):
+    """No replica can promise the request, and its class is rejected then rather than served without a promise."""
+
+    def __init__(self, reason: str, retry_after_s: float) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.retry_after_s = retry_after_s

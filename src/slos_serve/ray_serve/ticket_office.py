@@ -1,0 +1,103 @@
+"""Makes a ticket of a request: its class and promises as the engine's scheduler will see them.
+
+The same environment is read as by the scheduler (classes, profile, margin), so that router and replica compute the same
+deadlines.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+from slos_serve.core.slo import SLOClass, WhenFull
+from slos_serve.ray_serve.prompts import PromptCounter
+from slos_serve.ray_serve.ticket import Ticket
+from slos_serve.routing.router import RoutingRequest
+from slos_serve.vllm_plugin.settings import PluginSettings
+from slos_serve.vllm_plugin.slo_args import SESSION_HEADER, from_extra_args
+
+
+class TicketOffice:
+    """Tickets for the requests of one model.
+
+    Args:
+        settings: classes, profile and margins, as the replicas' schedulers have them.
+        prompts: counts prompt tokens.
+        max_model_len: longest context of the model.
+        clock_s: the router's clock.
+    """
+
+    def __init__(
+        self,
+        settings: PluginSettings,
+        prompts: PromptCounter,
+        max_model_len: int,
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings = settings
+        self._prompts = prompts
+        self._max_model_len = max_model_len
+        self._clock_s = clock_s
+        self._indices = {slo_class.name: index for index, slo_class in enumerate(settings.classes)}
+
+    def ticket(self, body: Any, session: str | None = None) -> Ticket:
+        """The ticket of an OpenAI request.
+
+        Args:
+            body: the parsed request, headers merged into its ``vllm_xargs`` as the middleware does.
+            session: from the header, for a request whose body was left as it came.
+
+        Raises:
+            InvalidFieldError: an SLO field cannot be used.
+        """
+        arrival_s = self._clock_s()
+        asked = from_extra_args(getattr(body, "vllm_xargs", None))
+        slo_class = asked.applied(self._settings.classes)
+        prompt_tokens = self._prompts.prompt_tokens(body)
+        ttft_s, tpot_s = self._promise(slo_class, prompt_tokens)
+        request = RoutingRequest(
+            arrival_s=arrival_s,
+            prompt_tokens=prompt_tokens,
+            max_tokens=self._max_tokens(body, prompt_tokens),
+            ttft_due_s=arrival_s + ttft_s - self._settings.planner.ttft_margin_s,
+            tpot_s=tpot_s,
+            class_index=self._index(slo_class),
+            weight=max(slo_class.weight, 1e-6) if slo_class is not None else 1.0,
+            hint_tokens=asked.expected_tokens or 0,
+            reject_when_full=slo_class is not None and slo_class.when_full is WhenFull.REJECT,
+        )
+        return Ticket(
+            request,
+            slo_class=None if slo_class is None else slo_class.name,
+            session=asked.session_id or session,
+            last_round=asked.last_round,
+        )
+
+    def _promise(self, slo_class: SLOClass | None, prompt_tokens: int) -> tuple[float, float]:
+        """Seconds to the first token and per output token of the first stage; ``inf`` where nothing is promised."""
+        if slo_class is None or slo_class.best_effort or self._settings.profile is None:
+            return math.inf, math.inf
+        zero_load_s = self._settings.profile.model.zero_load_s(prompt_tokens)
+        return slo_class.slo.ttft_s(zero_load_s), slo_class.slo.tpot_s
+
+    def _index(self, slo_class: SLOClass | None) -> int:
+        """As the scheduler numbers them: the file's classes, one for custom numbers, one for none."""
+        if slo_class is None or slo_class.best_effort:
+            return len(self._indices) + 1
+        return self._indices.get(slo_class.name, len(self._indices))
+
+    def _max_tokens(self, body: Any, prompt_tokens: int) -> int:
+        room = max(self._max_model_len - prompt_tokens, 1)
+        for field in ("max_completion_tokens", "max_tokens"):
+            given = getattr(body, field, None)
+            if isinstance(given, int) and given > 0:
+                return min(given, room)
+        return room
+
+
+def session_of(headers: Any) -> str | None:
+    """The session that a request's headers name."""
+    found = headers.get(SESSION_HEADER)
+    return found or None

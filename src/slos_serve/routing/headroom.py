@@ -1,0 +1,60 @@
+"""How many more typical requests of a class a replica could promise right now, and how full that makes it.
+
+The question is asked of a mirror, as routing does, again and again until it says no. Nothing of it is sent: the mirror
+is one of this module's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from slos_serve.routing.mirrors import Mirrors
+from slos_serve.routing.publication import Publication
+from slos_serve.routing.router import RouterSettings, RoutingRequest, Verdict, Why, route
+from slos_serve.routing.settings import Order
+
+MOST = 32
+_ONLY_BESIDE = frozenset({Why.ATTAINS, Why.ATTAINS_AT_PREFIX})
+
+
+def headroom(publication: Publication, typical: RoutingRequest, now_s: float, most: int = MOST) -> int:
+    """Requests like ``typical`` that the replica could promise beside what it has promised, ``most`` at most.
+
+    Args:
+        publication: the replica's latest.
+        typical: a request of the class; its times are relative to its arrival, which is taken to be now.
+        now_s: present time on the replica's clock.
+    """
+    mirrors = Mirrors([publication.replica], num_classes=len(publication.forecast_tokens))
+    mirrors.update(publication)
+    settings = RouterSettings(Order.SPREAD, stale_after_s=3600.0)
+    asked = replace(
+        typical, arrival_s=now_s, ttft_due_s=now_s + (typical.ttft_due_s - typical.arrival_s), reject_when_full=True
+    )
+    for count in range(most):
+        decision = route(now_s, asked, mirrors, settings)
+        if decision.verdict is not Verdict.ATTAIN or decision.reason not in _ONLY_BESIDE:
+            return count
+    return most
+
+
+def promises(publication: Publication) -> int:
+    """Requests that the replica has promised or means to."""
+    return round(float(np.sum(publication.counts))) + len(publication.due_s)
+
+
+def fullness(publication: Publication, unpromised: int, headrooms: Mapping[str, int]) -> float:
+    """Demand for promises over what the replica could promise, by the class that has least room; 1 is just full.
+
+    Args:
+        publication: the replica's latest.
+        unpromised: requests there that asked for a promise and got none.
+        headrooms: :func:`headroom` of each class that is asked for.
+    """
+    promised = promises(publication)
+    least = min(headrooms.values(), default=MOST)
+    capacity = promised + least
+    return (promised + unpromised) / capacity if capacity > 0 else 1.0 + unpromised

@@ -1,0 +1,36 @@
+"""Compile a router's kernels (or load them from their cache) before the first request has to wait for it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slos_serve.core.plan import EngineView
+from slos_serve.core.request import RequestTable
+from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.planning.planner import Planner
+from slos_serve.routing.mirrors import Mirrors
+from slos_serve.routing.publisher import publication_of
+from slos_serve.routing.retry_after import retry_after_s
+from slos_serve.routing.router import RouterSettings, RoutingRequest, route
+
+
+def warm_up_routing() -> None:
+    """Route requests of every kind to an imaginary replica."""
+    model = BatchTimeModel(0.1e-3, 5e-3, 0.05e-3, 20e-3)
+    none = np.empty(0, dtype=np.int64)
+    view = EngineView(
+        table=RequestTable(1),
+        running=none,
+        waiting=none,
+        free_blocks=1000,
+        total_blocks=1000,
+        block_size=16,
+        max_num_seqs=8,
+        max_num_batched_tokens=2048,
+    )
+    mirrors = Mirrors(["warm-up"])
+    mirrors.update(publication_of(Planner(model, 1), model, 1.0, view, 0.0, replica="warm-up"))
+    for due_s, cached in ((9.0, {"warm-up": 16}), (1e-6, {}), (np.inf, {}), (9.0, {})):
+        asked = RoutingRequest(0.0, 800, 64, ttft_due_s=due_s, tpot_s=0.1 if due_s < np.inf else due_s, cached=cached)
+        route(0.0, asked, mirrors, RouterSettings())
+    retry_after_s(0.0, 0, mirrors, 1.0)

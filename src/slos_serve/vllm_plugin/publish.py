@@ -1,0 +1,117 @@
+"""Publications out of vLLM's engine-core process, where the planner runs, to whoever serves that engine.
+
+The transport is one ZeroMQ PUSH socket that keeps only the newest message. Sending never waits: a reader that is slow,
+gone or not there yet costs the engine nothing and finds the newest publication when it comes. Whatever goes wrong here
+is logged once and costs publications, never a step.
+
+``SLOS_SERVE_PUBLISH`` holds the address that the reader listens on (:mod:`slos_serve.vllm_plugin.settings`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import suppress
+
+import numpy as np
+import zmq
+
+from slos_serve.core.plan import EngineView, StepPlan
+from slos_serve.core.request import REQUEST_DTYPE, RequestTable
+from slos_serve.policies.slos_serve import SLOsServePolicy
+from slos_serve.routing.projection import carry_out
+from slos_serve.routing.publication import Publication
+from slos_serve.routing.publisher import Publisher
+from slos_serve.routing.settings import PUBLISH_EVERY_S
+from slos_serve.vllm_plugin.settings import PluginSettings
+
+_logger = logging.getLogger("vllm.slos_serve")
+# A reader knows whose publications it reads; the engine core does not know what its replica is called.
+_UNNAMED = ""
+
+
+class EnginePublisher:
+    """Sends the publications of one engine.
+
+    Args:
+        address: ZeroMQ address of the reader, such as ``ipc:///run/slos-serve/engine``.
+        policy: whose planner's state is published.
+        every_s: age that a publication may reach while steps are shorter than that.
+    """
+
+    def __init__(self, address: str, policy: SLOsServePolicy, every_s: float = PUBLISH_EVERY_S) -> None:
+        self._policy = policy
+        self._publisher = Publisher(_UNNAMED, policy.planner, policy.model, every_s)
+        self._last_s = -np.inf
+        self._failed = False
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.PUSH)
+        self._socket.setsockopt(zmq.CONFLATE, 1)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.connect(address)
+        none = np.empty(0, dtype=np.int64)
+        carry_out(np.zeros(1, dtype=REQUEST_DTYPE), none, none, none, 0.0)  # compiled before a step has to wait for it
+
+    def due(self, now_s: float) -> bool:
+        """Whether the last publication is as old as it may become."""
+        return now_s - self._last_s >= self._publisher.every_s
+
+    def after_plan(self, now_s: float, view: EngineView, plan: StepPlan, seen_until_s: float) -> None:
+        """Publish if the next plan would come too late for it; see :meth:`Publisher.after_plan`."""
+        self._send(
+            now_s,
+            lambda: self._publisher.after_plan(now_s, view, plan, self._policy.correction.factor, seen_until_s),
+        )
+
+    def unplanned(self, now_s: float, view: EngineView) -> None:
+        """Publish the state as it is: a step that is not planned is about to run."""
+        self._send(now_s, lambda: self._publisher.publish(now_s, view, None, self._policy.correction.factor))
+
+    def idle(self, now_s: float, engine: EngineView) -> None:
+        """Publish that no request is left in the engine; ``engine`` gives its sizes."""
+        self.unplanned(now_s, empty_view(engine))
+
+    def deliver(self, publication: Publication) -> None:
+        """Hand it to the transport, which keeps the newest."""
+        with suppress(zmq.Again):
+            self._socket.send(json.dumps(publication.as_dict()).encode("ascii"), zmq.NOBLOCK)
+
+    def close(self) -> None:
+        """Send no more."""
+        self._socket.close()
+        self._context.term()
+
+    def _send(self, now_s: float, make: Callable[[], Publication | None]) -> None:
+        try:
+            publication = make()
+            if publication is None:
+                return
+            self._last_s = now_s
+            self.deliver(publication)
+        except Exception:
+            if not self._failed:
+                self._failed = True
+                _logger.exception("slos-serve: a publication failed; routers count this replica as full meanwhile.")
+
+
+def publisher_of(settings: PluginSettings, policy: SLOsServePolicy | None) -> EnginePublisher | None:
+    """The publisher that the environment asks for; ``None`` when it asks for none or nothing is planned."""
+    if settings.publish_to is None or policy is None:
+        return None
+    return EnginePublisher(settings.publish_to, policy, settings.publish_every_s)
+
+
+def empty_view(engine: EngineView) -> EngineView:
+    """An engine of the same sizes without requests."""
+    none = np.empty(0, dtype=np.int64)
+    return EngineView(
+        table=RequestTable(1),
+        running=none,
+        waiting=none,
+        free_blocks=engine.total_blocks,
+        total_blocks=engine.total_blocks,
+        block_size=engine.block_size,
+        max_num_seqs=engine.max_num_seqs,
+        max_num_batched_tokens=engine.max_num_batched_tokens,
+    )

@@ -1,0 +1,199 @@
+"""Two real replicas behind one endpoint: clients, verdicts, sessions, refusals; then one is killed under load.
+
+One start serves all tests, and the one that kills comes last.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("ray")
+vllm = pytest.importorskip("vllm")
+
+from openai import AsyncOpenAI, BadRequestError, OpenAI, RateLimitError
+
+from slos_serve.files.profile_file import Profile, model_label, save_profile
+from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.ray_serve.run import ReplicaPlan
+from slos_serve.vllm_plugin.identity import device_name
+from slos_serve.vllm_plugin.launch import ServerProcess, cpu_engine_args, free_port
+from tests.ray.processes import titled
+
+pytestmark = [pytest.mark.ray, pytest.mark.engine]
+
+MODEL = "small"
+NUM_REQUESTS = 40
+REPLACED_WITHIN_S = 240
+# Wide enough for two engines on two cores that something else may use too; `now` can never be kept.
+CLASSES = """
+default_class: chat
+classes:
+  chat: {ttft_ms: 60000, tpot_ms: 5000}
+  code: {ttft_ms: 30000, tpot_ms: 3000, weight: 2}
+  now: {ttft_ms: 1, tpot_ms: 1, when_full: reject}
+  hopeless: {ttft_ms: 1, tpot_ms: 1}
+  tool: {ttft_ms: 30000, tpot_ms: 3000, last_round: chat}
+  batch: {}
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("replicas")
+    profile = Profile(
+        model_name=model_label(cpu_model),
+        device=device_name(),
+        engine="vllm",
+        engine_version=vllm.__version__,
+        created="2026-01-01T00:00:00+00:00",
+        dtype=cpu_engine_args()[1],
+        tensor_parallel=1,
+        kv_capacity_tokens=40_000,
+        block_size=128,
+        max_num_batched_tokens=2048,
+        model=BatchTimeModel(k_c_s=0.002, b_c_s=0.02, k_m_s=0.0005, b_m_s=0.04, k_seq_s=0.005),
+    )
+    save_profile(profile, folder / "profile.json")
+    (folder / "classes.yaml").write_text(CLASSES, encoding="utf-8")
+    port = free_port()
+    plan = ReplicaPlan(
+        model=cpu_model,
+        replicas=2,
+        host="127.0.0.1",
+        port=port,
+        vllm_args=(*cpu_engine_args(), "--served-model-name", MODEL),
+        classes=str(folder / "classes.yaml"),
+        profile=str(folder / "profile.json"),
+        order="spread",
+    )
+    plan.write(folder / "plan.json")
+    command = ServerProcess.python_command("slos_serve.ray_serve.run", str(folder / "plan.json"))
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    log_path = folder / "server.log"
+    with ServerProcess(cpu_model, port=port, environment=environment, command=command, log_path=log_path) as running:
+        wait_for_replicas(running, 2)
+        yield running
+
+
+def wait_for_replicas(server: ServerProcess, count: int) -> None:
+    """Ask until so many replicas have answered; several at a time, since an idle one is asked first."""
+    with ThreadPoolExecutor(2 * count) as pool:
+        for _ in range(REPLACED_WITHIN_S):
+            answers = list(pool.map(lambda _: complete(server, max_tokens=8), range(2 * count)))
+            seen = {answer.headers["x-slo-replica"] for answer in answers if answer.is_success}
+            if len(seen) == count:
+                return
+    raise AssertionError(f"{len(seen)} replicas answered")
+
+
+def complete(server: ServerProcess, slo_class: str = "chat", **fields: Any) -> httpx.Response:
+    body = {"model": MODEL, "prompt": "Hello", "max_tokens": 2, "temperature": 0.0, **fields}
+    return httpx.post(f"{server.base_url}/v1/completions", json=body, headers={"x-slo-class": slo_class}, timeout=300.0)
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=300.0) as found:
+        yield found
+
+
+async def one_of_many(client: AsyncOpenAI, index: int) -> tuple[str, str, str, str]:
+    """A request of one of four kinds; its class, verdict, replica and answer."""
+    slo_class = ("chat", "code", "batch", "none")[index % 4]
+    headers = {"x-slo-class": slo_class}
+    prompt = "Count. " + " ".join(str(number) for number in range(index))
+    if index % 3 == 0:
+        chat = await client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=[{"role": "user", "content": prompt}], max_tokens=8, extra_headers=headers
+        )
+        text, found = chat.parse().choices[0].message.content or "", chat.headers
+    else:
+        stream = await client.completions.with_raw_response.create(
+            model=MODEL, prompt=prompt, max_tokens=8, stream=True, extra_headers=headers
+        )
+        parts = [chunk.choices[0].text async for chunk in stream.parse() if chunk.choices]
+        text, found = "".join(parts), stream.headers
+    return found["x-slo-class"], found["x-slo-verdict"], found["x-slo-replica"], text
+
+
+async def test_forty_mixed_requests_are_served_by_both(server: ServerProcess) -> None:
+    gate = asyncio.Semaphore(8)
+    async with AsyncOpenAI(base_url=f"{server.base_url}/v1", api_key="none", max_retries=0, timeout=300.0) as client:
+
+        async def one(index: int) -> tuple[str, str, str, str]:
+            async with gate:
+                return await one_of_many(client, index)
+
+        answers = await asyncio.gather(*(one(index) for index in range(NUM_REQUESTS)))
+    assert all(text for *_, text in answers)
+    assert len({replica for _, _, replica, _ in answers}) == 2
+    verdicts = Counter((slo_class, verdict) for slo_class, verdict, _, _ in answers)
+    assert verdicts == {("chat", "attain"): 10, ("code", "attain"): 10, ("batch", "none"): 10, ("none", "none"): 10}
+
+
+def test_what_nobody_attains_is_refused_or_served_without_a_promise(server: ServerProcess, client: OpenAI) -> None:
+    with pytest.raises(RateLimitError) as raised:
+        client.completions.create(model=MODEL, prompt="x", extra_headers={"x-slo-class": "now"})
+    assert raised.value.response.headers["retry-after"].isdecimal()
+    assert raised.value.type == "rate_limit_error"
+    answer = complete(server, "hopeless")
+    assert answer.is_success and answer.headers["x-slo-verdict"] == "best_effort"
+
+
+def test_an_slo_that_cannot_be_used_is_refused(client: OpenAI) -> None:
+    with pytest.raises(BadRequestError) as raised:
+        client.completions.create(model=MODEL, prompt="x", extra_body={"vllm_xargs": {"slo_class": "gold"}})
+    assert raised.value.param == "slo_class"
+
+
+def test_the_last_round_of_a_session_gets_its_own_class(server: ServerProcess) -> None:
+    answer = complete(server, "tool", vllm_xargs={"session_id": "s1"})
+    assert answer.headers["x-slo-class"] == "tool"
+    answer = complete(server, "tool", vllm_xargs={"session_id": "s1", "slo_last_round": 1})
+    assert answer.headers["x-slo-class"] == "chat"
+
+
+async def stream_once(client: httpx.AsyncClient, server: ServerProcess, index: int, begun: asyncio.Event) -> str:
+    """``whole``, or how it ended otherwise."""
+    body = {"model": MODEL, "prompt": f"Tell me of {index}:", "max_tokens": 40, "ignore_eos": True, "stream": True}
+    url, count = f"{server.base_url}/v1/completions", 0
+    async with client.stream("POST", url, json=body, headers={"x-slo-class": "chat"}) as answer:
+        if not answer.is_success:
+            return f"status {answer.status_code}: {(await answer.aread())[:200]!r}"
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            document = json.loads(line.removeprefix("data: "))
+            if "error" in document:
+                return str(document["error"]["type"])
+            count += 1
+            if count == 3:
+                begun.set()
+    return "whole" if count >= 40 else f"{count} tokens"
+
+
+async def test_a_replica_killed_under_load_loses_nothing_and_is_replaced(server: ServerProcess) -> None:
+    replicas = titled(server.pid, "ServeReplica:slos-serve:SLOServer")
+    assert len(replicas) == 2
+    begun = asyncio.Event()
+    async with httpx.AsyncClient(timeout=300.0) as client:
+        first = [asyncio.create_task(stream_once(client, server, index, begun)) for index in range(6)]
+        await asyncio.wait_for(begun.wait(), timeout=120.0)
+        os.kill(replicas[0], signal.SIGKILL)
+        after = [asyncio.create_task(stream_once(client, server, index, begun)) for index in range(6, 12)]
+        ended = Counter(await asyncio.gather(*first, *after))
+    assert set(ended) <= {"whole", "replica_lost"}, ended
+    assert ended["whole"] >= 6 and ended["replica_lost"] >= 1, ended
+    wait_for_replicas(server, 2)
+    answers = [complete(server) for _ in range(6)]
+    assert {answer.headers["x-slo-verdict"] for answer in answers} == {"attain"}

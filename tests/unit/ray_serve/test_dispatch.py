@@ -1,0 +1,164 @@
+"""Routing decisions from what replicas publish, as the request router makes them, without Ray."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from slos_serve.ray_serve.dispatch import Dispatcher
+from slos_serve.ray_serve.ticket import Ticket
+from slos_serve.ray_serve.wire import Envelope
+from slos_serve.routing.router import Verdict, Why
+from tests.builders import EngineBuilder
+from tests.unit.routing.fleet import NOW_S, loaded, published, request
+
+AHEAD_S = 5000.0  # the router's clock against the replicas'
+
+
+class Postman:
+    """A mailbox that is filled by hand."""
+
+    def __init__(self) -> None:
+        self.heard: dict[str, str] = {}
+        self.waiting: dict[str, Envelope] = {}
+
+    def listen(self, replica: str, address: str) -> None:
+        self.heard[replica] = address
+
+    def ignore(self, replica: str) -> None:
+        del self.heard[replica]
+
+    def take(self) -> dict[str, Envelope]:
+        taken, self.waiting = self.waiting, {}
+        return taken
+
+    def bring(self, replica: str, engine: EngineBuilder, *, at_s: float = 0.0, unchanged: bool = False) -> None:
+        """What the engine publishes, sent ``at_s`` after NOW_S and received a millisecond later."""
+        payload = json.dumps(published(engine, "", sequence=int(at_s * 1000)).as_dict()).encode()
+        sent_s = NOW_S + at_s
+        self.waiting[replica] = Envelope(sent_s, unchanged, payload, received_s=sent_s + AHEAD_S + 0.001)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = NOW_S + AHEAD_S + 0.001
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+@pytest.fixture
+def postman() -> Postman:
+    return Postman()
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def dispatcher(postman: Postman, clock: Clock) -> Dispatcher:
+    dispatcher = Dispatcher(postman, clock_s=clock)
+    dispatcher.set_replicas({"a": "tcp://a", "b": "tcp://b"})
+    return dispatcher
+
+
+def ticket(prompt_tokens: int = 200, session: str | None = None, **given: object) -> Ticket:
+    asked = request(prompt_tokens, **given)  # type: ignore[arg-type]  # fields by name
+    late = {"arrival_s": asked.arrival_s + AHEAD_S, "ttft_due_s": asked.ttft_due_s + AHEAD_S}
+    fields = {name: getattr(asked, name) for name in asked.__slots__} | late
+    return Ticket(type(asked)(**fields), slo_class="chat", session=session)
+
+
+def test_routes_by_mirrors_on_the_routers_clock(dispatcher: Dispatcher, postman: Postman) -> None:
+    postman.bring("a", loaded(600, total_blocks=40_000))
+    postman.bring("b", loaded(3))
+    asked = ticket()
+    decision = dispatcher.decide(asked)
+    assert (decision.replica, decision.verdict) == ("b", Verdict.ATTAIN)
+    assert asked.decision is decision and asked.attempts == 1
+    assert dispatcher.decisions[Verdict.ATTAIN, Why.ATTAINS] == 1
+
+
+def test_until_a_replica_publishes_it_counts_as_full(dispatcher: Dispatcher, postman: Postman) -> None:
+    assert dispatcher.decide(ticket()).reason is Why.ALL_STALE
+    postman.bring("b", loaded(0))
+    assert dispatcher.decide(ticket()).replica == "b"
+
+
+def test_a_resting_replica_stays_fresh_and_a_silent_one_does_not(
+    dispatcher: Dispatcher, postman: Postman, clock: Clock
+) -> None:
+    postman.bring("a", loaded(0))
+    postman.bring("b", loaded(0))
+    assert dispatcher.decide(ticket()).verdict is Verdict.ATTAIN
+    clock.now_s += 30.0
+    postman.bring("b", loaded(0), at_s=30.0, unchanged=True)
+    later = ticket(due_in_s=31.0)
+    assert dispatcher.decide(later).replica == "b"
+    clock.now_s += 2.0
+    assert dispatcher.decide(ticket(due_in_s=33.0)).reason is Why.ALL_STALE
+
+
+def test_a_burst_between_two_publications_is_reserved(dispatcher: Dispatcher, postman: Postman) -> None:
+    postman.bring("a", loaded(0))
+    postman.bring("b", loaded(0))
+    sent = [dispatcher.decide(ticket(3000, due_in_s=0.8)) for _ in range(6)]
+    assert [decision.verdict for decision in sent].count(Verdict.ATTAIN) == 2
+    assert {decision.replica for decision in sent[:2]} == {"a", "b"}
+
+
+def test_a_session_returns_to_its_prefix_until_its_last_round(dispatcher: Dispatcher, postman: Postman) -> None:
+    postman.bring("a", loaded(5))
+    postman.bring("b", loaded(0))
+    first = ticket(1000, session="s")
+    assert dispatcher.decide(first).replica == "b"
+    first.output_tokens = 101
+    dispatcher.ended(first)
+    for _ in range(20):
+        dispatcher.decide(ticket(600))  # whoever is less busy by now
+    again = ticket(1200, session="s")
+    decision = dispatcher.decide(again)
+    assert (decision.replica, decision.reason) == ("b", Why.ATTAINS_AT_PREFIX)
+
+
+def test_what_is_lost_goes_elsewhere(dispatcher: Dispatcher, postman: Postman) -> None:
+    postman.bring("a", loaded(1))
+    postman.bring("b", loaded(0))
+    asked = ticket(session="s")
+    assert dispatcher.decide(asked).replica == "b"
+    dispatcher.drop_replica("b")
+    asked.again()
+    assert dispatcher.decide(asked).replica == "a"
+    assert asked.attempts == 2 and asked.tried == ["b"]
+    assert postman.heard == {"a": "tcp://a"}
+    dispatcher.ended(asked)
+
+
+def test_replicas_come_and_go(dispatcher: Dispatcher, postman: Postman) -> None:
+    dispatcher.set_replicas({"b": "tcp://b", "c": None})
+    assert postman.heard == {"b": "tcp://b"}
+    assert sorted(dispatcher.mirrors) == ["b", "c"]
+    dispatcher.set_replicas({"b": "tcp://b", "c": "tcp://c"})
+    assert postman.heard == {"b": "tcp://b", "c": "tcp://c"}
+
+
+def test_a_refusal_says_when_to_ask_again(dispatcher: Dispatcher, postman: Postman) -> None:
+    busy = loaded(0)
+    busy.wait(3500, due_in_s=0.6)
+    busy.prefilling(3500, 10, due_in_s=0.6)
+    postman.bring("a", busy)
+    postman.bring("b", busy)
+    asked = ticket(9000, due_in_s=0.3, reject_when_full=True)
+    decision = dispatcher.decide(asked)
+    assert (decision.verdict, decision.replica) == (Verdict.REJECT, None)
+    assert 1.0 <= asked.retry_after_s <= 60.0
+
+
+def test_rubbish_is_not_a_publication(dispatcher: Dispatcher, postman: Postman) -> None:
+    postman.waiting["a"] = Envelope(NOW_S, False, b"[]", NOW_S + AHEAD_S)
+    postman.waiting["b"] = Envelope(NOW_S, False, b"{", NOW_S + AHEAD_S)
+    postman.waiting["stranger"] = Envelope(NOW_S, False, b"{}", NOW_S + AHEAD_S)
+    assert dispatcher.decide(ticket()).reason is Why.ALL_STALE

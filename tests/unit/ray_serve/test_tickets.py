@@ -1,0 +1,156 @@
+"""What an ingress makes of a request: class, promises, lengths; and what replicas make of the demand."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.files.class_file import parse_classes
+from slos_serve.files.profile_file import Profile
+from slos_serve.planning.settings import PlannerSettings
+from slos_serve.ray_serve.demand import FORGET_S, FULLNESS, HEADROOM, Demand
+from slos_serve.ray_serve.prompts import PromptCounter
+from slos_serve.ray_serve.ticket import Ticket
+from slos_serve.ray_serve.ticket_office import TicketOffice, session_of
+from slos_serve.routing.router import RoutingDecision, Verdict, Why
+from slos_serve.vllm_plugin.settings import PluginSettings
+from tests.builders import OPT_13B_A100
+from tests.unit.routing.fleet import NOW_S, loaded, published, request
+
+CLASSES = """
+default_class: chat
+classes:
+  chat: {ttft_slowdown: 5, tpot_ms: 100}
+  tool: {ttft_ms: 500, tpot_ms: 50, weight: 2, when_full: reject, last_round: chat}
+  batch: {}
+"""
+
+
+class Words:
+    """A tokenizer of words."""
+
+    def encode(self, text: str) -> list[str]:
+        return text.split()
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> list[str]:
+        return ["<start>", *(word for message in messages for word in message["content"].split())]
+
+
+@pytest.fixture
+def office() -> TicketOffice:
+    profile = Profile("m", "d", "vllm", "1", "now", "bf16", 1, 64_000, 16, 2048, OPT_13B_A100)
+    settings = PluginSettings(parse_classes(CLASSES, "c"), profile, planner=PlannerSettings(ttft_margin_s=0.01))
+    return TicketOffice(settings, PromptCounter(Words()), max_model_len=100, clock_s=lambda: 7.0)
+
+
+def body(**given: Any) -> SimpleNamespace:
+    return SimpleNamespace(**{"prompt": "one two three", "vllm_xargs": None, **given})
+
+
+def test_the_default_class_and_a_slowdown(office: TicketOffice) -> None:
+    ticket = office.ticket(body())
+    asked = ticket.asked
+    assert (ticket.slo_class, asked.class_index, asked.prompt_tokens, asked.max_tokens) == ("chat", 0, 3, 97)
+    assert asked.arrival_s == 7.0
+    assert asked.ttft_due_s == pytest.approx(7.0 - 0.01 + max(5 * OPT_13B_A100.zero_load_s(3), 0.2))
+    assert asked.tpot_s == 0.1 and not asked.reject_when_full
+
+
+def test_a_class_that_is_rejected_when_full_and_a_hint(office: TicketOffice) -> None:
+    xargs = {"slo_class": "tool", "slo_tpot_ms": 70, "slo_expected_tokens": 9, "session_id": "s"}
+    ticket = office.ticket(body(vllm_xargs=xargs, max_tokens=12))
+    asked = ticket.asked
+    assert (asked.class_index, asked.weight, asked.hint_tokens, asked.max_tokens) == (1, 2.0, 9, 12)
+    assert asked.reject_when_full and asked.tpot_s == 0.07
+    assert (ticket.session, ticket.last_round) == ("s", False)
+
+
+def test_the_last_round_gets_the_class_that_its_class_names(office: TicketOffice) -> None:
+    ticket = office.ticket(body(vllm_xargs={"slo_class": "tool", "slo_last_round": 1}), session="h")
+    assert (ticket.slo_class, ticket.session, ticket.last_round) == ("chat", "h", True)
+    assert not ticket.asked.reject_when_full
+
+
+@pytest.mark.parametrize(("name", "index"), [("batch", 4), ("none", 4)])
+def test_no_promise(office: TicketOffice, name: str, index: int) -> None:
+    asked = office.ticket(body(vllm_xargs={"slo_class": name})).asked
+    assert not asked.has_slo and asked.class_index == index
+
+
+def test_custom_numbers_have_an_index_of_their_own(office: TicketOffice) -> None:
+    ticket = office.ticket(body(vllm_xargs={"slo_class": "none", "slo_ttft_ms": 900}))
+    assert (ticket.slo_class, ticket.asked.class_index, ticket.asked.tpot_s) == ("custom", 3, math.inf)
+
+
+def test_an_unknown_class_is_an_error(office: TicketOffice) -> None:
+    with pytest.raises(InvalidFieldError, match="slo_class"):
+        office.ticket(body(vllm_xargs={"slo_class": "gold"}))
+
+
+def test_the_session_header() -> None:
+    assert session_of({"x-session-id": "a"}) == "a"
+    assert session_of({}) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "tokens"),
+    [
+        ({"prompt": "a b"}, 2),
+        ({"prompt": [1, 2, 3, 4]}, 4),
+        ({"prompt": ["a b", "c"]}, 3),
+        ({"prompt": [[1, 2], [3]]}, 3),
+        ({"prompt": None}, 1),
+        ({"messages": [{"role": "user", "content": "a b c"}]}, 4),
+    ],
+)
+def test_counts_prompt_tokens(given: dict[str, Any], tokens: int) -> None:
+    assert PromptCounter(Words()).prompt_tokens(SimpleNamespace(**given)) == tokens
+
+
+def test_estimates_without_a_tokenizer_and_when_it_fails() -> None:
+    chat = SimpleNamespace(messages=[{"role": "user", "content": [{"type": "text", "text": "x" * 400}]}])
+    assert PromptCounter().prompt_tokens(chat) == 117
+    failing = SimpleNamespace(encode=None, apply_chat_template=None)
+    assert PromptCounter(failing).prompt_tokens(chat) == 117
+    assert PromptCounter().prompt_tokens(SimpleNamespace(prompt="x" * 40)) == 11
+
+
+# Demand -------------------------------------------------------------------------------------------------------------
+
+
+def asking(verdict: Verdict) -> Ticket:
+    return Ticket(request(), slo_class="chat", decision=RoutingDecision("a", verdict, Why.ATTAINS))
+
+
+def test_fullness_and_headroom_follow_the_load() -> None:
+    demand = Demand()
+    demand.began(1, asking(Verdict.ATTAIN), NOW_S)
+    demand.began(2, None, NOW_S)
+    idle, half, full = (demand.stats(published(loaded(n, total_blocks=2000)), NOW_S) for n in (0, 50, 200))
+    name = f"{HEADROOM}chat"
+    assert idle[FULLNESS] < half[FULLNESS] < full[FULLNESS] == 1.0
+    assert idle[name] > half[name] > full[name] == 0.0
+
+
+def test_those_that_wait_for_a_promise_make_a_replica_more_than_full() -> None:
+    demand = Demand()
+    for number in range(20):
+        demand.began(number, asking(Verdict.BEST_EFFORT), NOW_S)
+    full = published(loaded(200, total_blocks=2000))
+    assert demand.stats(full, NOW_S)[FULLNESS] == pytest.approx(1.1)
+    for number in range(20):
+        demand.ended(number)
+    assert demand.stats(full, NOW_S)[FULLNESS] == 1.0
+
+
+def test_a_class_that_nobody_asks_for_is_forgotten() -> None:
+    demand = Demand()
+    demand.began(1, asking(Verdict.ATTAIN), NOW_S)
+    publication = published(loaded(1))
+    assert f"{HEADROOM}chat" in demand.stats(publication, NOW_S + FORGET_S)
+    assert list(demand.stats(publication, NOW_S + FORGET_S + 1.0)) == [FULLNESS]
+    assert demand.stats(None, NOW_S) == {FULLNESS: 1.0}

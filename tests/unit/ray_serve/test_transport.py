@@ -1,0 +1,113 @@
+"""A publication's way from the engine core over the replica to its routers, over real sockets."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("zmq")
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.policies.slos_serve import SLOsServePolicy
+from slos_serve.ray_serve.inbox import Inbox
+from slos_serve.ray_serve.pulse import Pulse
+from slos_serve.ray_serve.relay import Relay
+from slos_serve.ray_serve.wire import Envelope
+from slos_serve.vllm_plugin.publish import EnginePublisher
+from tests.builders import OPT_13B_A100
+from tests.unit.routing.fleet import NOW_S, loaded
+
+PATIENCE = 200  # polls of 50 ms
+
+
+@pytest.fixture
+def relay() -> Iterator[Relay]:
+    relay = Relay("127.0.0.1", Pulse(), every_s=0.01)
+    yield relay
+    relay.close()
+
+
+@pytest.fixture
+def inbox() -> Iterator[Inbox]:
+    inbox = Inbox()
+    yield inbox
+    inbox.close()
+
+
+@pytest.fixture
+def publisher(relay: Relay) -> Iterator[EnginePublisher]:
+    publisher = EnginePublisher(relay.engine_address, SLOsServePolicy(OPT_13B_A100, 1), every_s=0.1)
+    yield publisher
+    publisher.close()
+
+
+def first_of(inbox: Inbox, replica: str) -> Envelope:
+    for _ in range(PATIENCE):
+        taken = inbox.take()
+        if replica in taken:
+            return taken[replica]
+        threading.Event().wait(0.05)
+    raise AssertionError("nothing came")
+
+
+def test_a_router_that_comes_late_hears_of_a_resting_engine(
+    relay: Relay, inbox: Inbox, publisher: EnginePublisher
+) -> None:
+    publisher.idle(NOW_S, loaded(3).view())
+    for _ in range(PATIENCE):
+        if relay.latest() is not None:
+            break
+        threading.Event().wait(0.05)
+    inbox.listen("r1", relay.address)
+    envelope = first_of(inbox, "r1")
+    assert envelope.unchanged
+    publication = envelope.publication("r1")
+    assert (publication.replica, publication.num_requests, publication.sequence) == ("r1", 0, 1)
+    inbox.ignore("r1")
+
+
+def test_the_newest_publication_is_what_arrives(relay: Relay, inbox: Inbox, publisher: EnginePublisher) -> None:
+    inbox.listen("r1", relay.address)
+    assert publisher.due(NOW_S)
+    publisher.unplanned(NOW_S, loaded(7).view())
+    assert not publisher.due(NOW_S + 0.05) and publisher.due(NOW_S + 0.11)
+    while relay.latest() is None:
+        threading.Event().wait(0.01)
+    publisher.idle(NOW_S + 1.0, loaded(7).view())
+    while first_of(inbox, "r1").publication("r1").sequence != 2:
+        pass
+
+
+def test_an_engine_without_a_reader_is_not_held_up() -> None:
+    publisher = EnginePublisher("ipc:///nonexistent/engine", SLOsServePolicy(OPT_13B_A100, 1), every_s=0.0)
+    for _ in range(100):
+        publisher.unplanned(NOW_S, loaded(1).view())
+    publisher.close()
+
+
+def test_a_failing_publication_costs_no_step(caplog: pytest.LogCaptureFixture, publisher: EnginePublisher) -> None:
+    broken = loaded(1).view()
+    broken.block_size = 0
+    publisher.unplanned(NOW_S, broken)
+    publisher.unplanned(NOW_S, broken)
+    assert len([record for record in caplog.records if "publication failed" in record.message]) == 1
+
+
+def test_an_envelope_is_read_back() -> None:
+    envelope = Envelope(1.25, True, b"{}", received_s=3.0)
+    assert Envelope.of_parts(envelope.parts(), 3.0) == envelope
+
+
+@pytest.mark.parametrize("parts", [[], [b"1.0", b"0"], [b"x", b"0", b"{}"]])
+def test_other_messages_are_refused(parts: list[bytes]) -> None:
+    with pytest.raises(InvalidFieldError, match="publication message"):
+        Envelope.of_parts(parts, 0.0)
+
+
+@pytest.mark.parametrize("payload", [b"{", b"[]", b"{}", json.dumps({"format": "other"}).encode()])
+def test_other_payloads_are_refused(payload: bytes) -> None:
+    with pytest.raises(InvalidFieldError):
+        Envelope(0.0, False, payload).publication("a")
