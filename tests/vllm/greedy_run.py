@@ -1,4 +1,6 @@
-"""Run as a program: greedy answers of one engine, as JSON. ``python -m tests.vllm.greedy_run MODEL OUT stock|ours``.
+"""Run as a program: greedy answers of one engine, as JSON.
+
+``python -m tests.vllm.greedy_run MODEL OUT stock|ours|drafts``; ``drafts`` is ours with n-gram speculation.
 
 An engine of its own process leaves nothing in the one that runs the tests.
 """
@@ -32,9 +34,15 @@ def prompts() -> list[str]:
     return [f"Tell me about {TOPICS[n % 10]} and {TOPICS[n // 10]}. " * (1 + (n * 7) % 43) for n in range(50)]
 
 
-def main(model: str, out: Path, ours: bool) -> None:
-    """Answer every prompt; with ``ours`` every third request carries no promise."""
+NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3, "prompt_lookup_min": 2}
+
+
+def main(model: str, out: Path, side: str) -> None:
+    """Answer every prompt; but for ``stock`` every third request carries no promise."""
+    ours = side != "stock"
     plugin: dict[str, Any] = {"scheduler_cls": "slos_serve.vllm_plugin.SLOScheduler"} if ours else {}
+    if side == "drafts":
+        plugin["speculative_config"] = NGRAM
     engine = vllm.LLM(
         model,
         dtype="float32",
@@ -63,4 +71,4 @@ def main(model: str, out: Path, ours: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "ours")
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

@@ -54,7 +54,14 @@ def generate(model: str, folder: Path, side: str) -> list[list[int]]:
     return answers
 
 
-def test_fifty_prompts_token_for_token(cpu_model: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def stock(cpu_model: str, tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """Answers of stock vLLM without speculation."""
+    return generate(cpu_model, tmp_path_factory.mktemp("stock"), "stock")
+
+
+@pytest.mark.parametrize("side", ["ours", "drafts"])
+def test_fifty_prompts_token_for_token(cpu_model: str, tmp_path: Path, stock: list[list[int]], side: str) -> None:
     identity = pytest.importorskip("slos_serve.vllm_plugin.identity")
     compat = pytest.importorskip("slos_serve.vllm_plugin.compat")
     (tmp_path / "classes.yaml").write_text(CLASSES, encoding="utf-8")
@@ -65,8 +72,7 @@ def test_fifty_prompts_token_for_token(cpu_model: str, tmp_path: Path) -> None:
     )
     profile = Profile(label, device, "vllm", version, "now", "float32", 1, 4800, 32, 256, ROUGH_MODEL)
     save_profile(profile, tmp_path / "profile.json")
-    stock = generate(cpu_model, tmp_path, "stock")
-    ours = generate(cpu_model, tmp_path, "ours")
+    ours = generate(cpu_model, tmp_path, side)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text(encoding="utf-8").splitlines()]
     steps = [event for event in events if event["kind"] == "step"]
     requests = [event for event in events if event["kind"] == "request"]
