@@ -25,6 +25,18 @@ def test_simulate_writes_what_it_prints(tmp_path: Path) -> None:
     assert json.loads(again.read_text())["digest"] == written["digest"]
 
 
+def test_simulate_with_a_drafter_counts_what_was_right(tmp_path: Path) -> None:
+    file = tmp_path / "run.json"
+    arguments = ["simulate", "--scenario", "chat", "--rate", "1", "--requests", "40", "--acceptance", "0.7"]
+    result = RUNNER.invoke(app, [*arguments, "--drafter", "opt-125m", "--json", str(file)])
+    assert result.exit_code == 0, result.output
+    assert "drafts right" in result.output
+    speed = json.loads(file.read_text())["speed"]
+    assert 0 < speed["accepted"] < 0.7 * speed["drafted"]
+    refused = RUNNER.invoke(app, [*arguments, "--drafter", "opt-7b"])
+    assert refused.exit_code == 2 and "drafter" in refused.output
+
+
 def test_capacity_writes_one_row_a_search(tmp_path: Path) -> None:
     file = tmp_path / "cap.json"
     arguments = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,16 @@ def test_every_call_completes_and_equal_seeds_give_equal_runs(router: str) -> No
     assert first.completed.all()
     assert first.digest() == second.digest()
     assert set(first.calls["replica"].tolist()) == {0, 1}
+
+
+def test_mirrors_follow_planners_that_draft() -> None:
+    drafter = dataclasses.replace(GPU, k_s_s=1e-3)
+    load = make_workload("mixed", 6.0, 120, seed=1, arrivals="gamma:4", acceptance=0.7)
+    recording = run(load, "slos-serve", drafter, LIMITS, router="slo", replicas=2, drafter="opt-125m")
+    assert recording.completed.all()
+    assert recording.num_drafted > 1000
+    plain = _routed(load)
+    assert summarize_run(recording).attained >= summarize_run(plain).attained
 
 
 def test_a_burst_is_spread_over_those_that_attain() -> None:
