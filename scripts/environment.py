@@ -204,7 +204,7 @@ def install_all(installer: Installer, venv: Path, vllm_version: str) -> None:
     say(f"installing {torch_pin}")
     install_torch(installer, torch_pin)
     say(f"installing the pinned lists, {' and '.join(packages)}")
-    lists = ("-r", str(pins), "-r", str(REQUIREMENTS / "dev.txt"))
+    lists: tuple[str, ...] = ("-r", str(pins), "-r", str(REQUIREMENTS / "dev.txt"))
     if not vllm_version:  # Ray's own list fits the pinned vLLM's; other versions test the plug-in alone
         lists = (*lists, "-r", str(REQUIREMENTS / "ray.txt"))
     if not installer.install(*lists, *packages) or not installer.install("--no-build-isolation", "-e", str(ROOT)):
