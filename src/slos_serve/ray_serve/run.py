@@ -19,8 +19,8 @@ from typing import Any
 APPLICATION = "slos-serve"
 _LOOK_EVERY_S = 1.0
 _DRAIN_S = 15.0
-# Ray's own metrics agent and log files stay; what it would report to its makers does not. On a machine that engines keep
-# busy, Ray's processes take longer to start than the 30 s that it gives them.
+# Ray's own metrics agent and log files stay; what it would report to its makers does not. On a machine that engines
+# keep busy, Ray's processes take longer to start than the 30 s that it gives them.
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
 
 
