@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit
-from numpy.typing import NDArray
 
-from slos_serve.planning.prefill_rate import FloatArray, IntArray, prefill_rate
+from slos_serve.planning.prefill_rate import BoolArray, FloatArray, IntArray, prefill_rate
 
 EXACT, GREEDY, INFEASIBLE = 0, 1, 2
 TOLERANCE = 1e-6
-BoolArray = NDArray[np.bool_]
 # Columns of what the program keeps: an entry a key, a label's links, a label's sizes (one column a checkpoint).
 KEY, BUCKET, ROUND = range(3)
 ENTRY, PARENT, ITEM, NEXT, DEAD = range(5)
@@ -72,7 +70,7 @@ def first_violation(
 def _drop_for_memory(
     memory: FloatArray, weight: FloatArray, must: BoolArray, memory_room: FloatArray, taken: BoolArray
 ) -> bool:
-    """Drop who needs most memory for its weight until everyone left fits at each checkpoint; False when musts do not."""
+    """Drop who needs most memory for its weight until all left fit at each checkpoint; False when musts do not."""
     n = len(taken)
     for k in range(len(memory_room)):
         used = 0.0
@@ -558,3 +556,38 @@ def admit(  # noqa: C901 - one kernel: labels live in arrays that no call bounda
         else:
             num_live += num_new
     return _traced(best, labels, taken), best_value, best_budget, EXACT, made - 1
+
+
+@njit(cache=True)
+def admit_in_turn(
+    order: IntArray,
+    due_s: FloatArray,
+    cost_tokens: FloatArray,
+    tier: IntArray,
+    memory: FloatArray,
+    must: BoolArray,
+    base_counts: FloatArray,
+    periods_s: FloatArray,
+    tokens_each: FloatArray,
+    extra_s_each: FloatArray,
+    draft_s: float,
+    coefficients: FloatArray,
+    max_tokens: float,
+    start_s: float,
+    memory_room: FloatArray,
+) -> BoolArray:
+    """What :func:`admit` is measured against: one request after the other in ``order``, each that still fits."""
+    taken = must.copy()
+    for i in order:
+        if must[i]:
+            continue
+        taken[i] = True
+        at, _ = first_violation(
+            taken, due_s, cost_tokens, tier, base_counts, periods_s, tokens_each, extra_s_each, draft_s, coefficients,
+            max_tokens, start_s,
+        )  # fmt: skip
+        fits = at < 0
+        for k in range(len(memory_room)):
+            fits = fits and memory[taken, k].sum() <= memory_room[k] + TOLERANCE
+        taken[i] = fits
+    return taken
