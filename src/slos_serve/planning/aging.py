@@ -3,8 +3,8 @@
 The oldest request without a promise (best effort, or passed over again and again, whatever it weighs) gets a turn
 when it has made no progress for ``aging_s``: a step computes some of its prompt first, whatever else waits. From its
 first turn on it keeps what it has: it is preempted for nobody, its KV is kept free of promises, and while it decodes a
-turn comes ten times as often. Then the next oldest. So every request ends: at the latest after one turn a chunk and a
-token for each that came before it and for itself, once promises have given it the memory to start.
+turn comes ten times as often. Then the next oldest. So every request ends, however long overload lasts, once promises
+that end have given it the memory to start (docs/scheduling.md states by when).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Aging:
         if order != self._order:
             self._order, self._had_turn = order, False
             self._progress, self._since_s = progress, now_s
-        elif progress != self._progress:
+        elif progress > self._progress:  # what a preemption took has to be made good first
             self._progress, self._since_s = progress, now_s
         decodes = row["output_tokens"] > 0 and row["running"] == 1
         every_s = self._every_s / DECODE_TURNS if self._had_turn and decodes else self._every_s

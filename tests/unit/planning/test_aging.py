@@ -138,3 +138,14 @@ def test_everyone_ends_while_overload_lasts(aging_s: float) -> None:
     else:
         assert max(done_s) > OVERLOAD_S  # else this test could not fail
         assert max(gaps) > 30.0
+
+
+def test_what_a_preemption_takes_is_no_progress() -> None:
+    engine = EngineBuilder()
+    slot = engine.decode(tpot_s=np.inf, status=Status.BEST_EFFORT)
+    rows, view, aging = engine.table.rows, engine.view(), Aging(AGING_S)
+    computed = int(rows["computed_tokens"][slot])
+    for after_s, tokens in ((0.0, computed), (2.0, 0), (4.0, computed), (AGING_S, computed)):
+        rows["computed_tokens"][slot] = tokens
+        aging.look(rows, view.running, view.waiting, engine.now_s + after_s)
+    assert aging.due
