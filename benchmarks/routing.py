@@ -200,7 +200,7 @@ def own_verdict(policy: SLOsServePolicy, view: EngineView, now_s: float, questio
         )
         waiting = np.append(waiting, slot)
     settings = policy.planner.settings
-    coefficients = policy.model.coefficients * (policy.correction.factor * (1.0 + settings.step_margin))
+    coefficients = policy.model.coefficients * (policy.correction.factor * (1.0 + policy.planner.step_margin))
     seen = copy.copy(view)
     seen.table, seen.waiting = table, waiting
     active = np.concatenate((seen.running, seen.waiting))
@@ -209,8 +209,16 @@ def own_verdict(policy: SLOsServePolicy, view: EngineView, now_s: float, questio
         return False
     lengths = policy.planner.lengths
     write_forecasts(seen, settings, lengths)
-    drafts, forecast_memory = policy.planner.drafting.present, settings.forecast_memory
-    found = judge(seen, now_s, coefficients, settings, lengths, forecast_memory=forecast_memory, drafts=drafts)
+    found = judge(
+        seen,
+        now_s,
+        coefficients,
+        settings,
+        lengths,
+        forecast_memory=settings.forecast_memory,
+        count_freed=settings.count_freed,
+        drafts=policy.planner.drafting.present,
+    )
     return bool(found.taken[found.slots == slot].any())
 
 

@@ -69,7 +69,7 @@ class EngineBuilder:
         row["running"], row["status"] = 1, status
         row["output_tokens"] = row["stage_tokens"] = output_tokens
         row["computed_tokens"] = prompt_tokens + output_tokens - 1
-        paced_s = output_tokens * tpot_s * 0.95 if np.isfinite(tpot_s) else 0.0
+        paced_s = (output_tokens - min(0.05 * output_tokens, 1.0)) * tpot_s if np.isfinite(tpot_s) else 0.0
         row["stage_start_s"] = self.now_s + ahead_s - paced_s
         row["last_token_s"] = self.now_s - 0.03
         self.running.append(slot)

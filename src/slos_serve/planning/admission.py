@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from slos_serve.core.plan import EngineView
 from slos_serve.core.request import SlotArray
-from slos_serve.planning.admission_kernel import INFEASIBLE, BoolArray, admit
-from slos_serve.planning.candidates import forecast_lengths, gather
+from slos_serve.planning.admission_kernel import GREEDY, INFEASIBLE, admit, admit_in_turn
+from slos_serve.planning.candidates import forecast_lengths, gather, with_time_freed
 from slos_serve.planning.drafting import NO_DRAFTS, DraftPlan
 from slos_serve.planning.lengths import EDGES, LengthForecast
 from slos_serve.planning.memory import forecast, reserve
-from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
+from slos_serve.planning.prefill_rate import BoolArray, FloatArray, IntArray, linear_step_s, prefill_rate
 from slos_serve.planning.settings import PlannerSettings
+
+# With weights by length, a prompt of this length weighs what its class says.
+UNIT_PROMPT_TOKENS = 1000.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,7 @@ class Admission:
         slots: int64 [n], requests with prefill left, in deadline order.
         taken: bool [n].
         infeasible: what is promised already does not fit any more (a forecast was wrong); nothing new is taken.
+        stopped: the program made as many labels as it may and gave the best set it had found.
         labels: labels that the dynamic program kept.
         periods_s, tokens_each, period_s_each, draft_s: what ``prefill_rate`` was given, drafts counted in.
     """
@@ -33,6 +39,7 @@ class Admission:
     slots: SlotArray
     taken: BoolArray
     infeasible: bool
+    stopped: bool
     labels: int
     due_s: FloatArray
     cost_tokens: FloatArray
@@ -54,7 +61,8 @@ def write_forecasts(view: EngineView, settings: PlannerSettings, lengths: Length
         return
     table = lengths.table()
     forecast_lengths(view.table.rows, view.running, table, EDGES)
-    forecast_lengths(view.table.rows, view.waiting, table, EDGES)
+    if len(view.waiting):
+        forecast_lengths(view.table.rows, view.waiting, table, EDGES)
 
 
 def judge(
@@ -65,6 +73,8 @@ def judge(
     lengths: LengthForecast,
     *,
     forecast_memory: bool,
+    count_freed: bool = False,
+    kept_blocks: int = 0,
     drafts: DraftPlan = NO_DRAFTS,
 ) -> Admission:
     """Admission at ``now_s``; reads the view only.
@@ -76,13 +86,16 @@ def judge(
         settings: the planner's.
         lengths: what answers have been like.
         forecast_memory: forecast KV over time, or reserve the sum of peaks: one checkpoint, stricter.
+        count_freed: add the time that running decodes leave, see :func:`with_time_freed`; without it, stricter.
+        kept_blocks: KV blocks that promises leave to somebody else.
         drafts: draft lengths of the tiers.
     """
     rows = view.table.rows
-    slots, due_s, cost, tier, must, counts, pace_s, extra_s = gather(
+    slots, due_s, cost, tier, must, counts, pace_s, extra_s, own_periods_s = gather(
         rows, view.running, view.waiting, now_s, coefficients, settings.tpot_margin, settings.max_implied_ttft_s
     )
     is_must = must > 0.0
+    total_blocks = view.total_blocks - kept_blocks
     if forecast_memory:
         memory, room = forecast(
             rows,
@@ -93,35 +106,49 @@ def judge(
             float(pace_s[0]),
             lengths.survival(),
             EDGES,
-            view.total_blocks,
+            total_blocks,
             view.block_size,
         )
     else:
-        memory, room = reserve(rows, view.running, slots, view.total_blocks, view.block_size)
-    periods_s, tokens_each, period_s_each, draft_s = drafts.applied(pace_s, extra_s, settings.tpot_margin)
-    taken, _, _, status, labels = admit(
-        due_s,
-        cost,
-        tier,
-        memory,
-        rows["weight"][slots],
-        is_must,
-        counts,
-        periods_s,
-        tokens_each,
-        period_s_each,
-        draft_s,
-        coefficients,
-        float(view.max_num_batched_tokens),
-        now_s + cut_short_s(coefficients),
-        room,
-        settings.max_labels,
-    )
+        memory, room = reserve(rows, view.running, slots, total_blocks, view.block_size)
+    longer, tokens_each, period_s_each, draft_s = drafts.applied(pace_s, extra_s, settings.tpot_margin)
+    # What drafts make of the pace holds for those who have their lead as well.
+    periods_s = np.where(np.isfinite(pace_s), own_periods_s / np.where(np.isfinite(pace_s), pace_s, 1.0), 1.0) * longer
+    start_s = now_s + cut_short_s(coefficients)
+    model = (
+        counts, periods_s, tokens_each, period_s_each, draft_s, coefficients, float(view.max_num_batched_tokens),
+    )  # fmt: skip
+    fluid_due_s = due_s
+    if count_freed and len(drafts.tokens) == 0:
+        fluid_due_s = with_time_freed(
+            rows,
+            view.running,
+            due_s,
+            start_s,
+            prefill_rate(*model),
+            coefficients,
+            settings.tpot_margin,
+            lengths.survival(),
+            EDGES,
+        )
+    labels = 0
+    if settings.dp_admission:
+        weight = rows["weight"][slots]
+        if settings.length_weight > 0.0:
+            weight = weight * (rows["prompt_tokens"][slots] / UNIT_PROMPT_TOKENS) ** settings.length_weight
+        taken, _, _, status, labels = admit(
+            fluid_due_s, cost, tier, memory, weight, is_must, *model, start_s, room, settings.max_labels
+        )
+    else:
+        turn = np.argsort(rows["order"][slots])
+        taken = admit_in_turn(turn, fluid_due_s, cost, tier, memory, is_must, *model, start_s, room)
+        status = GREEDY
     infeasible = status == INFEASIBLE
     return Admission(
         slots,
         is_must if infeasible else taken,
         infeasible,
+        status == GREEDY,
         labels,
         due_s,
         cost,

@@ -60,6 +60,11 @@ LEAD_PERIODS = 6.0
 # With that lead nobody is late after a long step, but prompts that come during it are: the only prompt there is makes a
 # step at most this many times as long as one beside drafting decodes may be.
 ABSORBED_PERIODS = 2.0
+# A turn of whoever is kept (see ``aging``) computes no less of its prompt, however full the step.
+TURN_TOKENS = 64
+# Prompts without a promise wait until promised decodes are this many tokens ahead on average: that lead is what the
+# next burst of promised prompts is computed with.
+LEAD_TOKENS = 8.0
 # Positions in the flags that the passes hand on.
 STOPPED, WAITING_STARTED = range(2)
 
@@ -97,8 +102,8 @@ class Drafts(NamedTuple):
 
 
 @njit(cache=True)
-def _sort_out(rows: RequestArray, running: SlotArray, chosen: SlotArray, tpot_margin: float) -> Work:
-    """Tell promised decodes, promised prefills and the rest apart."""
+def _sort_out(rows: RequestArray, running: SlotArray, chosen: SlotArray, tpot_margin: float, turn: int) -> Work:
+    """Tell promised decodes, promised prefills and the rest apart; ``turn`` is in none of them."""
     most = len(running) + len(chosen)
     decodes, decode_due_s = np.empty(most, dtype=np.int64), np.empty(most)
     prefills, prefill_due_s = np.empty(most, dtype=np.int64), np.empty(most)
@@ -109,6 +114,8 @@ def _sort_out(rows: RequestArray, running: SlotArray, chosen: SlotArray, tpot_ma
         todo = tokens_to_do(rows, slot)
         if todo <= 0 or rows["output_tokens"][slot] >= rows["max_tokens"][slot]:
             continue  # its last token is in flight
+        if slot == turn:
+            continue
         if rows["status"][slot] != ADMITTED:
             extras[num_extras] = slot
             num_extras += 1
@@ -122,6 +129,8 @@ def _sort_out(rows: RequestArray, running: SlotArray, chosen: SlotArray, tpot_ma
             prefill_due_s[num_prefills] = next_due_s(rows, slot, tpot_margin)
             num_prefills += 1
     for slot in chosen:
+        if slot == turn:
+            continue
         prefills[num_prefills] = slot
         prefill_due_s[num_prefills] = next_due_s(rows, slot, tpot_margin)
         num_prefills += 1
@@ -211,9 +220,11 @@ def _cap_drafts(
 
 
 @njit(cache=True)
-def _youngest_first(rows: RequestArray, slots: SlotArray) -> SlotArray:
-    """Best effort gives way youngest first: the oldest keeps what it has done."""
-    return slots[np.argsort(-rows["order"][slots], kind="mergesort")]
+def _youngest_first(rows: RequestArray, slots: SlotArray, kept: int) -> SlotArray:
+    """Best effort gives way youngest first: the oldest keeps what it has done, and ``kept`` does not give way."""
+    ordered = slots[np.argsort(-rows["order"][slots], kind="mergesort")]
+    giving: SlotArray = ordered[ordered != kept]
+    return giving
 
 
 @njit(cache=True)
@@ -254,11 +265,17 @@ def _absorbable_s(
 
 @njit(cache=True)
 def _step_limits_s(
-    rows: RequestArray, work: Work, drafts: Drafts, now_s: float, limits: Limits, tpot_margin: float
+    rows: RequestArray,
+    work: Work,
+    drafts: Drafts,
+    now_s: float,
+    limits: Limits,
+    tpot_margin: float,
+    longest_s: float,
 ) -> tuple[float, float]:
     """How long the step may last (until the earliest due time, a full batch at most), and how long the next one may."""
     coefficients = limits.coefficients
-    full_s = linear_step_s(coefficients, float(limits.max_tokens))
+    full_s = min(linear_step_s(coefficients, float(limits.max_tokens)), longest_s)
     all_decodes_s, all_fixed_s = 0.0, 0.0
     if len(work.decodes) > 0:
         context = 0.0
@@ -397,6 +414,24 @@ def _add_prefills(
 
 
 @njit(cache=True)
+def _give_turn(
+    rows: RequestArray, slot: int, limit_s: float, budget: int, limits: Limits, batch: Batch, flags: IntArray
+) -> None:
+    """Compute some of whoever has the turn, ahead of every prompt: what fits, and no less than a small chunk."""
+    block_size, max_num_seqs = limits.block_size, limits.max_num_seqs
+    sums, counts, _, held, victims = batch
+    todo = tokens_left(rows, slot)
+    chunk = max(_chunk(rows, slot, limit_s, budget, limits, sums, flags), min(todo, TURN_TOKENS))
+    chunk = int(min(chunk, limits.max_tokens - sums[TOKENS]))
+    is_running = rows["running"][slot] == 1
+    needed = chunk if is_running else todo
+    if chunk > 0 and make_room(rows, slot, needed, block_size, max_num_seqs, sums, counts, victims):
+        _put_chunk(rows, slot, chunk, BEST_EFFORT_ROOM, limits, batch, flags)
+    elif is_running:
+        hold(slot, NO_ROOM, counts, held)
+
+
+@njit(cache=True)
 def _add_early_decodes(
     rows: RequestArray,
     early: SlotArray,
@@ -425,10 +460,21 @@ def _add_early_decodes(
 
 
 @njit(cache=True)
+def _ahead(rows: RequestArray, work: Work, now_s: float) -> bool:
+    """Whether promised decodes are on average ``LEAD_TOKENS`` ahead."""
+    lead = 0.0
+    for j in range(len(work.decodes)):
+        lead += (work.decode_due_s[j] - now_s) / rows["tpot_s"][work.decodes[j]] - 1.0
+    return lead >= LEAD_TOKENS * len(work.decodes)
+
+
+@njit(cache=True)
 def _add_leftover(
     rows: RequestArray,
     extras: SlotArray,
     leftover: SlotArray,
+    turn: int,
+    prompts: bool,
     limit_s: float,
     budget: int,
     tier_tpot_s: FloatArray,
@@ -437,7 +483,7 @@ def _add_leftover(
     batch: Batch,
     flags: IntArray,
 ) -> None:
-    """Fill what is left over: running decodes, running prefills, then new ones in the order given."""
+    """Fill what is left over: running decodes, then (``prompts``) running prefills and new ones in the order given."""
     coefficients, block_size, max_num_seqs = limits.coefficients, limits.block_size, limits.max_num_seqs
     sums, counts, entries, held, victims = batch
     for wants_decodes in (True, False):
@@ -447,7 +493,7 @@ def _add_leftover(
                 continue
             chunk = _chunk(rows, slot, limit_s, budget, limits, sums, flags)
             draft = draft_of(rows, slot, tier_tpot_s, tier_drafts) if wants_decodes else 0
-            if chunk <= 0 or blocks_short(rows, slot, chunk, block_size, sums):
+            if not (is_decode or prompts) or chunk <= 0 or blocks_short(rows, slot, chunk, block_size, sums):
                 hold(slot, NO_ROOM, counts, held)
             elif (
                 draft > 0
@@ -459,7 +505,9 @@ def _add_leftover(
             else:
                 _put_chunk(rows, slot, chunk, BEST_EFFORT_ROOM, limits, batch, flags)
     for slot in leftover:
-        if flags[STOPPED] == 1 or sums[NUM_RUNNING] >= max_num_seqs:
+        if slot == turn:
+            continue
+        if not prompts or flags[STOPPED] == 1 or sums[NUM_RUNNING] >= max_num_seqs:
             return
         chunk = _chunk(rows, slot, limit_s, budget, limits, sums, flags)
         # A new one starts only when its whole prompt fits: half a prompt only holds memory.
@@ -508,6 +556,9 @@ def form_batch(
     tier_drafts: IntArray,
     alone_drafts: IntArray,
     tier_longer: FloatArray,
+    longest_s: float,
+    kept: int,
+    turn: int,
 ) -> tuple[SlotArray, IntArray, IntArray, IntArray, SlotArray, IntArray, SlotArray, float]:
     """Form one step.
 
@@ -525,20 +576,23 @@ def form_batch(
         fixed_budget: token budget in place of the dynamic one; 0 for dynamic.
         tier_tpot_s, tier_drafts, alone_drafts, tier_longer: fields of
             :class:`slos_serve.planning.drafting.DraftPlan`; empty without speculation.
+        longest_s: longest a step may take because of the prompts in it.
+        kept: slot that is preempted for nobody; -1 for none.
+        turn: slot that computes something in this step before any prompt; -1 for none.
 
     Returns:
         slots, tokens, reasons, draft lengths (running ones first), held, held_reasons, preempt, predicted seconds.
     """
     limits = Limits(coefficients, max_tokens, min_chunk, block_size, max_num_seqs)
-    work = _sort_out(rows, running, chosen, tpot_margin)
+    work = _sort_out(rows, running, chosen, tpot_margin, turn)
     most = len(running) + len(chosen) + len(leftover)
-    batch = empty_batch(most, len(running), free_blocks, _youngest_first(rows, work.extras))
+    batch = empty_batch(most, len(running), free_blocks, _youngest_first(rows, work.extras, kept))
     flags = np.zeros(2, dtype=np.int64)
     lengths = tier_drafts
     if len(work.prefills) + len(leftover) == 0 and not _anyone_prefills(rows, work.extras):
         lengths = alone_drafts
     drafts = _drafts_of(rows, work, tpot_margin, tier_tpot_s, lengths, tier_longer)
-    limit_s, next_s = _step_limits_s(rows, work, drafts, now_s, limits, tpot_margin)
+    limit_s, next_s = _step_limits_s(rows, work, drafts, now_s, limits, tpot_margin, longest_s)
     may_hold = hold_decodes and len(work.prefills) > 0
     until_s = now_s + max(limit_s, 0.0) + next_s
     crowded_s = now_s + max(limit_s, 0.0) + CROWDED_SHARE * work.shortest_s if hold_decodes else np.inf
@@ -550,7 +604,12 @@ def form_batch(
     budget = max_tokens
     if fixed_budget > 0:
         limit_s, budget = np.inf, min(max_tokens, fixed_budget)
+    if turn >= 0:
+        _give_turn(rows, turn, limit_s, budget, limits, batch, flags)
     limit_s = _add_prefills(rows, work, now_s, limit_s, budget, fixed_budget > 0, limits, batch, flags)
     _add_early_decodes(rows, early, early_drafts, limit_s, budget, limits, batch, flags)
-    _add_leftover(rows, work.extras, leftover, limit_s, budget, tier_tpot_s, lengths, limits, batch, flags)
+    prompts = _ahead(rows, work, now_s)
+    _add_leftover(
+        rows, work.extras, leftover, turn, prompts, limit_s, budget, tier_tpot_s, lengths, limits, batch, flags
+    )
     return _in_engine_order(rows, limits, batch)

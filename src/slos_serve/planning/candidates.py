@@ -10,7 +10,8 @@ from numba import njit
 
 from slos_serve.core.request import RequestArray, SlotArray, Status
 from slos_serve.perf.batch_time import K_C, K_CTX, K_M, K_Q, K_SEQ
-from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
+from slos_serve.planning.lengths import bin_of
+from slos_serve.planning.prefill_rate import BoolArray, FloatArray, IntArray, linear_step_s
 
 UNDECIDED = int(Status.UNDECIDED)
 ADMITTED = int(Status.ADMITTED)
@@ -20,6 +21,11 @@ MAX_DISTINCT = 64
 # Part of what a stage can make up for by decoding at full speed that the planner counts on. Small: its answer may end
 # long before the forecast says, and whoever catches up leaves no room for prompts.
 CATCH_UP_SHARE = 0.02
+# Lead, in tokens, that a stage gets out of the TPOT margin. A promise is about the mean, so what a late step takes is a
+# part of one token however long the answer: more lead would cost pace for nothing.
+AHEAD_TOKENS = 1.0
+# Doubles what is taken for the tightest TTFT after 70 arrivals that asked for less.
+TTFT_LOOSENS = 1.01
 
 
 @njit(cache=True)
@@ -36,7 +42,7 @@ def forecast_lengths(rows: RequestArray, slots: SlotArray, table: FloatArray, ed
         if hint > generated:
             expected = float(hint)
         else:
-            at = min(int(np.searchsorted(edges, float(generated))), len(edges) - 1)
+            at = min(bin_of(edges, float(generated)), len(edges) - 1)
             expected = max(float(table[rows["class_index"][slot], at]), float(generated + 1))
         rows["expected_tokens"][slot] = min(int(expected), rows["max_tokens"][slot])
 
@@ -51,15 +57,16 @@ def tokens_to_do(rows: RequestArray, slot: int) -> int:
 def next_due_s(rows: RequestArray, slot: int, tpot_margin: float) -> float:
     """When the next token is due: the first by the TTFT, token k of a stage by its start + k * TPOT.
 
+    The margin is taken off every TPOT until a stage is ``AHEAD_TOKENS`` ahead; from then on it keeps that lead.
     Nobody promises when a later stage begins; its first token is given the pace of those that follow it.
     """
     if rows["output_tokens"][slot] == 0:
         return float(rows["ttft_due_s"][slot])
-    pace_s = rows["tpot_s"][slot] * (1.0 - tpot_margin)
-    if rows["stage_tokens"][slot] == 0:
-        paced = rows["last_token_s"][slot] + pace_s
+    tpot_s, stage_tokens = rows["tpot_s"][slot], rows["stage_tokens"][slot]
+    if stage_tokens == 0:
+        paced = rows["last_token_s"][slot] + tpot_s * (1.0 - tpot_margin)
     else:
-        paced = rows["stage_start_s"][slot] + rows["stage_tokens"][slot] * pace_s
+        paced = rows["stage_start_s"][slot] + tpot_s * (stage_tokens - min(stage_tokens * tpot_margin, AHEAD_TOKENS))
     return float(min(paced, rows["last_token_s"][slot] + rows["max_stall_s"][slot]))
 
 
@@ -156,19 +163,21 @@ def gather(
     coefficients: FloatArray,
     tpot_margin: float,
     max_implied_ttft_s: float,
-) -> tuple[SlotArray, FloatArray, FloatArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray]:
+) -> tuple[SlotArray, FloatArray, FloatArray, IntArray, FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]:
     """Sort out who decodes, who must be prefilled and who may be admitted.
 
     Returns:
         slots (int64 [n]): requests with prefill left, in deadline order.
         due_s (float64 [n]), cost_tokens (float64 [n]), tier (int64 [n]), must (float64 [n], 1.0 where promised),
-        base_counts (float64 [L]), periods_s (float64 [L], margin taken off), extra_s_each (float64 [L]).
+        base_counts (float64 [L]), pace_s (float64 [L], TPOT with the margin taken off), extra_s_each (float64 [L]),
+        periods_s (float64 [L], time between two tokens of those that decode now).
     """
     tiers = tier_periods(rows, running, waiting)
     num_tiers = len(tiers)
     base_counts = np.zeros(num_tiers)
     context = np.zeros(num_tiers)
     in_tier = np.zeros(num_tiers)
+    ahead = np.zeros(num_tiers)
     most = len(running) + len(waiting)
     slots = np.empty(most, dtype=np.int64)
     due_s = np.empty(most)
@@ -190,10 +199,10 @@ def gather(
                 rows["output_tokens"][slot] + rows["expected_tokens"][slot]
             )
             in_tier[level] += 1.0
-            if rows["output_tokens"][slot] > 0 and todo <= 1:
-                base_counts[level] += 1.0 if status == ADMITTED else 0.0
-                if status == ADMITTED:
-                    continue
+            if rows["output_tokens"][slot] > 0 and todo <= 1 and status == ADMITTED:
+                base_counts[level] += 1.0
+                ahead[level] += 1.0 if rows["stage_tokens"][slot] * tpot_margin >= AHEAD_TOKENS else 0.0
+                continue
             done = rows["computed_tokens"][slot]
             if rows["running"][slot] == 0:
                 done += rows["cached_tokens"][slot]
@@ -208,10 +217,12 @@ def gather(
             must[count] = 1.0 if status == ADMITTED else 0.0
             count += 1
     order = np.argsort(due_s[:count], kind="mergesort")
-    extra_s_each = np.empty(num_tiers)
+    extra_s_each, periods_s = np.empty(num_tiers), np.empty(num_tiers)
     for j in range(num_tiers):
         mean_context = context[j] / in_tier[j] if in_tier[j] > 0.0 else 0.0
         extra_s_each[j] = coefficients[K_CTX] * mean_context + coefficients[K_SEQ]
+        # Who has its lead asks for a token every TPOT, the others a little more often.
+        periods_s[j] = tiers[j] * (1.0 - tpot_margin * (1.0 - ahead[j] / max(base_counts[j], 1.0)))
     return (
         slots[:count][order],
         due_s[:count][order],
@@ -221,4 +232,173 @@ def gather(
         base_counts,
         tiers * (1.0 - tpot_margin),
         extra_s_each,
+        periods_s,
     )
+
+
+@njit(cache=True)
+def survives(survival: FloatArray, edges: FloatArray, tokens: float) -> float:
+    """Share of answers of a class longer than ``tokens``, linear within a bin."""
+    at = bin_of(edges, tokens)
+    if at >= len(edges):
+        return 0.0
+    low = edges[at - 1] if at > 0 else 0.0
+    part = (tokens - low) / (edges[at] - low)
+    return float(survival[at] + part * (survival[at + 1] - survival[at]))
+
+
+@njit(cache=True)
+def share_left(
+    rows: RequestArray, slot: int, more: float, so_far: float, survival: FloatArray, edges: FloatArray
+) -> float:
+    """Probability that a request generates ``more`` tokens after those it has; ``so_far``: :func:`survives` of those.
+
+    A client's hint is taken at its word while it holds. Past every length seen, half as much again is expected.
+    """
+    generated = float(rows["output_tokens"][slot])
+    total = generated + more
+    if total >= rows["max_tokens"][slot]:
+        return 0.0
+    if rows["hint_tokens"][slot] > generated:
+        return 1.0 if total < rows["hint_tokens"][slot] else 0.0
+    if so_far <= 1e-6:
+        return 1.0 if more < 0.5 * generated else 0.0
+    return survives(survival, edges, total) / so_far
+
+
+@njit(cache=True)
+def with_time_freed(
+    rows: RequestArray,
+    running: SlotArray,
+    due_s: FloatArray,
+    start_s: float,
+    rate: float,
+    coefficients: FloatArray,
+    tpot_margin: float,
+    survival: FloatArray,
+    edges: FloatArray,
+) -> FloatArray:
+    """Due times with the time added that running decodes leave to prompts before them (float64 [n], order kept).
+
+    Admission counts a token every TPOT for each decode. One that is ahead of its deadlines can be held until its next
+    token is due, and one whose answer ends needs no more: what they do not take until a deadline is prefill budget,
+    and at the rate of the plan's start worth that many seconds.
+
+    Args:
+        rate: prefill tokens a second beside all running decodes; nothing is added where none is left.
+    """
+    if rate <= 0.0 or len(due_s) == 0:
+        return due_s
+    slope = max(coefficients[K_C], coefficients[K_M])
+    freed = np.zeros(len(due_s))
+    for slot in running:
+        if rows["status"][slot] != ADMITTED or rows["output_tokens"][slot] == 0 or tokens_to_do(rows, slot) > 1:
+            continue
+        tpot_s = rows["tpot_s"][slot]
+        if not np.isfinite(tpot_s):
+            continue
+        own = survival[rows["class_index"][slot]]
+        cost = 1.0 + (coefficients[K_CTX] * rows["computed_tokens"][slot] + coefficients[K_SEQ]) / slope
+        lead_s = max(next_due_s(rows, slot, tpot_margin) - start_s - tpot_s, 0.0)
+        so_far = survives(own, edges, float(rows["output_tokens"][slot]))
+        for i in range(len(due_s)):
+            span_s = max(due_s[i] - start_s, 0.0)
+            held_s = min(lead_s, span_s)
+            rest_s = span_s - held_s
+            ended = 0.0
+            if rest_s > 0.0:
+                # The share that has ended grows about evenly from none when the lead is used up.
+                ended = 0.5 * (1.0 - share_left(rows, slot, rest_s / tpot_s, so_far, own, edges))
+            freed[i] += cost / tpot_s * (held_s + rest_s * ended)
+    return due_s + freed / rate
+
+
+@njit(cache=True)
+def tightest_ttft_s(rows: RequestArray, waiting: SlotArray, seen_order: int, tightest_s: float) -> tuple[float, int]:
+    """Tightest TTFT promise among recent arrivals: a minimum that loosens by a little with each that is not as tight.
+
+    Args:
+        seen_order: newest request counted before.
+        tightest_s: what was found then.
+
+    Returns:
+        The same two, those among ``waiting`` that are new counted.
+    """
+    newest = seen_order
+    for slot in waiting:
+        if rows["order"][slot] > seen_order:
+            newest = max(newest, rows["order"][slot])
+            ttft_s = rows["ttft_due_s"][slot] - rows["arrival_s"][slot]
+            tightest_s = min(tightest_s * TTFT_LOOSENS, ttft_s)
+    return tightest_s, newest
+
+
+@njit(cache=True)
+def someone_asks(rows: RequestArray, running: SlotArray, waiting: SlotArray) -> bool:
+    """Whether admission has anything to say: a promise is open, or one that was made waits to start."""
+    asks = False
+    for slot in waiting:
+        asks = asks or rows["status"][slot] != BEST_EFFORT
+    for slot in running:
+        asks = asks or rows["status"][slot] == UNDECIDED
+    return asks
+
+
+@njit(cache=True)
+def share_out(
+    rows: RequestArray, waiting: SlotArray, slots: SlotArray, taken: BoolArray
+) -> tuple[SlotArray, SlotArray, SlotArray]:
+    """Who is served after admission.
+
+    Args:
+        slots, taken: int64 and bool [n], requests with prefill left and whether admission serves them.
+
+    Returns:
+        chosen: waiting ones that are served, in deadline order.
+        leftover: those that may use what is left over: passed over, in deadline order (they may still make it), then
+            best effort, first come first.
+        fitting: running ones without a promise that fit now.
+    """
+    most = len(waiting)
+    chosen, leftover = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
+    fitting = np.empty(len(slots), dtype=np.int64)
+    num_chosen, num_leftover, num_fitting = 0, 0, 0
+    for j in range(len(slots)):
+        slot = slots[j]
+        if rows["running"][slot] == 1:
+            if taken[j] and rows["status"][slot] == UNDECIDED:
+                fitting[num_fitting] = slot
+                num_fitting += 1
+        elif taken[j]:
+            chosen[num_chosen] = slot
+            num_chosen += 1
+        else:
+            leftover[num_leftover] = slot
+            num_leftover += 1
+    passed_over = num_leftover
+    for slot in waiting:
+        if rows["status"][slot] == BEST_EFFORT:
+            leftover[num_leftover] = slot
+            num_leftover += 1
+    others = leftover[passed_over:num_leftover]
+    leftover[passed_over:num_leftover] = others[np.argsort(rows["order"][others], kind="mergesort")]
+    return chosen[:num_chosen], leftover[:num_leftover], fitting[:num_fitting]
+
+
+@njit(cache=True)
+def first_asking_s(rows: RequestArray, running: SlotArray, waiting: SlotArray, tpot_margin: float) -> float:
+    """Earliest due time of a waiting request that is promised something or may be, inf without one.
+
+    -inf when no promised prompt that runs is due by then, or when one that runs may still be promised: then what
+    admission says may change the step whatever its room.
+    """
+    earliest_s, prompt_s = np.inf, np.inf
+    for slot in running:
+        if rows["status"][slot] == UNDECIDED:
+            return -np.inf
+        if rows["status"][slot] == ADMITTED and tokens_to_do(rows, slot) > 1:
+            prompt_s = min(prompt_s, next_due_s(rows, slot, tpot_margin))
+    for slot in waiting:
+        if rows["status"][slot] != BEST_EFFORT:
+            earliest_s = min(earliest_s, next_due_s(rows, slot, tpot_margin))
+    return earliest_s if prompt_s <= earliest_s else -np.inf

@@ -8,6 +8,7 @@ enough answers of the class have been seen.
 from __future__ import annotations
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.core.errors import InvalidFieldError
@@ -27,6 +28,21 @@ def bin_edges() -> NDArray[np.float64]:
 
 
 EDGES = bin_edges()
+_LOG_GROWTH = float(np.log(GROWTH))
+
+
+@njit(cache=True)
+def bin_of(edges: NDArray[np.float64], tokens: float) -> int:
+    """First bin whose upper edge is at or above ``tokens``; ``len(edges)`` past the last.
+
+    As ``np.searchsorted``, but begins where the geometric edges would have it: kernels ask this for every request.
+    """
+    at = min(int(np.log(tokens / FIRST_EDGE) / _LOG_GROWTH), len(edges)) if tokens > FIRST_EDGE else 0
+    while at > 0 and edges[at - 1] >= tokens:
+        at -= 1
+    while at < len(edges) and edges[at] < tokens:
+        at += 1
+    return at
 
 
 class LengthForecast:

@@ -12,7 +12,7 @@ from numba import njit
 
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.planning.batch import blocks_for
-from slos_serve.planning.candidates import ADMITTED, tokens_to_do
+from slos_serve.planning.candidates import ADMITTED, share_left, survives, tokens_to_do
 from slos_serve.planning.prefill_rate import FloatArray
 
 # Moments at which memory is forecast, in tokens of the tightest pace from now.
@@ -53,37 +53,12 @@ def reserve(
 
 
 @njit(cache=True)
-def _survives(survival: FloatArray, edges: FloatArray, tokens: float) -> float:
-    """Share of answers of a class longer than ``tokens``, linear within a bin."""
-    at = int(np.searchsorted(edges, tokens))
-    if at >= len(edges):
-        return 0.0
-    low = edges[at - 1] if at > 0 else 0.0
-    part = (tokens - low) / (edges[at] - low)
-    return float(survival[at] + part * (survival[at + 1] - survival[at]))
-
-
-@njit(cache=True)
 def still_runs(rows: RequestArray, slot: int, more: float, survival: FloatArray, edges: FloatArray) -> float:
     """Probability that a request generates ``more`` tokens after those it has.
 
     A client's hint is taken at its word while it holds. Past every length seen, half as much again is expected.
     """
-    return _share(rows, slot, more, _survives(survival, edges, float(rows["output_tokens"][slot])), survival, edges)
-
-
-@njit(cache=True)
-def _share(rows: RequestArray, slot: int, more: float, so_far: float, survival: FloatArray, edges: FloatArray) -> float:
-    """:func:`still_runs`, the share of answers as long as this one is already known."""
-    generated = float(rows["output_tokens"][slot])
-    total = generated + more
-    if total >= rows["max_tokens"][slot]:
-        return 0.0
-    if rows["hint_tokens"][slot] > generated:
-        return 1.0 if total < rows["hint_tokens"][slot] else 0.0
-    if so_far <= 1e-6:
-        return 1.0 if more < 0.5 * generated else 0.0
-    return _survives(survival, edges, total) / so_far
+    return share_left(rows, slot, more, survives(survival, edges, float(rows["output_tokens"][slot])), survival, edges)
 
 
 @njit(cache=True)
@@ -128,10 +103,10 @@ def forecast(
             continue
         held, tpot_s = rows["prompt_tokens"][slot] + rows["output_tokens"][slot], rows["tpot_s"][slot]
         own = survival[rows["class_index"][slot]]
-        so_far = _survives(own, edges, float(rows["output_tokens"][slot]))
+        so_far = survives(own, edges, float(rows["output_tokens"][slot]))
         for k in range(moments):
             more = CHECKPOINT_TOKENS[k] * pace_s / tpot_s
-            share = _share(rows, slot, more, so_far, own, edges)
+            share = share_left(rows, slot, more, so_far, own, edges)
             if share <= 0.0:
                 break  # it has ended, at every later moment too
             blocks = (held + more) / block_size + 0.5
@@ -143,10 +118,10 @@ def forecast(
         slot = candidates[j]
         held, wait_s = rows["prompt_tokens"][slot] + rows["output_tokens"][slot], max(due_s[j] - now_s, 0.0)
         own = survival[rows["class_index"][slot]]
-        so_far = _survives(own, edges, float(rows["output_tokens"][slot]))
+        so_far = survives(own, edges, float(rows["output_tokens"][slot]))
         for k in range(moments):
             more = max(CHECKPOINT_TOKENS[k] * pace_s - wait_s, 0.0) / rows["tpot_s"][slot]
-            share = _share(rows, slot, more, so_far, own, edges)
+            share = share_left(rows, slot, more, so_far, own, edges)
             memory[j, k] = share * ((held + more) / block_size + 0.5)
             slack[k] -= memory[j, k]
     binding = np.flatnonzero(slack < 0.0)

@@ -11,17 +11,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from slos_serve.core.plan import EngineView, Reason, StepPlan
+from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.admission import judge, write_forecasts
-from slos_serve.planning.batching import form_batch
-from slos_serve.planning.candidates import ADMITTED, BEST_EFFORT, UNDECIDED, demote_lost
+from slos_serve.planning.aging import NOBODY, Aging
+from slos_serve.planning.batching import PREFILL_DEADLINE, form_batch
+from slos_serve.planning.candidates import (
+    ADMITTED,
+    BEST_EFFORT,
+    UNDECIDED,
+    demote_lost,
+    first_asking_s,
+    next_due_s,
+    share_out,
+    someone_asks,
+    tightest_ttft_s,
+    tokens_to_do,
+)
 from slos_serve.planning.drafting import Drafting
 from slos_serve.planning.lengths import LengthForecast
+from slos_serve.planning.prefill_rate import linear_step_s
 from slos_serve.planning.settings import PlannerSettings
 
+Formed = tuple[SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, float]
+# A step of prompts takes at most this share of the tightest TTFT, and at least this many times a step's fixed cost.
+STEP_SHARE_OF_TTFT, LEAST_STEP_FIXED = 0.5, 4.0
 _NONE: SlotArray = np.empty(0, dtype=np.int64)
+_NOT_TAKEN = np.empty(0, dtype=np.bool_)
 
 
 @dataclass(slots=True)
@@ -33,6 +50,7 @@ class PlannerCounters:
     labels: int = 0
     greedy_answers: int = 0
     infeasible_musts: int = 0
+    not_asked: int = 0
     demoted: int = 0
 
 
@@ -50,12 +68,21 @@ class Planner:
         self.lengths = LengthForecast(num_classes, self.settings.length_quantile)
         self.drafting = Drafting(num_classes, self.settings)
         self.counters = PlannerCounters()
+        self._tightest_s, self._seen_order = np.inf, -1
+        self._aging = Aging(self.settings.aging_s)
         self._model = model
         self.correct(1.0)
 
-    def correct(self, factor: float) -> None:
-        """Plan from now on as if batches took ``factor`` times what the model says (online correction)."""
-        self._coefficients = self._model.coefficients * (factor * (1.0 + self.settings.step_margin))
+    def correct(self, factor: float, spread: float | None = None) -> None:
+        """Plan from now on as if batches took ``factor`` times what the model says (online correction).
+
+        Args:
+            factor: measured over modelled, centre.
+            spread: how much slower than that batches are planned; ``None`` for the settings' ``step_margin``, which is
+                also the least.
+        """
+        self.step_margin = self.settings.step_margin if spread is None else max(self.settings.step_margin, spread)
+        self._coefficients = self._model.coefficients * (factor * (1.0 + self.step_margin))
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Plan the step that starts at ``now_s``."""
@@ -63,20 +90,22 @@ class Planner:
         self.counters.plans += 1
         write_forecasts(view, self.settings, self.lengths)
         demoted = self._give_up(rows, view, now_s)
-        active = np.concatenate((view.running, view.waiting))
-        undecided = active[rows["status"][active] == UNDECIDED]
         self.drafting.choose(now_s, view, self._coefficients)
-        chosen, passed_over = self._admit(rows, view, now_s)
-        others = view.waiting[rows["status"][view.waiting] == BEST_EFFORT]
-        # Those passed over may still make it in what is left over, so they come before best effort.
-        leftover = np.concatenate((passed_over, others[np.argsort(rows["order"][others], kind="stable")]))
-        formed = self._form(rows, view.running, view.free_blocks, chosen, leftover, now_s, view)
+        self._tightest_s, self._seen_order = tightest_ttft_s(rows, view.waiting, self._seen_order, self._tightest_s)
+        self._aging.look(rows, view.running, view.waiting, now_s)
+        chosen, leftover, fitting = _NONE, _NONE, _NONE
+        formed = self._without_asking(rows, view, now_s)
+        if formed is None:
+            chosen, leftover, fitting = self._admit(rows, view, now_s)
+            formed = self._form(rows, view.running, view.free_blocks, chosen, leftover, now_s, view)
         running, freed = view.running, view.free_blocks
         sacrificed: list[int] = []
         while len(formed[0]) == 0 and len(running) > 1:
             # Every running request is short of KV blocks and none is free: one must give its own back.
             victim = self._cheapest_to_lose(rows, running)
             sacrificed.append(victim)
+            if victim == self._aging.kept:
+                self._aging.due = False
             running = running[running != victim]
             freed += -(-int(rows["computed_tokens"][victim]) // view.block_size)
             formed = self._form(rows, running, freed, chosen, leftover, now_s, view)
@@ -84,10 +113,10 @@ class Planner:
         if sacrificed:
             demoted = np.concatenate((demoted, self._lose(rows, sacrificed)))
             preempt = np.concatenate((np.array(sacrificed, dtype=np.int64), preempt))
-        promised = slots[reasons == Reason.PREFILL_DEADLINE]
-        rows["status"][promised[rows["status"][promised] == UNDECIDED]] = ADMITTED
-        # Also those that were computing in what was left over and fit now.
-        admitted = undecided[rows["status"][undecided] == ADMITTED]
+            fitting = fitting[rows["status"][fitting] == ADMITTED]
+        promised = slots[reasons == PREFILL_DEADLINE]
+        started = promised[rows["status"][promised] == UNDECIDED]
+        rows["status"][started] = ADMITTED
         return StepPlan(
             slots=slots,
             tokens=tokens,
@@ -95,7 +124,8 @@ class Planner:
             held=held,
             held_reasons=held_reasons,
             preempt=preempt,
-            admitted=admitted,
+            # Also those that were computing in what was left over and fit now.
+            admitted=np.concatenate((fitting, started)),
             demoted=demoted,
             predicted_s=step_s,
             draft_tokens=drafts if self.settings.max_draft_tokens > 0 else _NONE,
@@ -103,7 +133,7 @@ class Planner:
 
     def _cheapest_to_lose(self, rows: RequestArray, running: SlotArray) -> int:
         """Best effort before promises; among the former the youngest, among the latter who has computed least."""
-        promised = rows["status"][running] == ADMITTED
+        promised = (rows["status"][running] == ADMITTED) | (running == self._aging.kept)
         cost = np.where(promised, rows["computed_tokens"][running], -rows["order"][running] - 1)
         return int(running[np.lexsort((cost, promised))[0]])
 
@@ -124,7 +154,7 @@ class Planner:
         leftover: SlotArray,
         now_s: float,
         view: EngineView,
-    ) -> tuple[SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, float]:
+    ) -> Formed:
         lengths = self.drafting.present
         return form_batch(
             rows,
@@ -145,7 +175,15 @@ class Planner:
             lengths.tokens,
             lengths.alone_tokens,
             lengths.longer,
+            self._longest_step_s(),
+            self._aging.kept,
+            self._aging.kept if self._aging.due else NOBODY,
         )
+
+    def _longest_step_s(self) -> float:
+        """A request that comes while a step runs must still make its first token by a step of its own."""
+        fixed_s = float(linear_step_s(self._coefficients, 0.0))
+        return max(STEP_SHARE_OF_TTFT * self._tightest_s, LEAST_STEP_FIXED * fixed_s)
 
     def _give_up(self, rows: RequestArray, view: EngineView, now_s: float) -> SlotArray:
         if not self.settings.best_effort:
@@ -156,25 +194,46 @@ class Planner:
         self.counters.demoted += count
         return demoted[:count]
 
-    def _admit(self, rows: RequestArray, view: EngineView, now_s: float) -> tuple[SlotArray, SlotArray]:
-        """Waiting slots to serve (promised already, or picked now) and those passed over; both in deadline order."""
-        waits = np.any(rows["status"][view.waiting] != BEST_EFFORT)
-        if not waits and not np.any(rows["status"][view.running] == UNDECIDED):
-            return _NONE, _NONE
-        found = judge(
-            view,
-            now_s,
-            self._coefficients,
-            self.settings,
-            self.lengths,
-            forecast_memory=self.settings.forecast_memory,
-            drafts=self.drafting.present,
-        )
-        slots, taken = found.slots, found.taken
-        self.counters.admissions += 1
-        self.counters.labels += found.labels
-        self.counters.infeasible_musts += found.infeasible
-        is_running = rows["running"][slots] == 1
-        # One that already computes in what was left over is promised its SLO as soon as it fits.
-        rows["status"][slots[taken & is_running]] = ADMITTED
-        return slots[taken & ~is_running], slots[~taken & ~is_running]
+    def _without_asking(self, rows: RequestArray, view: EngineView, now_s: float) -> Formed | None:
+        """The step where no answer of admission could change it, else ``None``.
+
+        A promised prompt that runs, due no later than anybody who waits, takes all the room there is and is not done:
+        whoever admission served would come after it.
+        """
+        margin = self.settings.tpot_margin
+        asking_s = first_asking_s(rows, view.running, view.waiting, margin) if len(view.waiting) else -np.inf
+        if asking_s == -np.inf or self._aging.due or not self.settings.skip_admission:
+            return None
+        formed = self._form(rows, view.running, view.free_blocks, _NONE, _NONE, now_s, view)
+        last = np.flatnonzero(formed[2] == PREFILL_DEADLINE)[-1:]
+        if len(last) == 0:
+            return None
+        slot, tokens = int(formed[0][last[0]]), int(formed[1][last[0]])
+        if tokens >= tokens_to_do(rows, slot) or next_due_s(rows, slot, margin) > asking_s:
+            return None
+        self.counters.not_asked += 1
+        return formed
+
+    def _admit(self, rows: RequestArray, view: EngineView, now_s: float) -> tuple[SlotArray, SlotArray, SlotArray]:
+        """Waiting slots to serve and those that use what is left over; running ones that fit are promised their SLO."""
+        slots, taken = _NONE, _NOT_TAKEN
+        if someone_asks(rows, view.running, view.waiting):
+            found = judge(
+                view,
+                now_s,
+                self._coefficients,
+                self.settings,
+                self.lengths,
+                forecast_memory=self.settings.forecast_memory,
+                count_freed=self.settings.count_freed,
+                kept_blocks=self._aging.blocks(rows, view.block_size),
+                drafts=self.drafting.present,
+            )
+            slots, taken = found.slots, found.taken
+            self.counters.admissions += 1
+            self.counters.labels += found.labels
+            self.counters.greedy_answers += found.stopped
+            self.counters.infeasible_musts += found.infeasible
+        chosen, leftover, fitting = share_out(rows, view.waiting, slots, taken)
+        rows["status"][fitting] = ADMITTED
+        return chosen, leftover, fitting

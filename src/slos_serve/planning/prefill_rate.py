@@ -15,6 +15,7 @@ from slos_serve.perf.batch_time import B_C, B_M, K_C, K_M
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
 
 
 @njit(cache=True)

@@ -9,6 +9,9 @@ from slos_serve.planning.planner import Planner
 from slos_serve.planning.prefill_rate import IntArray
 from slos_serve.planning.settings import PlannerSettings
 
+# Margin on step times until enough of them have been seen to know their spread.
+INITIAL_MARGIN = 0.05
+
 
 class SLOsServePolicy:
     """See :class:`slos_serve.policies.base.Policy`."""
@@ -17,20 +20,25 @@ class SLOsServePolicy:
         self, model: BatchTimeModel, num_classes: int, settings: PlannerSettings | None = None, *, correct: bool = True
     ) -> None:
         self.planner = Planner(model, num_classes, settings)
-        self.correction = OnlineCorrection()
+        chosen = self.planner.settings
+        self.correction = OnlineCorrection(
+            quantile=chosen.planned_quantile, initial_ratio_quantile=1.0 + INITIAL_MARGIN
+        )
         self.model = model
         self._correct = correct
+        if correct:
+            self.planner.correct(1.0, INITIAL_MARGIN)
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Plan the step that starts at ``now_s``."""
         return self.planner.plan(now_s, view)
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
-        """Follow the drift of step times."""
+        """Follow the drift and the spread of step times."""
         if not self._correct:
             return
         self.correction.observe(shape, self.model.step_s(shape), duration_s)
-        self.planner.correct(self.correction.factor)
+        self.planner.correct(self.correction.factor, self.correction.ratio_quantile - 1.0)
 
     def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
         """Learn how often drafts of each class are right."""

@@ -174,7 +174,7 @@ def demand(
     none = np.empty(0, dtype=np.int64)
     row["cached_tokens"][0] = cached_tokens
     forecast_lengths(row, one, m.forecast_tokens[k], np.ones(1))
-    _, due_s, cost, _, _, _, pace_s, extra_s = gather(
+    _, due_s, cost, _, _, _, pace_s, extra_s, _ = gather(
         row, none, one, m.clock_s[k], m.coefficients[k], m.tpot_margin[k], m.max_implied_ttft_s[k]
     )
     need, _ = reserve(row, none, one, m.total_blocks[k], m.block_size[k])

@@ -83,8 +83,8 @@ class Publisher:
 def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, now_s: float) -> Admission:
     """The planner's admission of ``view`` at ``now_s``, without its consequences; writes ``expected_tokens`` only.
 
-    KV is counted as the sum of peaks whatever the planner's setting: one checkpoint that a mirror can add to. That is
-    stricter than the planner's forecast over time.
+    KV is counted as the sum of peaks and every decode as if it were never ahead, whatever the planner's settings: sums
+    that a mirror can add to, and stricter than the planner's own forecasts.
     """
     write_forecasts(view, planner.settings, planner.lengths)
     return judge(
@@ -94,6 +94,7 @@ def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, 
         planner.settings,
         planner.lengths,
         forecast_memory=False,
+        count_freed=False,
         drafts=planner.drafting.present,
     )
 
@@ -116,7 +117,7 @@ def publication_of(
     ``view`` is only read.
     """
     settings = planner.settings
-    coefficients = model.coefficients * (factor * (1.0 + settings.step_margin))
+    coefficients = model.coefficients * (factor * (1.0 + planner.step_margin))
     ready_s = now_s if plan is None else now_s + plan.predicted_s
     view = view_copy(view) if plan is None else after_step(view, plan, ready_s)
     if settings.best_effort:

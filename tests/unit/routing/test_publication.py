@@ -54,10 +54,10 @@ def test_owed_is_what_the_planner_takes() -> None:
     engine = _mixed()
     planner = Planner(OPT_13B_A100, 1)
     found = publication_of(planner, OPT_13B_A100, 1.0, engine.view(), NOW_S, replica="a")
-    chosen, passed_over = planner._admit(engine.table.rows, engine.view(), NOW_S)
+    chosen, leftover, _ = planner._admit(engine.table.rows, engine.view(), NOW_S)
     # The planner leaves out the prompt that has begun: it runs already.
     assert len(found.due_s) == len(chosen) + 1
-    assert len(passed_over) == 1
+    assert (engine.table.rows["status"][leftover] == Status.UNDECIDED).sum() == 1
 
 
 def test_a_publication_survives_json() -> None:
