@@ -5,6 +5,7 @@ The planner acts on it; a replica that publishes its state to routers shows it. 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from slos_serve.planning.candidates import forecast_lengths, gather, with_time_f
 from slos_serve.planning.drafting import NO_DRAFTS, DraftPlan
 from slos_serve.planning.lengths import EDGES, LengthForecast
 from slos_serve.planning.memory import forecast, reserve
-from slos_serve.planning.prefill_rate import BoolArray, FloatArray, IntArray, linear_step_s, prefill_rate
+from slos_serve.planning.prefill_rate import BoolArray, FloatArray, IntArray, linear_step_s, linear_tokens, prefill_rate
 from slos_serve.planning.settings import PlannerSettings
 
 # With weights by length, a prompt of this length weighs what its class says.
@@ -75,6 +76,7 @@ def judge(
     forecast_memory: bool,
     count_freed: bool = False,
     kept_blocks: int = 0,
+    longest_step_s: float = math.inf,
     drafts: DraftPlan = NO_DRAFTS,
 ) -> Admission:
     """Admission at ``now_s``; reads the view only.
@@ -88,6 +90,7 @@ def judge(
         forecast_memory: forecast KV over time, or reserve the sum of peaks: one checkpoint, stricter.
         count_freed: add the time that running decodes leave, see :func:`with_time_freed`; without it, stricter.
         kept_blocks: KV blocks that promises leave to somebody else.
+        longest_step_s: longest a step of prompts may take.
         drafts: draft lengths of the tiers.
     """
     rows = view.table.rows
@@ -115,8 +118,11 @@ def judge(
     # What drafts make of the pace holds for those who have their lead as well.
     periods_s = np.where(np.isfinite(pace_s), own_periods_s / np.where(np.isfinite(pace_s), pace_s, 1.0), 1.0) * longer
     start_s = now_s + cut_short_s(coefficients)
+    most_tokens = float(view.max_num_batched_tokens)
+    if longest_step_s < math.inf:
+        most_tokens = float(linear_tokens(coefficients, longest_step_s, most_tokens))
     model = (
-        counts, periods_s, tokens_each, period_s_each, draft_s, coefficients, float(view.max_num_batched_tokens),
+        counts, periods_s, tokens_each, period_s_each, draft_s, coefficients, most_tokens,
     )  # fmt: skip
     fluid_due_s = due_s
     if count_freed and len(drafts.tokens) == 0:

@@ -182,6 +182,8 @@ class Planner:
 
     def _longest_step_s(self) -> float:
         """A request that comes while a step runs must still make its first token by a step of its own."""
+        if self.settings.max_draft_tokens > 0:
+            return np.inf  # draft lengths are chosen for steps of their own bound
         fixed_s = float(linear_step_s(self._coefficients, 0.0))
         return max(STEP_SHARE_OF_TTFT * self._tightest_s, LEAST_STEP_FIXED * fixed_s)
 
@@ -226,6 +228,7 @@ class Planner:
                 self.lengths,
                 forecast_memory=self.settings.forecast_memory,
                 count_freed=self.settings.count_freed,
+                longest_step_s=self._longest_step_s(),
                 kept_blocks=self._aging.blocks(rows, view.block_size),
                 drafts=self.drafting.present,
             )

@@ -52,7 +52,7 @@ class PlannerSettings:
     ttft_margin_s: float = 0.0
     attain_level: float = 0.99
     residual_quantile: float = 0.0
-    step_margin: float = 0.01
+    step_margin: float = 0.05
     length_quantile: float = 0.7
     max_implied_ttft_s: float = 30.0
     length_weight: float = 0.0
