@@ -83,8 +83,13 @@ def test_the_newest_publication_is_what_arrives(relay: Relay, inbox: Inbox, publ
 
 
 def test_an_inbox_that_listens_to_nobody_rests(monkeypatch: pytest.MonkeyPatch) -> None:
-    polls = []
-    monkeypatch.setattr(zmq.Poller, "poll", lambda *_: polls.append(1) or [])
+    polls: list[int] = []
+
+    def poll(*_: object) -> list[object]:
+        polls.append(1)
+        return []
+
+    monkeypatch.setattr(zmq.Poller, "poll", poll)
     inbox = Inbox()
     threading.Event().wait(0.2)
     inbox.close()
