@@ -1,7 +1,7 @@
 # `make help` lists the targets; each builds the environment first if it has to.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint format bench test-vllm lock clean
+.PHONY: help setup demo test test-long lint format bench test-vllm lock clean
 
 PY := .venv/bin/python
 ARGS ?=
@@ -16,8 +16,11 @@ setup:  ## make .venv with the pinned requirements (nothing to do when it is up 
 demo: setup  ## serve the same requests with stock vLLM and with SLOs-Serve, and count the promises kept
 	.venv/bin/slos-serve demo --json demo.json --png demo.png $(ARGS)
 
-test: setup  ## run every test (ARGS="-m 'not engine'" leaves out those that start a real engine)
+test: setup  ## run every test but those of `make test-long` (ARGS="-m 'not engine'" leaves out those that start a real engine)
 	$(PY) -m pytest $(ARGS)
+
+test-long: setup  ## what `make test` leaves out: two engines under Ray Serve, one of them killed; drafts on a real engine
+	$(PY) -m pytest -m long $(ARGS)
 
 lint: setup  ## ruff, mypy --strict, import-linter
 	.venv/bin/ruff check .

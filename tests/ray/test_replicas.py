@@ -29,7 +29,7 @@ from slos_serve.vllm_plugin.identity import device_name
 from slos_serve.vllm_plugin.launch import ServerProcess, cpu_engine_args, free_port
 from tests.ray.processes import titled
 
-pytestmark = [pytest.mark.ray, pytest.mark.engine]
+pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.long]
 
 MODEL = "small"
 NUM_REQUESTS = 40

@@ -38,7 +38,7 @@ DEFAULT_PORT = 8000
 DEFAULT_HOST = "127.0.0.1"
 USAGE_ERROR = 2
 INTERRUPTED_STOP_S = 5.0
-DEFAULT_ORDER = "prefix"
+DEFAULT_ORDER = Order.PREFIX.value
 # How typer must register the command for vLLM's arguments to pass.
 _OURS = ("--scheduler-cls", "--model")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import numpy as np
@@ -58,6 +58,10 @@ class EngineView:
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+
+    def without_requests(self) -> EngineView:
+        """The same engine with nothing in it."""
+        return replace(self, running=_no_slots(), waiting=_no_slots(), free_blocks=self.total_blocks)
 
 
 def _no_slots() -> SlotArray:

@@ -73,6 +73,9 @@ class Inbox:
                     sockets[replica] = _subscribed(context, address)
                     names[sockets[replica]] = replica
                     poller.register(sockets[replica], zmq.POLLIN)
+            if not sockets:  # a poll of nothing does not wait
+                self._ended.wait(_POLL_MS / 1000.0)
+                continue
             for socket, _ in poller.poll(_POLL_MS):
                 self._read(socket, names[socket])
         context.destroy(linger=0)

@@ -39,6 +39,8 @@ def route_sharded(
     """
     if not 0 <= home < len(shards):
         raise InvalidFieldError("home", home, f"0 to {len(shards) - 1}")
+    # A router all of whose replicas are gone passes on what it gets.
+    home = next((at % len(shards) for at in range(home, home + len(shards)) if len(shards[at % len(shards)])), home)
     others = min(tries, len(shards) - 1) if request.has_slo else 0
     if not others:
         return route(now_s, request, shards[home], settings)

@@ -85,17 +85,7 @@ class Published:
 
     def idle(self, now_s: float, view: EngineView) -> None:
         """Publish that nothing is left."""
-        none = np.empty(0, dtype=np.int64)
-        empty = EngineView(
-            view.table,
-            none,
-            none,
-            view.total_blocks,
-            view.total_blocks,
-            view.block_size,
-            view.max_num_seqs,
-            view.max_num_batched_tokens,
-        )
+        empty = view.without_requests()
         self._deliver(self._publisher.publish(now_s, empty, None, self._policy.correction.factor))
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import zmq
 
 from slos_serve.core.plan import EngineView, StepPlan
-from slos_serve.core.request import REQUEST_DTYPE, RequestTable
+from slos_serve.core.request import REQUEST_DTYPE
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.routing.projection import carry_out
 from slos_serve.routing.publication import Publication
@@ -70,7 +70,7 @@ class EnginePublisher:
 
     def idle(self, now_s: float, engine: EngineView) -> None:
         """Publish that no request is left in the engine; ``engine`` gives its sizes."""
-        self.unplanned(now_s, empty_view(engine))
+        self.unplanned(now_s, engine.without_requests())
 
     def deliver(self, publication: Publication) -> None:
         """Hand it to the transport, which keeps the newest."""
@@ -100,18 +100,3 @@ def publisher_of(settings: PluginSettings, policy: SLOsServePolicy | None) -> En
     if settings.publish_to is None or policy is None:
         return None
     return EnginePublisher(settings.publish_to, policy, settings.publish_every_s)
-
-
-def empty_view(engine: EngineView) -> EngineView:
-    """An engine of the same sizes without requests."""
-    none = np.empty(0, dtype=np.int64)
-    return EngineView(
-        table=RequestTable(1),
-        running=none,
-        waiting=none,
-        free_blocks=engine.total_blocks,
-        total_blocks=engine.total_blocks,
-        block_size=engine.block_size,
-        max_num_seqs=engine.max_num_seqs,
-        max_num_batched_tokens=engine.max_num_batched_tokens,
-    )

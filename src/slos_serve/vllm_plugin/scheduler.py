@@ -283,8 +283,10 @@ class SLOScheduler(AsyncScheduler):
 
     def _slo_publish_unplanned(self) -> None:
         """Steps without a plan publish too, when it is time."""
+        if self._slo_publisher is None:
+            return
         now_s = self.slo_clock_s()
-        if self._slo_publisher is not None and self._slo_publisher.due(now_s):
+        if self._slo_publisher.due(now_s):
             self._slo_publisher.unplanned(now_s, self._slo_book.view(self, now_s))
 
     def _slo_publish_idle(self) -> None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
+import zmq
 
 pytest.importorskip("zmq")
 
@@ -79,6 +80,21 @@ def test_the_newest_publication_is_what_arrives(relay: Relay, inbox: Inbox, publ
     publisher.idle(NOW_S + 1.0, loaded(7).view())
     while first_of(inbox, "r1").publication("r1").sequence != 2:
         pass
+
+
+def test_an_inbox_that_listens_to_nobody_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    polls: list[int] = []
+
+    def poll(*_: object) -> list[object]:
+        polls.append(threading.get_ident())  # inboxes of other tests may be listening too
+        return []
+
+    monkeypatch.setattr(zmq.Poller, "poll", poll)
+    inbox = Inbox()
+    threading.Event().wait(0.2)
+    own = inbox._thread.ident
+    inbox.close()
+    assert own not in polls
 
 
 def test_an_engine_without_a_reader_is_not_held_up() -> None:

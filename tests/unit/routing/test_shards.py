@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.routing.router import Verdict, Why, route
+from slos_serve.routing.router import RoutingRequest, Verdict, Why, route
 from slos_serve.routing.shards import route_sharded
 from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, request
 
@@ -37,6 +37,13 @@ def test_what_nobody_attains_stays_at_home_and_reserves_nothing_elsewhere() -> N
     refused = route_sharded(NOW_S, request(9000, due_in_s=0.3, reject_when_full=True), shards, 0)
     assert (refused.replica, refused.verdict) == (None, Verdict.REJECT)
     assert [int(shard.arrays.num_unpromised[0]) for shard in shards] == [1, 0]
+
+
+@pytest.mark.parametrize("asked", [HOPELESS, request(due_in_s=np.inf, tpot_s=np.inf)])
+def test_a_router_without_replicas_passes_on(asked: RoutingRequest) -> None:
+    shards = [mirrors_of(), mirrors_of(b=loaded(0))]
+    decision = route_sharded(NOW_S, asked, shards, 0)
+    assert (decision.replica, decision.verdict) == ("b", Verdict.BEST_EFFORT)
 
 
 def test_home_must_exist() -> None:
