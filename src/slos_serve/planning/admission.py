@@ -117,7 +117,7 @@ def judge(
     longer, tokens_each, period_s_each, draft_s = drafts.applied(pace_s, extra_s, settings.tpot_margin)
     # What drafts make of the pace holds for those who have their lead as well.
     periods_s = np.where(np.isfinite(pace_s), own_periods_s / np.where(np.isfinite(pace_s), pace_s, 1.0), 1.0) * longer
-    start_s = now_s + cut_short_s(coefficients)
+    start_s = now_s + cut_short_s(coefficients, drafting=len(drafts.tokens) > 0)
     most_tokens = float(view.max_num_batched_tokens)
     if longest_step_s < math.inf:
         most_tokens = float(linear_tokens(coefficients, longest_step_s, most_tokens))
@@ -171,9 +171,10 @@ def judge(
     )
 
 
-def cut_short_s(coefficients: FloatArray) -> float:
+def cut_short_s(coefficients: FloatArray, drafting: bool = False) -> float:
     """Seconds by which admission's fluid starts late.
 
-    The batch that ends a prompt is cut short by its due time: one more fixed cost than a fluid has.
+    The batch that ends a prompt is cut short by its due time: one more fixed cost than a fluid has. Twice that beside
+    drafts, whose verifications bring fewer tokens than their mean now and then.
     """
-    return float(linear_step_s(coefficients, 0.0))
+    return float(linear_step_s(coefficients, 0.0)) * (2.0 if drafting else 1.0)

@@ -264,6 +264,45 @@ def _absorbable_s(
 
 
 @njit(cache=True)
+def _rescue_s(
+    rows: RequestArray,
+    work: Work,
+    drafts: Drafts,
+    now_s: float,
+    limit_s: float,
+    limits: Limits,
+    all_decodes_s: float,
+    all_fixed_s: float,
+) -> float:
+    """Length of a step that ends the promised prompts which no later step would end in time; 0 without any.
+
+    Admission counts prompts as a fluid, batches are whole: the last few tokens of a prompt may fall into a step of their
+    own, beside all the decodes once more, and be late. Decodes lend it their margin, which is there for that: none comes
+    later than its TPOT allows. Their due times are as before, so that the margin is made up for next.
+    """
+    coefficients, prompt_tokens, fixed_s = limits.coefficients, 0.0, all_fixed_s
+    tokens = float(len(work.decodes) + drafts.lengths.sum())
+    for j in range(len(work.prefills)):
+        slot, room_s = work.prefills[j], work.prefill_due_s[j] - now_s
+        done, todo = tokens_done(rows, slot), tokens_left(rows, slot)
+        prompt_tokens += todo
+        fixed_s += coefficients[K_SEQ] + coefficients[K_CTX] * done + coefficients[K_Q] * todo * (todo + 2 * done)
+        whole_s = linear_step_s(coefficients, tokens + prompt_tokens) + fixed_s
+        if whole_s <= limit_s or whole_s + all_decodes_s <= room_s:
+            continue
+        if whole_s > room_s or tokens + prompt_tokens > limits.max_tokens:
+            return 0.0
+        for decode in work.decodes:
+            late_s = now_s + whole_s - next_due_s(rows, decode, 0.0)
+            left = rows["expected_tokens"][decode] - rows["output_tokens"][decode]
+            gain_s = rows["tpot_s"][decode] - all_decodes_s
+            if late_s > 0.0 and late_s > CATCH_UP_SHARE * left * gain_s:
+                return 0.0
+        return whole_s
+    return 0.0
+
+
+@njit(cache=True)
 def _step_limits_s(
     rows: RequestArray,
     work: Work,
@@ -295,6 +334,8 @@ def _step_limits_s(
         )
         if whole_s <= full_s and whole_s <= ABSORBED_PERIODS * drafts.longest_s:
             limit_s = max(limit_s, whole_s)
+    if len(work.decodes) > 0:
+        limit_s = max(limit_s, _rescue_s(rows, work, drafts, now_s, limit_s, limits, all_decodes_s, all_fixed_s))
     return limit_s, max(min(drafts.ahead_s, full_s), all_decodes_s)
 
 

@@ -62,6 +62,21 @@ def still_runs(rows: RequestArray, slot: int, more: float, survival: FloatArray,
 
 
 @njit(cache=True)
+def _blocks_at(rows: RequestArray, slot: int, more: float, later: float, block_size: int) -> float:
+    """Blocks of a request that has generated ``more`` tokens after those it has, and is on its way to ``later``.
+
+    Where the client said how long its answer is, nothing but the next moment bounds what it holds until then: between
+    two moments it grows and may end, and the sum over all requests peaks just before an end. Where lengths are guessed
+    the spread of the guesses covers that.
+    """
+    held = rows["prompt_tokens"][slot] + rows["output_tokens"][slot]
+    if rows["hint_tokens"][slot] > rows["output_tokens"][slot]:
+        left = rows["hint_tokens"][slot] - rows["output_tokens"][slot]
+        return float(blocks_for(held + int(min(max(later, more), left)), block_size))
+    return float((held + more) / block_size + 0.5)
+
+
+@njit(cache=True)
 def forecast(
     rows: RequestArray,
     running: SlotArray,
@@ -96,33 +111,35 @@ def forecast(
     if not np.isfinite(pace_s):
         pace_s = UNPROMISED_PACE_S
     moments = len(CHECKPOINT_TOKENS)
+    last = moments - 1
     memory = np.zeros((len(candidates), moments))
     used, variance = np.zeros(moments), np.zeros(moments)
     for slot in running:
         if rows["status"][slot] != ADMITTED or rows["output_tokens"][slot] == 0 or tokens_to_do(rows, slot) > 1:
             continue
-        held, tpot_s = rows["prompt_tokens"][slot] + rows["output_tokens"][slot], rows["tpot_s"][slot]
+        tokens_a_pace = pace_s / rows["tpot_s"][slot]
         own = survival[rows["class_index"][slot]]
         so_far = survives(own, edges, float(rows["output_tokens"][slot]))
         for k in range(moments):
-            more = CHECKPOINT_TOKENS[k] * pace_s / tpot_s
+            more, later = CHECKPOINT_TOKENS[k] * tokens_a_pace, CHECKPOINT_TOKENS[min(k + 1, last)] * tokens_a_pace
             share = share_left(rows, slot, more, so_far, own, edges)
             if share <= 0.0:
                 break  # it has ended, at every later moment too
-            blocks = (held + more) / block_size + 0.5
+            blocks = _blocks_at(rows, slot, more, later, block_size)
             used[k] += share * blocks
             variance[k] += share * (1.0 - share) * blocks * blocks
     room = total_blocks - used - SPREAD * np.sqrt(variance)
     slack = room.copy()
     for j in range(len(candidates)):
         slot = candidates[j]
-        held, wait_s = rows["prompt_tokens"][slot] + rows["output_tokens"][slot], max(due_s[j] - now_s, 0.0)
+        wait_s = max(due_s[j] - now_s, 0.0)
         own = survival[rows["class_index"][slot]]
         so_far = survives(own, edges, float(rows["output_tokens"][slot]))
         for k in range(moments):
             more = max(CHECKPOINT_TOKENS[k] * pace_s - wait_s, 0.0) / rows["tpot_s"][slot]
+            later = max(CHECKPOINT_TOKENS[min(k + 1, last)] * pace_s - wait_s, 0.0) / rows["tpot_s"][slot]
             share = share_left(rows, slot, more, so_far, own, edges)
-            memory[j, k] = share * ((held + more) / block_size + 0.5)
+            memory[j, k] = share * _blocks_at(rows, slot, more, later, block_size)
             slack[k] -= memory[j, k]
     binding = np.flatnonzero(slack < 0.0)
     if len(binding) == 0:
