@@ -7,6 +7,15 @@ venv=${1:-.venv}
 version=${2:-}
 stamp=$venv/.slos-serve-installed
 
+# numba looks for changes in a kernel's own file only, not in those of the kernels it calls: after any change, all are
+# compiled anew.
+while read -r source; do
+    if [ -n "$(find src -name '*.nbi' ! -newer "$source" -print -quit)" ]; then
+        find src -name '*.nb[ic]' -delete
+        break
+    fi
+done < <(grep -rl "^@njit" src --include='*.py')
+
 # An environment remembers absolute paths, and a half-made one has no working pip: both are made anew.
 if [ -e "$venv" ] && { [ -f "$stamp" ] && [ "$(head -n 1 "$stamp")" != "$PWD" ] || ! "$venv/bin/python" -c "" 2>/dev/null; }; then
     echo "setup: $venv was made elsewhere or is broken; making it anew"

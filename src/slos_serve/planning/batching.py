@@ -11,14 +11,12 @@ most one chunk, and that chunk comes last in the engine's order (running before 
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numba import njit
 
 from slos_serve.core.plan import Reason
 from slos_serve.core.request import RequestArray, SlotArray
-from slos_serve.perf.batch_time import K_CTX, K_Q, K_S, K_SEQ
+from slos_serve.perf.batch_time import K_CTX, K_S, K_SEQ
 from slos_serve.planning.batch import (
     DRAFT_STEPS,
     FIXED_S,
@@ -41,8 +39,9 @@ from slos_serve.planning.batch import (
     tokens_done,
     tokens_left,
 )
-from slos_serve.planning.candidates import ADMITTED, CATCH_UP_SHARE, next_due_s, tier_of, tokens_to_do
 from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
+from slos_serve.planning.step_length import step_limits_s
+from slos_serve.planning.work import Drafts, Work, anyone_prefills, cap_drafts, draft_of, drafts_of, sort_out
 
 DECODE_DUE = int(Reason.DECODE_DUE)
 PREFILL_DEADLINE = int(Reason.PREFILL_DEADLINE)
@@ -54,12 +53,6 @@ NO_MEMORY = int(Reason.NO_MEMORY)
 _EPSILON_S = 1e-9
 # When the due decodes alone overfill a step, those that can wait for this part of the next one do.
 CROWDED_SHARE = 0.75
-# A verification may bring one token only. Decodes that draft are kept this many batches ahead of their due times, so
-# that a few such in a row neither make them late nor cut batches short. A verification costs the same now or later.
-LEAD_PERIODS = 6.0
-# With that lead nobody is late after a long step, but prompts that come during it are: the only prompt there is makes a
-# step at most this many times as long as one beside drafting decodes may be.
-ABSORBED_PERIODS = 2.0
 # A turn of whoever is kept (see ``aging``) computes no less of its prompt, however full the step.
 TURN_TOKENS = 64
 # Prompts without a promise wait until promised decodes are this many tokens ahead on average: that lead is what the
@@ -69,274 +62,12 @@ LEAD_TOKENS = 8.0
 STOPPED, WAITING_STARTED = range(2)
 
 
-class Work(NamedTuple):
-    """What there is to run, each part in the order of its due times.
-
-    Attributes:
-        decodes, decode_due_s: promised decodes.
-        prefills, prefill_due_s: promised prompts, running ones and those that admission serves.
-        extras: running requests that only use what is left over, in the engine's order.
-        shortest_s: shortest time between two tokens of a promised decode, margin taken off.
-    """
-
-    decodes: SlotArray
-    decode_due_s: FloatArray
-    prefills: SlotArray
-    prefill_due_s: FloatArray
-    extras: SlotArray
-    shortest_s: float
-
-
-class Drafts(NamedTuple):
-    """What the promised decodes draft in this step.
-
-    Attributes:
-        lengths: int64 [decodes].
-        longest_s: how long a step beside them may last; no bound without speculation.
-        ahead_s: decodes due within this much of the end of the step are in it; the shortest pace without speculation.
-    """
-
-    lengths: IntArray
-    longest_s: float
-    ahead_s: float
-
-
-@njit(cache=True)
-def _sort_out(rows: RequestArray, running: SlotArray, chosen: SlotArray, tpot_margin: float, turn: int) -> Work:
-    """Tell promised decodes, promised prefills and the rest apart; ``turn`` is in none of them."""
-    most = len(running) + len(chosen)
-    decodes, decode_due_s = np.empty(most, dtype=np.int64), np.empty(most)
-    prefills, prefill_due_s = np.empty(most, dtype=np.int64), np.empty(most)
-    extras = np.empty(most, dtype=np.int64)
-    num_decodes, num_prefills, num_extras = 0, 0, 0
-    shortest_s = np.inf
-    for slot in running:
-        todo = tokens_to_do(rows, slot)
-        if todo <= 0 or rows["output_tokens"][slot] >= rows["max_tokens"][slot]:
-            continue  # its last token is in flight
-        if slot == turn:
-            continue
-        if rows["status"][slot] != ADMITTED:
-            extras[num_extras] = slot
-            num_extras += 1
-        elif rows["output_tokens"][slot] > 0 and todo <= 1:
-            decodes[num_decodes] = slot
-            decode_due_s[num_decodes] = next_due_s(rows, slot, tpot_margin)
-            shortest_s = min(shortest_s, rows["tpot_s"][slot] * (1.0 - tpot_margin))
-            num_decodes += 1
-        else:
-            prefills[num_prefills] = slot
-            prefill_due_s[num_prefills] = next_due_s(rows, slot, tpot_margin)
-            num_prefills += 1
-    for slot in chosen:
-        if slot == turn:
-            continue
-        prefills[num_prefills] = slot
-        prefill_due_s[num_prefills] = next_due_s(rows, slot, tpot_margin)
-        num_prefills += 1
-    first = np.argsort(decode_due_s[:num_decodes], kind="mergesort")
-    second = np.argsort(prefill_due_s[:num_prefills], kind="mergesort")
-    return Work(
-        decodes[:num_decodes][first],
-        decode_due_s[:num_decodes][first],
-        prefills[:num_prefills][second],
-        prefill_due_s[:num_prefills][second],
-        extras[:num_extras],
-        shortest_s,
-    )
-
-
-@njit(cache=True)
-def draft_of(rows: RequestArray, slot: int, tier_tpot_s: FloatArray, tier_drafts: IntArray) -> int:
-    """Draft length of a decode: its tier's, as far as it has drafts and may still generate tokens."""
-    if len(tier_drafts) == 0:
-        return 0
-    left = min(rows["max_tokens"][slot] - rows["output_tokens"][slot] - 1, rows["draft_limit"][slot])
-    return int(max(min(tier_drafts[tier_of(tier_tpot_s, rows["tpot_s"][slot])], left), 0))
-
-
-@njit(cache=True)
-def _drafts_of(
-    rows: RequestArray,
-    work: Work,
-    tpot_margin: float,
-    tier_tpot_s: FloatArray,
-    tier_drafts: IntArray,
-    tier_longer: FloatArray,
-) -> Drafts:
-    """Look up every promised decode's tier. When none drafts anything the step is as without speculation."""
-    count = len(work.decodes)
-    lengths = np.zeros(count, dtype=np.int64)
-    if len(tier_drafts) == 0:
-        return Drafts(lengths, np.inf, work.shortest_s)
-    longest_s = np.inf
-    for j in range(count):
-        slot = work.decodes[j]
-        level = tier_of(tier_tpot_s, rows["tpot_s"][slot])
-        lengths[j] = draft_of(rows, slot, tier_tpot_s, tier_drafts)
-        longest_s = min(longest_s, rows["tpot_s"][slot] * (1.0 - tpot_margin) * tier_longer[level])
-    if not lengths.any():
-        return Drafts(lengths, np.inf, work.shortest_s)
-    return Drafts(lengths, longest_s, LEAD_PERIODS * longest_s)
-
-
-@njit(cache=True)
-def _anyone_prefills(rows: RequestArray, extras: SlotArray) -> bool:
-    """Whether one of them has more to compute than its next token."""
-    found = False
-    for slot in extras:
-        found = found or rows["output_tokens"][slot] == 0 or tokens_left(rows, slot) > 1
-    return found
-
-
-@njit(cache=True)
-def _cap_drafts(
-    rows: RequestArray, work: Work, drafts: Drafts, due_until_s: float, limit_s: float, limits: Limits
-) -> None:
-    """Shorten drafts to the longest with which the decodes due by ``due_until_s`` end within ``limit_s``; 0 at least.
-
-    They also leave every one of these decodes a token of the step.
-    """
-    coefficients = limits.coefficients
-    fixed_s, count, longest = 0.0, 0, 0
-    for j in range(len(work.decodes)):
-        if work.decode_due_s[j] <= due_until_s:
-            fixed_s += coefficients[K_SEQ] + coefficients[K_CTX] * rows["computed_tokens"][work.decodes[j]]
-            longest = max(longest, drafts.lengths[j])
-            count += 1
-    cap = longest
-    while cap > 0:
-        tokens = 0.0
-        for j in range(len(work.decodes)):
-            if work.decode_due_s[j] <= due_until_s:
-                tokens += 1.0 + min(drafts.lengths[j], cap)
-        step_s = linear_step_s(coefficients, tokens) + fixed_s + coefficients[K_S] * cap
-        if step_s <= limit_s and tokens <= limits.max_tokens:
-            break
-        cap -= 1
-    if cap < longest:
-        for j in range(len(work.decodes)):
-            drafts.lengths[j] = min(drafts.lengths[j], cap)
-
-
 @njit(cache=True)
 def _youngest_first(rows: RequestArray, slots: SlotArray, kept: int) -> SlotArray:
     """Best effort gives way youngest first: the oldest keeps what it has done, and ``kept`` does not give way."""
     ordered = slots[np.argsort(-rows["order"][slots], kind="mergesort")]
     giving: SlotArray = ordered[ordered != kept]
     return giving
-
-
-@njit(cache=True)
-def _absorbable_s(
-    rows: RequestArray,
-    slot: int,
-    work: Work,
-    drafts: Drafts,
-    now_s: float,
-    coefficients: FloatArray,
-    tpot_margin: float,
-    all_decodes_s: float,
-    all_fixed_s: float,
-) -> float:
-    """Length of a step that ends the only prompt there is beside every decode, if each can make up for the wait.
-
-    A promise is about the mean of a stage. With nobody else waiting, a decode that comes late once catches up at the
-    engine's own speed; it may be late by a small part of what its forecast tokens can make up, never beyond its stall
-    bound, and only while decodes take no more than half of their pace: a fuller engine has no time to catch up in.
-    0 when one of them could not.
-    """
-    done, todo = tokens_done(rows, slot), tokens_left(rows, slot)
-    whole_s = linear_step_s(coefficients, float(len(work.decodes) + drafts.lengths.sum() + todo)) + all_fixed_s
-    whole_s += coefficients[K_SEQ] + coefficients[K_CTX] * done + coefficients[K_Q] * todo * (todo + 2 * done)
-    for j in range(len(work.decodes)):
-        decode = work.decodes[j]
-        late_s = now_s + whole_s - work.decode_due_s[j]
-        left = rows["expected_tokens"][decode] - rows["output_tokens"][decode]
-        gain_s = rows["tpot_s"][decode] * (1.0 - tpot_margin) - all_decodes_s
-        if late_s > 0.0 and gain_s < all_decodes_s:
-            return 0.0
-        if late_s > 0.0 and late_s > CATCH_UP_SHARE * left * gain_s:
-            return 0.0
-        if now_s + whole_s > rows["last_token_s"][decode] + rows["max_stall_s"][decode]:
-            return 0.0
-    return float(whole_s)
-
-
-@njit(cache=True)
-def _rescue_s(
-    rows: RequestArray,
-    work: Work,
-    drafts: Drafts,
-    now_s: float,
-    limit_s: float,
-    limits: Limits,
-    all_decodes_s: float,
-    all_fixed_s: float,
-) -> float:
-    """Length of a step that ends the promised prompts which no later step would end in time; 0 without any.
-
-    Admission counts prompts as a fluid, batches are whole: the last few tokens of a prompt may fall into a step of their
-    own, beside all the decodes once more, and be late. Decodes lend it their margin, which is there for that: none comes
-    later than its TPOT allows. Their due times are as before, so that the margin is made up for next.
-    """
-    coefficients, prompt_tokens, fixed_s = limits.coefficients, 0.0, all_fixed_s
-    tokens = float(len(work.decodes) + drafts.lengths.sum())
-    for j in range(len(work.prefills)):
-        slot, room_s = work.prefills[j], work.prefill_due_s[j] - now_s
-        done, todo = tokens_done(rows, slot), tokens_left(rows, slot)
-        prompt_tokens += todo
-        fixed_s += coefficients[K_SEQ] + coefficients[K_CTX] * done + coefficients[K_Q] * todo * (todo + 2 * done)
-        whole_s = linear_step_s(coefficients, tokens + prompt_tokens) + fixed_s
-        if whole_s <= limit_s or whole_s + all_decodes_s <= room_s:
-            continue
-        if whole_s > room_s or tokens + prompt_tokens > limits.max_tokens:
-            return 0.0
-        for decode in work.decodes:
-            late_s = now_s + whole_s - next_due_s(rows, decode, 0.0)
-            left = rows["expected_tokens"][decode] - rows["output_tokens"][decode]
-            gain_s = rows["tpot_s"][decode] - all_decodes_s
-            if late_s > 0.0 and late_s > CATCH_UP_SHARE * left * gain_s:
-                return 0.0
-        return whole_s
-    return 0.0
-
-
-@njit(cache=True)
-def _step_limits_s(
-    rows: RequestArray,
-    work: Work,
-    drafts: Drafts,
-    now_s: float,
-    limits: Limits,
-    tpot_margin: float,
-    longest_s: float,
-) -> tuple[float, float]:
-    """How long the step may last (until the earliest due time, a full batch at most), and how long the next one may."""
-    coefficients = limits.coefficients
-    full_s = min(linear_step_s(coefficients, float(limits.max_tokens)), longest_s)
-    all_decodes_s, all_fixed_s = 0.0, 0.0
-    if len(work.decodes) > 0:
-        context = 0.0
-        for slot in work.decodes:
-            context += rows["computed_tokens"][slot]
-        all_fixed_s = coefficients[K_SEQ] * len(work.decodes) + coefficients[K_CTX] * context
-        all_fixed_s += coefficients[K_S] * drafts.lengths.max()
-        all_decodes_s = linear_step_s(coefficients, float(len(work.decodes) + drafts.lengths.sum())) + all_fixed_s
-        full_s += all_fixed_s
-    limit_s = full_s
-    for due_s in work.decode_due_s:
-        limit_s = min(limit_s, due_s - now_s)
-    limit_s = min(limit_s, max(drafts.longest_s, all_decodes_s))
-    if len(work.prefills) == 1 and len(work.decodes) > 0:
-        whole_s = _absorbable_s(
-            rows, work.prefills[0], work, drafts, now_s, coefficients, tpot_margin, all_decodes_s, all_fixed_s
-        )
-        if whole_s <= full_s and whole_s <= ABSORBED_PERIODS * drafts.longest_s:
-            limit_s = max(limit_s, whole_s)
-    if len(work.decodes) > 0:
-        limit_s = max(limit_s, _rescue_s(rows, work, drafts, now_s, limit_s, limits, all_decodes_s, all_fixed_s))
-    return limit_s, max(min(drafts.ahead_s, full_s), all_decodes_s)
 
 
 @njit(cache=True)
@@ -625,21 +356,21 @@ def form_batch(
         slots, tokens, reasons, draft lengths (running ones first), held, held_reasons, preempt, predicted seconds.
     """
     limits = Limits(coefficients, max_tokens, min_chunk, block_size, max_num_seqs)
-    work = _sort_out(rows, running, chosen, tpot_margin, turn)
+    work = sort_out(rows, running, chosen, tpot_margin, turn)
     most = len(running) + len(chosen) + len(leftover)
     batch = empty_batch(most, len(running), free_blocks, _youngest_first(rows, work.extras, kept))
     flags = np.zeros(2, dtype=np.int64)
     lengths = tier_drafts
-    if len(work.prefills) + len(leftover) == 0 and not _anyone_prefills(rows, work.extras):
+    if len(work.prefills) + len(leftover) == 0 and not anyone_prefills(rows, work.extras):
         lengths = alone_drafts
-    drafts = _drafts_of(rows, work, tpot_margin, tier_tpot_s, lengths, tier_longer)
-    limit_s, next_s = _step_limits_s(rows, work, drafts, now_s, limits, tpot_margin, longest_s)
+    drafts = drafts_of(rows, work, tpot_margin, tier_tpot_s, lengths, tier_longer)
+    limit_s, next_s = step_limits_s(rows, work, drafts, now_s, limits, tpot_margin, longest_s)
     may_hold = hold_decodes and len(work.prefills) > 0
     until_s = now_s + max(limit_s, 0.0) + next_s
     crowded_s = now_s + max(limit_s, 0.0) + CROWDED_SHARE * work.shortest_s if hold_decodes else np.inf
     pace_s = max(limit_s, work.shortest_s)
     if len(lengths) > 0:
-        _cap_drafts(rows, work, drafts, until_s if may_hold else np.inf, pace_s, limits)
+        cap_drafts(rows, work, drafts, until_s if may_hold else np.inf, pace_s, limits)
     early, early_drafts = _add_due_decodes(rows, work, drafts, until_s, crowded_s, pace_s, may_hold, limits, batch)
     limit_s = max(limit_s, batch_s(coefficients, batch.sums))
     budget = max_tokens

@@ -28,21 +28,20 @@ def bin_edges() -> NDArray[np.float64]:
 
 
 EDGES = bin_edges()
-_LOG_GROWTH = float(np.log(GROWTH))
+# The bin of every short length, for kernels that ask for every request at several moments.
+_BIN_OF = np.searchsorted(EDGES, np.arange(4096.0))
 
 
 @njit(cache=True)
 def bin_of(edges: NDArray[np.float64], tokens: float) -> int:
     """First bin whose upper edge is at or above ``tokens``; ``len(edges)`` past the last.
 
-    As ``np.searchsorted``, but begins where the geometric edges would have it: kernels ask this for every request.
+    As ``np.searchsorted`` in ``edges``, which must be :data:`EDGES`: short lengths are looked up.
     """
-    at = min(int(np.log(tokens / FIRST_EDGE) / _LOG_GROWTH), len(edges)) if tokens > FIRST_EDGE else 0
-    while at > 0 and edges[at - 1] >= tokens:
-        at -= 1
-    while at < len(edges) and edges[at] < tokens:
-        at += 1
-    return at
+    at = int(np.ceil(tokens))
+    if at < len(_BIN_OF):
+        return int(_BIN_OF[max(at, 0)])
+    return int(np.searchsorted(edges, tokens))
 
 
 class LengthForecast:
@@ -62,7 +61,7 @@ class LengthForecast:
         self._counts = np.tile(_prior(), (num_classes, 1))
         self._table = np.empty((num_classes, NUM_BINS), dtype=np.float64)
         self._survival = np.zeros((num_classes, NUM_BINS + 1), dtype=np.float64)
-        self._stale = np.ones(num_classes, dtype=bool)
+        self._stale = set(range(num_classes))
         self._seen_since = np.zeros(num_classes, dtype=np.int64)
 
     def observe(self, class_index: int, output_tokens: int) -> None:
@@ -73,7 +72,7 @@ class LengthForecast:
         self._seen_since[class_index] += 1
         # Refreshing the table costs more than an observation, and one answer in many hardly moves a quantile.
         if self._seen_since[class_index] >= min(8.0, 0.02 * row.sum()):
-            self._stale[class_index] = True
+            self._stale.add(class_index)
 
     def table(self) -> NDArray[np.float64]:
         """float64 [num_classes, NUM_BINS]: forecast total length given the bin of the tokens generated so far."""
@@ -86,12 +85,12 @@ class LengthForecast:
         return self._survival
 
     def _refresh(self) -> None:
-        for class_index in np.flatnonzero(self._stale):
+        for class_index in self._stale:
             counts = self._counts[class_index]
             self._table[class_index] = conditional_quantiles(counts, self._quantile)
             self._survival[class_index, :NUM_BINS] = np.cumsum(counts[::-1])[::-1] / counts.sum()
-            self._stale[class_index] = False
             self._seen_since[class_index] = 0
+        self._stale.clear()
 
 
 def conditional_quantiles(counts: NDArray[np.float64], quantile: float) -> NDArray[np.float64]:

@@ -61,6 +61,23 @@ def test_room_that_a_short_answer_gives_back_is_promised_again() -> None:
     assert (memory[0] <= room).all()
 
 
+def test_requests_of_known_length_are_counted_until_just_before_they_end() -> None:
+    """Ten answers end 40 tokens from now, between two moments: just before, they hold 40 tokens more each."""
+    engine = EngineBuilder(total_blocks=1000)
+    for _ in range(10):
+        slot = engine.decode(prompt_tokens=311, output_tokens=10, max_tokens=400, ahead_s=0.05)
+        engine.table.rows["hint_tokens"][slot] = 50
+    asking = engine.wait(800, max_tokens=400, due_in_s=0.2)
+    engine.table.rows["hint_tokens"][asking] = 400
+    running, waiting, due_s = np.array(engine.running), np.array([asking]), np.array([engine.now_s + 0.2])
+    survival = learnt([]).survival()
+    memory, room = forecast(engine.table.rows, running, waiting, due_s, engine.now_s, 0.1, survival, EDGES, 280, 16)
+    most = 10 * -(-(321 + 40) // 16)
+    assert room.min() == 280 - most
+    assert memory[0, np.argmin(room)] >= -(-(800 + 16 - 2) // 16)
+    assert (memory[0] > room).any()
+
+
 def test_best_effort_counts_for_nothing() -> None:
     engine = EngineBuilder(total_blocks=100)
     engine.decode(prompt_tokens=1000, tpot_s=np.inf, status=Status.BEST_EFFORT)
