@@ -85,6 +85,19 @@ def ablation(rows: Rows) -> str:
     return table(["requests/s per GPU", *scenarios], lines)
 
 
+def lengths(rows: Rows) -> str:
+    """Share of the fluid bound that is reached, with unknown and with known lengths."""
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["weight"] != rows[0]["weight"], row["scenario"])):
+        share = 0.9 * row["capacity_rps_per_gpu"] / row["fluid_bound_rps_per_gpu"]
+        kept = f"{100 * row['admitted_attained']:.1f} %"
+        lines.append(
+            [row["weight"], row["scenario"], row["lengths"], _capacity_cell(row), f"{share:.3f}", kept, _quartiles(row)]
+        )
+    head = ["weight", "scenario", "lengths", "requests/s", "share of fluid / 0.9", "of the promised", "by quartile (%)"]
+    return table(head, lines)
+
+
 def burst(rows: Rows) -> str:
     """Who attained in a burst."""
     lines = []
@@ -108,6 +121,7 @@ def scale(rows: Rows) -> str:
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "capacity": ("capacity.json", capacity),
     "capacity-speculative": ("capacity-speculative.json", capacity),
+    "lengths": ("lengths.json", lengths),
     "scaling": ("scaling.json", scaling),
     "ablation": ("ablation.json", ablation),
     "burst10": ("burst10.json", burst),
