@@ -151,9 +151,7 @@ def memory(axes: Axes) -> None:
     for tokens in load["output_tokens"]:
         learnt.observe(0, int(tokens))
     for prompt, whole in zip(load["prompt_tokens"][:60], load["output_tokens"][:60], strict=True):
-        engine.decode(
-            prompt_tokens=int(prompt), output_tokens=int(1 + whole * random.random() * 0.9), max_tokens=1024
-        )
+        engine.decode(prompt_tokens=int(prompt), output_tokens=int(1 + whole * random.random() * 0.9), max_tokens=1024)
     rows, running = engine.table.rows, np.array(engine.running)
     for slot in running:
         generated = float(rows["output_tokens"][slot])
