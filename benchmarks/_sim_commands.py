@@ -15,12 +15,13 @@ def options(
     description: str | None,
     replicas: int,
     rate: float = 0.0,
-    requests: int = 1500,
+    requests: int = 0,
     seeds: int = 3,
     scenarios: Sequence[str] = ("all",),
     drafters: bool = False,
 ) -> argparse.Namespace:
-    """``--output`` (made), ``--replicas``, ``--requests``, ``--rate``, ``--seeds``, ``--scenario``.
+    """``--output`` (made), ``--replicas``, ``--requests`` (0: as the command has it), ``--rate``, ``--seeds``,
+    ``--scenario``.
 
     With ``drafters`` also ``--drafter`` and ``--acceptance``, see :func:`speculation`.
     """
@@ -43,6 +44,11 @@ def options(
 def speculation(given: argparse.Namespace) -> list[str]:
     """Arguments that put a drafter into the simulated engine."""
     return ["--drafter", given.drafter, "--acceptance", str(given.acceptance)]
+
+
+def sizes(given: argparse.Namespace) -> list[str]:
+    """``--requests``, where one was asked for, and ``--seeds``."""
+    return [*(["--requests", str(given.requests)] if given.requests else []), "--seeds", str(given.seeds)]
 
 
 def run_command(*arguments: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks._sim_commands import options, run_command, speculation
+from benchmarks._sim_commands import options, run_command, sizes, speculation
 
 VARIANTS = {
     "all ideas": "slos-serve",
@@ -34,7 +34,7 @@ def main() -> None:
     for name, policy in variants.items():
         part = given.output / f"ablation-{name.replace(' ', '-')}.json"
         common = [*scenarios, "--policy", policy, "--replicas", str(given.replicas), *speculation(given)]
-        common += ["--requests", str(given.requests), "--seeds", str(given.seeds)]
+        common += sizes(given)
         common += ["--resume", str(given.output / "answers.jsonl")]
         run_command("capacity", *common, "--json", str(part))
         rows += [{**row, "variant": name} for row in json.loads(part.read_text(encoding="utf-8"))]

@@ -21,7 +21,7 @@ CALM_PART, BURST_PART, TOTAL_S, BURST_SHARE = 0.5, 10.0, 100.0, 0.2
 
 def main() -> None:
     """The same requests through each policy, drawn over each other."""
-    given = options(__doc__, replicas=4, rate=6.0, scenarios=("coding",))
+    given = options(__doc__, replicas=4, rate=6.0, requests=1500, scenarios=("coding",))
     mean = given.replicas * CAPACITY_RPS * (CALM_PART * (1.0 - BURST_SHARE) + BURST_PART * BURST_SHARE)
     runs = {
         "burst10": (f"burst:{BURST_PART / CALM_PART:g}", mean, round(mean * TOTAL_S)),

@@ -5,7 +5,7 @@ python -m benchmarks.capacity_table [--replicas 1] [--output benchmarks/results]
 
 from __future__ import annotations
 
-from benchmarks._sim_commands import options, run_command, speculation
+from benchmarks._sim_commands import options, run_command, sizes, speculation
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     policies = ("vllm", "vllm-v0", "sarathi", "distserve", "scorpio", "slos-serve")
     chosen = [part for name in policies for part in ("--policy", name)]
     common = ["--scenario", "all", *chosen, "--profile", "opt-13b-a100", "--arrivals", "scenario"]
-    common += ["--replicas", str(given.replicas), "--requests", str(given.requests), *speculation(given)]
+    common += ["--replicas", str(given.replicas), *sizes(given), *speculation(given)]
     run_command("capacity", *common, "--resume", str(given.output / "answers.jsonl"), "--json", str(result))
     run_command("report", str(result))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks._sim_commands import options, run_command
+from benchmarks._sim_commands import options, run_command, sizes
 
 SCENARIOS = ("chat", "coding", "summarization", "mixed")
 WEIGHTS = {"by request": "slos-serve", "by prompt length": "slos-serve:length_weight=1"}
@@ -25,7 +25,7 @@ def main() -> None:
         for lengths, switch in LENGTHS.items():
             part = given.output / "lengths-part.json"
             common = [*scenarios, "--policy", policy, "--arrivals", "poisson", *switch]
-            common += ["--requests", str(given.requests), "--seeds", str(given.seeds)]
+            common += sizes(given)
             run_command("capacity", *common, "--resume", str(given.output / "answers.jsonl"), "--json", str(part))
             rows += [{**row, "weight": weight, "lengths": lengths} for row in json.loads(part.read_text("utf-8"))]
             part.unlink()

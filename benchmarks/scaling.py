@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks._sim_commands import options, run_command
+from benchmarks._sim_commands import options, run_command, sizes
 
 ROUTERS = ("round-robin", "least-loaded", "slo")
 
@@ -25,7 +25,7 @@ def main() -> None:
         for router in ROUTERS if replicas > 1 else ROUTERS[:1]:
             part = given.output / f"scaling-{router}-{replicas}.json"
             common = [*chosen, "--policy", "slos-serve", "--router", router, "--replicas", str(replicas)]
-            common += ["--requests", str(given.requests), "--seeds", str(given.seeds)]
+            common += sizes(given)
             run_command("capacity", *common, "--resume", str(given.output / "answers.jsonl"), "--json", str(part))
             found = json.loads(part.read_text(encoding="utf-8"))
             part.unlink()

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from slos_serve.sim.capacity import Answer, Capacity, Question
 
 OURS = "slos-serve"
+# A simulation takes as long as its tokens: by default it has this many, within these numbers of requests.
+TOKENS, FEWEST_REQUESTS, MOST_REQUESTS = 330_000, 300, 1500
 
 
 def capacity(
@@ -43,7 +45,12 @@ def capacity(
     arrivals: Arrivals = "scenario",
     replicas: Annotated[int, typer.Option(min=1, help="Engines; distserve takes at least two.")] = 1,
     router: Router = "least-loaded",
-    requests: Annotated[int, typer.Option(min=20, help="Requests of each simulation, times replicas.")] = 1500,
+    requests: Annotated[
+        int | None,
+        typer.Option(
+            min=20, help="Requests of each simulation, times replicas. Default: 1500, fewer where answers are long."
+        ),
+    ] = None,
     seeds: Annotated[int, typer.Option(min=1, max=10, help="Seeds, for the confidence interval.")] = 3,
     attain: Annotated[float, typer.Option(min=0.01, max=0.999, help="Share of requests that must attain.")] = 0.9,
     oracle_lengths: Oracle = False,
@@ -69,6 +76,7 @@ def capacity(
         make_workload(names[0], 1.0, 1, arrivals=arrivals)
         searches = []
         for name in names:
+            count = requests or default_requests(name)
             for chosen, parameters in policies:
                 engines = max(replicas, 2) if chosen == "distserve" else replicas
                 base = Question(
@@ -78,7 +86,7 @@ def capacity(
                     profile=profile,
                     arrivals=arrivals,
                     rate_rps=1.0,
-                    num_requests=requests * engines,
+                    num_requests=count * engines,
                     seed=0,
                     replicas=engines,
                     router=router,
@@ -112,6 +120,15 @@ def capacity(
         console.print(line, highlight=False)
     console.print(f"{counts['simulations']} simulations, {counts['steps']:,} steps, {wall_s:.0f} s", highlight=False)
     write_json(json_file, [row.as_dict() for row in results])
+
+
+def default_requests(scenario: str) -> int:
+    """Requests of a simulation whose answers have about :data:`TOKENS` tokens together."""
+    from slos_serve.workload.scenarios import make_workload
+
+    sample = 500
+    mean_tokens = make_workload(scenario, 1.0, sample).calls["output_tokens"].sum() / sample
+    return int(min(max(TOKENS / mean_tokens, FEWEST_REQUESTS), MOST_REQUESTS))
 
 
 def tables(results: list[Capacity]) -> list[Table]:
