@@ -52,6 +52,7 @@ class DistServePrefill:
             0,
             slots,
             tokens,
+            view.max_num_batched_tokens,
         )
         return step_plan(slots[:count], tokens[:count])
 

@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from slos_serve.core.plan import Reason, StepPlan
+from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.request import MAX_DRAFT_TOKENS, RequestArray
 from slos_serve.core.slo import check_number
 
@@ -123,15 +123,17 @@ def whole_prompts(
     reserve_blocks: int,
     slots: IntArray,
     tokens: IntArray,
+    most_tokens: int,
 ) -> int:
     """Waiting requests in order, each with its whole prompt, while they fit; returns the number of entries.
 
-    The first prompt may exceed the budget: an engine without chunks has to run it in one batch.
+    The first prompt may exceed the budget: an engine without chunks has to run it in one batch, or in as few of
+    ``most_tokens`` as it takes.
     """
     count = 0
     total = 0
     for slot in waiting:
-        left = tokens_left(rows, slot)
+        left = min(tokens_left(rows, slot), most_tokens)
         need = blocks_of(rows["prompt_tokens"][slot] + rows["output_tokens"][slot], block_size)
         if (
             num_running >= max_num_seqs
@@ -144,7 +146,30 @@ def whole_prompts(
         total += left
         num_running += 1
         count += 1
+        if left < tokens_left(rows, slot):
+            break
     return count
+
+
+def rest_of_prompt(view: EngineView) -> StepPlan | None:
+    """For engines without chunks: a step that goes on with what was longer than any batch, ``None`` without such.
+
+    Only what a request has to compute again after a preemption is that long.
+    """
+    slot = _unfinished_prompt(view.table.rows, view.running)
+    if slot < 0:
+        return None
+    rest = min(tokens_left(view.table.rows, slot), view.max_num_batched_tokens)
+    return step_plan(np.array([slot], dtype=np.int64), np.array([rest], dtype=np.int64))
+
+
+@njit(cache=True)
+def _unfinished_prompt(rows: RequestArray, running: IntArray) -> int:
+    """The first running request that has more to compute than its next token; -1 without one."""
+    for slot in running:
+        if tokens_left(rows, slot) > 1:
+            return int(slot)
+    return -1
 
 
 def step_plan(

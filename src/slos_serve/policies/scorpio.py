@@ -17,7 +17,7 @@ from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestArray
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
-from slos_serve.policies.queue_order import IntArray, chunked, step_plan, whole_prompts
+from slos_serve.policies.queue_order import IntArray, chunked, rest_of_prompt, step_plan, whole_prompts
 
 # Margins of the authors' implementation: seconds added to a predicted wait, and share of the TPOT that may be used.
 WAIT_MARGIN_S = 0.05
@@ -52,7 +52,7 @@ class Scorpio:
         rows = view.table.rows
         waiting, rejected = self._ttft_guard(now_s, rows, view.waiting)
         admitted = self._tpot_guard(rows, view, waiting)
-        prefills = self._start(rows, view, admitted) if not self._chunk_tokens else None
+        prefills = (rest_of_prompt(view) or self._start(rows, view, admitted)) if not self._chunk_tokens else None
         if prefills is not None and len(prefills.slots):
             prefills.rejected = rejected
             return prefills
@@ -126,6 +126,7 @@ class Scorpio:
             int(WATERMARK * view.total_blocks) if len(view.running) else 0,
             slots,
             tokens,
+            view.max_num_batched_tokens,
         )
         return step_plan(slots[:count], tokens[:count])
 

@@ -11,7 +11,14 @@ import numpy as np
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.policies.queue_order import IntArray, checked_draft_tokens, draft_all, step_plan, whole_prompts
+from slos_serve.policies.queue_order import (
+    IntArray,
+    checked_draft_tokens,
+    draft_all,
+    rest_of_prompt,
+    step_plan,
+    whole_prompts,
+)
 
 WATERMARK = 0.01
 
@@ -30,6 +37,9 @@ class VllmV0:
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """A prefill step when a prompt can start, else a decode step."""
+        rest = rest_of_prompt(view)
+        if rest is not None:
+            return rest
         size = len(view.waiting)
         slots, tokens = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
         count = whole_prompts(
@@ -43,6 +53,7 @@ class VllmV0:
             int(WATERMARK * view.total_blocks) if len(view.running) else 0,
             slots,
             tokens,
+            view.max_num_batched_tokens,
         )
         if count:
             return step_plan(slots[:count], tokens[:count])

@@ -259,3 +259,15 @@ def test_a_timeline_sets_what_was_promised_beside_its_target() -> None:
     crowded = timeline(run(load, "vllm", GPU, large), slices=6)
     assert crowded["promised_rps"] == crowded["arrivals_rps"]  # it promises nothing, so all count
     assert max(value for value in crowded["ttft_of_target_p99"] if value is not None) > 1.5
+
+
+@pytest.mark.parametrize("policy", ["vllm-v0", "scorpio"])
+def test_what_is_computed_again_may_be_longer_than_any_batch(policy: str) -> None:
+    """Two answers outgrow the cache; the one that is preempted comes back longer than a batch may be."""
+    load = workload([0.0, 0.0], [200, 200], [420, 420])
+    limits = EngineLimits(kv_capacity_tokens=16 * 60, max_num_batched_tokens=256)
+    parameters = {"token_budget": 256} | ({"chunk_tokens": 0} if policy == "scorpio" else {})
+    recording = run(load, policy, PLAIN, limits, parameters=parameters)
+    assert recording.num_preemptions > 0
+    assert recording.completed.all()
+    assert recording.steps.rows["new_tokens"].max() <= 256
