@@ -45,6 +45,11 @@ class Sarathi:
         self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, low=1, high=1e6, low_included=True))
 
+    @property
+    def decodes_all(self) -> int:
+        """Most running requests that a step decodes all, a token each, when there is nothing else to do."""
+        return 0 if self._draft_tokens else self._chunk_tokens
+
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """All decodes, then chunks of running prompts, then new prompts."""
         rows = view.table.rows

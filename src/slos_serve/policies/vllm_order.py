@@ -26,6 +26,11 @@ class VllmOrder:
         self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
 
+    @property
+    def decodes_all(self) -> int:
+        """Most running requests that a step decodes all, a token each, when there is nothing else to do."""
+        return 0 if self._draft_tokens else self._token_budget
+
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Fill the budget in queue order."""
         size = len(view.running) + len(view.waiting)

@@ -6,6 +6,8 @@ free when a prompt starts (the watermark). Source: ``_schedule_default`` of vllm
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 
 from slos_serve.core.plan import EngineView, StepPlan
@@ -34,6 +36,11 @@ class VllmV0:
     def __init__(self, token_budget: int = 8192, draft_tokens: int = 0) -> None:
         self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
+
+    @property
+    def decodes_all(self) -> int:
+        """Most running requests that a step decodes all, a token each, when there is nothing else to do."""
+        return 0 if self._draft_tokens else sys.maxsize
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """A prefill step when a prompt can start, else a decode step."""

@@ -90,6 +90,11 @@ class StepFactors:
         self._block = np.empty(0)
         self._next = 0
 
+    @property
+    def exact(self) -> bool:
+        """Whether every step takes just what the model says."""
+        return self._error.exact and self._error.interruptions is None
+
     def duration_s(self, start_s: float, predicted_s: float) -> float:
         """How long a step that begins at ``start_s`` and for which the model says ``predicted_s`` takes."""
         work_s = predicted_s * self.draw()

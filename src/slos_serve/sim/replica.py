@@ -81,6 +81,10 @@ class ReplicaSettings:
     plan_ahead: bool = False
 
 
+# Steps carried out at once where no plan decides them.
+MOST_PLAIN = 256
+
+
 class Replica:
     """Requests in an engine and their progress. Times are virtual seconds.
 
@@ -146,6 +150,8 @@ class Replica:
         self._step_count = 0
         self._step_shape = BatchShape(0)
         self._step_start_s = 0.0
+        self._coefficients = batch_time.coefficients
+        self._plain_times_s, self._plain_free = np.empty((2, MOST_PLAIN)), np.empty(MOST_PLAIN, dtype=np.int64)
 
     # ------------------------------------------------------------------------------------------------- requests
 
@@ -278,6 +284,60 @@ class Replica:
         for slot in unseen:
             self._append_waiting(slot)
         return end_s
+
+    def run_plain_decodes(self, now_s: float, until_s: float) -> float:
+        """Carry out at once the steps that no plan decides: everything runs, nobody waits, the policy decodes it all.
+
+        Args:
+            now_s: when the first of them may start.
+            until_s: when something else happens.
+
+        Returns:
+            When the last of them ended; ``now_s`` when there are none.
+        """
+        policy, limits = self.policy, self._limits
+        if self._num_waiting or self._unseen or not self._num_running or not self._factors.exact:
+            return now_s
+        if not getattr(policy, "decodes_all", 0) >= self._num_running:
+            return now_s
+        if self._num_running > limits.max_num_batched_tokens:
+            return now_s
+        recording = self._recording
+        count = rules.plain_decodes(
+            self.view.table.rows,
+            self._held_blocks,
+            self._running,
+            self._num_running,
+            self._call_of,
+            self._calls,
+            self._arrivals_s,
+            self.view.free_blocks,
+            limits.block_size,
+            self._coefficients,
+            now_s,
+            until_s,
+            self._settings.seed,
+            recording.token_s,
+            recording.token_start,
+            self._step_slots,
+            self._step_tokens,
+            self._step_drafts,
+            self._scratch,
+            self._step_accepted,
+            self._plain_times_s,
+            self._plain_free,
+        )
+        if count == 0:
+            return now_s
+        self.view.free_blocks = int(self._plain_free[count - 1])
+        if self._cache is not None:
+            self._shrink_cache()
+        recording.num_steps += count
+        running = self._num_running
+        for start_s, duration_s, free in zip(*self._plain_times_s[:, :count], self._plain_free[:count], strict=True):
+            used = limits.total_blocks - int(free)
+            recording.steps.add((start_s, duration_s, 0.0, self.index, running, running, running, 0, used))
+        return float(self._plain_times_s[:, count - 1].sum())
 
     def _plan_step(self, now_s: float) -> float | None:
         if self._num_running + self._num_waiting == 0:

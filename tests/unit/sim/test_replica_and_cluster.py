@@ -271,3 +271,36 @@ def test_what_is_computed_again_may_be_longer_than_any_batch(policy: str) -> Non
     assert recording.num_preemptions > 0
     assert recording.completed.all()
     assert recording.steps.rows["new_tokens"].max() <= 256
+
+
+@pytest.mark.parametrize("policy", ["vllm", "vllm-v0", "sarathi", "distserve"])
+@pytest.mark.parametrize("scenario", ["chat", "reasoning", "tool"])
+def test_decodes_carried_out_at_once_are_the_steps_one_by_one(
+    policy: str, scenario: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = make_workload(scenario, 0.4, 12, seed=3)
+    limits = EngineLimits(kv_capacity_tokens=16 * 2500, max_num_batched_tokens=16_384, prefix_cache=True)
+
+    def simulated() -> Recording:
+        return run(load, policy, GPU, limits, replicas=2 if policy == "distserve" else 1)
+
+    at_once = simulated()
+    planned = count_plans(monkeypatch)
+    assert simulated().digest() == at_once.digest()
+    assert planned[0] < at_once.num_steps / 2
+    monkeypatch.setattr(Replica, "run_plain_decodes", lambda _replica, now_s, _until_s: now_s)
+    planned[0] = 0
+    assert simulated().digest() == at_once.digest()
+    assert planned[0] >= at_once.num_steps
+
+
+def count_plans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A counter of the steps that replicas plan from now on."""
+    planned, start_step = [0], Replica.start_step
+
+    def counted(replica: Replica, now_s: float) -> float | None:
+        planned[0] += 1
+        return start_step(replica, now_s)
+
+    monkeypatch.setattr(Replica, "start_step", counted)
+    return planned
