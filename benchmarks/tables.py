@@ -53,7 +53,10 @@ def capacity(rows: Rows) -> str:
 
 
 def _capacity_cell(row: dict[str, Any] | None) -> str:
-    return "" if row is None else f"{row['capacity_rps_per_gpu']:.2f} ({row['ci'][0]:.2f}-{row['ci'][1]:.2f})"
+    if row is None:
+        return ""
+    digits = 2 if row["capacity_rps_per_gpu"] >= 0.1 else 3
+    return f"{row['capacity_rps_per_gpu']:.{digits}f} ({row['ci'][0]:.{digits}f}-{row['ci'][1]:.{digits}f})"
 
 
 def _quartiles(row: dict[str, Any] | None) -> str:
