@@ -6,8 +6,6 @@ free when a prompt starts (the watermark). Source: ``_schedule_default`` of vllm
 
 from __future__ import annotations
 
-import sys
-
 import numpy as np
 
 from slos_serve.core.plan import EngineView, StepPlan
@@ -23,6 +21,7 @@ from slos_serve.policies.queue_order import (
 )
 
 WATERMARK = 0.01
+_ANY_NUMBER = 1 << 62
 
 
 class VllmV0:
@@ -40,7 +39,7 @@ class VllmV0:
     @property
     def decodes_all(self) -> int:
         """Most running requests that a step decodes all, a token each, when there is nothing else to do."""
-        return 0 if self._draft_tokens else sys.maxsize
+        return 0 if self._draft_tokens else _ANY_NUMBER
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """A prefill step when a prompt can start, else a decode step."""
