@@ -27,6 +27,7 @@ TOPICS = (
     "moons",
 )
 CLASSES = (None, "near", "far")
+STEPS_BEFORE_PROMISES = 16
 
 
 def prompts() -> list[str]:
@@ -63,11 +64,30 @@ def main(model: str, out: Path, side: str) -> None:
         )
         for n in range(50)
     ]
-    answers = engine.generate(prompts(), sampling, use_tqdm=False)
-    out.write_text(
-        json.dumps([list(answer.outputs[0].token_ids) for answer in answers]),
-        encoding="utf-8",
-    )
+    out.write_text(json.dumps(served(engine.llm_engine, sampling)), encoding="utf-8")
+
+
+def served(engine: Any, sampling: list[vllm.SamplingParams]) -> list[list[int]]:
+    """Answers in the order of the prompts.
+
+    Those that are promised nothing come first and fill the KV cache, so that the others have to take it from them.
+    """
+    asked = prompts()
+    first = [n for n in range(len(asked)) if CLASSES[n % 3] is None]
+    later = [n for n in range(len(asked)) if CLASSES[n % 3] is not None]
+    answers: dict[str, list[int]] = {}
+    for n in first:
+        engine.add_request(str(n), asked[n], sampling[n])
+    steps = 0
+    while engine.has_unfinished_requests():
+        if steps == STEPS_BEFORE_PROMISES:
+            for n in later:
+                engine.add_request(str(n), asked[n], sampling[n])
+        for output in engine.step():
+            if output.finished:
+                answers[output.request_id] = list(output.outputs[0].token_ids)
+        steps += 1
+    return [answers[str(n)] for n in range(len(asked))]
 
 
 if __name__ == "__main__":

@@ -349,6 +349,17 @@ def someone_asks(rows: RequestArray, running: SlotArray, waiting: SlotArray) -> 
 
 
 @njit(cache=True)
+def open_prompts(rows: RequestArray, running: SlotArray, waiting: SlotArray) -> int:
+    """How many prompts are to be computed of requests that are promised something or still may be."""
+    count = 0
+    for slot in waiting:
+        count += 1 if rows["status"][slot] != BEST_EFFORT else 0
+    for slot in running:
+        count += 1 if rows["status"][slot] != BEST_EFFORT and tokens_to_do(rows, slot) > 1 else 0
+    return count
+
+
+@njit(cache=True)
 def share_out(
     rows: RequestArray, waiting: SlotArray, slots: SlotArray, taken: BoolArray
 ) -> tuple[SlotArray, SlotArray, SlotArray]:

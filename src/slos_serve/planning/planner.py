@@ -24,6 +24,7 @@ from slos_serve.planning.candidates import (
     demote_lost,
     first_asking_s,
     next_due_s,
+    open_prompts,
     share_out,
     someone_asks,
     tightest_ttft_s,
@@ -37,6 +38,9 @@ from slos_serve.planning.settings import PlannerSettings
 Formed = tuple[SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, float]
 # A step of prompts takes at most this share of the tightest TTFT, and at least this many times a step's fixed cost.
 STEP_SHARE_OF_TTFT, LEAST_STEP_FIXED = 0.5, 4.0
+# The only prompt there is makes a step that much longer: with few about, another that comes during it is rare, and it
+# is cut in parts less often.
+LONE_PERIODS = 1.5
 _NONE: SlotArray = np.empty(0, dtype=np.int64)
 _NOT_TAKEN = np.empty(0, dtype=np.bool_)
 
@@ -175,7 +179,7 @@ class Planner:
             lengths.tokens,
             lengths.alone_tokens,
             lengths.longer,
-            self._longest_step_s(),
+            self._longest_step_s() * (LONE_PERIODS if open_prompts(rows, running, view.waiting) == 1 else 1.0),
             self._aging.kept,
             self._aging.kept if self._aging.due else NOBODY,
         )

@@ -14,9 +14,6 @@ from slos_serve.planning.work import Drafts, Work
 # With that lead nobody is late after a long step, but prompts that come during it are: the only prompt there is makes a
 # step at most this many times as long as one beside drafting decodes may be.
 ABSORBED_PERIODS = 2.0
-# The only prompt there is makes a step that much longer than several may: with few about, another that comes during it
-# is rare, and it is cut in parts less often.
-LONE_PERIODS = 1.5
 
 
 @njit(cache=True)
@@ -106,8 +103,6 @@ def step_limits_s(
 ) -> tuple[float, float]:
     """How long the step may last (until the earliest due time, a full batch at most), and how long the next one may."""
     coefficients = limits.coefficients
-    if len(work.prefills) == 1:
-        longest_s *= LONE_PERIODS
     full_s = min(linear_step_s(coefficients, float(limits.max_tokens)), longest_s)
     all_decodes_s, all_fixed_s = 0.0, 0.0
     if len(work.decodes) > 0:
