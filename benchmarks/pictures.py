@@ -6,16 +6,15 @@ python -m benchmarks.pictures [--output docs/pictures]
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from slos_serve.bench.plots import STYLE
 from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.slo import SLO, single_stage
 from slos_serve.planning.admission import judge
@@ -31,7 +30,7 @@ from slos_serve.sim.drafters import with_drafter
 from slos_serve.sim.engine import SimSettings, simulate
 from slos_serve.sim.profiles import find_profile, limits_of
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.replica import EngineLimits, Replica, ReplicaSettings
+from slos_serve.sim.replica import Replica, ReplicaSettings
 from slos_serve.sim.routers import make_router
 from slos_serve.workload.calls import Workload, empty_calls
 from slos_serve.workload.scenarios import make_workload
@@ -39,16 +38,6 @@ from tests.builders import EngineBuilder
 
 PROFILE = "opt-13b-a100"
 OURS, GREY, WARM, GREEN = "#1f6fb4", "#9a9a9a", "#c8442b", "#3a8f5c"
-STYLE: Any = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "figure.dpi": 130,
-}
 
 
 def lengths(axes: Axes) -> None:
@@ -264,7 +253,7 @@ def turns(axes: Axes) -> None:
     last_s = float(chat.calls["arrival_s"].max())
     for aging_s, color, label in ((10.0, OURS, "a turn every 10 s"), (0.0, GREY, "no turns")):
         settings = SimSettings(policy="slos-serve", parameters={"aging_s": aging_s})
-        recording = simulate(load, profile.model, _small(limits_of(profile)), settings)
+        recording = simulate(load, profile.model, limits_of(profile, prefix_cache=False), settings)
         ended = np.sort(recording.calls["done_s"][len(chat.calls) :])
         ended = ended[ended <= last_s]
         axes.step([0.0, *ended, last_s], [*range(len(ended) + 1), len(ended)], where="post", color=color, label=label)
@@ -273,10 +262,6 @@ def turns(axes: Axes) -> None:
     axes.set_ylim(0, 12.5)
     axes.legend(loc="upper left")
     axes.set_title("The oldest request without a promise goes on while overload lasts")
-
-
-def _small(limits: EngineLimits) -> EngineLimits:
-    return dataclasses.replace(limits, prefix_cache=False)
 
 
 PICTURES: dict[str, Callable[[Axes], None]] = {
@@ -298,7 +283,7 @@ def main() -> None:
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     with mpl.rc_context():
-        mpl.rcParams.update(STYLE)
+        mpl.rcParams.update(STYLE | {"legend.frameon": False})
         for name in given.only or PICTURES:
             figure = Figure(figsize=(7.2, 3.4), layout="constrained")
             PICTURES[name](figure.add_subplot())

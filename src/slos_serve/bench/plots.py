@@ -20,7 +20,7 @@ from slos_serve.perf.batch_time import BatchTimeModel
 
 COLORS: Mapping[str, str] = {STOCK: "#9a9a9a", OURS: "#1f6fb4"}
 _DUE = "#c8442b"
-_STYLE: Any = {  # names of settings are literals to its type, which a dict of ours cannot be
+STYLE: Any = {  # names of settings are literals to its type, which a dict of ours cannot be
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -44,7 +44,7 @@ def plot_demo(
         path: PNG to write.
     """
     with mpl.rc_context():
-        mpl.rcParams.update(_STYLE)
+        mpl.rcParams.update(STYLE)
         figure = Figure(figsize=(10.0, 6.8), layout="constrained")
         grid = figure.add_gridspec(2, 6, height_ratios=(1.0, 1.05))
         for column, phase in enumerate(PHASES):

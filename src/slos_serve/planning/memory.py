@@ -72,7 +72,7 @@ def _blocks_at(rows: RequestArray, slot: int, more: float, later: float, block_s
     held = rows["prompt_tokens"][slot] + rows["output_tokens"][slot]
     if rows["hint_tokens"][slot] > rows["output_tokens"][slot]:
         left = rows["hint_tokens"][slot] - rows["output_tokens"][slot]
-        return float(blocks_for(held + int(min(max(later, more), left)), block_size))
+        return float(blocks_for(held + int(min(later, left)), block_size))
     return float((held + more) / block_size + 0.5)
 
 

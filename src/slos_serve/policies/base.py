@@ -14,7 +14,11 @@ IntArray = NDArray[np.int64]
 
 
 class Policy(Protocol):
-    """Decides each step. Knows no clock, does no I/O and never logs; told of what happened, asked what to do."""
+    """Decides each step. Knows no clock, does no I/O and never logs; told of what happened, asked what to do.
+
+    One that learns nothing from steps may say in ``decodes_all`` (int) how many running requests it always decodes
+    together, a token each, when nobody waits: the simulator then carries out such steps without asking for each.
+    """
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Plan the step that starts at ``now_s`` (predicted, when the engine runs one ahead).

@@ -13,7 +13,14 @@ import numpy as np
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
-from slos_serve.policies.queue_order import IntArray, checked_draft_tokens, chunked, step_plan, whole_prompts
+from slos_serve.policies.queue_order import (
+    IntArray,
+    checked_draft_tokens,
+    chunked,
+    rest_of_prompt,
+    step_plan,
+    whole_prompts,
+)
 
 # Prompts are batched until the compute-bound branch exceeds the constant work of a step this many times over.
 SATURATION = 2.0
@@ -39,6 +46,9 @@ class DistServePrefill:
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Whole prompts in order, up to the saturating length; one that is longer runs alone."""
+        rest = rest_of_prompt(view)
+        if rest is not None:
+            return rest
         size = len(view.waiting)
         slots, tokens = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
         count = whole_prompts(

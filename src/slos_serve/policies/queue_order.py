@@ -154,7 +154,7 @@ def whole_prompts(
 def rest_of_prompt(view: EngineView) -> StepPlan | None:
     """For engines without chunks: a step that goes on with what was longer than any batch, ``None`` without such.
 
-    Only what a request has to compute again after a preemption is that long.
+    A prompt, or what a request has to compute again after a preemption.
     """
     slot = _unfinished_prompt(view.table.rows, view.running)
     if slot < 0:

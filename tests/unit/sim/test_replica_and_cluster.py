@@ -304,3 +304,10 @@ def count_plans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Replica, "start_step", counted)
     return planned
+
+
+def test_a_prompt_longer_than_any_batch_is_prefilled_apart_too() -> None:
+    limits = EngineLimits(kv_capacity_tokens=16 * 100, max_num_batched_tokens=256)
+    recording = run(workload([0.0], [600], [5]), "distserve", PLAIN, limits, replicas=2)
+    assert recording.completed.all()
+    assert recording.steps.rows["new_tokens"][:3].tolist() == [256, 256, 88]
