@@ -6,8 +6,10 @@ Two things are learnt from each executed step, both as the log of measured / pre
   surprise is clipped to a few times the usual spread, so a single stall counts for little more than an ordinary slow
   step. The signs of recent surprises are averaged: when nearly all lean to one side they are a change, not noise, and
   the share and the clip widen until the centre has caught up and the signs mix again.
-* a high quantile of what is left after the correction, by stochastic approximation (the estimate goes up a little when
-  a step is above it and down a little when below, in proportions that balance at the quantile).
+* a high quantile of what is left after the correction, over the last few steps together rather than one by one, by
+  stochastic approximation (the estimate goes up a little when a step is above it and down a little when below, in
+  proportions that balance at the quantile). A promise takes many steps: slow ones that come alone even out within it,
+  slow spells do not, and the time of a few steps in a row tells the two apart.
 
 O(1), scalar floats only: it runs before every batch.
 """
@@ -27,6 +29,8 @@ LEAN_STEPS = 8.0
 LEAN_OF_CHANGE = 0.6
 CATCH_UP_GAIN = 0.15
 CATCH_UP_CLIP = 0.7
+# Share of the newest step in the running time of "the last few": about seven of them.
+RECENT_SHARE = 0.25
 
 
 class OnlineCorrection:
@@ -34,12 +38,26 @@ class OnlineCorrection:
 
     Args:
         time_constant_steps: steps after which an ordinary small drift is followed to 63 %; above 1.
-        quantile: of measured / corrected prediction, kept in :attr:`ratio_quantile`; in (0, 1).
+        quantile: of measured / corrected prediction of recent steps together, kept in :attr:`ratio_quantile`; in (0, 1).
         initial_ratio_quantile: where that quantile starts (from the profile's residuals).
         low, high: bounds of :attr:`factor`, around 1.
     """
 
-    __slots__ = ("_centre", "_gain", "_high", "_lean", "_low", "_quantile", "_spread", "_tail", "factor", "num_steps")
+    __slots__ = (
+        "_centre",
+        "_gain",
+        "_high",
+        "_lean",
+        "_low",
+        "_quantile",
+        "_recent_measured_s",
+        "_recent_predicted_s",
+        "_recent_spread",
+        "_spread",
+        "_tail",
+        "factor",
+        "num_steps",
+    )
 
     def __init__(
         self,
@@ -65,13 +83,15 @@ class OnlineCorrection:
         self._centre = 0.0
         self._spread = max(MIN_SPREAD, 0.5 * abs(math.log(initial_ratio_quantile)))
         self._tail = math.log(initial_ratio_quantile)
+        self._recent_measured_s = self._recent_predicted_s = 0.0
+        self._recent_spread = self._spread
         self._lean = 0.0
         self.factor = 1.0
         self.num_steps = 0
 
     @property
     def ratio_quantile(self) -> float:
-        """Running quantile of measured / (factor * predicted)."""
+        """Running quantile of measured / (factor * predicted), each summed over recent steps."""
         return math.exp(self._tail)
 
     def observe(self, shape: BatchShape, predicted_s: float, measured_s: float) -> None:
@@ -84,6 +104,7 @@ class OnlineCorrection:
         """
         if shape.new_tokens <= 0 or not 0.0 < predicted_s < math.inf or not 0.0 < measured_s < math.inf:
             return
+        self._learn_tail(predicted_s * self.factor, measured_s)
         surprise = math.log(measured_s / predicted_s) - self._centre
         size = surprise if surprise >= 0.0 else -surprise
         limit = CLIP_SPREADS * self._spread
@@ -94,7 +115,6 @@ class OnlineCorrection:
         # Clipped as the centre is: a stall must not widen the gate behind it.
         spread = self._spread + self._gain * ((size if size <= limit else limit) - self._spread)
         self._spread = spread if spread > MIN_SPREAD else MIN_SPREAD
-        self._learn_tail(surprise)
         self.num_steps += 1
 
     def _pace(self, surprise: float, limit: float) -> tuple[float, float]:
@@ -107,6 +127,13 @@ class OnlineCorrection:
         urgency = (lean - LEAN_OF_CHANGE) / (1.0 - LEAN_OF_CHANGE)
         return self._gain + urgency * (CATCH_UP_GAIN - self._gain), limit + urgency * CATCH_UP_CLIP
 
-    def _learn_tail(self, surprise: float) -> None:
-        step = 2.0 * self._gain * self._spread
-        self._tail += step * self._quantile if surprise > self._tail else -step * (1.0 - self._quantile)
+    def _learn_tail(self, corrected_s: float, measured_s: float) -> None:
+        """Move the quantile by how the recent steps together compare with what was said of each before it ran."""
+        share = RECENT_SHARE if self.num_steps > 0 else 1.0
+        self._recent_measured_s += share * (measured_s - self._recent_measured_s)
+        self._recent_predicted_s += share * (corrected_s - self._recent_predicted_s)
+        ratio = math.log(self._recent_measured_s / self._recent_predicted_s)
+        size = min(abs(ratio), CLIP_SPREADS * self._recent_spread)
+        self._recent_spread = max(MIN_SPREAD, self._recent_spread + self._gain * (size - self._recent_spread))
+        step = 2.0 * self._gain * self._recent_spread
+        self._tail += step * self._quantile if ratio > self._tail else -step * (1.0 - self._quantile)

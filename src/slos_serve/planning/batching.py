@@ -55,9 +55,9 @@ _EPSILON_S = 1e-9
 CROWDED_SHARE = 0.75
 # A turn of whoever is kept (see ``aging``) computes no less of its prompt, however full the step.
 TURN_TOKENS = 64
-# Prompts without a promise wait until promised decodes are this many tokens ahead on average: that lead is what the
-# next burst of promised prompts is computed with.
-LEAD_TOKENS = 8.0
+# Without a promise a prompt waits until promised decodes are some tokens ahead on average, or nearly as far as their stall
+# bounds let them be.
+LEAD_OF_STALL = 0.9
 # Positions in the flags that the passes hand on.
 STOPPED, WAITING_STARTED = range(2)
 
@@ -232,12 +232,14 @@ def _add_early_decodes(
 
 
 @njit(cache=True)
-def _ahead(rows: RequestArray, work: Work, now_s: float) -> bool:
-    """Whether promised decodes are on average ``LEAD_TOKENS`` ahead."""
-    lead = 0.0
-    for j in range(len(work.decodes)):
-        lead += (work.decode_due_s[j] - now_s) / rows["tpot_s"][work.decodes[j]] - 1.0
-    return lead >= LEAD_TOKENS * len(work.decodes)
+def _ahead(rows: RequestArray, work: Work, now_s: float, lead_tokens: float) -> bool:
+    """Whether promised decodes are on average ``lead_tokens`` ahead, or as far as their stall bounds let them be."""
+    lead, wanted = 0.0, 0.0
+    for slot, due_s in zip(work.decodes, work.decode_due_s):
+        tpot_s = rows["tpot_s"][slot]
+        lead += (due_s - now_s) / tpot_s - 1.0
+        wanted += min(lead_tokens, LEAD_OF_STALL * rows["max_stall_s"][slot] / tpot_s - 1.0)
+    return lead >= wanted
 
 
 @njit(cache=True)
@@ -329,6 +331,7 @@ def form_batch(
     alone_drafts: IntArray,
     tier_longer: FloatArray,
     longest_s: float,
+    lead_tokens: float,
     kept: int,
     turn: int,
 ) -> tuple[SlotArray, IntArray, IntArray, IntArray, SlotArray, IntArray, SlotArray, float]:
@@ -349,6 +352,7 @@ def form_batch(
         tier_tpot_s, tier_drafts, alone_drafts, tier_longer: fields of
             :class:`slos_serve.planning.drafting.DraftPlan`; empty without speculation.
         longest_s: longest a step may take because of the prompts in it.
+        lead_tokens: prompts without a promise wait until promised decodes are that far ahead on average.
         kept: slot that is preempted for nobody; -1 for none.
         turn: slot that computes something in this step before any prompt; -1 for none.
 
@@ -380,7 +384,7 @@ def form_batch(
         _give_turn(rows, turn, limit_s, budget, limits, batch, flags)
     limit_s = _add_prefills(rows, work, now_s, limit_s, budget, fixed_budget > 0, limits, batch, flags)
     _add_early_decodes(rows, early, early_drafts, limit_s, budget, limits, batch, flags)
-    prompts = _ahead(rows, work, now_s)
+    prompts = _ahead(rows, work, now_s, lead_tokens)
     _add_leftover(
         rows, work.extras, leftover, turn, prompts, limit_s, budget, tier_tpot_s, lengths, limits, batch, flags
     )

@@ -11,7 +11,7 @@ from numba import njit
 from slos_serve.core.request import RequestArray, SlotArray, Status
 from slos_serve.perf.batch_time import K_C, K_CTX, K_M, K_Q, K_SEQ
 from slos_serve.planning.lengths import bin_of
-from slos_serve.planning.prefill_rate import BoolArray, FloatArray, IntArray, linear_step_s
+from slos_serve.planning.prefill_rate import BoolArray, FloatArray, IntArray, linear_step_s, prefill_rate
 
 UNDECIDED = int(Status.UNDECIDED)
 ADMITTED = int(Status.ADMITTED)
@@ -269,11 +269,66 @@ def share_left(
 
 
 @njit(cache=True)
+def _lead_s(rows: RequestArray, slot: int, start_s: float, tpot_margin: float) -> float:
+    """How long a promised decode could be held from ``start_s`` on before it asks for a token every TPOT; -1 if none."""
+    if rows["status"][slot] != ADMITTED or rows["output_tokens"][slot] == 0 or tokens_to_do(rows, slot) > 1:
+        return -1.0
+    return float(max(next_due_s(rows, slot, tpot_margin) - start_s - rows["tpot_s"][slot], 0.0))
+
+
+@njit(cache=True)
+def _longer_steps(
+    rows: RequestArray,
+    running: SlotArray,
+    periods_s: FloatArray,
+    start_s: float,
+    until_s: float,
+    tpot_margin: float,
+    tokens_each: FloatArray,
+    extra_s_each: FloatArray,
+    coefficients: FloatArray,
+    max_tokens: float,
+    rate: float,
+) -> float:
+    """Prefill tokens gained until ``until_s`` because steps last longer while decodes can be held; 0 at least.
+
+    A step beside decodes that ask for tokens ends with the tightest of their periods, and each pays a fixed cost. Until
+    a decode has used up its lead it bounds no step. What its own tokens cost is not counted here.
+    """
+    counts, gained = np.zeros(len(periods_s)), 0.0
+    span_s = (until_s - start_s) / FREED_MOMENTS
+    if not 0.0 < span_s < np.inf:
+        return 0.0
+    asking, own = np.zeros((FREED_MOMENTS, len(periods_s))), np.zeros(FREED_MOMENTS)
+    slope = max(coefficients[K_C], coefficients[K_M])
+    for slot in running:
+        lead_s = _lead_s(rows, slot, start_s, tpot_margin)
+        if lead_s < 0.0:
+            continue
+        level = tier_of(periods_s, rows["tpot_s"][slot])
+        cost = 1.0 + extra_s_each[level] / slope
+        for i in range(FREED_MOMENTS):
+            if lead_s < (i + 1) * span_s:
+                asking[i, level] += 1.0
+            elif np.isfinite(rows["tpot_s"][slot]):
+                own[i] += cost / rows["tpot_s"][slot]
+    for i in range(FREED_MOMENTS):
+        counts[:] = asking[i]
+        then = prefill_rate(counts, periods_s, tokens_each, extra_s_each, 0.0, coefficients, max_tokens)
+        gained += span_s * max(then - rate - own[i], 0.0)
+    return gained
+
+
+@njit(cache=True)
 def with_time_freed(
     rows: RequestArray,
     running: SlotArray,
     due_s: FloatArray,
     start_s: float,
+    periods_s: FloatArray,
+    tokens_each: FloatArray,
+    extra_s_each: FloatArray,
+    max_tokens: float,
     rate: float,
     coefficients: FloatArray,
     tpot_margin: float,
@@ -284,9 +339,11 @@ def with_time_freed(
 
     Admission counts a token every TPOT for each decode. One that is ahead of its deadlines can be held until its next
     token is due, and one whose answer ends needs no more: what they do not take until a deadline is prefill budget,
-    and at the rate of the plan's start worth that many seconds.
+    and at the rate of the plan's start worth that many seconds. Until the first of the prompts may be done, and with it
+    a decode that nobody can hold, steps beside held decodes also last longer.
 
     Args:
+        periods_s, tokens_each, extra_s_each, max_tokens: as :func:`prefill_rate` has them.
         rate: prefill tokens a second beside all running decodes; nothing is added where none is left.
     """
     if rate <= 0.0 or len(due_s) == 0:
@@ -297,14 +354,12 @@ def with_time_freed(
     spans_s = np.maximum(due_s[looked] - start_s, 0.0)
     freed = np.zeros(len(looked))
     for slot in running:
-        if rows["status"][slot] != ADMITTED or rows["output_tokens"][slot] == 0 or tokens_to_do(rows, slot) > 1:
-            continue
         tpot_s = rows["tpot_s"][slot]
-        if not np.isfinite(tpot_s):
+        lead_s = _lead_s(rows, slot, start_s, tpot_margin)
+        if lead_s < 0.0 or not np.isfinite(tpot_s):
             continue
         own = survival[rows["class_index"][slot]]
         cost = 1.0 + (coefficients[K_CTX] * rows["computed_tokens"][slot] + coefficients[K_SEQ]) / slope
-        lead_s = max(next_due_s(rows, slot, tpot_margin) - start_s - tpot_s, 0.0)
         so_far = survives(own, edges, float(rows["output_tokens"][slot]))
         for i in range(len(looked)):
             held_s = min(lead_s, spans_s[i])
@@ -314,7 +369,20 @@ def with_time_freed(
                 # The share that has ended grows about evenly from none when the lead is used up.
                 ended = 0.5 * (1.0 - share_left(rows, slot, rest_s / tpot_s, so_far, own, edges))
             freed[i] += cost / tpot_s * (held_s + rest_s * ended)
-    return due_s + np.interp(due_s, due_s[looked], freed) / rate
+    gained = _longer_steps(
+        rows,
+        running,
+        periods_s,
+        start_s,
+        due_s[0],
+        tpot_margin,
+        tokens_each,
+        extra_s_each,
+        coefficients,
+        max_tokens,
+        rate,
+    )
+    return due_s + (np.interp(due_s, due_s[looked], freed) + gained) / rate
 
 
 @njit(cache=True)

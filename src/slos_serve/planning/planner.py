@@ -41,6 +41,10 @@ STEP_SHARE_OF_TTFT, LEAST_STEP_FIXED = 0.5, 4.0
 # The only prompt there is makes a step that much longer: with few about, another that comes during it is rare, and it
 # is cut in parts less often.
 LONE_PERIODS = 1.5
+# How far ahead promised decodes are to be before prompts without a promise run, in tokens: the lead is what the next
+# burst of promised prompts is computed with. Little while everybody is promised what they ask for; all of it from where
+# this share of the recent requests was not. Requests are counted over about as many.
+CALM_LEAD_TOKENS, LEAD_TOKENS, CROWDED_SHARE, RECENT_REQUESTS = 2.0, 8.0, 0.2, 16.0
 _NONE: SlotArray = np.empty(0, dtype=np.int64)
 _NOT_TAKEN = np.empty(0, dtype=np.bool_)
 
@@ -73,6 +77,7 @@ class Planner:
         self.drafting = Drafting(num_classes, self.settings)
         self.counters = PlannerCounters()
         self._tightest_s, self._seen_order = np.inf, -1
+        self._passed_over = 0.0
         self._aging = Aging(self.settings.aging_s)
         self._model = model
         self.correct(1.0)
@@ -121,6 +126,7 @@ class Planner:
         promised = slots[reasons == PREFILL_DEADLINE]
         started = promised[rows["status"][promised] == UNDECIDED]
         rows["status"][started] = ADMITTED
+        self._decided(len(fitting) + len(started), len(demoted))
         return StepPlan(
             slots=slots,
             tokens=tokens,
@@ -180,6 +186,7 @@ class Planner:
             lengths.alone_tokens,
             lengths.longer,
             self._longest_step_s() * (LONE_PERIODS if open_prompts(rows, running, view.waiting) == 1 else 1.0),
+            self._lead_tokens(),
             self._aging.kept,
             self._aging.kept if self._aging.due else NOBODY,
         )
@@ -190,6 +197,15 @@ class Planner:
             return np.inf  # draft lengths are chosen for steps of their own bound
         fixed_s = float(linear_step_s(self._coefficients, 0.0))
         return max(STEP_SHARE_OF_TTFT * self._tightest_s, LEAST_STEP_FIXED * fixed_s)
+
+    def _lead_tokens(self) -> float:
+        crowded = min(self._passed_over / CROWDED_SHARE, 1.0)
+        return CALM_LEAD_TOKENS + crowded * (LEAD_TOKENS - CALM_LEAD_TOKENS)
+
+    def _decided(self, promised: int, passed_over: int) -> None:
+        """Learn how crowded it is from the requests that were promised something now, and those that never will be."""
+        for share, count in ((0.0, promised), (1.0, passed_over)):
+            self._passed_over = share + (self._passed_over - share) * (1.0 - 1.0 / RECENT_REQUESTS) ** count
 
     def _give_up(self, rows: RequestArray, view: EngineView, now_s: float) -> SlotArray:
         if not self.settings.best_effort:
