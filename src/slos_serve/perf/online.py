@@ -29,8 +29,8 @@ LEAN_STEPS = 8.0
 LEAN_OF_CHANGE = 0.6
 CATCH_UP_GAIN = 0.15
 CATCH_UP_CLIP = 0.7
-# Share of the newest step in the running time of "the last few": about seven of them.
-RECENT_SHARE = 0.25
+# Share of the newest step in the running time of "the last few": about fifteen of them.
+RECENT_SHARE = 0.125
 
 
 class OnlineCorrection:
@@ -38,7 +38,7 @@ class OnlineCorrection:
 
     Args:
         time_constant_steps: steps after which an ordinary small drift is followed to 63 %; above 1.
-        quantile: of measured / corrected prediction of recent steps together, kept in :attr:`ratio_quantile`; in (0, 1).
+        quantile: of measured / corrected prediction of recent steps together (:attr:`ratio_quantile`); in (0, 1).
         initial_ratio_quantile: where that quantile starts (from the profile's residuals).
         low, high: bounds of :attr:`factor`, around 1.
     """

@@ -55,8 +55,8 @@ _EPSILON_S = 1e-9
 CROWDED_SHARE = 0.75
 # A turn of whoever is kept (see ``aging``) computes no less of its prompt, however full the step.
 TURN_TOKENS = 64
-# Without a promise a prompt waits until promised decodes are some tokens ahead on average, or nearly as far as their stall
-# bounds let them be.
+# Without a promise a prompt waits until promised decodes are some tokens ahead on average, or nearly as far as their
+# stall bounds let them be.
 LEAD_OF_STALL = 0.9
 # Positions in the flags that the passes hand on.
 STOPPED, WAITING_STARTED = range(2)
@@ -235,9 +235,10 @@ def _add_early_decodes(
 def _ahead(rows: RequestArray, work: Work, now_s: float, lead_tokens: float) -> bool:
     """Whether promised decodes are on average ``lead_tokens`` ahead, or as far as their stall bounds let them be."""
     lead, wanted = 0.0, 0.0
-    for slot, due_s in zip(work.decodes, work.decode_due_s):
+    for j in range(len(work.decodes)):
+        slot = work.decodes[j]
         tpot_s = rows["tpot_s"][slot]
-        lead += (due_s - now_s) / tpot_s - 1.0
+        lead += (work.decode_due_s[j] - now_s) / tpot_s - 1.0
         wanted += min(lead_tokens, LEAD_OF_STALL * rows["max_stall_s"][slot] / tpot_s - 1.0)
     return lead >= wanted
 

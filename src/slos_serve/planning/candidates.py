@@ -270,7 +270,7 @@ def share_left(
 
 @njit(cache=True)
 def _lead_s(rows: RequestArray, slot: int, start_s: float, tpot_margin: float) -> float:
-    """How long a promised decode could be held from ``start_s`` on before it asks for a token every TPOT; -1 if none."""
+    """How long a promised decode can be held from ``start_s`` on before it asks for a token every TPOT; -1 if none."""
     if rows["status"][slot] != ADMITTED or rows["output_tokens"][slot] == 0 or tokens_to_do(rows, slot) > 1:
         return -1.0
     return float(max(next_due_s(rows, slot, tpot_margin) - start_s - rows["tpot_s"][slot], 0.0))

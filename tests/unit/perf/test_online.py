@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.perf.online import OnlineCorrection
+from slos_serve.perf.online import RECENT_SHARE, OnlineCorrection
 
 SHAPE = BatchShape(new_tokens=8, num_seqs=8)
 
@@ -70,10 +70,23 @@ def test_scattered_stalls_move_it_little() -> None:
     assert correction.factor == pytest.approx(1.0, abs=0.05)
 
 
-def test_the_running_quantile_is_a_quantile() -> None:
+def test_the_running_quantile_is_that_of_recent_steps_together() -> None:
     correction, rng = OnlineCorrection(quantile=0.9, initial_ratio_quantile=2.0), np.random.default_rng(6)
     feed(correction, 1.2, 3000, rng, noise=0.1)
-    assert correction.ratio_quantile == pytest.approx(np.exp(0.1 * 1.2816), abs=0.04)
+    # A running mean of share a has a / (2 - a) of the variance of one step.
+    scatter = 0.1 * np.sqrt(RECENT_SHARE / (2.0 - RECENT_SHARE))
+    assert correction.ratio_quantile == pytest.approx(np.exp(scatter * 1.2816), abs=0.02)
+
+
+def test_slow_steps_that_come_alone_need_less_margin_than_slow_spells() -> None:
+    margins = {}
+    for spell in (1, 10):
+        correction, rng, seen = OnlineCorrection(quantile=0.9), np.random.default_rng(7), []
+        for _ in range(3000 // spell):
+            feed(correction, 2.0 if rng.random() < 0.15 else 1.0, spell, rng)
+            seen.append(correction.ratio_quantile)
+        margins[spell] = np.mean(seen[len(seen) // 2 :])
+    assert margins[1] < 1.3 < margins[10]
 
 
 @given(steps=st.lists(st.tuples(st.floats(1e-9, 1e9), st.floats(1e-9, 1e9)), max_size=60))

@@ -7,6 +7,7 @@ import pytest
 
 from slos_serve.core.plan import Reason, StepPlan
 from slos_serve.core.request import Status
+from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
 from tests.builders import OPT_13B_A100, EngineBuilder
@@ -246,3 +247,37 @@ def test_any_plan_can_be_followed_by_order_and_budget(seed: int) -> None:
     new = [slot for slot in plan.slots if rows["running"][slot] == 0]
     assert len(engine.running) - len(plan.preempt) + len(new) <= view.max_num_seqs
     assert not set(plan.preempt.tolist()) & set(plan.slots.tolist())
+
+
+# A small model on a CPU, slow for a while: a step's fixed cost is more than half of the tightest pace.
+SLOW_CPU = BatchTimeModel(0.0036, 0.0, 0.0035, 0.119, 1.4e-5, 5.9e-7, 1.8e-3)
+
+
+@pytest.mark.parametrize(("ahead_s", "promised"), [(1.6, True), (0.21, False)])
+def test_admission_knows_that_steps_beside_decodes_ahead_last_longer(ahead_s: float, promised: bool) -> None:
+    engine = EngineBuilder()
+    for _ in range(2):
+        engine.decode(tpot_s=0.215, ahead_s=ahead_s, max_tokens=400)
+    slot = engine.wait(180, due_in_s=1.3, tpot_s=0.36)
+    plan = Planner(SLOW_CPU, 2).plan(engine.now_s, engine.view())
+    assert (slot in plan.admitted) is promised
+
+
+def test_prompts_without_a_promise_wait_for_a_large_lead_only_where_requests_are_declined() -> None:
+    engine, planner = EngineBuilder(), Planner(OPT_13B_A100, 2)
+    engine.decode(tpot_s=0.1, ahead_s=0.45)
+    other = engine.best_effort(50)
+    assert other in planner.plan(engine.now_s, engine.view()).slots
+    for _ in range(4):
+        engine.wait(2000, due_in_s=0.01)  # lost whatever is done
+    planner.plan(engine.now_s, engine.view())
+    assert other not in planner.plan(engine.now_s, engine.view()).slots
+    engine.table.rows["stage_start_s"][engine.running[0]] += 0.6
+    assert other in planner.plan(engine.now_s, engine.view()).slots
+
+
+def test_a_decode_is_no_further_ahead_than_its_stall_bound_lets_it_be() -> None:
+    engine, planner = EngineBuilder(), Planner(OPT_13B_A100, 2)
+    engine.decode(tpot_s=1.0, ahead_s=30.0)  # stall bound of 2 s: two tokens at most
+    other = engine.best_effort(50)
+    assert other in planner.plan(engine.now_s, engine.view()).slots
