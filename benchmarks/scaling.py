@@ -1,9 +1,9 @@
 """Capacity per GPU at 1, 2, 4 and 8 replicas by router: the scaling figure.
 
-python -m benchmarks.scaling [--scenario coding --scenario tool] [--replicas 8] [--requests 400] [--seeds 2]
+python -m benchmarks.scaling [--scenario coding --scenario tool] [--replicas 8] [--requests 250] [--seeds 1]
 
 Three ways to spread requests over replicas that all run SLOs-Serve: in turn, to the least loaded, and by asking mirrors
-of the replicas' planners. ``--requests`` counts those of one replica.
+of the replicas' planners. ``--requests`` counts those of one replica. Rows of scenarios that are not run again stay.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ import json
 
 from benchmarks._sim_commands import options, run_command, sizes
 
+ALL = ("summarization", "coding", "chat", "tool", "reasoning", "mixed")
 ROUTERS = ("round-robin", "least-loaded", "slo")
 
 
 def main() -> None:
     """One search a router and number of replicas; rows of all of them in one file."""
-    given = options(__doc__, replicas=8, requests=400, seeds=2, scenarios=("coding", "tool", "mixed"))
+    given = options(__doc__, replicas=8, requests=250, seeds=1, scenarios=ALL)
     chosen = [part for name in given.scenario for part in ("--scenario", name)]
     rows = []
     for replicas in (count for count in (1, 2, 4, 8) if count <= given.replicas):
@@ -31,6 +32,9 @@ def main() -> None:
             part.unlink()
             rows += [{**row, "router": name} for name in (ROUTERS if replicas == 1 else (router,)) for row in found]
     result = given.output / "scaling.json"
+    if result.exists():
+        rows += [row for row in json.loads(result.read_text(encoding="utf-8")) if row["scenario"] not in given.scenario]
+        rows.sort(key=lambda row: ALL.index(row["scenario"]))
     result.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     run_command("report", str(result))
 
