@@ -44,6 +44,7 @@ class MirrorArrays(NamedTuple):
         coefficients: float64 [R, 8].
         draft_s, max_step_tokens, tpot_margin, max_implied_ttft_s: float64 [R].
         total_blocks, block_size: int64 [R].
+        freed_at_s, freed_tokens, longer_tokens: float64 [R, F], see ``Publication``.
         forecast_tokens: float64 [R, C, 1].
         idle_rate: float64 [R], prefill tokens a second of the replica when nothing decodes.
         num_unpromised: int64 [R].
@@ -74,6 +75,9 @@ class MirrorArrays(NamedTuple):
     max_implied_ttft_s: FloatArray
     total_blocks: IntArray
     block_size: IntArray
+    freed_at_s: FloatArray
+    freed_tokens: FloatArray
+    longer_tokens: FloatArray
     forecast_tokens: FloatArray
     idle_rate: FloatArray
     num_unpromised: IntArray
@@ -97,6 +101,8 @@ def rate_beside(m: MirrorArrays, k: int, counts: FloatArray) -> float:
 def _begin_decode(m: MirrorArrays, k: int) -> None:
     """The first owed prompt ends and becomes a decode."""
     m.counts[k, m.tier[k, m.first[k]]] += 1.0
+    # It has no lead yet: no step is longer than its pace from now on.
+    m.longer_tokens[k] = 0.0
     m.first[k] += 1
     m.num_owed[k] -= 1
 
@@ -247,13 +253,25 @@ def _costliest(m: MirrorArrays, k: int, size: FloatArray, own: int, own_weight: 
 
 
 @njit(cache=True)
+def _with_time_freed(m: MirrorArrays, k: int, dues: FloatArray) -> FloatArray:
+    """Due times with the time added that decodes leave before them, as the planner counts it."""
+    rate = rate_beside(m, k, m.counts[k])
+    if rate <= 0.0:
+        return dues
+    at_s, now_s = m.freed_at_s[k], np.full(1, m.clock_s[k])
+    freed = np.interp(dues, at_s, m.freed_tokens[k]) - np.interp(now_s, at_s, m.freed_tokens[k])[0]
+    gained = np.interp(dues[:1], at_s, m.longer_tokens[k])[0] - np.interp(now_s, at_s, m.longer_tokens[k])[0]
+    return dues + (freed + max(gained, 0.0)) / rate
+
+
+@njit(cache=True)
 def _judge(
     m: MirrorArrays, k: int, taken: BoolArray, dues: FloatArray, costs: FloatArray, tiers: IntArray, extras: FloatArray
 ) -> tuple[int, float]:
     """The planner's feasibility rule on a set: see :func:`first_violation`."""
     return first_violation(
         taken,
-        dues,
+        _with_time_freed(m, k, dues),
         costs,
         tiers,
         m.counts[k],
