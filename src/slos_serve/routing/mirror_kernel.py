@@ -108,6 +108,16 @@ def _begin_decode(m: MirrorArrays, k: int) -> None:
 
 
 @njit(cache=True)
+def _left_by_decodes(m: MirrorArrays, k: int, until_s: float, longer_until_s: float) -> float:
+    """Prefill tokens that held or ended decodes leave from the mirror's time on, and those gained by longer steps."""
+    at_s = m.freed_at_s[k]
+    moments = np.array([m.clock_s[k], until_s, max(longer_until_s, m.clock_s[k])])
+    freed = np.interp(moments[:2], at_s, m.freed_tokens[k])
+    gained = np.interp(moments, at_s, m.longer_tokens[k])
+    return float(freed[1] - freed[0] + gained[2] - gained[0])
+
+
+@njit(cache=True)
 def advance(m: MirrorArrays, k: int, to_s: float) -> None:
     """Let replica ``k`` compute what it owes, in order of deadlines, up to ``to_s``.
 
@@ -117,6 +127,7 @@ def advance(m: MirrorArrays, k: int, to_s: float) -> None:
         rate = rate_beside(m, k, m.counts[k])
         if rate <= 0.0:
             break
+        rate += _left_by_decodes(m, k, to_s, to_s) / (to_s - m.clock_s[k])
         needs_s = m.cost_tokens[k, m.first[k]] / rate
         if m.clock_s[k] + needs_s > to_s:
             m.cost_tokens[k, m.first[k]] -= rate * (to_s - m.clock_s[k])
@@ -258,10 +269,10 @@ def _with_time_freed(m: MirrorArrays, k: int, dues: FloatArray) -> FloatArray:
     rate = rate_beside(m, k, m.counts[k])
     if rate <= 0.0:
         return dues
-    at_s, now_s = m.freed_at_s[k], np.full(1, m.clock_s[k])
-    freed = np.interp(dues, at_s, m.freed_tokens[k]) - np.interp(now_s, at_s, m.freed_tokens[k])[0]
-    gained = np.interp(dues[:1], at_s, m.longer_tokens[k])[0] - np.interp(now_s, at_s, m.longer_tokens[k])[0]
-    return dues + (freed + max(gained, 0.0)) / rate
+    left = np.interp(dues, m.freed_at_s[k], m.freed_tokens[k])
+    # At the first due time both parts are known; later ones have more of the first.
+    later: FloatArray = dues + (left - left[0] + _left_by_decodes(m, k, dues[0], dues[0])) / rate
+    return later
 
 
 @njit(cache=True)

@@ -78,6 +78,7 @@ def test_owed_prompts_are_computed_as_time_passes() -> None:
     m = mirrors_of(a=engine).arrays
     owed = m.cost_tokens[0, :2].copy()
     rate = rate_beside(m, 0, m.counts[0])
+    m.freed_tokens[0] = m.longer_tokens[0] = 0.0
     advance(m, 0, NOW_S + 0.05)
     assert m.cost_tokens[0, 0] == pytest.approx(owed[0] - 0.05 * rate)
     advance(m, 0, NOW_S + owed[0] / rate + 1e-6)
@@ -87,6 +88,16 @@ def test_owed_prompts_are_computed_as_time_passes() -> None:
     m.cost_tokens[0, 1] = 1e9
     advance(m, 0, NOW_S + 2.0)
     assert m.num_owed[0] == 0 and m.counts[0].sum() == 12.0
+
+
+def test_owed_prompts_are_computed_sooner_beside_decodes_that_leave_time() -> None:
+    engine = loaded(10)
+    engine.wait(1000, due_in_s=1.0)
+    m = mirrors_of(a=engine).arrays
+    owed, rate = float(m.cost_tokens[0, 0]), rate_beside(m, 0, m.counts[0])
+    m.freed_tokens[0], m.longer_tokens[0] = 100.0 * (m.freed_at_s[0] - NOW_S), 0.0
+    advance(m, 0, NOW_S + 0.05)
+    assert m.cost_tokens[0, 0] == pytest.approx(owed - 0.05 * (rate + 100.0))
 
 
 def test_nothing_starts_before_the_running_step_ends() -> None:
