@@ -217,6 +217,7 @@ def own_verdict(policy: SLOsServePolicy, view: EngineView, now_s: float, questio
         lengths,
         forecast_memory=settings.forecast_memory,
         count_freed=settings.count_freed,
+        longest_step_s=policy.planner.longest_step_s(),
         drafts=policy.planner.drafting.present,
     )
     return bool(found.taken[found.slots == slot].any())

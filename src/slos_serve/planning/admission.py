@@ -34,7 +34,8 @@ class Admission:
         infeasible: what is promised already does not fit any more (a forecast was wrong); nothing new is taken.
         stopped: the program made as many labels as it may and gave the best set it had found.
         labels: labels that the dynamic program kept.
-        periods_s, tokens_each, period_s_each, draft_s: what ``prefill_rate`` was given, drafts counted in.
+        periods_s, tokens_each, period_s_each, draft_s, max_tokens: what ``prefill_rate`` was given, drafts counted in.
+        start_s: when the fluid begins.
     """
 
     slots: SlotArray
@@ -54,6 +55,8 @@ class Admission:
     tokens_each: FloatArray
     period_s_each: FloatArray
     draft_s: float
+    max_tokens: float
+    start_s: float
 
 
 def write_forecasts(view: EngineView, settings: PlannerSettings, lengths: LengthForecast) -> None:
@@ -172,6 +175,8 @@ def judge(
         tokens_each,
         period_s_each,
         draft_s,
+        most_tokens,
+        start_s,
     )
 
 

@@ -277,7 +277,7 @@ def _lead_s(rows: RequestArray, slot: int, start_s: float, tpot_margin: float) -
 
 
 @njit(cache=True)
-def _longer_steps(
+def tokens_gained(
     rows: RequestArray,
     running: SlotArray,
     periods_s: FloatArray,
@@ -320,6 +320,47 @@ def _longer_steps(
 
 
 @njit(cache=True)
+def tokens_freed(
+    rows: RequestArray,
+    running: SlotArray,
+    moments_s: FloatArray,
+    start_s: float,
+    coefficients: FloatArray,
+    tpot_margin: float,
+    survival: FloatArray,
+    edges: FloatArray,
+) -> FloatArray:
+    """Prefill tokens that running decodes do not take until each moment, because they can be held or have ended.
+
+    Admission counts a token every TPOT for each decode. One that is ahead of its deadlines can be held until its next
+    token is due, and one whose answer ends needs no more.
+
+    Args:
+        moments_s: float64 [M].
+    """
+    slope = max(coefficients[K_C], coefficients[K_M])
+    spans_s = np.maximum(moments_s - start_s, 0.0)
+    freed = np.zeros(len(moments_s))
+    for slot in running:
+        tpot_s = rows["tpot_s"][slot]
+        lead_s = _lead_s(rows, slot, start_s, tpot_margin)
+        if lead_s < 0.0 or not np.isfinite(tpot_s):
+            continue
+        own = survival[rows["class_index"][slot]]
+        cost = 1.0 + (coefficients[K_CTX] * rows["computed_tokens"][slot] + coefficients[K_SEQ]) / slope
+        so_far = survives(own, edges, float(rows["output_tokens"][slot]))
+        for i in range(len(moments_s)):
+            held_s = min(lead_s, spans_s[i])
+            rest_s = spans_s[i] - held_s
+            ended = 0.0
+            if rest_s > 0.0:
+                # The share that has ended grows about evenly from none when the lead is used up.
+                ended = 0.5 * (1.0 - share_left(rows, slot, rest_s / tpot_s, so_far, own, edges))
+            freed[i] += cost / tpot_s * (held_s + rest_s * ended)
+    return freed
+
+
+@njit(cache=True)
 def with_time_freed(
     rows: RequestArray,
     running: SlotArray,
@@ -337,10 +378,9 @@ def with_time_freed(
 ) -> FloatArray:
     """Due times with the time added that running decodes leave to prompts before them (float64 [n], order kept).
 
-    Admission counts a token every TPOT for each decode. One that is ahead of its deadlines can be held until its next
-    token is due, and one whose answer ends needs no more: what they do not take until a deadline is prefill budget,
-    and at the rate of the plan's start worth that many seconds. Until the first of the prompts may be done, and with it
-    a decode that nobody can hold, steps beside held decodes also last longer.
+    What decodes do not take until a deadline (:func:`tokens_freed`) is prefill budget, and at the rate of the plan's
+    start worth some seconds. Until the first of the prompts may be done, and with it a decode that nobody can hold,
+    steps beside held decodes also last longer (:func:`tokens_gained`).
 
     Args:
         periods_s, tokens_each, extra_s_each, max_tokens: as :func:`prefill_rate` has them.
@@ -348,28 +388,10 @@ def with_time_freed(
     """
     if rate <= 0.0 or len(due_s) == 0:
         return due_s
-    slope = max(coefficients[K_C], coefficients[K_M])
     # Looked at for some due times, in between it grows about evenly.
     looked = np.unique(np.linspace(0, len(due_s) - 1, min(len(due_s), FREED_MOMENTS)).astype(np.int64))
-    spans_s = np.maximum(due_s[looked] - start_s, 0.0)
-    freed = np.zeros(len(looked))
-    for slot in running:
-        tpot_s = rows["tpot_s"][slot]
-        lead_s = _lead_s(rows, slot, start_s, tpot_margin)
-        if lead_s < 0.0 or not np.isfinite(tpot_s):
-            continue
-        own = survival[rows["class_index"][slot]]
-        cost = 1.0 + (coefficients[K_CTX] * rows["computed_tokens"][slot] + coefficients[K_SEQ]) / slope
-        so_far = survives(own, edges, float(rows["output_tokens"][slot]))
-        for i in range(len(looked)):
-            held_s = min(lead_s, spans_s[i])
-            rest_s = spans_s[i] - held_s
-            ended = 0.0
-            if rest_s > 0.0:
-                # The share that has ended grows about evenly from none when the lead is used up.
-                ended = 0.5 * (1.0 - share_left(rows, slot, rest_s / tpot_s, so_far, own, edges))
-            freed[i] += cost / tpot_s * (held_s + rest_s * ended)
-    gained = _longer_steps(
+    freed = tokens_freed(rows, running, due_s[looked], start_s, coefficients, tpot_margin, survival, edges)
+    gained = tokens_gained(
         rows,
         running,
         periods_s,

@@ -185,14 +185,14 @@ class Planner:
             lengths.tokens,
             lengths.alone_tokens,
             lengths.longer,
-            self._longest_step_s() * (LONE_PERIODS if open_prompts(rows, running, view.waiting) == 1 else 1.0),
+            self.longest_step_s() * (LONE_PERIODS if open_prompts(rows, running, view.waiting) == 1 else 1.0),
             self._lead_tokens(),
             self._aging.kept,
             self._aging.kept if self._aging.due else NOBODY,
         )
 
-    def _longest_step_s(self) -> float:
-        """A request that comes while a step runs must still make its first token by a step of its own."""
+    def longest_step_s(self) -> float:
+        """A request that comes while a step of prompts runs must still make its first token by a step of its own."""
         if self.settings.max_draft_tokens > 0:
             return np.inf  # draft lengths are chosen for steps of their own bound
         fixed_s = float(linear_step_s(self._coefficients, 0.0))
@@ -248,7 +248,7 @@ class Planner:
                 self.lengths,
                 forecast_memory=self.settings.forecast_memory,
                 count_freed=self.settings.count_freed,
-                longest_step_s=self._longest_step_s(),
+                longest_step_s=self.longest_step_s(),
                 kept_blocks=self._aging.blocks(rows, view.block_size),
                 drafts=self.drafting.present,
             )

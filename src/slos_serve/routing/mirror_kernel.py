@@ -44,6 +44,7 @@ class MirrorArrays(NamedTuple):
         coefficients: float64 [R, 8].
         draft_s, max_step_tokens, tpot_margin, max_implied_ttft_s: float64 [R].
         total_blocks, block_size: int64 [R].
+        freed_at_s, freed_tokens, longer_tokens: float64 [R, F], see ``Publication``.
         forecast_tokens: float64 [R, C, 1].
         idle_rate: float64 [R], prefill tokens a second of the replica when nothing decodes.
         num_unpromised: int64 [R].
@@ -74,6 +75,9 @@ class MirrorArrays(NamedTuple):
     max_implied_ttft_s: FloatArray
     total_blocks: IntArray
     block_size: IntArray
+    freed_at_s: FloatArray
+    freed_tokens: FloatArray
+    longer_tokens: FloatArray
     forecast_tokens: FloatArray
     idle_rate: FloatArray
     num_unpromised: IntArray
@@ -97,8 +101,20 @@ def rate_beside(m: MirrorArrays, k: int, counts: FloatArray) -> float:
 def _begin_decode(m: MirrorArrays, k: int) -> None:
     """The first owed prompt ends and becomes a decode."""
     m.counts[k, m.tier[k, m.first[k]]] += 1.0
+    # It has no lead yet: no step is longer than its pace from now on.
+    m.longer_tokens[k] = 0.0
     m.first[k] += 1
     m.num_owed[k] -= 1
+
+
+@njit(cache=True)
+def _left_by_decodes(m: MirrorArrays, k: int, until_s: float, longer_until_s: float) -> float:
+    """Prefill tokens that held or ended decodes leave from the mirror's time on, and those gained by longer steps."""
+    at_s = m.freed_at_s[k]
+    moments = np.array([m.clock_s[k], until_s, max(longer_until_s, m.clock_s[k])])
+    freed = np.interp(moments[:2], at_s, m.freed_tokens[k])
+    gained = np.interp(moments, at_s, m.longer_tokens[k])
+    return float(freed[1] - freed[0] + gained[2] - gained[0])
 
 
 @njit(cache=True)
@@ -111,6 +127,7 @@ def advance(m: MirrorArrays, k: int, to_s: float) -> None:
         rate = rate_beside(m, k, m.counts[k])
         if rate <= 0.0:
             break
+        rate += _left_by_decodes(m, k, to_s, to_s) / (to_s - m.clock_s[k])
         needs_s = m.cost_tokens[k, m.first[k]] / rate
         if m.clock_s[k] + needs_s > to_s:
             m.cost_tokens[k, m.first[k]] -= rate * (to_s - m.clock_s[k])
@@ -247,13 +264,25 @@ def _costliest(m: MirrorArrays, k: int, size: FloatArray, own: int, own_weight: 
 
 
 @njit(cache=True)
+def _with_time_freed(m: MirrorArrays, k: int, dues: FloatArray) -> FloatArray:
+    """Due times with the time added that decodes leave before them, as the planner counts it."""
+    rate = rate_beside(m, k, m.counts[k])
+    if rate <= 0.0:
+        return dues
+    left = np.interp(dues, m.freed_at_s[k], m.freed_tokens[k])
+    # At the first due time both parts are known; later ones have more of the first.
+    later: FloatArray = dues + (left - left[0] + _left_by_decodes(m, k, dues[0], dues[0])) / rate
+    return later
+
+
+@njit(cache=True)
 def _judge(
     m: MirrorArrays, k: int, taken: BoolArray, dues: FloatArray, costs: FloatArray, tiers: IntArray, extras: FloatArray
 ) -> tuple[int, float]:
     """The planner's feasibility rule on a set: see :func:`first_violation`."""
     return first_violation(
         taken,
-        dues,
+        _with_time_freed(m, k, dues),
         costs,
         tiers,
         m.counts[k],

@@ -16,7 +16,9 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.perf.batch_time import NUM_COEFFICIENTS
 from slos_serve.planning.prefill_rate import FloatArray, IntArray
 
-FORMAT = "slos-serve-publication/1"
+FORMAT = "slos-serve-publication/2"
+# What decodes leave to prompts is published for these moments, seconds after the state that is published.
+FREED_AFTER_S = np.array([0.0, *np.geomspace(0.1, 25.6, 9)])
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +48,9 @@ class Publication:
         memory: float64 [n, K], KV blocks of each, at each checkpoint of the planner's forecast.
         memory_left: float64 [K], KV blocks beside all of these.
         total_blocks, free_blocks, block_size: KV cache.
+        freed_at_s: float64 [F], moments after ``ready_s``, ascending.
+        freed_tokens: float64 [F], prefill tokens that decodes which can be held, or end, leave until each of them.
+        longer_tokens: float64 [F], those gained until each of them by longer steps, as long as no other prompt ends.
         num_requests: unfinished requests of any kind.
         num_unpromised: of them, best effort and those passed over.
         forecast_tokens: float64 [classes], forecast output length of a request that has not begun.
@@ -78,6 +83,9 @@ class Publication:
     total_blocks: int
     free_blocks: int
     block_size: int
+    freed_at_s: FloatArray
+    freed_tokens: FloatArray
+    longer_tokens: FloatArray
     num_requests: int
     num_unpromised: int
     forecast_tokens: FloatArray
@@ -119,8 +127,9 @@ class Publication:
             raise InvalidFieldError("pace_s", len(self.pace_s), "at least one tier and one memory checkpoint")
         if len(self.tier) and not (self.tier.min() >= 0 and self.tier.max() < len(self.pace_s)):
             raise InvalidFieldError("tier", int(self.tier.max()), f"0 to {len(self.pace_s) - 1}")
-        if np.any(np.diff(self.due_s) < 0.0):
-            raise InvalidFieldError("due_s", "unsorted", "deadlines in ascending order")
+        for name in ("due_s", "freed_at_s"):
+            if np.any(np.diff(getattr(self, name)) < 0.0):
+                raise InvalidFieldError(name, "unsorted", "times in ascending order")
         if self.block_size < 1 or self.total_blocks < 0:
             raise InvalidFieldError("block_size", self.block_size, "1 or more, and total_blocks 0 or more")
         for name in ("coefficients", "time_s", "ready_s", "seen_until_s"):
@@ -135,7 +144,9 @@ def _sizes(publication: Publication) -> list[tuple[str, int]]:
     tiers, owed = len(publication.pace_s), len(publication.due_s)
     by_tier = ("periods_s", "tokens_each", "extra_s_each", "counts", "in_tier")
     by_prompt = ("cost_tokens", "tier", "weight", "begun")
-    return [*((name, tiers) for name in by_tier), *((name, owed) for name in by_prompt)]
+    by_moment = ("freed_at_s", "freed_tokens", "longer_tokens")
+    sizes = [(by_tier, tiers), (by_prompt, owed), (by_moment, len(FREED_AFTER_S))]
+    return [(name, size) for names, size in sizes for name in names]
 
 
 def _plain(value: Any) -> Any:

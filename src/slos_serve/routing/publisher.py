@@ -14,11 +14,12 @@ from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.admission import Admission, judge, write_forecasts
-from slos_serve.planning.candidates import ADMITTED, demote_lost
+from slos_serve.planning.candidates import ADMITTED, demote_lost, tokens_freed, tokens_gained
+from slos_serve.planning.lengths import EDGES
 from slos_serve.planning.planner import Planner
-from slos_serve.planning.prefill_rate import FloatArray
+from slos_serve.planning.prefill_rate import FloatArray, prefill_rate
 from slos_serve.routing.projection import after_step, view_copy
-from slos_serve.routing.publication import Publication
+from slos_serve.routing.publication import FREED_AFTER_S, Publication
 from slos_serve.routing.settings import PUBLISH_EVERY_S
 
 
@@ -83,8 +84,8 @@ class Publisher:
 def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, now_s: float) -> Admission:
     """The planner's admission of ``view`` at ``now_s``, without its consequences; writes ``expected_tokens`` only.
 
-    KV is counted as the sum of peaks and every decode as if it were never ahead, whatever the planner's settings: sums
-    that a mirror can add to, and stricter than the planner's own forecasts.
+    KV is counted as the sum of peaks whatever the planner's settings: sums that a mirror can add to, and stricter than
+    the planner's own forecast.
     """
     write_forecasts(view, planner.settings, planner.lengths)
     return judge(
@@ -94,9 +95,43 @@ def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, 
         planner.settings,
         planner.lengths,
         forecast_memory=False,
-        count_freed=False,
+        count_freed=planner.settings.count_freed,
+        longest_step_s=planner.longest_step_s(),
         drafts=planner.drafting.present,
     )
+
+
+def _left_by_decodes(
+    planner: Planner, coefficients: FloatArray, view: EngineView, found: Admission, moments_s: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Prefill tokens that decodes leave until each moment, and those gained by longer steps (float64 [F] each)."""
+    none = np.zeros(len(moments_s))
+    model = (found.periods_s, found.tokens_each, found.period_s_each)
+    rate = prefill_rate(found.counts, *model, found.draft_s, coefficients, found.max_tokens)
+    if not planner.settings.count_freed or len(planner.drafting.present.tokens) or rate <= 0.0:
+        return none, none
+    rows, margin = view.table.rows, planner.settings.tpot_margin
+    freed = tokens_freed(
+        rows, view.running, moments_s, found.start_s, coefficients, margin, planner.lengths.survival(), EDGES
+    )
+    periods_s, tokens_each, extra_s = model
+    gained = [
+        tokens_gained(
+            rows,
+            view.running,
+            periods_s,
+            found.start_s,
+            float(moment_s),
+            margin,
+            tokens_each,
+            extra_s,
+            coefficients,
+            found.max_tokens,
+            rate,
+        )
+        for moment_s in moments_s
+    ]
+    return freed, np.maximum.accumulate(np.array(gained))
 
 
 def publication_of(
@@ -127,6 +162,8 @@ def publication_of(
     rows, taken, counts, pace_s = view.table.rows, found.taken, found.counts, found.pace_s
     promised = int(counts.sum()) + int(taken.sum())
     num_requests = len(view.running) + len(view.waiting)
+    moments_s = ready_s + FREED_AFTER_S
+    freed, gained = _left_by_decodes(planner, coefficients, view, found, moments_s)
     return Publication(
         replica=replica,
         sequence=sequence,
@@ -137,7 +174,7 @@ def publication_of(
         coefficients=coefficients,
         tpot_margin=settings.tpot_margin,
         max_implied_ttft_s=settings.max_implied_ttft_s,
-        max_step_tokens=view.max_num_batched_tokens,
+        max_step_tokens=int(found.max_tokens),
         draft_s=found.draft_s,
         pace_s=pace_s,
         periods_s=found.periods_s.copy(),
@@ -155,6 +192,9 @@ def publication_of(
         total_blocks=view.total_blocks,
         free_blocks=view.free_blocks,
         block_size=view.block_size,
+        freed_at_s=moments_s,
+        freed_tokens=freed,
+        longer_tokens=gained,
         num_requests=num_requests,
         num_unpromised=max(num_requests - promised, 0),
         forecast_tokens=planner.lengths.table()[:, 0].copy(),

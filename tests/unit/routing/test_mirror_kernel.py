@@ -16,19 +16,20 @@ from tests.builders import OPT_13B_A100, EngineBuilder
 from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, request
 
 
-def _random_engine(rng: np.random.Generator) -> EngineBuilder:
+def _random_engine(rng: np.random.Generator, most_ahead_s: float = 0.0) -> EngineBuilder:
     engine = EngineBuilder(total_blocks=int(rng.integers(400, 4000)))
     for _ in range(int(rng.integers(0, 120))):
-        engine.decode(tpot_s=float(rng.choice([0.05, 0.1])), prompt_tokens=int(rng.integers(20, 800)))
+        ahead_s = float(rng.uniform(0.0, most_ahead_s))
+        engine.decode(tpot_s=float(rng.choice([0.05, 0.1])), prompt_tokens=int(rng.integers(20, 800)), ahead_s=ahead_s)
     for _ in range(int(rng.integers(0, 6))):
         engine.wait(int(rng.integers(20, 1500)), due_in_s=float(rng.uniform(0.3, 2.0)))
     return engine
 
 
-@pytest.mark.parametrize("seed", range(60))
-def test_agrees_with_the_replica_on_what_it_has_just_published(seed: int) -> None:
+def _verdicts(seed: int, most_ahead_s: float) -> tuple[bool, bool]:
+    """The mirror's and the replica's own."""
     rng = np.random.default_rng(seed)
-    engine = _random_engine(rng)
+    engine = _random_engine(rng, most_ahead_s)
     mirrors = mirrors_of(a=engine)
     prompt, due_in_s = int(rng.integers(20, 4000)), float(rng.uniform(0.2, 2.0))
     mirror = verdicts(NOW_S, request(prompt, due_in_s=due_in_s), mirrors)["a"]
@@ -36,7 +37,19 @@ def test_agrees_with_the_replica_on_what_it_has_just_published(seed: int) -> Non
     coefficients = OPT_13B_A100.coefficients * (1.0 + planner.settings.step_margin)
     slot = engine.wait(prompt, due_in_s=due_in_s)
     own = own_admission(planner, coefficients, engine.view(), NOW_S)
-    assert mirror == own.taken[own.slots == slot].any()
+    return mirror, bool(own.taken[own.slots == slot].any())
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_agrees_with_the_replica_on_what_it_has_just_published(seed: int) -> None:
+    mirror, own = _verdicts(seed, most_ahead_s=0.0)
+    assert mirror == own
+
+
+def test_knows_the_time_that_decodes_ahead_of_their_deadlines_leave() -> None:
+    found = np.array([_verdicts(seed, most_ahead_s=2.0) for seed in range(200)])
+    # What decodes leave is published for ten moments, so it is not quite the replica's own.
+    assert np.mean(found[:, 0] == found[:, 1]) >= 0.95
 
 
 def test_the_end_of_a_step_is_what_the_next_plan_starts_from() -> None:
@@ -65,6 +78,7 @@ def test_owed_prompts_are_computed_as_time_passes() -> None:
     m = mirrors_of(a=engine).arrays
     owed = m.cost_tokens[0, :2].copy()
     rate = rate_beside(m, 0, m.counts[0])
+    m.freed_tokens[0] = m.longer_tokens[0] = 0.0
     advance(m, 0, NOW_S + 0.05)
     assert m.cost_tokens[0, 0] == pytest.approx(owed[0] - 0.05 * rate)
     advance(m, 0, NOW_S + owed[0] / rate + 1e-6)
@@ -74,6 +88,16 @@ def test_owed_prompts_are_computed_as_time_passes() -> None:
     m.cost_tokens[0, 1] = 1e9
     advance(m, 0, NOW_S + 2.0)
     assert m.num_owed[0] == 0 and m.counts[0].sum() == 12.0
+
+
+def test_owed_prompts_are_computed_sooner_beside_decodes_that_leave_time() -> None:
+    engine = loaded(10)
+    engine.wait(1000, due_in_s=1.0)
+    m = mirrors_of(a=engine).arrays
+    owed, rate = float(m.cost_tokens[0, 0]), rate_beside(m, 0, m.counts[0])
+    m.freed_tokens[0], m.longer_tokens[0] = 100.0 * (m.freed_at_s[0] - NOW_S), 0.0
+    advance(m, 0, NOW_S + 0.05)
+    assert m.cost_tokens[0, 0] == pytest.approx(owed - 0.05 * (rate + 100.0))
 
 
 def test_nothing_starts_before_the_running_step_ends() -> None:

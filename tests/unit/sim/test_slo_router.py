@@ -102,7 +102,7 @@ def test_only_planners_can_be_mirrored() -> None:
 
 
 def test_routers_that_share_the_replicas_attain_nearly_as_much_as_one() -> None:
-    load = make_workload("chat", 7.0, 300, seed=3, arrivals="gamma:4")
+    load = make_workload("chat", 9.0, 300, seed=3, arrivals="gamma:4")
     shares = []
     for settings in ({}, {"routers": 4}, {"routers": 4, "router_tries": 0}):
         outcome = summarize_run(_routed(load, "slo-spread", replicas=4, **settings))
