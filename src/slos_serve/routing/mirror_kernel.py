@@ -108,13 +108,23 @@ def _begin_decode(m: MirrorArrays, k: int) -> None:
 
 
 @njit(cache=True)
+def _at(times_s: FloatArray, values: FloatArray, time_s: float) -> float:
+    """Linear between the times given, constant beyond; for a few of them and without an array made."""
+    if time_s <= times_s[0]:
+        return float(values[0])
+    for i in range(1, len(times_s)):
+        if time_s <= times_s[i]:
+            part = (time_s - times_s[i - 1]) / (times_s[i] - times_s[i - 1])
+            return float(values[i - 1] + part * (values[i] - values[i - 1]))
+    return float(values[-1])
+
+
+@njit(cache=True)
 def _left_by_decodes(m: MirrorArrays, k: int, until_s: float, longer_until_s: float) -> float:
     """Prefill tokens that held or ended decodes leave from the mirror's time on, and those gained by longer steps."""
-    at_s = m.freed_at_s[k]
-    moments = np.array([m.clock_s[k], until_s, max(longer_until_s, m.clock_s[k])])
-    freed = np.interp(moments[:2], at_s, m.freed_tokens[k])
-    gained = np.interp(moments, at_s, m.longer_tokens[k])
-    return float(freed[1] - freed[0] + gained[2] - gained[0])
+    at_s, freed, longer = m.freed_at_s[k], m.freed_tokens[k], m.longer_tokens[k]
+    gained = _at(at_s, longer, max(longer_until_s, m.clock_s[k])) - _at(at_s, longer, m.clock_s[k])
+    return _at(at_s, freed, until_s) - _at(at_s, freed, m.clock_s[k]) + gained
 
 
 @njit(cache=True)
@@ -269,9 +279,12 @@ def _with_time_freed(m: MirrorArrays, k: int, dues: FloatArray) -> FloatArray:
     rate = rate_beside(m, k, m.counts[k])
     if rate <= 0.0:
         return dues
-    left = np.interp(dues, m.freed_at_s[k], m.freed_tokens[k])
+    at_s, freed = m.freed_at_s[k], m.freed_tokens[k]
     # At the first due time both parts are known; later ones have more of the first.
-    later: FloatArray = dues + (left - left[0] + _left_by_decodes(m, k, dues[0], dues[0])) / rate
+    left = _left_by_decodes(m, k, dues[0], dues[0]) - _at(at_s, freed, dues[0])
+    later = np.empty(len(dues))
+    for i in range(len(dues)):
+        later[i] = dues[i] + (left + _at(at_s, freed, dues[i])) / rate
     return later
 
 
