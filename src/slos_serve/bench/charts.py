@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 # What this project adds is drawn alike everywhere.
 OURS, OUR_COLOUR = "slos-serve", "#D55E00"
+# Matplotlib's and Plotly's names.
+DASHES = (("-", "solid"), ("--", "dash"), (":", "dot"), ("-.", "dashdot"))
 Number = float | None
 
 
@@ -28,6 +30,7 @@ class Series:
         x: numbers for lines, names for bars.
         y: values; ``None`` leaves a gap.
         low, high: ends of error bars, empty for none.
+        group: lines of one group have one colour and are told apart by their dashes; none for a colour of its own.
     """
 
     name: str
@@ -35,6 +38,7 @@ class Series:
     y: Sequence[Number]
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,11 @@ class Chart:
 
 
 def _colours(series: Sequence[Series]) -> list[str]:
-    """One a series: ours where exactly one of them is of this project, the others in turn."""
+    """One a series, or a group of them: ours where exactly one is of this project, the others in turn."""
+    groups = list(dict.fromkeys(one.group for one in series))
+    if groups != [""]:
+        every = (OUR_COLOUR, *COLOURS)
+        return [every[groups.index(one.group) % len(every)] for one in series]
     ours = [one.name.partition(",")[0].partition(":")[0] == OURS for one in series]
     if sum(ours) != 1:
         every = (OUR_COLOUR, *COLOURS)
@@ -70,10 +78,20 @@ def _colours(series: Sequence[Series]) -> list[str]:
     return [OUR_COLOUR if mine else next(others) for mine in ours]
 
 
+def _dashes(series: Sequence[Series]) -> list[tuple[str, str]]:
+    """Solid lines, and others for the second and later ones of a group."""
+    found, seen = [], dict.fromkeys((one.group for one in series), 0)
+    for one in series:
+        found.append(DASHES[seen[one.group] % len(DASHES)])
+        seen[one.group] += 1 if one.group else 0
+    return found
+
+
 def plotly_figure(chart: Chart) -> go.Figure:
     """The chart for a web page."""
     figure = go.Figure()
-    for series, colour in zip(chart.series, _colours(chart.series), strict=True):
+    styles = zip(chart.series, _colours(chart.series), _dashes(chart.series), strict=True)
+    for series, colour, (_, dash) in styles:
         bars = None
         if series.low:
             above = [high - (y or 0.0) for high, y in zip(series.high, series.y, strict=True)]
@@ -87,7 +105,7 @@ def plotly_figure(chart: Chart) -> go.Figure:
                 y=list(series.y),
                 name=series.name,
                 mode="lines+markers",
-                line_color=colour,
+                line={"color": colour, "dash": dash},
                 error_y=bars,
             )
     for name, value in chart.marks:
@@ -111,7 +129,8 @@ def png_bytes(chart: Chart) -> bytes:
         axes = figure.subplots()
         names = list(dict.fromkeys(str(x) for series in chart.series for x in series.x)) if chart.kind == "bars" else []
         width = 0.8 / max(len(chart.series), 1)
-        for index, (series, colour) in enumerate(zip(chart.series, _colours(chart.series), strict=True)):
+        styles = zip(chart.series, _colours(chart.series), _dashes(chart.series), strict=True)
+        for index, (series, colour, (dash, _)) in enumerate(styles):
             values = [float("nan") if y is None else y for y in series.y]
             errors = None
             if series.low:
@@ -124,7 +143,8 @@ def png_bytes(chart: Chart) -> bytes:
                 axes.bar(places, values, width, yerr=errors, label=series.name, color=colour, capsize=2)
             else:
                 points = [float(x) for x in series.x]
-                axes.errorbar(points, values, errors, label=series.name, color=colour, marker=".", markersize=4)
+                style = {"color": colour, "linestyle": dash, "marker": ".", "markersize": 4}
+                axes.errorbar(points, values, errors, label=series.name, **style)
         for name, value in chart.marks:
             axes.axhline(value, linestyle="--", color="#666666", linewidth=1.0)
             axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")

@@ -142,10 +142,15 @@ def _bars(key: str, title: str, rows: Sequence[Row], group: str) -> Chart:
 
 
 def _scaling(rows: Sequence[Row]) -> Chart:
-    series = []
+    """Capacity per GPU over that of one replica: a colour a scenario, dashes for routers."""
+    series, several = [], len({row["policy"] for row in rows}) > 1
     for name in dict.fromkeys((str(row["scenario"]), str(row["policy"]), str(row.get("router", ""))) for row in rows):
         own = [row for row in rows if (str(row["scenario"]), str(row["policy"]), str(row.get("router", ""))) == name]
         own.sort(key=lambda row: int(row["replicas"]))
         counts = [float(row["replicas"]) for row in own]
-        series.append(Series(" ".join(filter(None, name)), counts, [float(row["capacity_rps_per_gpu"]) for row in own]))
-    return Chart("scaling", "Capacity per GPU against replicas", "replicas", "requests/s per GPU", series)
+        alone = float(own[0]["capacity_rps_per_gpu"])
+        times = [float(row["capacity_rps_per_gpu"]) / alone if alone > 0.0 else None for row in own]
+        shown = (name[0], name[1] if several else "", name[2])
+        series.append(Series(" ".join(filter(None, shown)), counts, times, group=name[0]))
+    title = "Capacity per GPU over that of the fewest replicas"
+    return Chart("scaling", title, "replicas", "times", series, marks=(("1", 1.0),))
