@@ -19,15 +19,20 @@ def options(
     seeds: int = 3,
     scenarios: Sequence[str] = ("all",),
     drafters: bool = False,
+    counts: Sequence[int] = (),
 ) -> argparse.Namespace:
     """``--output`` (made), ``--replicas``, ``--requests`` (0: as the command has it), ``--rate``, ``--seeds``,
     ``--scenario``.
 
-    With ``drafters`` also ``--drafter`` and ``--acceptance``, see :func:`speculation`.
+    With ``counts``, ``--count``, which may be repeated, takes the place of ``--replicas``. With ``drafters`` also
+    ``--drafter`` and ``--acceptance``, see :func:`speculation`.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--replicas", type=int, default=replicas)
+    if counts:
+        parser.add_argument("--count", type=int, action="append", help=f"replicas; default: {list(counts)}")
+    else:
+        parser.add_argument("--replicas", type=int, default=replicas)
     parser.add_argument("--requests", type=int, default=requests)
     parser.add_argument("--rate", type=float, default=rate)
     parser.add_argument("--seeds", type=int, default=seeds)
@@ -36,6 +41,8 @@ def options(
         parser.add_argument("--drafter", default="none")
         parser.add_argument("--acceptance", type=float, default=0.7)
     given = parser.parse_args()
+    if counts:
+        given.count = given.count or list(counts)
     given.scenario = given.scenario or list(scenarios)
     given.output.mkdir(parents=True, exist_ok=True)
     return given
