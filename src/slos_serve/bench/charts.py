@@ -14,10 +14,11 @@ from matplotlib.figure import Figure
 
 # Okabe-Ito: told apart by people who do not see every colour.
 COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+Dash = Literal["-", "--", ":", "-."]
 # What this project adds is drawn alike everywhere.
 OURS, OUR_COLOUR = "slos-serve", "#D55E00"
 # Matplotlib's and Plotly's names.
-DASHES = (("-", "solid"), ("--", "dash"), (":", "dot"), ("-.", "dashdot"))
+DASHES: tuple[tuple[Dash, str], ...] = (("-", "solid"), ("--", "dash"), (":", "dot"), ("-.", "dashdot"))
 Number = float | None
 
 
@@ -78,7 +79,7 @@ def _colours(series: Sequence[Series]) -> list[str]:
     return [OUR_COLOUR if mine else next(others) for mine in ours]
 
 
-def _dashes(series: Sequence[Series]) -> list[tuple[str, str]]:
+def _dashes(series: Sequence[Series]) -> list[tuple[Dash, str]]:
     """Solid lines, and others for the second and later ones of a group."""
     found, seen = [], dict.fromkeys((one.group for one in series), 0)
     for one in series:
@@ -143,8 +144,8 @@ def png_bytes(chart: Chart) -> bytes:
                 axes.bar(places, values, width, yerr=errors, label=series.name, color=colour, capsize=2)
             else:
                 points = [float(x) for x in series.x]
-                style = {"color": colour, "linestyle": dash, "marker": ".", "markersize": 4}
-                axes.errorbar(points, values, errors, label=series.name, **style)
+                drawn = axes.errorbar(points, values, errors, label=series.name, color=colour, marker=".", markersize=4)
+                drawn.lines[0].set_linestyle(dash)
         for name, value in chart.marks:
             axes.axhline(value, linestyle="--", color="#666666", linewidth=1.0)
             axes.annotate(name, (0.01, value), xycoords=("axes fraction", "data"), fontsize=8, va="bottom")
