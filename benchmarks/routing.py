@@ -23,13 +23,12 @@ import numpy as np
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import Status
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.planning.admission import judge, write_forecasts
 from slos_serve.planning.candidates import demote_lost
 from slos_serve.planning.planner import Planner
 from slos_serve.policies.base import IntArray, Policy
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.routing.mirrors import Mirrors
-from slos_serve.routing.publisher import publication_of
+from slos_serve.routing.publisher import own_admission, publication_of
 from slos_serve.routing.router import RouterSettings, RoutingDecision, RoutingRequest, Verdict, route, verdicts
 from slos_serve.routing.settings import Order
 from slos_serve.sim.cluster import Cluster
@@ -207,19 +206,7 @@ def own_verdict(policy: SLOsServePolicy, view: EngineView, now_s: float, questio
     demote_lost(table.rows, active, now_s, coefficients, np.empty(len(active), dtype=np.int64))
     if table.rows["status"][slot] == Status.BEST_EFFORT:
         return False
-    lengths = policy.planner.lengths
-    write_forecasts(seen, settings, lengths)
-    found = judge(
-        seen,
-        now_s,
-        coefficients,
-        settings,
-        lengths,
-        forecast_memory=settings.forecast_memory,
-        count_freed=settings.count_freed,
-        longest_step_s=policy.planner.longest_step_s(),
-        drafts=policy.planner.drafting.present,
-    )
+    found = own_admission(policy.planner, coefficients, seen, now_s, forecast_memory=settings.forecast_memory)
     return bool(found.taken[found.slots == slot].any())
 
 

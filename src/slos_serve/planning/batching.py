@@ -238,6 +238,8 @@ def _ahead(rows: RequestArray, work: Work, now_s: float, lead_tokens: float) -> 
     for j in range(len(work.decodes)):
         slot = work.decodes[j]
         tpot_s = rows["tpot_s"][slot]
+        if not np.isfinite(tpot_s):
+            continue  # nothing is due of it but by its stall bound
         lead += (work.decode_due_s[j] - now_s) / tpot_s - 1.0
         wanted += min(lead_tokens, LEAD_OF_STALL * rows["max_stall_s"][slot] / tpot_s - 1.0)
     return lead >= wanted

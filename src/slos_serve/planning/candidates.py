@@ -11,7 +11,7 @@ from numba import njit
 from slos_serve.core.request import RequestArray, SlotArray, Status
 from slos_serve.perf.batch_time import K_C, K_CTX, K_M, K_Q, K_SEQ
 from slos_serve.planning.lengths import bin_of
-from slos_serve.planning.prefill_rate import BoolArray, FloatArray, IntArray, linear_step_s, prefill_rate
+from slos_serve.planning.prefill_rate import BoolArray, FloatArray, IntArray, linear_step_s
 
 UNDECIDED = int(Status.UNDECIDED)
 ADMITTED = int(Status.ADMITTED)
@@ -24,8 +24,6 @@ CATCH_UP_SHARE = 0.02
 # Lead, in tokens, that a stage gets out of the TPOT margin. A promise is about the mean, so what a late step takes is a
 # part of one token however long the answer: more lead would cost pace for nothing.
 AHEAD_TOKENS = 1.0
-# Due times at most for which the time that decodes leave is reckoned one by one.
-FREED_MOMENTS = 8
 # Doubles what is taken for the tightest TTFT after 70 arrivals that asked for less.
 TTFT_LOOSENS = 1.01
 
@@ -236,175 +234,6 @@ def gather(
         extra_s_each,
         periods_s,
     )
-
-
-@njit(cache=True)
-def survives(survival: FloatArray, edges: FloatArray, tokens: float) -> float:
-    """Share of answers of a class longer than ``tokens``, linear within a bin."""
-    at = bin_of(edges, tokens)
-    if at >= len(edges):
-        return 0.0
-    low = edges[at - 1] if at > 0 else 0.0
-    part = (tokens - low) / (edges[at] - low)
-    return float(survival[at] + part * (survival[at + 1] - survival[at]))
-
-
-@njit(cache=True)
-def share_left(
-    rows: RequestArray, slot: int, more: float, so_far: float, survival: FloatArray, edges: FloatArray
-) -> float:
-    """Probability that a request generates ``more`` tokens after those it has; ``so_far``: :func:`survives` of those.
-
-    A client's hint is taken at its word while it holds. Past every length seen, half as much again is expected.
-    """
-    generated = float(rows["output_tokens"][slot])
-    total = generated + more
-    if total >= rows["max_tokens"][slot]:
-        return 0.0
-    if rows["hint_tokens"][slot] > generated:
-        return 1.0 if total < rows["hint_tokens"][slot] else 0.0
-    if so_far <= 1e-6:
-        return 1.0 if more < 0.5 * generated else 0.0
-    return survives(survival, edges, total) / so_far
-
-
-@njit(cache=True)
-def _lead_s(rows: RequestArray, slot: int, start_s: float, tpot_margin: float) -> float:
-    """How long a promised decode can be held from ``start_s`` on before it asks for a token every TPOT; -1 if none."""
-    if rows["status"][slot] != ADMITTED or rows["output_tokens"][slot] == 0 or tokens_to_do(rows, slot) > 1:
-        return -1.0
-    return float(max(next_due_s(rows, slot, tpot_margin) - start_s - rows["tpot_s"][slot], 0.0))
-
-
-@njit(cache=True)
-def tokens_gained(
-    rows: RequestArray,
-    running: SlotArray,
-    periods_s: FloatArray,
-    start_s: float,
-    until_s: float,
-    tpot_margin: float,
-    tokens_each: FloatArray,
-    extra_s_each: FloatArray,
-    coefficients: FloatArray,
-    max_tokens: float,
-    rate: float,
-) -> float:
-    """Prefill tokens gained until ``until_s`` because steps last longer while decodes can be held; 0 at least.
-
-    A step beside decodes that ask for tokens ends with the tightest of their periods, and each pays a fixed cost. Until
-    a decode has used up its lead it bounds no step. What its own tokens cost is not counted here.
-    """
-    counts, gained = np.zeros(len(periods_s)), 0.0
-    span_s = (until_s - start_s) / FREED_MOMENTS
-    if not 0.0 < span_s < np.inf:
-        return 0.0
-    asking, own = np.zeros((FREED_MOMENTS, len(periods_s))), np.zeros(FREED_MOMENTS)
-    slope = max(coefficients[K_C], coefficients[K_M])
-    for slot in running:
-        lead_s = _lead_s(rows, slot, start_s, tpot_margin)
-        if lead_s < 0.0:
-            continue
-        level = tier_of(periods_s, rows["tpot_s"][slot])
-        cost = 1.0 + extra_s_each[level] / slope
-        for i in range(FREED_MOMENTS):
-            if lead_s < (i + 1) * span_s:
-                asking[i, level] += 1.0
-            elif np.isfinite(rows["tpot_s"][slot]):
-                own[i] += cost / rows["tpot_s"][slot]
-    for i in range(FREED_MOMENTS):
-        counts[:] = asking[i]
-        then = prefill_rate(counts, periods_s, tokens_each, extra_s_each, 0.0, coefficients, max_tokens)
-        gained += span_s * max(then - rate - own[i], 0.0)
-    return gained
-
-
-@njit(cache=True)
-def tokens_freed(
-    rows: RequestArray,
-    running: SlotArray,
-    moments_s: FloatArray,
-    start_s: float,
-    coefficients: FloatArray,
-    tpot_margin: float,
-    survival: FloatArray,
-    edges: FloatArray,
-) -> FloatArray:
-    """Prefill tokens that running decodes do not take until each moment, because they can be held or have ended.
-
-    Admission counts a token every TPOT for each decode. One that is ahead of its deadlines can be held until its next
-    token is due, and one whose answer ends needs no more.
-
-    Args:
-        moments_s: float64 [M].
-    """
-    slope = max(coefficients[K_C], coefficients[K_M])
-    spans_s = np.maximum(moments_s - start_s, 0.0)
-    freed = np.zeros(len(moments_s))
-    for slot in running:
-        tpot_s = rows["tpot_s"][slot]
-        lead_s = _lead_s(rows, slot, start_s, tpot_margin)
-        if lead_s < 0.0 or not np.isfinite(tpot_s):
-            continue
-        own = survival[rows["class_index"][slot]]
-        cost = 1.0 + (coefficients[K_CTX] * rows["computed_tokens"][slot] + coefficients[K_SEQ]) / slope
-        so_far = survives(own, edges, float(rows["output_tokens"][slot]))
-        for i in range(len(moments_s)):
-            held_s = min(lead_s, spans_s[i])
-            rest_s = spans_s[i] - held_s
-            ended = 0.0
-            if rest_s > 0.0:
-                # The share that has ended grows about evenly from none when the lead is used up.
-                ended = 0.5 * (1.0 - share_left(rows, slot, rest_s / tpot_s, so_far, own, edges))
-            freed[i] += cost / tpot_s * (held_s + rest_s * ended)
-    return freed
-
-
-@njit(cache=True)
-def with_time_freed(
-    rows: RequestArray,
-    running: SlotArray,
-    due_s: FloatArray,
-    start_s: float,
-    periods_s: FloatArray,
-    tokens_each: FloatArray,
-    extra_s_each: FloatArray,
-    max_tokens: float,
-    rate: float,
-    coefficients: FloatArray,
-    tpot_margin: float,
-    survival: FloatArray,
-    edges: FloatArray,
-) -> FloatArray:
-    """Due times with the time added that running decodes leave to prompts before them (float64 [n], order kept).
-
-    What decodes do not take until a deadline (:func:`tokens_freed`) is prefill budget, and at the rate of the plan's
-    start worth some seconds. Until the first of the prompts may be done, and with it a decode that nobody can hold,
-    steps beside held decodes also last longer (:func:`tokens_gained`).
-
-    Args:
-        periods_s, tokens_each, extra_s_each, max_tokens: as :func:`prefill_rate` has them.
-        rate: prefill tokens a second beside all running decodes; nothing is added where none is left.
-    """
-    if rate <= 0.0 or len(due_s) == 0:
-        return due_s
-    # Looked at for some due times, in between it grows about evenly.
-    looked = np.unique(np.linspace(0, len(due_s) - 1, min(len(due_s), FREED_MOMENTS)).astype(np.int64))
-    freed = tokens_freed(rows, running, due_s[looked], start_s, coefficients, tpot_margin, survival, edges)
-    gained = tokens_gained(
-        rows,
-        running,
-        periods_s,
-        start_s,
-        due_s[0],
-        tpot_margin,
-        tokens_each,
-        extra_s_each,
-        coefficients,
-        max_tokens,
-        rate,
-    )
-    return due_s + (np.interp(due_s, due_s[looked], freed) + gained) / rate
 
 
 @njit(cache=True)

@@ -12,6 +12,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.request import RequestArray
+from slos_serve.planning.prefill_rate import FloatArray
 
 NUM_BINS = 96
 FIRST_EDGE = 4.0
@@ -42,6 +44,36 @@ def bin_of(edges: NDArray[np.float64], tokens: float) -> int:
     if at < len(_BIN_OF):
         return int(_BIN_OF[max(at, 0)])
     return int(np.searchsorted(edges, tokens))
+
+
+@njit(cache=True)
+def survives(survival: FloatArray, edges: FloatArray, tokens: float) -> float:
+    """Share of answers of a class longer than ``tokens``, linear within a bin."""
+    at = bin_of(edges, tokens)
+    if at >= len(edges):
+        return 0.0
+    low = edges[at - 1] if at > 0 else 0.0
+    part = (tokens - low) / (edges[at] - low)
+    return float(survival[at] + part * (survival[at + 1] - survival[at]))
+
+
+@njit(cache=True)
+def share_left(
+    rows: RequestArray, slot: int, more: float, so_far: float, survival: FloatArray, edges: FloatArray
+) -> float:
+    """Probability that a request generates ``more`` tokens after those it has; ``so_far``: :func:`survives` of those.
+
+    A client's hint is taken at its word while it holds. Past every length seen, half as much again is expected.
+    """
+    generated = float(rows["output_tokens"][slot])
+    total = generated + more
+    if total >= rows["max_tokens"][slot]:
+        return 0.0
+    if rows["hint_tokens"][slot] > generated:
+        return 1.0 if total < rows["hint_tokens"][slot] else 0.0
+    if so_far <= 1e-6:
+        return 1.0 if more < 0.5 * generated else 0.0
+    return survives(survival, edges, total) / so_far
 
 
 class LengthForecast:

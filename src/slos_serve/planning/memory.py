@@ -12,7 +12,8 @@ from numba import njit
 
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.planning.batch import blocks_for
-from slos_serve.planning.candidates import ADMITTED, share_left, survives, tokens_to_do
+from slos_serve.planning.candidates import ADMITTED, tokens_to_do
+from slos_serve.planning.lengths import share_left, survives
 from slos_serve.planning.prefill_rate import FloatArray
 
 # Moments at which memory is forecast, in tokens of the tightest pace from now.

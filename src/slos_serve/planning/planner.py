@@ -44,7 +44,7 @@ LONE_PERIODS = 1.5
 # How far ahead promised decodes are to be before prompts without a promise run, in tokens: the lead is what the next
 # burst of promised prompts is computed with. Little while everybody is promised what they ask for; all of it from where
 # this share of the recent requests was not. Requests are counted over about as many.
-CALM_LEAD_TOKENS, LEAD_TOKENS, CROWDED_SHARE, RECENT_REQUESTS = 2.0, 8.0, 0.2, 16.0
+CALM_LEAD_TOKENS, LEAD_TOKENS, DECLINED_SHARE, RECENT_REQUESTS = 2.0, 8.0, 0.2, 16.0
 _NONE: SlotArray = np.empty(0, dtype=np.int64)
 _NOT_TAKEN = np.empty(0, dtype=np.bool_)
 
@@ -199,7 +199,7 @@ class Planner:
         return max(STEP_SHARE_OF_TTFT * self._tightest_s, LEAST_STEP_FIXED * fixed_s)
 
     def _lead_tokens(self) -> float:
-        crowded = min(self._passed_over / CROWDED_SHARE, 1.0)
+        crowded = min(self._passed_over / DECLINED_SHARE, 1.0)
         return CALM_LEAD_TOKENS + crowded * (LEAD_TOKENS - CALM_LEAD_TOKENS)
 
     def _decided(self, promised: int, passed_over: int) -> None:

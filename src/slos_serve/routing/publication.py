@@ -18,7 +18,7 @@ from slos_serve.planning.prefill_rate import FloatArray, IntArray
 
 FORMAT = "slos-serve-publication/2"
 # What decodes leave to prompts is published for these moments, seconds after the state that is published.
-FREED_AFTER_S = np.array([0.0, *np.geomspace(0.1, 25.6, 9)])
+FREED_AFTER_S = np.array([0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 3.2, 6.4, 12.8, 25.6])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,7 +14,8 @@ from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.admission import Admission, judge, write_forecasts
-from slos_serve.planning.candidates import ADMITTED, demote_lost, tokens_freed, tokens_gained
+from slos_serve.planning.candidates import ADMITTED, demote_lost
+from slos_serve.planning.freed_time import tokens_freed, tokens_gained
 from slos_serve.planning.lengths import EDGES
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.prefill_rate import FloatArray, prefill_rate
@@ -81,11 +82,13 @@ class Publisher:
         )
 
 
-def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, now_s: float) -> Admission:
+def own_admission(
+    planner: Planner, coefficients: FloatArray, view: EngineView, now_s: float, *, forecast_memory: bool = False
+) -> Admission:
     """The planner's admission of ``view`` at ``now_s``, without its consequences; writes ``expected_tokens`` only.
 
-    KV is counted as the sum of peaks whatever the planner's settings: sums that a mirror can add to, and stricter than
-    the planner's own forecast.
+    KV is counted as the sum of peaks, whatever the planner's settings, unless ``forecast_memory``: sums that a mirror
+    can add to, and stricter than the planner's own forecast.
     """
     write_forecasts(view, planner.settings, planner.lengths)
     return judge(
@@ -94,7 +97,7 @@ def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, 
         coefficients,
         planner.settings,
         planner.lengths,
-        forecast_memory=False,
+        forecast_memory=forecast_memory,
         count_freed=planner.settings.count_freed,
         longest_step_s=planner.longest_step_s(),
         drafts=planner.drafting.present,
@@ -114,24 +117,10 @@ def _left_by_decodes(
     freed = tokens_freed(
         rows, view.running, moments_s, found.start_s, coefficients, margin, planner.lengths.survival(), EDGES
     )
-    periods_s, tokens_each, extra_s = model
-    gained = [
-        tokens_gained(
-            rows,
-            view.running,
-            periods_s,
-            found.start_s,
-            float(moment_s),
-            margin,
-            tokens_each,
-            extra_s,
-            coefficients,
-            found.max_tokens,
-            rate,
-        )
-        for moment_s in moments_s
-    ]
-    return freed, np.maximum.accumulate(np.array(gained))
+    gained = tokens_gained(
+        rows, view.running, moments_s, found.start_s, *model, found.max_tokens, rate, coefficients, margin
+    )
+    return freed, gained
 
 
 def publication_of(

@@ -281,3 +281,11 @@ def test_a_decode_is_no_further_ahead_than_its_stall_bound_lets_it_be() -> None:
     engine.decode(tpot_s=1.0, ahead_s=30.0)  # stall bound of 2 s: two tokens at most
     other = engine.best_effort(50)
     assert other in planner.plan(engine.now_s, engine.view()).slots
+
+
+def test_a_decode_that_is_promised_no_pace_keeps_nobody_waiting() -> None:
+    engine, planner = EngineBuilder(), Planner(OPT_13B_A100, 2)
+    slot = engine.decode(tpot_s=np.inf)
+    engine.table.rows["max_stall_s"][slot] = np.inf
+    other = engine.best_effort(50)
+    assert other in planner.plan(engine.now_s, engine.view()).slots

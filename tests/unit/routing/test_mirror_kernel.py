@@ -48,8 +48,8 @@ def test_agrees_with_the_replica_on_what_it_has_just_published(seed: int) -> Non
 
 def test_knows_the_time_that_decodes_ahead_of_their_deadlines_leave() -> None:
     found = np.array([_verdicts(seed, most_ahead_s=2.0) for seed in range(200)])
-    # What decodes leave is published for ten moments, so it is not quite the replica's own.
-    assert np.mean(found[:, 0] == found[:, 1]) >= 0.95
+    # What decodes leave is published for a dozen moments, so it is not quite the replica's own.
+    assert np.mean(found[:, 0] == found[:, 1]) >= 0.99
 
 
 def test_the_end_of_a_step_is_what_the_next_plan_starts_from() -> None:
