@@ -90,11 +90,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.engine
 def test_shapes_cover_decodes_prefill_and_mixtures(run: Run) -> None:
     samples = run.samples
-    assert len(samples) >= 40
     decode_only = [s for s in samples if s.prefill_tokens == 0]
     prefill_only = [s for s in samples if s.prefill_tokens == s.shape.new_tokens]
     mixed = [s for s in samples if 0 < s.prefill_tokens < s.shape.new_tokens]
-    assert min(map(len, (decode_only, prefill_only, mixed))) >= 3
+    assert min(map(len, (decode_only, prefill_only, mixed))) >= 3, len(samples)
     assert max(s.shape.new_tokens for s in decode_only) >= 4 * min(s.shape.new_tokens for s in decode_only)
     assert max(s.prefill_tokens for s in samples) >= 8 * min(s.prefill_tokens for s in samples if s.prefill_tokens)
 

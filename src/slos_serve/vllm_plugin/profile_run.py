@@ -62,7 +62,7 @@ POOL_KV_SHARE = 0.4
 POLL_S = 0.25
 # Fewer undisturbed batches than this make a poor fit: measuring then goes on for up to so many times the duration.
 ENOUGH_SAMPLES = 60
-MOST_STRETCH = 1.5
+MOST_STRETCH = 3.0
 # An engine that has run no step for this long has died or hangs.
 SILENCE_S = 300.0
 
