@@ -1,8 +1,9 @@
-"""Time of a full plan by engine size, without and with speculation: p50 and p99 in milliseconds, three TPOT tiers.
+"""Milliseconds of a full plan by engine size, without and with speculation: p50 and p99, three TPOT tiers.
 
-The engines are random but overloaded enough that admission has to choose. Exits 1 when a p99 without speculation or the
-cold start is over its limit. Times are of the clock; those of the processor stand beside them, for machines that run
-something else too.
+The engines are random but overloaded enough that admission has to choose. They are planned one after the other, and
+("after") with other work between two plans that takes the processor's caches, as an engine's step on the same cores
+does. Exits 1 when a p99 of the former or the cold start is over its limit. Times are of the clock; those of the
+processor stand beside them, for machines that run something else too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from tests.builders import OPT_13B_A100, EngineBuilder
 # (waiting, running) -> most milliseconds of the p99.
 LIMITS_MS = {(16, 64): 0.3, (64, 256): 1.0, (256, 512): 5.0}
 PLANS = 400
+# Touched between two plans: more than the processor's caches hold of their own.
+OTHER_WORK = np.zeros(4_000_000)
 DRAFTER = dataclasses.replace(OPT_13B_A100, k_s_s=1e-3)
 COLD_LIMIT_S = 2.0
 
@@ -53,24 +56,26 @@ def measure(waiting: int, running: int, settings: PlannerSettings) -> dict[str, 
     rng = np.random.default_rng(0)
     planner = Planner(DRAFTER, 3, settings)
     planner.plan(100.0, engine(rng, 4, 4).view())
-    spent, worked, labels = [], [], []
-    for _ in range(PLANS):
-        built = engine(rng, waiting, running)
-        view = built.view()
-        before = planner.counters.labels
-        start_s, start_work_s = time.perf_counter(), time.thread_time()
-        planner.plan(built.now_s, view)
-        worked.append((time.thread_time() - start_work_s) * 1e3)
-        spent.append((time.perf_counter() - start_s) * 1e3)
-        labels.append(planner.counters.labels - before)
-    return {
-        "p50": float(np.percentile(spent, 50)),
-        "p99": float(np.percentile(spent, 99)),
-        "cpu_p50": float(np.percentile(worked, 50)),
-        "cpu_p99": float(np.percentile(worked, 99)),
-        "labels_p99": float(np.percentile(labels, 99)),
-        "greedy": float(planner.counters.greedy_answers),
-    }
+    built = [engine(rng, waiting, running) for _ in range(2 * PLANS)]
+    views = [one.view() for one in built]
+    found = {}
+    for name, part in (("", slice(PLANS)), ("after_", slice(PLANS, None))):
+        spent, worked, labels = [], [], []
+        for one, view in zip(built[part], views[part], strict=True):
+            if name:
+                OTHER_WORK[:] += 1.0
+            before = planner.counters.labels
+            start_s, start_work_s = time.perf_counter(), time.thread_time()
+            planner.plan(one.now_s, view)
+            worked.append((time.thread_time() - start_work_s) * 1e3)
+            spent.append((time.perf_counter() - start_s) * 1e3)
+            labels.append(planner.counters.labels - before)
+        for quantile in (50, 99):
+            found[f"{name}p{quantile}"] = float(np.percentile(spent, quantile))
+            found[f"{name}cpu_p{quantile}"] = float(np.percentile(worked, quantile))
+        found["labels_p99"] = float(np.percentile(labels, 99))
+    found["greedy"] = float(planner.counters.greedy_answers)
+    return found
 
 
 def cold_start_s() -> float:
@@ -95,20 +100,21 @@ def cold_start_s() -> float:
 
 def main() -> int:
     """Print the table; 1 when something is over its limit."""
-    print(
-        f"{'drafts':>8}{'waiting':>8}{'running':>8}{'p50 ms':>9}{'p99 ms':>9}{'limit':>7}{'cpu p50':>9}{'cpu p99':>9}"
-        f"{'labels p99':>12}{'greedy':>8}"
-    )
+    columns = ("p50", "p99", "limit", "cpu p50", "cpu p99", "after p50", "after p99", "labels p99", "greedy")
+    print(f"{'drafts':>6}{'waiting':>8}{'running':>8}" + "".join(f"{name:>11}" for name in columns))
     over = False
     for drafts in (0, 10):
         settings = PlannerSettings(max_draft_tokens=drafts)
         for (waiting, running), limit_ms in LIMITS_MS.items():
             found = measure(waiting, running, settings)
+            times = (found["p50"], found["p99"], limit_ms, found["cpu_p50"], found["cpu_p99"])
+            times += (found["after_p50"], found["after_p99"])
             print(
-                f"{drafts:>8}{waiting:>8}{running:>8}{found['p50']:>9.3f}{found['p99']:>9.3f}{limit_ms:>7.1f}"
-                f"{found['cpu_p50']:>9.3f}{found['cpu_p99']:>9.3f}{found['labels_p99']:>12.0f}{found['greedy']:>8.0f}"
+                f"{drafts:>6}{waiting:>8}{running:>8}"
+                + "".join(f"{value:>11.3f}" for value in times)
+                + f"{found['labels_p99']:>11.0f}{found['greedy']:>11.0f}"
             )
-            over |= drafts == 0 and found["p99"] > limit_ms
+            over |= found["p99"] > limit_ms
     cold_s = cold_start_s()
     print(f"cold start to first plan, kernels and bytecode cached: {cold_s:.2f} s (limit {COLD_LIMIT_S:.0f} s)")
     return 1 if over or cold_s > COLD_LIMIT_S else 0

@@ -9,12 +9,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 
 from slos_serve.core.plan import EngineView
-from slos_serve.core.request import SlotArray
+from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.planning.admission_kernel import GREEDY, INFEASIBLE, admit, admit_in_turn
 from slos_serve.planning.candidates import forecast_lengths, gather
-from slos_serve.planning.drafting import NO_DRAFTS, DraftPlan
+from slos_serve.planning.drafting import NO_DRAFTS, DraftPlan, with_drafts
 from slos_serve.planning.freed_time import with_time_freed
 from slos_serve.planning.lengths import EDGES, LengthForecast
 from slos_serve.planning.memory import forecast, reserve
@@ -23,6 +24,10 @@ from slos_serve.planning.settings import PlannerSettings
 
 # With weights by length, a prompt of this length weighs what its class says.
 UNIT_PROMPT_TOKENS = 1000.0
+Judged = tuple[
+    SlotArray, BoolArray, bool, bool, int, FloatArray, FloatArray, IntArray, FloatArray, FloatArray, FloatArray,
+    FloatArray, FloatArray, FloatArray, FloatArray, FloatArray, float, float, float,
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,90 +102,114 @@ def judge(
         longest_step_s: longest a step of prompts may take.
         drafts: draft lengths of the tiers.
     """
-    rows = view.table.rows
-    slots, due_s, cost, tier, must, counts, pace_s, extra_s, own_periods_s = gather(
-        rows, view.running, view.waiting, now_s, coefficients, settings.tpot_margin, settings.max_implied_ttft_s
-    )
-    is_must = must > 0.0
-    total_blocks = view.total_blocks - kept_blocks
-    if forecast_memory:
-        memory, room = forecast(
-            rows,
+    return Admission(
+        *_judged(
+            view.table.rows,
             view.running,
-            slots,
-            due_s,
+            view.waiting,
             now_s,
-            float(pace_s[0]),
-            lengths.survival(),
-            EDGES,
-            total_blocks,
-            view.block_size,
-        )
-    else:
-        memory, room = reserve(rows, view.running, slots, total_blocks, view.block_size)
-    longer, tokens_each, period_s_each, draft_s = drafts.applied(pace_s, extra_s, settings.tpot_margin)
-    # What drafts make of the pace holds for those who have their lead as well.
-    periods_s = np.where(np.isfinite(pace_s), own_periods_s / np.where(np.isfinite(pace_s), pace_s, 1.0), 1.0) * longer
-    start_s = now_s + cut_short_s(coefficients, drafting=len(drafts.tokens) > 0)
-    most_tokens = float(view.max_num_batched_tokens)
-    if longest_step_s < math.inf:
-        most_tokens = float(linear_tokens(coefficients, longest_step_s, most_tokens))
-    model = (
-        counts, periods_s, tokens_each, period_s_each, draft_s, coefficients, most_tokens,
-    )  # fmt: skip
-    fluid_due_s = due_s
-    if count_freed and len(drafts.tokens) == 0:
-        fluid_due_s = with_time_freed(
-            rows,
-            view.running,
-            due_s,
-            start_s,
-            periods_s,
-            tokens_each,
-            period_s_each,
-            most_tokens,
-            prefill_rate(*model),
             coefficients,
             settings.tpot_margin,
+            settings.max_implied_ttft_s,
+            forecast_memory,
+            count_freed,
+            settings.dp_admission,
+            settings.length_weight,
+            settings.max_labels,
+            view.total_blocks - kept_blocks,
+            view.block_size,
+            float(view.max_num_batched_tokens),
+            longest_step_s,
             lengths.survival(),
             EDGES,
+            drafts.tpot_s,
+            drafts.tokens,
+            drafts.yields,
+            drafts.longer,
+            drafts.draft_s,
         )
-    labels = 0
-    if settings.dp_admission:
-        weight = rows["weight"][slots]
-        if settings.length_weight > 0.0:
-            weight = weight * (rows["prompt_tokens"][slots] / UNIT_PROMPT_TOKENS) ** settings.length_weight
-        taken, _, _, status, labels = admit(
-            fluid_due_s, cost, tier, memory, weight, is_must, *model, start_s, room, settings.max_labels
-        )
-    else:
-        turn = np.argsort(rows["order"][slots])
-        taken = admit_in_turn(turn, fluid_due_s, cost, tier, memory, is_must, *model, start_s, room)
-        status = GREEDY
-    infeasible = status == INFEASIBLE
-    return Admission(
-        slots,
-        is_must if infeasible else taken,
-        infeasible,
-        status == GREEDY,
-        labels,
-        due_s,
-        cost,
-        tier,
-        memory,
-        room,
-        counts,
-        pace_s,
-        extra_s,
-        periods_s,
-        tokens_each,
-        period_s_each,
-        draft_s,
-        most_tokens,
-        start_s,
     )
 
 
+@njit(cache=True)
+def _judged(
+    rows: RequestArray,
+    running: SlotArray,
+    waiting: SlotArray,
+    now_s: float,
+    coefficients: FloatArray,
+    tpot_margin: float,
+    max_implied_ttft_s: float,
+    forecast_memory: bool,
+    count_freed: bool,
+    dp_admission: bool,
+    length_weight: float,
+    max_labels: int,
+    total_blocks: int,
+    block_size: int,
+    max_tokens: float,
+    longest_step_s: float,
+    survival: FloatArray,
+    edges: FloatArray,
+    tier_tpot_s: FloatArray,
+    tier_tokens: IntArray,
+    tier_yields: FloatArray,
+    tier_longer: FloatArray,
+    draft_s: float,
+) -> Judged:
+    """:func:`judge` as one kernel: its parts take a few microseconds each, calling them one by one took as long."""
+    slots, due_s, cost, tier, must, counts, pace_s, extra_s, own_periods_s = gather(
+        rows, running, waiting, now_s, coefficients, tpot_margin, max_implied_ttft_s
+    )
+    is_must = must > 0.0
+    if forecast_memory:
+        memory, room = forecast(
+            rows, running, slots, due_s, now_s, pace_s[0], survival, edges, total_blocks, block_size
+        )  # fmt: skip
+    else:
+        memory, room = reserve(rows, running, slots, total_blocks, block_size)
+    paces, tokens_each, period_s_each = with_drafts(
+        pace_s, extra_s, tpot_margin, tier_tpot_s, tier_tokens, tier_yields, tier_longer
+    )
+    # What drafts make of the pace holds for those who have their lead as well.
+    periods_s = np.empty(len(pace_s))
+    for j in range(len(pace_s)):
+        periods_s[j] = paces[j] * own_periods_s[j]
+    drafting = len(tier_tokens) > 0
+    start_s = now_s + cut_short_s(coefficients, drafting)
+    if longest_step_s < np.inf:
+        max_tokens = linear_tokens(coefficients, longest_step_s, max_tokens)
+    fluid_due_s = due_s
+    if count_freed and not drafting:
+        rate = prefill_rate(counts, periods_s, tokens_each, period_s_each, draft_s, coefficients, max_tokens)
+        fluid_due_s = with_time_freed(
+            rows, running, due_s, start_s, periods_s, tokens_each, period_s_each, max_tokens, rate, coefficients,
+            tpot_margin, survival, edges,
+        )  # fmt: skip
+    if dp_admission:
+        weight = np.empty(len(slots))
+        for j in range(len(slots)):
+            by_length = (rows["prompt_tokens"][slots[j]] / UNIT_PROMPT_TOKENS) ** length_weight
+            weight[j] = rows["weight"][slots[j]] * by_length
+        taken, _, _, status, labels = admit(
+            fluid_due_s, cost, tier, memory, weight, is_must, counts, periods_s, tokens_each, period_s_each, draft_s,
+            coefficients, max_tokens, start_s, room, max_labels,
+        )  # fmt: skip
+    else:
+        turn = np.argsort(rows["order"][slots])
+        taken = admit_in_turn(
+            turn, fluid_due_s, cost, tier, memory, is_must, counts, periods_s, tokens_each, period_s_each, draft_s,
+            coefficients, max_tokens, start_s, room,
+        )  # fmt: skip
+        status, labels = GREEDY, 0
+    infeasible = status == INFEASIBLE
+    return (
+        slots, is_must if infeasible else taken, infeasible, status == GREEDY, labels, due_s, cost, tier, memory, room,
+        counts, pace_s, extra_s, periods_s, tokens_each, period_s_each, draft_s, max_tokens, start_s,
+    )  # fmt: skip
+
+
+@njit(cache=True)
 def cut_short_s(coefficients: FloatArray, drafting: bool = False) -> float:
     """Seconds by which admission's fluid starts late.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numba import njit
 
 from slos_serve.core.plan import EngineView
 from slos_serve.perf.acceptance import AcceptanceEstimate
@@ -58,23 +59,38 @@ class DraftPlan:
     longer: FloatArray
     draft_s: float
 
-    def applied(
-        self, pace_s: FloatArray, extra_s_each: FloatArray, tpot_margin: float
-    ) -> tuple[FloatArray, FloatArray, FloatArray, float]:
-        """What ``prefill_rate`` takes for tiers of ``pace_s``: periods, tokens and extra seconds of a period, draft_s.
 
-        Args:
-            pace_s: float64 [L'], TPOT of the tiers, ``tpot_margin`` taken off.
-            extra_s_each: float64 [L'], seconds that one decode adds to a batch.
-            tpot_margin: share of every TPOT kept in hand.
-        """
-        if len(self.tokens) == 0:
-            return pace_s, np.ones(len(pace_s)), extra_s_each, 0.0
-        # Half the margin: paces may differ in their last digit from those that the lengths were chosen for.
-        own_s = self.tpot_s * (1.0 - tpot_margin) * (1.0 - 1e-9)
-        level = np.maximum(np.searchsorted(own_s, pace_s, side="right") - 1, 0)
-        each = self.longer[level] / self.yields[level]  # verifications in a period
-        return pace_s * self.longer[level], each * (self.tokens[level] + 1.0), each * extra_s_each, self.draft_s
+@njit(cache=True)
+def with_drafts(
+    pace_s: FloatArray,
+    extra_s_each: FloatArray,
+    tpot_margin: float,
+    tpot_s: FloatArray,
+    tokens: IntArray,
+    yields: FloatArray,
+    longer: FloatArray,
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """What ``prefill_rate`` takes for tiers that draft: how many paces a period lasts, its tokens, its extra seconds.
+
+    Args:
+        pace_s: float64 [L'], TPOT of the tiers, ``tpot_margin`` taken off.
+        extra_s_each: float64 [L'], seconds that one decode adds to a batch.
+        tpot_margin: share of every TPOT kept in hand.
+        tpot_s, tokens, yields, longer: of the :class:`DraftPlan`.
+    """
+    count = len(pace_s)
+    paces, tokens_each, period_s_each = np.ones(count), np.ones(count), extra_s_each.copy()
+    if len(tokens) == 0:
+        return paces, tokens_each, period_s_each
+    # Half the margin: paces may differ in their last digit from those that the lengths were chosen for.
+    own_s = tpot_s * (1.0 - tpot_margin) * (1.0 - 1e-9)
+    for j in range(count):
+        level = max(int(np.searchsorted(own_s, pace_s[j], side="right")) - 1, 0)
+        each = longer[level] / yields[level]  # verifications in a period
+        paces[j] = longer[level]
+        tokens_each[j] = each * (tokens[level] + 1.0)
+        period_s_each[j] = each * extra_s_each[j]
+    return paces, tokens_each, period_s_each
 
 
 NO_DRAFTS = DraftPlan(_no_floats(), _no_ints(), _no_ints(), _no_floats(), _no_floats(), 0.0)
@@ -147,7 +163,7 @@ class Drafting:
 
     def _probed(self, now_s: float, drafts: IntArray) -> IntArray:
         """The lengths, with a probe for tiers that have drafted nothing for long."""
-        if self._known is not None or not self._settings.adaptive_drafts:
+        if self._known is not None or not self._settings.adaptive_drafts or drafts.all():
             return drafts
         stale = (drafts == 0) & (now_s - self._drafted_s >= PROBE_EVERY_S)
         self._drafted_s[stale] = now_s
