@@ -1,6 +1,7 @@
 """Run as a program: greedy answers of one engine, as JSON.
 
-``python -m tests.vllm.greedy_run MODEL OUT stock|ours|drafts``; ``drafts`` is ours with n-gram speculation.
+``python -m tests.vllm.greedy_run MODEL OUT stock|ours|drafts|draft-model``: the last two are ours with n-gram speculation
+and with the model as its own draft model.
 
 An engine of its own process leaves nothing in the one that runs the tests.
 """
@@ -44,6 +45,8 @@ def main(model: str, out: Path, side: str) -> None:
     plugin: dict[str, Any] = {"scheduler_cls": "slos_serve.vllm_plugin.SLOScheduler"} if ours else {}
     if side == "drafts":
         plugin["speculative_config"] = NGRAM
+    elif side == "draft-model":
+        plugin["speculative_config"] = {"method": "draft_model", "model": model, "num_speculative_tokens": 3}
     engine = vllm.LLM(
         model,
         dtype="float32",

@@ -60,7 +60,10 @@ def stock(cpu_model: str, tmp_path_factory: pytest.TempPathFactory) -> list[list
     return generate(cpu_model, tmp_path_factory.mktemp("stock"), "stock")
 
 
-@pytest.mark.parametrize("side", ["ours", pytest.param("drafts", marks=pytest.mark.long)])
+LONG = [pytest.param(side, marks=pytest.mark.long) for side in ("drafts", "draft-model")]
+
+
+@pytest.mark.parametrize("side", ["ours", *LONG])
 def test_fifty_prompts_token_for_token(cpu_model: str, tmp_path: Path, stock: list[list[int]], side: str) -> None:
     identity = pytest.importorskip("slos_serve.vllm_plugin.identity")
     compat = pytest.importorskip("slos_serve.vllm_plugin.compat")

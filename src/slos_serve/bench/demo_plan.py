@@ -36,6 +36,7 @@ class DemoSettings:
         calm_parts: turns that the calm phase is cut into.
         calm_load, burst_load: offered load as a part of the capacity.
         decode_batch: decodes in the step that TPOTs are multiples of.
+        editing: all prompts are texts to edit, which answers repeat in part (where drafts by lookup do well).
     """
 
     seed: int = 0
@@ -45,6 +46,7 @@ class DemoSettings:
     calm_load: float = 0.45
     burst_load: float = 1.7
     decode_batch: int = 6
+    editing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,10 @@ _KINDS = (
         3.0,
     ),
     _Kind(WorkloadPart(None, text_to_edit, Lengths(60, 0.4, 35, 120), Lengths(40, 0, 40, 40), 0.1), 1.3, None, None),
+)
+_EDITING = tuple(
+    replace(kind, part=replace(kind.part, make_prompt=text_to_edit), tokens_per_word=_KINDS[-1].tokens_per_word)
+    for kind in _KINDS
 )
 
 
@@ -105,9 +111,10 @@ def plan_demo(model: BatchTimeModel, settings: DemoSettings) -> DemoPlan:
     step_s = decode_step_s(model, settings.decode_batch)
     classes = demo_classes(step_s)
     tightest_s = min(slo_class.slo.tpot_s for slo_class in classes)
-    capacity = fluid_rate(model, tightest_s)
+    kinds = _EDITING if settings.editing else _KINDS
+    capacity = fluid_rate(model, tightest_s, kinds)
     rng = np.random.default_rng(settings.seed)
-    parts = [kind.part for kind in _KINDS]
+    parts = [kind.part for kind in kinds]
     warm_up = make_requests(parts, np.linspace(0.0, 2.0, 6), rng, phase="warm", id_prefix="warm")
     # The calm phase is steadier than Poisson: with some thirty requests a chance pile-up would be a small burst.
     calm_s = arrival_times(rng, settings.calm_load * capacity, settings.calm_s, cv=0.5)
@@ -165,29 +172,29 @@ def classes_yaml(classes: ClassSet) -> str:
     return yaml.safe_dump({"classes": rows}, sort_keys=False)
 
 
-def fluid_rate(model: BatchTimeModel, step_s: float) -> float:
+def fluid_rate(model: BatchTimeModel, step_s: float, kinds: Sequence[_Kind] = _KINDS) -> float:
     """Largest rate of the demo's mix at which steps of ``step_s`` carry all that arrives (design section 5).
 
     No queueing and no waste: real systems stay below it.
     """
     low, high = 0.0, 1.0
-    while _mean_step_s(model, high, step_s) <= step_s:
+    while _mean_step_s(model, kinds, high, step_s) <= step_s:
         low, high = high, 2.0 * high
     for _ in range(50):
         middle = 0.5 * (low + high)
-        low, high = (middle, high) if _mean_step_s(model, middle, step_s) <= step_s else (low, middle)
+        low, high = (middle, high) if _mean_step_s(model, kinds, middle, step_s) <= step_s else (low, middle)
     return low
 
 
-def _mean_step_s(model: BatchTimeModel, rate_per_s: float, step_s: float) -> float:
+def _mean_step_s(model: BatchTimeModel, kinds: Sequence[_Kind], rate_per_s: float, step_s: float) -> float:
     """Mean seconds of a step of the mix at a rate, when a step begins every ``step_s``.
 
     Beyond the linear part of the roofline a mean batch stands for the real ones.
     """
-    shares: Sequence[float] = [kind.part.share for kind in _KINDS]
+    shares: Sequence[float] = [kind.part.share for kind in kinds]
     arrived = [rate_per_s * step_s * share / sum(shares) for share in shares]
-    prompts = [kind.prompt_tokens for kind in _KINDS]
-    answers = [kind.part.max_tokens.median for kind in _KINDS]
+    prompts = [kind.prompt_tokens for kind in kinds]
+    answers = [kind.part.max_tokens.median for kind in kinds]
     decodes = [count * answer for count, answer in zip(arrived, answers, strict=True)]
     k_c, b_c, k_m, b_m, k_ctx, k_q, k_seq, _ = model.coefficients.tolist()
     new = sum(count * prompt for count, prompt in zip(arrived, prompts, strict=True)) + sum(decodes)

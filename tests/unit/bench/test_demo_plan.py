@@ -37,6 +37,13 @@ def test_every_class_and_best_effort_are_in_both_phases() -> None:
         assert {request.slo_class for request in requests} == {"chat", "coding", "summarization", None}
 
 
+def test_editing_makes_every_prompt_a_text_to_edit() -> None:
+    plan, mixed = plan_demo(MODEL, DemoSettings(editing=True)), plan_demo(MODEL, DemoSettings())
+    tasks = [request.prompt.rsplit("\n\n", 1)[-1] for request in plan.burst]
+    assert all("text above" in task for task in tasks)
+    assert {request.slo_class for request in plan.burst} == {request.slo_class for request in mixed.burst}
+
+
 def test_request_ids_tell_the_phases_apart() -> None:
     plan = small_plan()
     ids = [request.request_id for request in (*plan.warm_up, *plan.calm, *plan.burst)]
