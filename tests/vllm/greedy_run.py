@@ -1,7 +1,7 @@
 """Run as a program: greedy answers of one engine, as JSON.
 
-``python -m tests.vllm.greedy_run MODEL OUT stock|ours|drafts|draft-model``: the last two are ours with n-grams, and with
-the model as its own draft model.
+``python -m tests.vllm.greedy_run MODEL OUT stock|ours|drafts|draft-model``: the last two are ours with n-grams and
+with the model as its own draft model.
 
 An engine of its own process leaves nothing in the one that runs the tests.
 """
