@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -77,6 +78,44 @@ def scaling(rows: Rows) -> str:
     return table(["scenario", "router", *map(str, counts), f"{counts[-1]} replicas over 1"], lines)
 
 
+def speculation(rows: Rows) -> str:
+    """Capacity with each drafter, and over that without."""
+    drafters, scenarios = unique(rows, "drafts"), unique(rows, "scenario")
+    found = {(row["drafts"], row["scenario"]): float(row["capacity_rps_per_gpu"]) for row in rows}
+    lines = []
+    for scenario in scenarios:
+        plain = found[drafters[0], scenario]
+        cells = [f"{found[name, scenario]:.3g} ({found[name, scenario] / plain:.2f}x)" for name in drafters[1:]]
+        lines.append([scenario, f"{plain:.3g}", *cells])
+    over = [[found[name, one] / found[drafters[0], one] for one in scenarios] for name in drafters[1:]]
+    lines.append(["geometric mean", "", *(f"{_geometric_mean(ratios):.2f}x" for ratios in over)])
+    return table(["requests/s per GPU", *drafters], lines)
+
+
+def whole(rows: Rows) -> str:
+    """Capacity of everything together, of baselines by default and at their best, and the ratios."""
+    ours = {row["scenario"]: float(row["capacity_rps_per_gpu"]) for row in rows if row["run"] == "whole"}
+    others = [row for row in rows if row["run"] != "whole"]
+    columns = list(dict.fromkeys((row["run"], row["policy"].partition(":")[0]) for row in others))
+    found = {
+        (row["run"], row["policy"].partition(":")[0], row["scenario"]): float(row["capacity_rps_per_gpu"])
+        for row in others
+    }
+    lines = []
+    for scenario, own in ours.items():
+        lines.append([scenario, f"{own:.3g}", *(f"{found[(*column, scenario)]:.3g}" for column in columns)])
+    means = [_geometric_mean([own / found[(*column, one)] for one, own in ours.items()]) for column in columns]
+    lines.append(["SLOs-Serve over it", "", *(f"{mean:.2f}x" for mean in means)])
+    best = [max(found[("tuned", name, one)] for run, name in columns if run == "tuned") for one in ours]
+    over_best = _geometric_mean([own / other for own, other in zip(ours.values(), best, strict=True)])
+    head = ["requests/s per GPU", "slos-serve", *(f"{name}, {run}" for run, name in columns)]
+    return f"{table(head, lines)}\n\n- over the best of each scenario: {over_best:.2f}x"
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
 def ablation(rows: Rows) -> str:
     """Capacity of each variant over that of all ideas together."""
     variants, scenarios = unique(rows, "variant"), unique(rows, "scenario")
@@ -123,7 +162,8 @@ def scale(rows: Rows) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "capacity": ("capacity.json", capacity),
-    "capacity-speculative": ("capacity-speculative.json", capacity),
+    "speculation": ("speculation.json", speculation),
+    "whole": ("whole.json", whole),
     "lengths": ("lengths.json", lengths),
     "scaling": ("scaling.json", scaling),
     "ablation": ("ablation.json", ablation),
