@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from numba import njit
 
-from slos_serve.planning.admission_kernel import EXACT, GREEDY, INFEASIBLE, admit, first_violation
+from slos_serve.planning.admission_kernel import EXACT, GREEDY, INFEASIBLE, admit
+from slos_serve.planning.greedy_set import first_violation
 from slos_serve.planning.prefill_rate import prefill_rate
 from tests.builders import OPT_13B_A100
 

@@ -13,10 +13,11 @@ from numba import njit
 
 from slos_serve.core.plan import EngineView
 from slos_serve.core.request import RequestArray, SlotArray
-from slos_serve.planning.admission_kernel import GREEDY, INFEASIBLE, admit, admit_in_turn
+from slos_serve.planning.admission_kernel import GREEDY, INFEASIBLE, admit
 from slos_serve.planning.candidates import forecast_lengths, gather
 from slos_serve.planning.drafting import NO_DRAFTS, DraftPlan, with_drafts
 from slos_serve.planning.freed_time import with_time_freed
+from slos_serve.planning.greedy_set import admit_in_turn
 from slos_serve.planning.lengths import EDGES, LengthForecast
 from slos_serve.planning.memory import forecast, reserve
 from slos_serve.planning.prefill_rate import BoolArray, FloatArray, IntArray, linear_step_s, linear_tokens, prefill_rate

@@ -15,8 +15,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.core.request import RequestArray
-from slos_serve.planning.admission_kernel import TOLERANCE, first_violation
 from slos_serve.planning.candidates import MAX_TIERS, UNDECIDED, demote_lost, forecast_lengths, gather
+from slos_serve.planning.greedy_set import TOLERANCE, first_violation
 from slos_serve.planning.memory import reserve
 from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s, prefill_rate
 
