@@ -16,7 +16,8 @@ import numpy as np
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.request import REQUEST_DTYPE, RequestArray, Status
 from slos_serve.perf.batch_time import NUM_COEFFICIENTS
-from slos_serve.routing.mirror_kernel import TIERS, BoolArray, MirrorArrays, enter, rate_beside
+from slos_serve.routing.mirror_arrays import TIERS, MirrorArrays, rate_beside
+from slos_serve.routing.mirror_kernel import BoolArray, enter
 from slos_serve.routing.publication import FREED_AFTER_S, Publication
 
 PLACES = 64

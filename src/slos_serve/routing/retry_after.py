@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from slos_serve.routing import mirror_kernel as kernel
+from slos_serve.routing.mirror_arrays import advance, rate_beside
 from slos_serve.routing.mirrors import Mirrors
 
 SOONEST_S = 1.0
@@ -33,9 +33,9 @@ def retry_after_s(now_s: float, class_index: int, mirrors: Mirrors, stale_after_
 def room_in_s(now_s: float, class_index: int, mirrors: Mirrors, k: int) -> float:
     """Seconds until the owed prompts of the replica at position ``k`` are computed and one of its decodes has ended."""
     m = mirrors.arrays
-    kernel.advance(m, k, max(now_s, float(m.ready_s[k])))
+    advance(m, k, max(now_s, float(m.ready_s[k])))
     first, count = int(m.first[k]), int(m.num_owed[k])
-    rate = max(kernel.rate_beside(m, k, m.counts[k]), 1e-9)
+    rate = max(rate_beside(m, k, m.counts[k]), 1e-9)
     owed_s = float(m.cost_tokens[k, first : first + count].sum()) / rate
     paced = np.isfinite(m.pace_s[k]) & (m.counts[k] > 0.0)
     tokens = float(m.forecast_tokens[k, min(class_index, m.forecast_tokens.shape[1] - 1), 0])

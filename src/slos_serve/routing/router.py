@@ -17,6 +17,7 @@ import numpy as np
 from slos_serve.core.request import RequestArray
 from slos_serve.core.slo import check_number
 from slos_serve.routing import mirror_kernel as kernel
+from slos_serve.routing.mirror_arrays import advance
 from slos_serve.routing.mirrors import Mirrors, Sent, request_row
 from slos_serve.routing.settings import STALE_AFTER_S, Order
 
@@ -161,7 +162,7 @@ def verdicts(
         k = mirrors.position(name)
         if usable[k]:
             m = mirrors.arrays
-            kernel.advance(m, k, max(now_s, float(m.ready_s[k])))
+            advance(m, k, max(now_s, float(m.ready_s[k])))
             tokens = min(request.cached.get(name, 0), request.prompt_tokens - 1)
             found[name] = request.has_slo and kernel.ask(m, k, row, tokens)[0] != kernel.NO
     return found

@@ -8,7 +8,7 @@ import pytest
 from slos_serve.core.plan import StepPlan
 from slos_serve.core.request import Status
 from slos_serve.planning.planner import Planner
-from slos_serve.routing.mirror_kernel import advance, rate_beside
+from slos_serve.routing.mirror_arrays import advance, rate_beside
 from slos_serve.routing.projection import after_step
 from slos_serve.routing.publisher import own_admission
 from slos_serve.routing.router import route, verdicts
