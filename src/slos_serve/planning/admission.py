@@ -176,7 +176,7 @@ def _judged(
     periods_s = np.empty(len(pace_s))
     for j in range(len(pace_s)):
         periods_s[j] = paces[j] * own_periods_s[j]
-    drafting = len(tier_tokens) > 0
+    drafting = bool(tier_tokens.any())
     start_s = now_s + cut_short_s(coefficients, drafting)
     if longest_step_s < np.inf:
         max_tokens = linear_tokens(coefficients, longest_step_s, max_tokens)

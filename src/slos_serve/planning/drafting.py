@@ -17,10 +17,12 @@ from slos_serve.planning.prefill_rate import FloatArray, IntArray
 from slos_serve.planning.settings import PlannerSettings
 from slos_serve.planning.speculation import (
     HYSTERESIS_SHARE,
+    LEAST_GAIN_SHARE,
     best_drafts,
     demand_by_length,
     fastest_draft,
     gather_tiers,
+    worth_drafting,
     yields_of,
 )
 
@@ -136,9 +138,12 @@ class Drafting:
             periods, tokens, extra = demand_by_length(pace_s, extra_s, acceptance, longest, settings.longest_step_s)
             slope = max(coefficients[K_C], coefficients[K_M])
             hysteresis = HYSTERESIS_SHARE / slope
-            drafts, _, _ = best_drafts(
+            drafts, rate, _ = best_drafts(
                 counts, periods, tokens, extra, coefficients, max_tokens, self._tokens, hysteresis
             )
+            # Those in use are kept a little longer, so that they do not come and go.
+            least_gain = LEAST_GAIN_SHARE / slope - (hysteresis if self._tokens.any() else 0.0)
+            drafts = worth_drafting(drafts, rate, counts, periods, tokens, extra, coefficients, max_tokens, least_gain)
             alone = fastest_draft(counts, pace_s, extra_s, acceptance, coefficients, max_tokens, longest)
             alone_tokens = np.full(len(tpot_s), alone)
         else:

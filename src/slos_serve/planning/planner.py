@@ -193,7 +193,7 @@ class Planner:
 
     def longest_step_s(self) -> float:
         """A request that comes while a step of prompts runs must still make its first token by a step of its own."""
-        if self.settings.max_draft_tokens > 0:
+        if self.drafting.present.tokens.any():
             return np.inf  # draft lengths are chosen for steps of their own bound
         fixed_s = float(linear_step_s(self._coefficients, 0.0))
         return max(STEP_SHARE_OF_TTFT * self._tightest_s, LEAST_STEP_FIXED * fixed_s)

@@ -20,6 +20,9 @@ from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
 # Another set of lengths replaces the present one when it is better by this share of the prefill rate of an engine
 # without decodes: counts that come and go do not make the lengths flap.
 HYSTERESIS_SHARE = 0.01
+# Drafts are made where they add this share of it. Rates are reckoned with the mean of what verifications bring; most of
+# those with few right drafts bring one token and cut batches short, and a gain as small as that is not seen.
+LEAST_GAIN_SHARE = 0.08
 
 
 @njit(cache=True)
@@ -162,6 +165,24 @@ def best_drafts(
         else:
             level += 1
     return best, best_rate, computed
+
+
+@njit(cache=True)
+def worth_drafting(
+    drafts: IntArray,
+    rate: float,
+    counts: FloatArray,
+    periods: FloatArray,
+    tokens: FloatArray,
+    extra: FloatArray,
+    coefficients: FloatArray,
+    max_tokens: float,
+    least_gain: float,
+) -> IntArray:
+    """``drafts`` where their ``rate`` is above that of none by ``least_gain`` prefill tokens a second, else zeros."""
+    none = np.zeros_like(drafts)
+    plain = rate_of(none, counts, periods, tokens, extra, coefficients, max_tokens)
+    return drafts if rate >= plain + least_gain else none
 
 
 @njit(cache=True)

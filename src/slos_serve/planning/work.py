@@ -15,7 +15,7 @@ from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
 
 # A verification may bring one token only. Decodes that draft are kept this many batches ahead of their due times, so
 # that a few such in a row neither make them late nor cut batches short. A verification costs the same now or later.
-LEAD_PERIODS = 6.0
+LEAD_PERIODS = 4.0
 
 
 class Work(NamedTuple):

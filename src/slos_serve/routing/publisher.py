@@ -111,7 +111,7 @@ def _left_by_decodes(
     none = np.zeros(len(moments_s))
     model = (found.periods_s, found.tokens_each, found.period_s_each)
     rate = prefill_rate(found.counts, *model, found.draft_s, coefficients, found.max_tokens)
-    if not planner.settings.count_freed or len(planner.drafting.present.tokens) or rate <= 0.0:
+    if not planner.settings.count_freed or planner.drafting.present.tokens.any() or rate <= 0.0:
         return none, none
     rows, margin = view.table.rows, planner.settings.tpot_margin
     freed = tokens_freed(
