@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from slos_serve.cli.printed import stdout_console
 from slos_serve.core.errors import SlosServeError
 
 
@@ -101,7 +102,7 @@ def bench(
     except KeyboardInterrupt:
         errors.print("stopped; nothing was written")
         raise typer.Exit(130) from None
-    Console().print(class_table(run.summary, f"{run.server.model} at {base_url}"))
+    stdout_console().print(class_table(run.summary, f"{run.server.model} at {base_url}"))
     for warning in run.warnings:
         errors.print(f"[yellow]warning:[/yellow] {warning}", highlight=False)
     for message, count in list(run.as_json()["errors"].items())[:5]:

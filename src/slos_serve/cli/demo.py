@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from dataclasses import asdict
@@ -16,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
+from slos_serve.cli.printed import stdout_console
 from slos_serve.core.errors import SlosServeError
 
 if TYPE_CHECKING:
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from slos_serve.files.profile_file import Profile
 
 PROFILE_SECONDS = 60.0
-# Columns of the table when it does not go to a terminal.
-FILE_WIDTH = 130
 
 
 def demo(
@@ -64,7 +62,7 @@ def demo(
     except KeyboardInterrupt:
         console.print("stopped; the servers are down and nothing was written")
         raise typer.Exit(130) from None
-    out = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+    out = stdout_console()
     out.print(demo_table(result))
     for text, held in claims(result):
         out.print(f"[green]yes[/] {text}" if held else f"[red]no [/] {text}", highlight=False, soft_wrap=True)

@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from slos_serve.cli.printed import stdout_console
 from slos_serve.core.errors import SlosServeError
 from slos_serve.files.profile_file import Profile, default_profile_path, samples_path, save_profile
 from slos_serve.perf.batch_time import BatchTimeModel
@@ -69,7 +70,7 @@ def profile(
     except KeyboardInterrupt:
         errors.print("stopped; nothing was written")
         raise typer.Exit(130) from None
-    _report(Console(), run, path, chart)
+    _report(stdout_console(), run, path, chart)
 
 
 def _measure(console: Console, model: str, vllm_args: tuple[str, ...], duration_s: float, seed: int) -> ProfileRun:

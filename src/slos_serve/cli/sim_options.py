@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from slos_serve.cli.printed import stdout_console
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.policies.registry import POLICIES, policy_entry
 from slos_serve.workload.scenarios import SCENARIOS, scenario_named
@@ -34,9 +34,7 @@ Drafter = Annotated[
     str, typer.Option(help="What drafts tokens in the engine: none, ngram (costs nothing), opt-125m (a draft model).")
 ]
 
-# Columns of a table that does not go to a terminal.
-FILE_WIDTH = 130
-console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
+console = stdout_console()
 errors = Console(stderr=True)
 
 
