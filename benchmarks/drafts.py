@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks._sim_commands import RESULTS
 from slos_serve.bench.client import ClientSettings, LoadClient
+from slos_serve.bench.demo import all_ready
 from slos_serve.bench.demo_events import read_events
 from slos_serve.bench.demo_plan import DemoPlan, DemoSettings, classes_yaml, plan_demo
 from slos_serve.bench.demo_report import phase_json, side_run
@@ -79,21 +79,17 @@ def _run(
     drafter = {"method": "ngram", "num_speculative_tokens": num_drafts, "prompt_lookup_max": 3}
     more: Mapping[str, list[str]] = {PLAIN: [], DRAFTING: ["--speculative-config", json.dumps(drafter)]}
     rows = []
-    with ExitStack() as stack:
-        servers = {}
-        for side, arguments in more.items():
-            events = folder / f"{side}.jsonl"
-            servers[side] = ServerProcess(
-                model,
-                [*cpu_engine_args(), *arguments],
-                plugin=Plugin(classes, path, events),
-                environment=CPU_ENVIRONMENT,
-                log_path=folder / f"{side}.log",
-            )
-            stack.callback(servers[side].stop)
-            servers[side].start()
-        for server in servers.values():
-            server.wait_ready()
+    servers = {
+        side: ServerProcess(
+            model,
+            [*cpu_engine_args(), *arguments],
+            plugin=Plugin(classes, path, folder / f"{side}.jsonl"),
+            environment=CPU_ENVIRONMENT,
+            log_path=folder / f"{side}.log",
+        )
+        for side, arguments in more.items()
+    }
+    with all_ready(servers):
         for number, plan in enumerate(plans):
             for side in (PLAIN, DRAFTING) if number % 2 == 0 else (DRAFTING, PLAIN):
                 rows.append(_burst(servers[side], plan, profile, folder / f"{side}.jsonl"))

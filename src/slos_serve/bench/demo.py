@@ -91,7 +91,7 @@ def run_sides(
         )
         for side, plugin in ((STOCK, None), (OURS, Plugin(classes, setup.profile_path, events_path)))
     }
-    with _all_ready(servers):
+    with all_ready(servers):
         urls = {side: server.base_url for side, server in servers.items()}
         loads, phase_ends = asyncio.run(_send_all(urls, plan, events_path, told))
     for side, parts in loads.items():
@@ -104,7 +104,7 @@ def run_sides(
 
 
 @contextmanager
-def _all_ready(servers: Mapping[str, ServerProcess]) -> Iterator[None]:
+def all_ready(servers: Mapping[str, ServerProcess]) -> Iterator[None]:
     """Start the servers side by side; an idle one costs the other next to nothing."""
     with ExitStack() as stack:
         for server in servers.values():

@@ -27,7 +27,7 @@ from slos_serve.planning.settings import PlannerSettings
 UNIT_PROMPT_TOKENS = 1000.0
 Judged = tuple[
     SlotArray, BoolArray, bool, bool, int, FloatArray, FloatArray, IntArray, FloatArray, FloatArray, FloatArray,
-    FloatArray, FloatArray, FloatArray, FloatArray, FloatArray, float, float, float,
+    FloatArray, FloatArray, FloatArray, FloatArray, float, float, float,
 ]  # fmt: skip
 
 
@@ -57,7 +57,6 @@ class Admission:
     memory_room: FloatArray
     counts: FloatArray
     pace_s: FloatArray
-    extra_s_each: FloatArray
     periods_s: FloatArray
     tokens_each: FloatArray
     period_s_each: FloatArray
@@ -206,7 +205,7 @@ def _judged(
     infeasible = status == INFEASIBLE
     return (
         slots, is_must if infeasible else taken, infeasible, status == GREEDY, labels, due_s, cost, tier, memory, room,
-        counts, pace_s, extra_s, periods_s, tokens_each, period_s_each, draft_s, max_tokens, start_s,
+        counts, pace_s, periods_s, tokens_each, period_s_each, draft_s, max_tokens, start_s,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from slos_serve.planning.speculation import (
     demand_by_length,
     fastest_draft,
     gather_tiers,
-    worth_drafting,
+    rate_of,
     yields_of,
 )
 
@@ -143,7 +143,9 @@ class Drafting:
             )
             # Those in use are kept a little longer, so that they do not come and go.
             least_gain = LEAST_GAIN_SHARE / slope - (hysteresis if self._tokens.any() else 0.0)
-            drafts = worth_drafting(drafts, rate, counts, periods, tokens, extra, coefficients, max_tokens, least_gain)
+            none = np.zeros_like(drafts)
+            if rate < rate_of(none, counts, periods, tokens, extra, coefficients, max_tokens) + least_gain:
+                drafts = none
             alone = fastest_draft(counts, pace_s, extra_s, acceptance, coefficients, max_tokens, longest)
             alone_tokens = np.full(len(tpot_s), alone)
         else:

@@ -168,24 +168,6 @@ def best_drafts(
 
 
 @njit(cache=True)
-def worth_drafting(
-    drafts: IntArray,
-    rate: float,
-    counts: FloatArray,
-    periods: FloatArray,
-    tokens: FloatArray,
-    extra: FloatArray,
-    coefficients: FloatArray,
-    max_tokens: float,
-    least_gain: float,
-) -> IntArray:
-    """``drafts`` where their ``rate`` is above that of none by ``least_gain`` prefill tokens a second, else zeros."""
-    none = np.zeros_like(drafts)
-    plain = rate_of(none, counts, periods, tokens, extra, coefficients, max_tokens)
-    return drafts if rate >= plain + least_gain else none
-
-
-@njit(cache=True)
 def fastest_draft(
     counts: FloatArray,
     pace_s: FloatArray,
