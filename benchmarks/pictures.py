@@ -28,9 +28,10 @@ from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.sim.cluster import Cluster
 from slos_serve.sim.drafters import with_drafter
 from slos_serve.sim.engine import SimSettings, simulate
+from slos_serve.sim.limits import ReplicaSettings
 from slos_serve.sim.profiles import find_profile, limits_of
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.replica import Replica, ReplicaSettings
+from slos_serve.sim.replica import Replica
 from slos_serve.sim.routers import make_router
 from slos_serve.workload.calls import Workload, empty_calls
 from slos_serve.workload.scenarios import make_workload

@@ -32,9 +32,10 @@ from slos_serve.routing.publisher import own_admission, publication_of
 from slos_serve.routing.router import RouterSettings, RoutingDecision, RoutingRequest, Verdict, route, verdicts
 from slos_serve.routing.settings import Order
 from slos_serve.sim.cluster import Cluster
+from slos_serve.sim.limits import ReplicaSettings
 from slos_serve.sim.profiles import find_profile, limits_of
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.replica import Replica, ReplicaSettings
+from slos_serve.sim.replica import Replica
 from slos_serve.sim.slo_router import SloRouter, SloRouting
 from slos_serve.workload.scenarios import make_workload
 from tests.builders import OPT_13B_A100, EngineBuilder

@@ -9,8 +9,8 @@ import numpy as np
 from slos_serve.core.slo import SLO, SLOClass, single_stage
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.sim.engine import SimSettings, simulate
+from slos_serve.sim.limits import EngineLimits
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.replica import EngineLimits
 from slos_serve.workload.calls import Workload, empty_calls
 
 # A step of n tokens takes 10 ms + 0.1 ms * n, whatever its context: easy to work out by hand.

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 from slos_serve.core.slo import SLO, single_stage
 from slos_serve.policies.registry import POLICIES
+from slos_serve.sim.limits import EngineLimits
 from slos_serve.sim.model_error import ModelError
 from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.replica import EngineLimits
 from slos_serve.workload.calls import Workload
 from slos_serve.workload.scenarios import make_workload
 from tests.sim_builders import GPU, run, workload

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,119 +19,17 @@ from slos_serve.core.errors import (
     ProfileMismatchError,
     UnsupportedEngineError,
 )
-from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.metrics.attainment import stage_starts_of
 from slos_serve.planning.candidates import next_due_s
 from slos_serve.routing.publication import Publication
 from slos_serve.vllm_plugin import compat
-from slos_serve.vllm_plugin.dry_run import DryEngine, make_scheduler, token_at
-from slos_serve.vllm_plugin.identity import device_name
 from slos_serve.vllm_plugin.publish import EnginePublisher
 from slos_serve.vllm_plugin.scheduler import SLOScheduler
 from slos_serve.vllm_plugin.settings import (
-    CLASSES_VARIABLE,
-    EVENTS_VARIABLE,
     PROFILE_VARIABLE,
     PUBLISH_VARIABLE,
 )
-from tests.builders import OPT_13B_A100
-
-CLASSES = """
-classes:
-  chat: {ttft_ms: 1000, tpot_ms: 100}
-  code: {ttft_ms: 800, tpot_ms: 50}
-  think:
-    ttft_ms: 1000
-    stages: [{tpot_ms: 50, max_tokens: 20}, {tpot_ms: 100}]
-"""
-Start = Callable[..., DryEngine]
-
-
-def write_profile(path: Path, engine_version: str) -> None:
-    """A profile of the model in the file's own folder on this machine."""
-    model, device = path.parent.name, device_name()
-    profile = Profile(
-        model,
-        device,
-        "vllm",
-        engine_version,
-        "now",
-        "bfloat16",
-        1,
-        64_000,
-        16,
-        2048,
-        OPT_13B_A100,
-    )
-    save_profile(profile, path)
-
-
-@pytest.fixture
-def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
-    """Start an engine, ours unless told otherwise."""
-    (tmp_path / "classes.yaml").write_text(CLASSES, encoding="utf-8")
-    write_profile(tmp_path / "profile.json", compat.engine_version())
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv(CLASSES_VARIABLE, str(tmp_path / "classes.yaml"))
-    monkeypatch.setenv(PROFILE_VARIABLE, str(tmp_path / "profile.json"))
-    monkeypatch.setenv(EVENTS_VARIABLE, str(tmp_path / "events.jsonl"))
-
-    started: list[AsyncScheduler] = []
-
-    def start_engine(cls: type[AsyncScheduler] = SLOScheduler, *, depth: int = 2, **arguments: Any) -> DryEngine:
-        scheduler = make_scheduler(cls, tmp_path, **arguments)
-        started.append(scheduler)
-        engine = DryEngine(scheduler, OPT_13B_A100, depth=depth)
-        scheduler.slo_clock_s = lambda: engine.now_s
-        return engine
-
-    yield start_engine
-    for scheduler in started:
-        scheduler.shutdown()
-
-
-def prompt(rng: np.random.Generator, tokens: int) -> list[int]:
-    return [int(token) for token in rng.integers(5, 30_000, tokens)]
-
-
-def mixed_load(
-    engine: DryEngine,
-    *,
-    seed: int = 0,
-    count: int = 80,
-    rate: float = 8.0,
-    slo: bool = True,
-) -> list[float]:
-    """Poisson arrivals of two classes and of requests without a promise, served to the end; when each was entered."""
-    rng = np.random.default_rng(seed)
-    arrivals = np.cumsum(rng.exponential(1.0 / rate, count))
-    entered = []
-    for number, arrival_s in enumerate(arrivals):
-        tokens = prompt(rng, min(int(rng.lognormal(6.0, 1.0)) + 1, 4000))
-        length = int(rng.lognormal(4.0, 0.8)) + 1
-        name = (None, "chat", "code")[number % 3] if slo else None
-        while engine.now_s < arrival_s:
-            if engine.step() == 0 and not engine.scheduler.has_unfinished_requests():
-                engine.now_s = float(arrival_s)
-        engine.add(f"r{number}", tokens, length, {"slo_class": name} if name else None)
-        entered.append(engine.now_s)
-        lengths[f"r{number}"] = (tokens, length)
-    engine.run()
-    return entered
-
-
-lengths: dict[str, tuple[list[int], int]] = {}
-
-
-def assert_answers(engine: DryEngine) -> None:
-    for key, answer in engine.answers.items():
-        tokens, length = lengths[key]
-        assert answer == [token_at(tokens, position) for position in range(length)], key
-
-
-def events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+from tests.vllm.dry_load import Start, assert_answers, events, lengths, mixed_load, prompt, write_profile
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -359,96 +256,6 @@ def test_an_unsupported_vllm_gets_one_clear_message(version: str) -> None:
 @pytest.mark.parametrize("version", ["0.26.0", "0.29.0", "0.32.0+cpu", "0.33.1"])
 def test_supported_versions_pass(version: str) -> None:
     compat.check_version(version)
-
-
-NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("num_blocks", [600, 4000])
-def test_answers_stay_those_of_the_stock_scheduler_with_drafts(
-    start: Start, tmp_path: Path, depth: int, num_blocks: int
-) -> None:
-    engine = start(depth=depth, num_blocks=num_blocks, speculative_config=NGRAM)
-    mixed_load(engine)
-    assert_answers(engine)
-    steps = events(tmp_path, "step")
-    assert sum(step["held"] for step in steps) > 50
-    assert all(step["fallback"] is None for step in steps)
-    preempted = sum(step["preempted"] for step in steps)
-    assert preempted > 0 if num_blocks == 600 else preempted == 0
-    assert engine.num_drafted > 500
-    assert len(engine.finished) == 80
-    assert engine.scheduler.kv_cache_manager.usage == 0.0
-    assert not engine.scheduler._slo_book.by_id
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-def test_each_request_verifies_what_was_planned(start: Start, monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
-    engine = start(depth=depth, speculative_config=NGRAM)
-    scheduler = engine.scheduler
-    plan_of, seen = scheduler._slo_plan, []
-
-    def noted(start_s: float) -> Any:
-        found = plan_of(start_s)
-        seen.append(found[0])
-        return found
-
-    monkeypatch.setattr(scheduler, "_slo_plan", noted)
-    schedule, compared = scheduler.schedule, 0
-
-    def checked() -> Any:
-        nonlocal compared
-        seen.clear()
-        output = schedule()
-        if seen and seen[0] is not None:
-            plan, ids = seen[0], {slot: one.request.request_id for slot, one in scheduler._slo_book.by_slot.items()}
-            planned = {
-                ids[slot]: int(draft) for slot, draft in zip(plan.slots.tolist(), plan.draft_tokens, strict=True)
-            }
-            drafts = {key: len(tokens) for key, tokens in output.scheduled_spec_decode_tokens.items()}
-            assert drafts == {key: planned[key] for key in drafts}
-            assert set(drafts) == {
-                key for key, draft in planned.items() if draft and key in output.num_scheduled_tokens
-            }
-            assert output.total_num_scheduled_tokens <= plan.num_tokens
-            compared += len(drafts)
-        return output
-
-    monkeypatch.setattr(scheduler, "schedule", checked)
-    mixed_load(engine, count=40)
-    assert compared > 200
-
-
-@pytest.mark.parametrize("depth", [1, 2])
-def test_acceptance_is_learnt_from_what_vllm_verified(start: Start, depth: int) -> None:
-    engine = start(depth=depth, speculative_config=NGRAM)
-    engine.acceptance = 0.5
-    mixed_load(engine, count=60)
-    mean = engine.scheduler._slo_policy.planner.drafting.acceptance.mean()
-    assert mean[0] == pytest.approx(0.5, abs=0.06)  # chat
-    assert mean[1] == pytest.approx(0.5, abs=0.06)  # code
-
-
-def test_drafts_that_are_never_there_count_as_wrong(start: Start) -> None:
-    engine = start(depth=1, speculative_config=NGRAM)
-    engine.hit_share = 0.0
-    mixed_load(engine, count=40)
-    assert_answers(engine)
-    assert engine.num_drafted == 0
-    assert engine.scheduler._slo_policy.planner.drafting.acceptance.mean()[0] < 0.3
-
-
-def test_drafts_keep_more_promises(start: Start, tmp_path: Path) -> None:
-    kept = []
-    for config in (None, NGRAM):
-        (tmp_path / "events.jsonl").unlink(missing_ok=True)
-        engine = start(**({"speculative_config": config} if config else {}))
-        mixed_load(engine, rate=11.0, count=150)
-        engine.scheduler._slo_recorder.events.close()
-        ended = [event for event in events(tmp_path, "request") if event["slo_class"] in ("chat", "code")]
-        kept.append(sum(event["ttft_ok"] and event["tpot_ok"] for event in ended))
-    assert kept[1] >= kept[0], kept
 
 
 # Publications ---------------------------------------------------------------------------------------------------------

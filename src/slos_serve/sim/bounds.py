@@ -16,7 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.sim.replica import EngineLimits
+from slos_serve.sim.limits import EngineLimits
 from slos_serve.workload.calls import Workload
 
 Floats = NDArray[np.float64]

@@ -13,9 +13,10 @@ from slos_serve.policies.registry import Parameters, make_policy, policy_entry
 from slos_serve.routing.settings import PUBLISH_EVERY_S
 from slos_serve.sim.cluster import Cluster, Handover
 from slos_serve.sim.drafters import DRAFTERS, NO_DRAFTER
+from slos_serve.sim.limits import EngineLimits, ReplicaSettings
 from slos_serve.sim.model_error import ModelError
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.replica import EngineLimits, Replica, ReplicaSettings
+from slos_serve.sim.replica import Replica
 from slos_serve.sim.routers import SLO_ORDERS, Router, make_router
 from slos_serve.sim.slo_router import SloRouter, SloRouting
 from slos_serve.workload.calls import Workload

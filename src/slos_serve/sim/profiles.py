@@ -7,7 +7,7 @@ from pathlib import Path
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.files.profile_file import Profile, load_profile
-from slos_serve.sim.replica import EngineLimits
+from slos_serve.sim.limits import EngineLimits
 
 # KV bytes a token (2 * layers * KV width * 2 bytes), for the transfer between prefill and decode replicas.
 KV_BYTES_PER_TOKEN = {

@@ -7,11 +7,7 @@ holds only ``max_tokens`` and a forecast.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TypeVar
-
 import numpy as np
-from numpy.typing import NDArray
 
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestTable, SlotArray, Status
@@ -20,9 +16,11 @@ from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
 from slos_serve.policies.base import Policy
 from slos_serve.sim import step as rules
 from slos_serve.sim.faults import PlanFaultError, StuckError
-from slos_serve.sim.model_error import ModelError, StepFactors
+from slos_serve.sim.limits import EngineLimits, ReplicaSettings
+from slos_serve.sim.model_error import StepFactors
 from slos_serve.sim.prefix_cache import PrefixCache
 from slos_serve.sim.recording import Recording
+from slos_serve.sim.slots import Slots
 
 _FAULTS = {
     rules.TOO_MANY_TOKENS: "more tokens than max_num_batched_tokens",
@@ -34,51 +32,8 @@ _FAULTS = {
     rules.WRONG_DRAFT: "draft tokens for a request that is not decoding",
 }
 # A replica that plans nothing is asked again after this long, this often at most before the run is called stuck.
-_Item = TypeVar("_Item", np.int64, np.bool_)
 IDLE_TICK_S = 0.005
 MAX_EMPTY_PLANS = 2_000
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What an engine can hold.
-
-    Attributes:
-        kv_capacity_tokens: KV cache size in tokens.
-        block_size: tokens a block.
-        max_num_seqs: most running requests.
-        max_num_batched_tokens: most tokens in a step.
-        prefix_cache: keep the KV of ended calls for the next call of their session.
-    """
-
-    kv_capacity_tokens: int
-    block_size: int = 16
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 16384
-    prefix_cache: bool = True
-
-    @property
-    def total_blocks(self) -> int:
-        """Whole blocks in the KV cache."""
-        return self.kv_capacity_tokens // self.block_size
-
-
-@dataclass(frozen=True, slots=True)
-class ReplicaSettings:
-    """How a replica behaves beyond its limits.
-
-    Attributes:
-        oracle_lengths: give each answer's true length as the client's hint.
-        error: injected batch-time error.
-        seed: of the error and of draft acceptance.
-        plan_ahead: the next step is planned while one executes, as vLLM's async scheduling does: a request that arrives
-            during a step is seen one step later.
-    """
-
-    oracle_lengths: bool = False
-    error: ModelError = field(default_factory=ModelError)
-    seed: int = 0
-    plan_ahead: bool = False
 
 
 # Steps carried out at once where no plan decides them.
@@ -123,7 +78,6 @@ class Replica:
         self._arrivals_s = np.ascontiguousarray(recording.calls["arrival_s"])
         self._factors = StepFactors(settings.error, settings.seed, index)
         self._cache = PrefixCache(limits.block_size) if limits.prefix_cache else None
-        self._waiting_sessions: dict[int, int] = {}
         self._empty_plans = 0
         self._unseen: list[int] = []
         table = RequestTable(64)
@@ -141,12 +95,7 @@ class Replica:
             max_num_seqs=limits.max_num_seqs,
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
-        size = len(table.rows)
-        self._held_blocks, self._call_of = np.zeros(size, dtype=np.int64), np.full(size, -1, dtype=np.int64)
-        self._present, self._seen = np.zeros(size, dtype=np.bool_), np.zeros(size, dtype=np.bool_)
-        self._step_slots, self._step_tokens = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-        self._step_drafts, self._scratch = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-        self._step_accepted = np.zeros(size, dtype=np.int64)
+        self._slots = Slots(len(table.rows))
         self._step_count = 0
         self._step_shape = BatchShape(0)
         self._step_start_s = 0.0
@@ -209,15 +158,13 @@ class Replica:
             cached_tokens=cached,
             missed=bool(self._recording.session_missed[session]),
         )
-        if len(table.rows) != len(self._held_blocks):
-            self._size_slots(len(table.rows))
-        self._call_of[slot] = call
-        self._present[slot] = True
+        self._slots.fit(len(table.rows))
+        self._slots.enter(slot, call)
         self._arrivals_s[call] = arrival_s
         if output_tokens:
             self._take_over(slot, call, output_tokens)
-        if cached and not tokens_done:
-            self._waiting_sessions[session] = slot
+        if self._cache is not None and cached and not tokens_done:
+            self._cache.expect(session, slot)
         if self._settings.plan_ahead and self.busy:
             self._unseen.append(slot)
         else:
@@ -247,25 +194,10 @@ class Replica:
         self._waiting[self._num_waiting] = slot
         self._num_waiting += 1
 
-    def _size_slots(self, size: int) -> None:
-        """Give the per-slot arrays one entry a table row; a step may be executing, so its entries are kept."""
-        self._held_blocks = _grown(self._held_blocks, size)
-        self._call_of = _grown(self._call_of, size)
-        self._present = _grown(self._present, size)
-        self._seen = _grown(self._seen, size)
-        self._step_slots = _grown(self._step_slots, size)
-        self._step_tokens = _grown(self._step_tokens, size)
-        self._step_drafts = _grown(self._step_drafts, size)
-        self._scratch = _grown(self._scratch, size)
-        self._step_accepted = _grown(self._step_accepted, size)
-
     def _remove(self, slot: int) -> int:
         """Free a slot that is in no list any more; returns its call."""
-        call = int(self._call_of[slot])
-        self._present[slot] = False
-        self._call_of[slot] = -1
         self.view.table.remove(slot)
-        return call
+        return self._slots.leave(slot)
 
     # ------------------------------------------------------------------------------------------------- steps
 
@@ -305,10 +237,10 @@ class Replica:
         recording = self._recording
         count = rules.plain_decodes(
             self.view.table.rows,
-            self._held_blocks,
+            self._slots.held_blocks,
             self._running,
             self._num_running,
-            self._call_of,
+            self._slots.call_of,
             self._calls,
             self._arrivals_s,
             self.view.free_blocks,
@@ -319,19 +251,18 @@ class Replica:
             self._settings.seed,
             recording.token_s,
             recording.token_start,
-            self._step_slots,
-            self._step_tokens,
-            self._step_drafts,
-            self._scratch,
-            self._step_accepted,
+            self._slots.step_slots,
+            self._slots.step_tokens,
+            self._slots.step_drafts,
+            self._slots.scratch,
+            self._slots.step_accepted,
             self._plain_times_s,
             self._plain_free,
         )
         if count == 0:
             return now_s
         self.view.free_blocks = int(self._plain_free[count - 1])
-        if self._cache is not None:
-            self._shrink_cache()
+        self._shrink_cache()
         recording.num_steps += count
         running = self._num_running
         for start_s, duration_s, free in zip(*self._plain_times_s[:, :count], self._plain_free[:count], strict=True):
@@ -372,14 +303,14 @@ class Replica:
         limits = self._limits
         fault, where = rules.check_plan(
             self.view.table.rows,
-            self._present,
+            self._slots.present,
             plan.slots,
             plan.tokens,
             plan.draft_tokens,
             self._num_running,
             limits.max_num_seqs,
             limits.max_num_batched_tokens,
-            self._seen,
+            self._slots.seen,
         )
         if fault != rules.NO_FAULT:
             entry = f" (entry {where}: slot {plan.slots[where]}, {plan.tokens[where]} tokens)" if where >= 0 else ""
@@ -390,7 +321,7 @@ class Replica:
         """Give blocks, start requests, and compute how long the step takes; ``None`` when nothing could run."""
         totals = rules.start_step(
             self.view.table.rows,
-            self._held_blocks,
+            self._slots.held_blocks,
             self._running,
             self._num_running,
             plan.slots,
@@ -398,10 +329,10 @@ class Replica:
             plan.draft_tokens,
             self.view.free_blocks,
             self._limits.block_size,
-            self._step_slots,
-            self._step_tokens,
-            self._step_drafts,
-            self._scratch,
+            self._slots.step_slots,
+            self._slots.step_tokens,
+            self._slots.step_drafts,
+            self._slots.scratch,
         )
         started = totals[rules.NUM_RUNNING] + totals[rules.NUM_PREEMPTED] - self._num_running
         self._num_running = int(totals[rules.NUM_RUNNING])
@@ -411,9 +342,8 @@ class Replica:
             self._claim_prefixes(plan)
             self._num_waiting = rules.keep_waiting(self.view.table.rows, self._waiting, self._num_waiting)
         if totals[rules.NUM_PREEMPTED]:
-            self._requeue(self._scratch[: totals[rules.NUM_PREEMPTED]])
-        if self._cache is not None:
-            self._shrink_cache()
+            self._requeue(self._slots.scratch[: totals[rules.NUM_PREEMPTED]])
+        self._shrink_cache()
         self._step_count = int(totals[rules.NUM_SEQS])
         if self._step_count == 0:
             self._idle(now_s)
@@ -456,32 +386,32 @@ class Replica:
         recording = self._recording
         num_finished = rules.finish_step(
             rows,
-            self._call_of,
+            self._slots.call_of,
             self._calls,
             self._arrivals_s,
-            self._step_slots,
-            self._step_tokens,
-            self._step_drafts,
+            self._slots.step_slots,
+            self._slots.step_tokens,
+            self._slots.step_drafts,
             self._step_count,
             now_s,
             self._settings.seed,
             recording.token_s,
             recording.token_start,
-            self._scratch,
-            self._step_accepted,
+            self._slots.scratch,
+            self._slots.step_accepted,
         )
         self.busy = False
         if self._step_shape.draft_steps:
             self._tell_verified()
         self.policy.on_step_done(self._step_shape, now_s - self._step_start_s)
-        return [self._finish(int(slot), now_s) for slot in self._scratch[:num_finished].copy()]
+        return [self._finish(int(slot), now_s) for slot in self._slots.scratch[:num_finished].copy()]
 
     def _tell_verified(self) -> None:
         """Let the policy learn from the drafts of the step that ended."""
-        accepted = self._step_accepted[: self._step_count]
+        accepted = self._slots.step_accepted[: self._step_count]
         known = accepted >= 0
-        drafted, accepted = self._step_drafts[: self._step_count][known], accepted[known]
-        slots = self._step_slots[: self._step_count][known]
+        drafted, accepted = self._slots.step_drafts[: self._step_count][known], accepted[known]
+        slots = self._slots.step_slots[: self._step_count][known]
         self._recording.num_drafted += int(drafted.sum())
         self._recording.num_accepted += int(accepted.sum())
         self.policy.on_verified(self.view.table.rows["class_index"][slots], drafted, accepted)
@@ -489,7 +419,7 @@ class Replica:
     def _finish(self, slot: int, now_s: float) -> int:
         rows = self.view.table.rows
         self._leave_running(slot)
-        call = int(self._call_of[slot])
+        call = int(self._slots.call_of[slot])
         row = rows[slot]
         prompt, output = int(row["prompt_tokens"]), int(row["output_tokens"])
         record = self._recording.calls[call]
@@ -509,7 +439,7 @@ class Replica:
 
     def _leave_running(self, slot: int) -> None:
         self.view.free_blocks += rules.release(
-            self.view.table.rows, self._held_blocks, self._running, self._num_running, slot
+            self.view.table.rows, self._slots.held_blocks, self._running, self._num_running, slot
         )
         self._num_running -= 1
 
@@ -517,9 +447,9 @@ class Replica:
 
     def _note_verdicts(self, plan: StepPlan) -> None:
         if len(plan.admitted):
-            self._recording.calls["admitted"][self._call_of[plan.admitted]] = 1
+            self._recording.calls["admitted"][self._slots.call_of[plan.admitted]] = 1
         if len(plan.demoted):
-            self._recording.calls["demoted"][self._call_of[plan.demoted]] = 1
+            self._recording.calls["demoted"][self._slots.call_of[plan.demoted]] = 1
 
     def _preempt(self, slots: SlotArray) -> None:
         rows = self.view.table.rows
@@ -534,7 +464,7 @@ class Replica:
     def _requeue(self, slots: SlotArray) -> None:
         """Put preempted requests at the head of the waiting list, the last victim first, as vLLM does."""
         self._recording.num_preemptions += len(slots)
-        self._recording.calls["preemptions"][self._call_of[slots]] += 1
+        self._recording.calls["preemptions"][self._slots.call_of[slots]] += 1
         queue = np.concatenate((slots[::-1], self._waiting[: self._num_waiting]))
         self._num_waiting = len(queue)
         if len(queue) > len(self._waiting):
@@ -546,37 +476,34 @@ class Replica:
         for slot in slots:
             if rows["running"][slot]:
                 raise PlanFaultError(f"replica {self.index}: rejects slot {slot}, which is running")
-            self._recording.calls["outcome"][self._call_of[slot]] = rules.REJECTED
+            self._recording.calls["outcome"][self._slots.call_of[slot]] = rules.REJECTED
         gone = np.isin(self._waiting[: self._num_waiting], slots)
         kept = self._waiting[: self._num_waiting][~gone]
         self._waiting[: len(kept)] = kept
         self._num_waiting = len(kept)
         for slot in slots:
-            self._waiting_sessions.pop(int(self._calls["session"][self._call_of[slot]]), None)
+            if self._cache is not None:
+                self._cache.give_up(int(self._calls["session"][self._slots.call_of[slot]]))
             self._remove(int(slot))
 
     def _claim_prefixes(self, plan: StepPlan) -> None:
         """Hand cached blocks to the calls that started on them."""
-        if self._cache is None or not self._waiting_sessions:
+        if self._cache is None or not self._cache.num_expected:
             return
         rows = self.view.table.rows
         for slot in plan.slots:
             if rows["running"][slot] and rows["cached_tokens"][slot]:
-                call = self._call_of[slot]
+                call = self._slots.call_of[slot]
                 session = int(self._calls["session"][call])
-                if self._waiting_sessions.pop(session, None) is not None:
-                    self._cache.claim(session)
+                if self._cache.start(session):
                     self._recording.calls["cached_tokens"][call] = rows["cached_tokens"][slot]
 
     def _shrink_cache(self) -> None:
         """Evict what the blocks in use leave no room for; waiting calls lose the prefix they counted on."""
-        cache = self._cache
-        if cache is None or cache.num_blocks <= self.view.free_blocks:
+        if self._cache is None or self._cache.num_blocks <= self.view.free_blocks:
             return
-        for session in cache.evict(self.view.free_blocks):
-            slot = self._waiting_sessions.pop(session, None)
-            if slot is not None:
-                self.view.table.rows["cached_tokens"][slot] = 0
+        for slot in self._cache.evict(self.view.free_blocks):
+            self.view.table.rows["cached_tokens"][slot] = 0
 
     def die(self) -> tuple[list[int], list[int]]:
         """Stop for good; returns the calls that had not begun to stream, and those that had (lost)."""
@@ -585,17 +512,10 @@ class Replica:
         rows = self.view.table.rows
         unseen = np.asarray(self._unseen, dtype=np.int64)
         slots = np.concatenate((self._running[: self._num_running], self._waiting[: self._num_waiting], unseen))
-        again = [int(self._call_of[slot]) for slot in slots if rows["output_tokens"][slot] == 0]
-        lost = [int(self._call_of[slot]) for slot in slots if rows["output_tokens"][slot] > 0]
+        again = [int(self._slots.call_of[slot]) for slot in slots if rows["output_tokens"][slot] == 0]
+        lost = [int(self._slots.call_of[slot]) for slot in slots if rows["output_tokens"][slot] > 0]
         for call in lost:
             self._recording.calls["outcome"][call] = rules.LOST
         self._num_running = self._num_waiting = 0
         self._unseen = []
         return again, lost
-
-
-def _grown(old: NDArray[_Item], size: int) -> NDArray[_Item]:
-    """``old`` with zeros appended up to ``size``."""
-    new = np.zeros(size, dtype=old.dtype)
-    new[: len(old)] = old
-    return new

@@ -11,8 +11,8 @@ from slos_serve.core.slo import SLO, single_stage
 from slos_serve.planning.aging import NOBODY, Aging
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
+from slos_serve.sim.limits import EngineLimits
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.replica import EngineLimits
 from slos_serve.workload.calls import Workload
 from tests.builders import OPT_13B_A100, EngineBuilder
 from tests.sim_builders import GPU, run, workload

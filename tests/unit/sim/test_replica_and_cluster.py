@@ -16,10 +16,11 @@ from slos_serve.perf.batch_time import BatchShape
 from slos_serve.policies.base import IntArray
 from slos_serve.sim.cluster import Cluster
 from slos_serve.sim.faults import PlanFaultError, StuckError
+from slos_serve.sim.limits import EngineLimits, ReplicaSettings
 from slos_serve.sim.model_error import Interruptions, ModelError, StepFactors
 from slos_serve.sim.outcome import score
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.replica import EngineLimits, Replica, ReplicaSettings
+from slos_serve.sim.replica import Replica
 from slos_serve.sim.routers import make_router
 from slos_serve.sim.step import uniform
 from slos_serve.sim.timeline import timeline

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.sim.limits import EngineLimits
 from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.replica import EngineLimits
 from slos_serve.sim.routers import SLO_ORDERS
 from slos_serve.workload.calls import Workload
 from slos_serve.workload.scenarios import make_workload
