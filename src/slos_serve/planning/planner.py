@@ -193,10 +193,11 @@ class Planner:
 
     def longest_step_s(self) -> float:
         """A request that comes while a step of prompts runs must still make its first token by a step of its own."""
-        if self.drafting.present.tokens.any():
-            return np.inf  # draft lengths are chosen for steps of their own bound
         fixed_s = float(linear_step_s(self._coefficients, 0.0))
-        return max(STEP_SHARE_OF_TTFT * self._tightest_s, LEAST_STEP_FIXED * fixed_s)
+        own_s = max(STEP_SHARE_OF_TTFT * self._tightest_s, LEAST_STEP_FIXED * fixed_s)
+        if self.drafting.present.tokens.any():
+            return max(own_s, self.settings.longest_step_s)  # draft lengths are chosen for steps as long as that
+        return own_s
 
     def _lead_tokens(self) -> float:
         crowded = min(self._passed_over / DECLINED_SHARE, 1.0)

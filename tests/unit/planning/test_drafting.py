@@ -70,6 +70,17 @@ def test_drafts_leave_more_room_for_prompts() -> None:
     assert taken[1] > taken[0] > 0
 
 
+def test_a_drafter_does_not_make_steps_of_prompts_longer() -> None:
+    """Nobody decodes yet, but prompts ask: one that comes during the step has its first token due as soon."""
+    settings = dataclasses.replace(KNOWN, longest_step_s=0.05)
+    engines = [EngineBuilder(total_blocks=20_000) for _ in range(2)]
+    for engine in engines:
+        for _ in range(8):
+            engine.wait(1500, due_in_s=1.5)
+    without, drafting = planned(engines[0], PlannerSettings()), planned(engines[1], settings)
+    assert drafting.num_tokens == without.num_tokens < 8 * 1500
+
+
 def test_useless_drafts_are_not_made() -> None:
     plan = planned(loaded(), PlannerSettings(max_draft_tokens=10, known_acceptance=0.0))
     assert plan.draft_tokens.sum() == 0
