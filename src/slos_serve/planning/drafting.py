@@ -11,6 +11,7 @@ import numpy as np
 from numba import njit
 
 from slos_serve.core.plan import EngineView
+from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.acceptance import AcceptanceEstimate
 from slos_serve.perf.batch_time import K_C, K_M, K_S
 from slos_serve.planning.prefill_rate import FloatArray, IntArray
@@ -95,6 +96,92 @@ def with_drafts(
     return paces, tokens_each, period_s_each
 
 
+@njit(cache=True)
+def _remembered(
+    now_s: float, tpot_s: FloatArray, seen_tpot_s: FloatArray, seen_tokens: IntArray, seen_drafted_s: FloatArray
+) -> tuple[IntArray, FloatArray]:
+    """Lengths in use and when each tier drafted last, for the tiers there are now; a new one drafts nothing yet."""
+    tokens, drafted_s = np.zeros(len(tpot_s), dtype=np.int64), np.full(len(tpot_s), now_s)
+    for level in range(len(tpot_s)):
+        for before in range(len(seen_tpot_s)):
+            if seen_tpot_s[before] == tpot_s[level]:
+                tokens[level], drafted_s[level] = seen_tokens[before], seen_drafted_s[before]
+    return tokens, drafted_s
+
+
+@njit(cache=True)
+def _worthwhile(
+    counts: FloatArray,
+    pace_s: FloatArray,
+    extra_s: FloatArray,
+    acceptance: FloatArray,
+    coefficients: FloatArray,
+    max_tokens: float,
+    longest: int,
+    longest_step_s: float,
+    present: IntArray,
+) -> IntArray:
+    """The best lengths, where they add enough; none otherwise."""
+    periods, tokens, extra = demand_by_length(pace_s, extra_s, acceptance, longest, longest_step_s)
+    slope = max(coefficients[K_C], coefficients[K_M])
+    hysteresis = HYSTERESIS_SHARE / slope
+    drafts, rate, _ = best_drafts(counts, periods, tokens, extra, coefficients, max_tokens, present, hysteresis)
+    # Those in use are kept a little longer, so that they do not come and go.
+    least_gain = LEAST_GAIN_SHARE / slope - (hysteresis if present.any() else 0.0)
+    none = np.zeros_like(drafts)
+    if rate < rate_of(none, counts, periods, tokens, extra, coefficients, max_tokens) + least_gain:
+        return none
+    return drafts
+
+
+@njit(cache=True)
+def _chosen(
+    rows: RequestArray,
+    running: SlotArray,
+    waiting: SlotArray,
+    now_s: float,
+    coefficients: FloatArray,
+    lower: FloatArray,
+    seen_tpot_s: FloatArray,
+    seen_tokens: IntArray,
+    seen_drafted_s: FloatArray,
+    longest: int,
+    adaptive: bool,
+    learns: bool,
+    tpot_margin: float,
+    longest_step_s: float,
+    max_tokens: float,
+) -> tuple[FloatArray, IntArray, FloatArray, IntArray, IntArray, FloatArray, FloatArray, float]:
+    """:meth:`Drafting.choose` as one kernel.
+
+    Returns:
+        what is remembered (TPOT of the tiers, their lengths, when each drafted last), and of the :class:`DraftPlan` all
+        but the first.
+    """
+    tpot_s, counts, extra_s, acceptance = gather_tiers(rows, running, waiting, coefficients, lower)
+    drafts, drafted_s = _remembered(now_s, tpot_s, seen_tpot_s, seen_tokens, seen_drafted_s)
+    pace_s = np.where(np.isfinite(tpot_s), tpot_s, UNPROMISED_PACE_S) * (1.0 - tpot_margin)
+    alone = longest
+    if adaptive:
+        drafts = _worthwhile(
+            counts, pace_s, extra_s, acceptance, coefficients, max_tokens, longest, longest_step_s, drafts
+        )
+        alone = fastest_draft(counts, pace_s, extra_s, acceptance, coefficients, max_tokens, longest)
+    else:
+        drafts[:] = longest
+    tokens = drafts.copy()
+    for level in range(len(tpot_s)):
+        probe = learns and drafts[level] == 0 and now_s - drafted_s[level] >= PROBE_EVERY_S
+        if probe:
+            tokens[level] = min(PROBE_TOKENS, longest)
+        if tokens[level] > 0:
+            drafted_s[level] = now_s
+    yields, longer = yields_of(tokens, acceptance, pace_s, longest_step_s)
+    draft_s = float(coefficients[K_S] * tokens.max())
+    alone_tokens = np.full(len(tpot_s), alone)
+    return tpot_s, drafts, drafted_s, tokens, alone_tokens, yields, longer, draft_s
+
+
 NO_DRAFTS = DraftPlan(_no_floats(), _no_ints(), _no_ints(), _no_floats(), _no_floats(), 0.0)
 
 
@@ -124,67 +211,24 @@ class Drafting:
             coefficients: float64 [8], margin and correction applied.
         """
         settings = self._settings
-        longest = settings.max_draft_tokens
-        if longest == 0:
+        if settings.max_draft_tokens == 0:
             return NO_DRAFTS
-        lower = self.acceptance.lower() if self._known is None else self._known
-        tpot_s, counts, extra_s, acceptance = gather_tiers(
-            view.table.rows, view.running, view.waiting, coefficients, lower
+        self._tpot_s, self._tokens, self._drafted_s, tokens, alone_tokens, yields, longer, draft_s = _chosen(
+            view.table.rows,
+            view.running,
+            view.waiting,
+            now_s,
+            coefficients,
+            self.acceptance.lower() if self._known is None else self._known,
+            self._tpot_s,
+            self._tokens,
+            self._drafted_s,
+            settings.max_draft_tokens,
+            settings.adaptive_drafts,
+            self._known is None,
+            settings.tpot_margin,
+            settings.longest_step_s,
+            float(view.max_num_batched_tokens),
         )
-        pace_s = np.where(np.isfinite(tpot_s), tpot_s, UNPROMISED_PACE_S) * (1.0 - settings.tpot_margin)
-        max_tokens = float(view.max_num_batched_tokens)
-        self._follow(now_s, tpot_s)
-        if settings.adaptive_drafts:
-            periods, tokens, extra = demand_by_length(pace_s, extra_s, acceptance, longest, settings.longest_step_s)
-            slope = max(coefficients[K_C], coefficients[K_M])
-            hysteresis = HYSTERESIS_SHARE / slope
-            drafts, rate, _ = best_drafts(
-                counts, periods, tokens, extra, coefficients, max_tokens, self._tokens, hysteresis
-            )
-            # Those in use are kept a little longer, so that they do not come and go.
-            least_gain = LEAST_GAIN_SHARE / slope - (hysteresis if self._tokens.any() else 0.0)
-            none = np.zeros_like(drafts)
-            if rate < rate_of(none, counts, periods, tokens, extra, coefficients, max_tokens) + least_gain:
-                drafts = none
-            alone = fastest_draft(counts, pace_s, extra_s, acceptance, coefficients, max_tokens, longest)
-            alone_tokens = np.full(len(tpot_s), alone)
-        else:
-            drafts = alone_tokens = np.full(len(tpot_s), longest)
-        self._tokens = drafts
-        self._drafted_s[drafts > 0] = now_s
-        self.present = self._plan_of(
-            tpot_s, pace_s, self._probed(now_s, drafts), alone_tokens, acceptance, coefficients
-        )
+        self.present = DraftPlan(self._tpot_s, tokens, alone_tokens, yields, longer, draft_s)
         return self.present
-
-    def _follow(self, now_s: float, tpot_s: FloatArray) -> None:
-        """Take what is remembered over to the tiers there are now: a new one drafts nothing yet."""
-        if np.array_equal(self._tpot_s, tpot_s):
-            return
-        tokens, drafted_s = np.zeros(len(tpot_s), dtype=np.int64), np.full(len(tpot_s), now_s)
-        for level, tpot in enumerate(tpot_s):
-            same = np.flatnonzero(self._tpot_s == tpot)
-            if len(same):
-                tokens[level], drafted_s[level] = self._tokens[same[0]], self._drafted_s[same[0]]
-        self._tpot_s, self._tokens, self._drafted_s = tpot_s, tokens, drafted_s
-
-    def _probed(self, now_s: float, drafts: IntArray) -> IntArray:
-        """The lengths, with a probe for tiers that have drafted nothing for long."""
-        if self._known is not None or not self._settings.adaptive_drafts or drafts.all():
-            return drafts
-        stale = (drafts == 0) & (now_s - self._drafted_s >= PROBE_EVERY_S)
-        self._drafted_s[stale] = now_s
-        return np.where(stale, min(PROBE_TOKENS, self._settings.max_draft_tokens), drafts)
-
-    def _plan_of(
-        self,
-        tpot_s: FloatArray,
-        pace_s: FloatArray,
-        drafts: IntArray,
-        alone_tokens: IntArray,
-        acceptance: FloatArray,
-        coefficients: FloatArray,
-    ) -> DraftPlan:
-        yields, longer = yields_of(drafts, acceptance, pace_s, self._settings.longest_step_s)
-        draft_s = float(coefficients[K_S] * drafts.max())
-        return DraftPlan(tpot_s, drafts, alone_tokens, yields, longer, draft_s)
