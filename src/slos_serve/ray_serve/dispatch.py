@@ -6,6 +6,7 @@ tells about it; without one (another server class) it counts as full and gets on
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections import Counter
@@ -23,6 +24,8 @@ from slos_serve.routing.sessions import Sessions
 from slos_serve.routing.settings import STALE_AFTER_S, Order
 
 TRANSIT_S = 0.05
+# A router is made with the first request that comes. It has heard of nobody then, though replicas publish every 100 ms.
+FIRST_PATIENCE_S, FIRST_LOOK_EVERY_S = 0.5, 0.01
 _logger = logging.getLogger("slos_serve.ray_serve")
 
 
@@ -66,6 +69,7 @@ class Dispatcher:
         self._sessions = Sessions()
         self._offsets: dict[str, ClockOffset] = {}
         self._now_s = -float("inf")
+        self._patient = True
         self.mirrors = Mirrors(num_classes=num_classes, transit_s=transit_s)
         self.decisions: Counter[tuple[Verdict, Why]] = Counter()
 
@@ -86,6 +90,15 @@ class Dispatcher:
         self._sessions.forget_replica(name)
         if self._offsets.pop(name, None) is not None:
             self._mailbox.ignore(name)
+
+    async def heard_somebody(self) -> None:
+        """Return when a publication has come; the first requests wait for it, for ``FIRST_PATIENCE_S`` at most."""
+        looks = round(FIRST_PATIENCE_S / FIRST_LOOK_EVERY_S)
+        while self._patient and self._offsets and looks > 0:
+            await asyncio.sleep(FIRST_LOOK_EVERY_S)
+            self._receive()
+            looks -= 1
+        self._patient = False
 
     def decide(self, ticket: Ticket) -> RoutingDecision:
         """Decide and reserve; the decision is written into the ticket, and when to ask again if it is a no."""
@@ -120,6 +133,7 @@ class Dispatcher:
             offset = self._offsets.get(name)
             if offset is None:
                 continue
+            self._patient = False
             offset_s = offset.observe(envelope.sent_s, envelope.received_s)
             try:
                 self.mirrors.update(envelope.publication(name), offset_s)

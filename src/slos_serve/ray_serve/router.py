@@ -45,6 +45,7 @@ class SLORequestRouter(RequestRouter):
         if not isinstance(ticket, Ticket):
             # A call that is no generation, or an ingress other than ours: any replica serves it.
             ticket = Ticket(RoutingRequest(arrival_s=0.0, prompt_tokens=1, max_tokens=1))
+        await self._dispatcher.heard_somebody()
         decision = self._dispatcher.decide(ticket)
         if decision.verdict is Verdict.REJECT and decision.replica is None and len(self._dispatcher.mirrors):
             if not pending_request.future.done():

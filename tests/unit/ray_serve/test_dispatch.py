@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -86,6 +87,33 @@ def test_until_a_replica_publishes_it_counts_as_full(dispatcher: Dispatcher, pos
     assert dispatcher.decide(ticket()).reason is Why.ALL_STALE
     postman.bring("b", loaded(0))
     assert dispatcher.decide(ticket()).replica == "b"
+
+
+async def test_the_first_request_waits_for_the_first_publication(dispatcher: Dispatcher, postman: Postman) -> None:
+    """An endpoint that nobody asked for its health makes its router with its first request."""
+    waiting = asyncio.create_task(dispatcher.heard_somebody())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    postman.bring("b", loaded(0))
+    await waiting
+    assert dispatcher.decide(ticket()).verdict is Verdict.ATTAIN
+
+
+async def test_it_does_not_wait_for_silent_replicas_twice(
+    dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks = []
+
+    async def counted(_: float) -> None:
+        looks.append(1)
+
+    monkeypatch.setattr("slos_serve.ray_serve.dispatch.asyncio.sleep", counted)
+    await dispatcher.heard_somebody()
+    assert 1 < len(looks) < 1000
+    looks.clear()
+    await dispatcher.heard_somebody()
+    assert not looks
+    assert dispatcher.decide(ticket()).reason is Why.ALL_STALE
 
 
 def test_a_resting_replica_stays_fresh_and_a_silent_one_does_not(
