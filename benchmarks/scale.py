@@ -1,9 +1,10 @@
 """One router for 256 replicas against many that share them: attainment and what a decision costs.
 
-python -m benchmarks.scale [--replicas 256] [--rate 5000] [--requests 60000] [--output benchmarks/results]
+python -m benchmarks.scale [--replicas 256] [--rate 2500] [--rate 5000] [--requests 60000] [--output benchmarks/results]
 
 Chat on Llama-2-7B/H100, gamma arrivals of CV 4 (a fleet's own burstiness), SLOs-Serve in every replica. A run with
-``n`` routers: a request reaches one of them, which sees its 256/n replicas, and asks one other when none attains.
+``n`` routers: a request reaches one of them, which sees its 256/n replicas, and asks one other when none attains. The
+fluid bound of the fleet is printed first: at 2,500 requests/s it is busy, at 5,000 overloaded.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import numpy as np
 from benchmarks._sim_commands import RESULTS
 from slos_serve.routing.router import RoutingDecision, RoutingRequest
 from slos_serve.sim import slo_router
+from slos_serve.sim.bounds import fluid_bound, work_of
 from slos_serve.sim.engine import SimSettings, simulate
 from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.profiles import find_profile, limits_of
 from slos_serve.workload.scenarios import make_workload
 
+RATES = (2500.0, 5000.0)
 # Router, how many of them, how many others each asks.
 SETTINGS = (
     ("least-loaded", 1, 0),
@@ -36,7 +39,7 @@ SETTINGS = (
 )
 
 
-def measure(setting: tuple[str, int, int], given: argparse.Namespace) -> dict[str, Any]:
+def measure(rate: float, setting: tuple[str, int, int], given: argparse.Namespace) -> dict[str, Any]:
     """One run; wall time of each decision, reservation and publications of that moment not counted in."""
     router, routers, tries = setting
     decide, took_s = slo_router.route_sharded, []
@@ -49,12 +52,13 @@ def measure(setting: tuple[str, int, int], given: argparse.Namespace) -> dict[st
 
     slo_router.route_sharded = timed  # type: ignore[assignment]  # the same, with a clock
     profile = find_profile(given.profile)
-    load = make_workload(given.scenario, given.rate, given.requests, 0, given.arrivals)
+    load = make_workload(given.scenario, rate, given.requests, 0, given.arrivals)
     settings = SimSettings(replicas=given.replicas, router=router, routers=routers, router_tries=tries)
     began = time.perf_counter()
     outcome = summarize_run(simulate(load, profile.model, limits_of(profile), settings))
     p50, p99 = (1000.0 * float(np.quantile(took_s, q)) if took_s else None for q in (0.5, 0.99))
     return {
+        "rate_rps": rate,
         "router": router,
         "routers": routers,
         "tries": tries,
@@ -66,10 +70,10 @@ def measure(setting: tuple[str, int, int], given: argparse.Namespace) -> dict[st
 
 
 def main() -> None:
-    """Every setting on the same requests."""
+    """Every setting on the same requests, at each rate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--replicas", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=5000.0)
+    parser.add_argument("--rate", type=float, action="append", help="may be repeated; default: 2500 and 5000")
     parser.add_argument("--requests", type=int, default=60_000)
     parser.add_argument("--scenario", default="chat")
     parser.add_argument("--arrivals", default="gamma:4")
@@ -77,16 +81,19 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
-    print(
-        f"{'router':14}{'routers':>8}{'others asked':>14}{'attained':>10}{'of admitted':>13}{'p50 ms':>8}{'p99 ms':>8}"
-    )
-    rows = []
+    profile = find_profile(given.profile)
+    work = work_of(make_workload(given.scenario, 1.0, 20_000, 0, "poisson").bound(profile.model))
+    bound = given.replicas * fluid_bound(work, profile.model, limits_of(profile))
+    print(f"fluid bound / 0.9 of the fleet: {bound / 0.9:.0f} requests/s")
+    columns = ("requests/s", "router", "routers", "others asked", "attained", "of admitted", "p50 ms", "p99 ms")
+    print("".join(f"{name:>14}" for name in columns))
+    rows, runs = [], [(rate, setting) for rate in given.rate or RATES for setting in SETTINGS]
     with ProcessPoolExecutor(given.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-        for row in pool.map(measure, SETTINGS, [given] * len(SETTINGS)):
+        for row in pool.map(measure, *zip(*runs, strict=True), [given] * len(runs)):
             rows.append(row)
             shares = [f"{row[name]:.1%}" for name in ("attained", "admitted_attained")]
             times = ["-" if value is None else f"{value:.3f}" for value in row["decision_ms"].values()]
-            cells = (row["router"], row["routers"], row["tries"], *shares, *times)
+            cells = (row["rate_rps"], row["router"], row["routers"], row["tries"], *shares, *times)
             print("".join(f"{cell:>14}" for cell in cells), flush=True)
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / "scale.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

@@ -156,8 +156,11 @@ def scale(rows: Rows) -> str:
         cost = row["decision_ms"]
         times = "-" if cost["p50"] is None else f"{cost['p50']:.2f} / {cost['p99']:.2f}"
         shares = [f"{100 * row[name]:.1f} %" for name in ("attained", "admitted_attained")]
-        lines.append([row["router"], str(row["routers"]), str(row["tries"]), *shares, times])
-    return table(["router", "routers", "others asked", "attained", "of the promised", "decision p50 / p99 ms"], lines)
+        lines.append([f"{row['rate_rps']:,.0f}", row["router"], str(row["routers"]), str(row["tries"]), *shares, times])
+    return table(
+        ["requests/s", "router", "routers", "others asked", "attained", "of the promised", "decision p50 / p99 ms"],
+        lines,
+    )
 
 
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {

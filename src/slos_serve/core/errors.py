@@ -28,6 +28,10 @@ class InvalidFieldError(SlosServeError, ValueError):
         place = f"{where}: " if where else ""
         super().__init__(f"{place}{field}: got {shown}; allowed: {allowed}")
 
+    def __reduce__(self) -> tuple[type[InvalidFieldError], tuple[str, object, str, str | None]]:
+        """Raised in another process it arrives as it was."""
+        return type(self), (self.field, self.given, self.allowed, self.where)
+
 
 class ProfileMismatchError(SlosServeError):
     """A batch-time profile was measured on another model, device or engine than the one it is asked to predict."""
