@@ -1,6 +1,6 @@
 """Two real replicas behind one endpoint: clients, verdicts, sessions, refusals; then one is killed under load.
 
-One start serves all tests, and the one that kills comes last.
+One start serves all tests; then every replica is replaced by an update, and the test that kills comes last.
 """
 
 from __future__ import annotations
@@ -9,9 +9,12 @@ import asyncio
 import json
 import os
 import signal
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -34,6 +37,8 @@ pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.long]
 MODEL = "small"
 NUM_REQUESTS = 40
 REPLACED_WITHIN_S = 240
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+ENGINES = "ServeReplica:slos-serve:SLOServer"
 # Wide enough for two engines on two cores that something else may use too; `now` can never be kept.
 CLASSES = """
 default_class: chat
@@ -48,7 +53,7 @@ classes:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> Iterator[ServerProcess]:
+def plan(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> ReplicaPlan:
     folder = tmp_path_factory.mktemp("replicas")
     profile = Profile(
         model_name=model_label(cpu_model),
@@ -65,24 +70,34 @@ def server(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> Iterator
     )
     save_profile(profile, folder / "profile.json")
     (folder / "classes.yaml").write_text(CLASSES, encoding="utf-8")
-    port = free_port()
-    plan = ReplicaPlan(
+    return ReplicaPlan(
         model=cpu_model,
         replicas=2,
         host="127.0.0.1",
-        port=port,
+        port=free_port(),
         vllm_args=(*cpu_engine_args(), "--served-model-name", MODEL),
         classes=str(folder / "classes.yaml"),
         profile=str(folder / "profile.json"),
         order="spread",
     )
-    plan.write(folder / "plan.json")
-    command = ServerProcess.python_command("slos_serve.ray_serve.run", str(folder / "plan.json"))
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def server(plan: ReplicaPlan, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    folder = tmp_path_factory.mktemp("server")
     log_path = folder / "server.log"
-    with ServerProcess(cpu_model, port=port, environment=environment, command=command, log_path=log_path) as running:
+    command = command_of(plan, folder / "plan.json")
+    with ServerProcess(
+        plan.model, port=plan.port, environment=ENVIRONMENT, command=command, log_path=log_path
+    ) as running:
         wait_for_replicas(running, 2)
         yield running
+
+
+def command_of(plan: ReplicaPlan, path: Path) -> list[str]:
+    """What serves the plan, written to ``path``."""
+    plan.write(path)
+    return ServerProcess.python_command("slos_serve.ray_serve.run", str(path))
 
 
 def wait_for_replicas(server: ServerProcess, count: int) -> None:
@@ -182,8 +197,29 @@ async def stream_once(client: httpx.AsyncClient, server: ServerProcess, index: i
     return "whole" if count >= 40 else f"{count} tokens"
 
 
+async def test_an_update_loses_no_request(server: ServerProcess, plan: ReplicaPlan, tmp_path: Path) -> None:
+    """The same application with another class file: Ray replaces one replica after the other under load."""
+    classes = tmp_path / "classes.yaml"
+    classes.write_text(CLASSES + "  new: {ttft_ms: 60000, tpot_ms: 5000}\n", encoding="utf-8")
+    old = set(titled(server.pid, ENGINES))
+    environment = {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": "auto"}
+    command = command_of(replace(plan, classes=str(classes)), tmp_path / "plan.json")
+    ended: Counter[str] = Counter()
+    with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as update:
+        try:
+            async with httpx.AsyncClient(timeout=300.0) as client, asyncio.timeout(3 * REPLACED_WITHIN_S):
+                while old & set(titled(server.pid, ENGINES)) or complete(server, "new").is_error:
+                    sent = (stream_once(client, server, index, asyncio.Event()) for index in range(3))
+                    ended.update(await asyncio.gather(*sent))
+        finally:
+            update.kill()  # a signal that it could handle would end the application
+    assert set(ended) == {"whole"}, ended
+    assert not old & set(titled(server.pid, ENGINES))
+    wait_for_replicas(server, 2)
+
+
 async def test_a_replica_killed_under_load_loses_nothing_and_is_replaced(server: ServerProcess) -> None:
-    replicas = titled(server.pid, "ServeReplica:slos-serve:SLOServer")
+    replicas = titled(server.pid, ENGINES)
     assert len(replicas) == 2
     begun = asyncio.Event()
     async with httpx.AsyncClient(timeout=300.0) as client:
