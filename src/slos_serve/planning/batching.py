@@ -377,7 +377,9 @@ def form_batch(
     crowded_s = now_s + max(limit_s, 0.0) + CROWDED_SHARE * work.shortest_s if hold_decodes else np.inf
     pace_s = max(limit_s, work.shortest_s)
     if len(lengths) > 0:
-        cap_drafts(rows, work, drafts, until_s if may_hold else np.inf, pace_s, limits)
+        # What the verifications bring on average lasts as long as a step beside them may.
+        most_s = max(pace_s, drafts.longest_s)
+        cap_drafts(rows, work, drafts, until_s if may_hold else np.inf, most_s, limits)
     early, early_drafts = _add_due_decodes(rows, work, drafts, until_s, crowded_s, pace_s, may_hold, limits, batch)
     limit_s = max(limit_s, batch_s(coefficients, batch.sums))
     budget = max_tokens

@@ -166,7 +166,7 @@ def _chosen(
         drafts = _worthwhile(
             counts, pace_s, extra_s, acceptance, coefficients, max_tokens, longest, longest_step_s, drafts
         )
-        alone = fastest_draft(counts, pace_s, extra_s, acceptance, coefficients, max_tokens, longest)
+        alone = fastest_draft(counts, pace_s, extra_s, acceptance, coefficients, max_tokens, longest, longest_step_s)
     else:
         drafts[:] = longest
     tokens = drafts.copy()

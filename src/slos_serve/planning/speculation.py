@@ -176,20 +176,24 @@ def fastest_draft(
     coefficients: FloatArray,
     max_tokens: float,
     longest: int,
+    longest_step_s: float,
 ) -> int:
     """The draft length at which a step of all decodes and nothing else brings the most tokens a second.
 
-    One length for all tiers. Steps longer than the tightest pace are left out, but for those without drafts.
+    One length for all tiers. Steps longer than what their own verifications bring on average lasts, or than
+    ``longest_step_s``, are left out, but for those without drafts.
     """
     best, best_rate = 0, 0.0
     for draft in range(longest + 1):
-        step_s, brought, tokens = coefficients[K_S] * draft, 0.0, 0.0
+        step_s, most_s, brought, tokens = coefficients[K_S] * draft, np.inf, 0.0, 0.0
         for tier in range(len(counts)):
-            brought += counts[tier] * tokens_each_verification(acceptance[tier], draft)
+            mean = tokens_each_verification(acceptance[tier], draft)
+            most_s = min(most_s, pace_s[tier] * paces_in_a_batch(mean, pace_s[tier], longest_step_s))
+            brought += counts[tier] * mean
             tokens += counts[tier] * (draft + 1.0)
             step_s += counts[tier] * extra_s_each[tier]
         step_s += linear_step_s(coefficients, tokens)
-        if draft > 0 and (step_s > pace_s.min() or tokens > max_tokens):
+        if draft > 0 and (step_s > most_s or tokens > max_tokens):
             break
         if brought > best_rate * step_s * (1.0 + HYSTERESIS_SHARE):
             best, best_rate = draft, brought / step_s

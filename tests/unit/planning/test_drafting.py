@@ -114,7 +114,18 @@ def test_drafts_shrink_when_the_due_decodes_would_be_late() -> None:
         engine.wait(500, due_in_s=1.5)
     plan = planned(engine, dataclasses.replace(KNOWN, adaptive_drafts=False))
     assert max(drafts_of(plan, slots)) < 10
-    assert plan.predicted_s <= 0.095
+    assert plan.predicted_s <= KNOWN.longest_step_s
+
+
+def test_long_contexts_do_not_end_drafts() -> None:
+    """Reading the contexts takes most of a pace already, but a verification brings what lasts for several."""
+    engine = EngineBuilder(total_blocks=20_000)
+    slots = [engine.decode(prompt_tokens=3000, tpot_s=0.05, ahead_s=0.2) for _ in range(12)]
+    plain = planned(engine, PlannerSettings())
+    plan = planned(engine)
+    assert 0.035 < plain.predicted_s < 0.05
+    assert min(drafts_of(plan, slots)) > 1
+    assert 0.05 < plan.predicted_s <= KNOWN.longest_step_s
 
 
 def test_no_drafts_without_blocks_for_them() -> None:
