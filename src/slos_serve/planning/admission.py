@@ -213,7 +213,7 @@ def _judged(
 def cut_short_s(coefficients: FloatArray, drafting: bool = False) -> float:
     """Seconds by which admission's fluid starts late.
 
-    The batch that ends a prompt is cut short by its due time: one more fixed cost than a fluid has. Three times that beside
-    drafts, whose verifications bring fewer tokens than their mean now and then.
+    The batch that ends a prompt is cut short by its due time: one more fixed cost than a fluid has. Three times
+    that beside drafts, whose verifications bring fewer tokens than their mean now and then.
     """
     return float(linear_step_s(coefficients, 0.0)) * (3.0 if drafting else 1.0)
