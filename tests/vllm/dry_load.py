@@ -114,3 +114,15 @@ def assert_answers(engine: DryEngine) -> None:
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
     lines = (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()
     return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+def assert_all_served(engine: DryEngine, folder: Path, *, preempts: bool) -> None:
+    """The answers are right, decodes were held, no plan failed, and nothing of :func:`mixed_load` is left behind."""
+    assert_answers(engine)
+    steps = events(folder, "step")
+    assert sum(step["held"] for step in steps) > 50
+    assert all(step["fallback"] is None for step in steps)
+    assert (sum(step["preempted"] for step in steps) > 0) is preempts
+    assert len(engine.finished) == 80
+    assert engine.scheduler.kv_cache_manager.usage == 0.0
+    assert not engine.scheduler._slo_book.by_id

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from tests.vllm.dry_load import Start, assert_answers, events, mixed_load
+from tests.vllm.dry_load import Start, assert_all_served, assert_answers, events, mixed_load
 
 NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
 
@@ -21,16 +21,8 @@ def test_answers_stay_those_of_the_stock_scheduler_with_drafts(
 ) -> None:
     engine = start(depth=depth, num_blocks=num_blocks, speculative_config=NGRAM)
     mixed_load(engine)
-    assert_answers(engine)
-    steps = events(tmp_path, "step")
-    assert sum(step["held"] for step in steps) > 50
-    assert all(step["fallback"] is None for step in steps)
-    preempted = sum(step["preempted"] for step in steps)
-    assert preempted > 0 if num_blocks == 600 else preempted == 0
+    assert_all_served(engine, tmp_path, preempts=num_blocks == 600)
     assert engine.num_drafted > 500
-    assert len(engine.finished) == 80
-    assert engine.scheduler.kv_cache_manager.usage == 0.0
-    assert not engine.scheduler._slo_book.by_id
 
 
 @pytest.mark.parametrize("depth", [1, 2])

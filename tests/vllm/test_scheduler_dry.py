@@ -29,7 +29,16 @@ from slos_serve.vllm_plugin.settings import (
     PROFILE_VARIABLE,
     PUBLISH_VARIABLE,
 )
-from tests.vllm.dry_load import Start, assert_answers, events, lengths, mixed_load, prompt, write_profile
+from tests.vllm.dry_load import (
+    Start,
+    assert_all_served,
+    assert_answers,
+    events,
+    lengths,
+    mixed_load,
+    prompt,
+    write_profile,
+)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -37,15 +46,7 @@ from tests.vllm.dry_load import Start, assert_answers, events, lengths, mixed_lo
 def test_answers_are_those_of_the_stock_scheduler(start: Start, tmp_path: Path, depth: int, num_blocks: int) -> None:
     engine = start(depth=depth, num_blocks=num_blocks)
     mixed_load(engine)
-    assert_answers(engine)
-    steps = events(tmp_path, "step")
-    assert sum(step["held"] for step in steps) > 50
-    assert all(step["fallback"] is None for step in steps)
-    preempted = sum(step["preempted"] for step in steps)
-    assert preempted > 0 if num_blocks == 600 else preempted == 0
-    assert len(engine.finished) == 80
-    assert engine.scheduler.kv_cache_manager.usage == 0.0
-    assert not engine.scheduler._slo_book.by_id
+    assert_all_served(engine, tmp_path, preempts=num_blocks == 600)
 
 
 def test_more_promises_are_kept_than_on_stock(start: Start) -> None:

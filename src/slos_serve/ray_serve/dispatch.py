@@ -93,11 +93,11 @@ class Dispatcher:
 
     async def heard_somebody(self) -> None:
         """Return when a publication has come; the first requests wait for it, for ``FIRST_PATIENCE_S`` at most."""
-        looks = round(FIRST_PATIENCE_S / FIRST_LOOK_EVERY_S)
-        while self._patient and self._offsets and looks > 0:
+        for _ in range(round(FIRST_PATIENCE_S / FIRST_LOOK_EVERY_S)):
+            if not (self._patient and self._offsets):
+                break
             await asyncio.sleep(FIRST_LOOK_EVERY_S)
             self._receive()
-            looks -= 1
         self._patient = False
 
     def decide(self, ticket: Ticket) -> RoutingDecision:

@@ -12,10 +12,11 @@ from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.core.request import RequestArray
+from slos_serve.planning.admission import cut_short_s
 from slos_serve.planning.candidates import UNDECIDED, demote_lost, forecast_lengths, gather
 from slos_serve.planning.greedy_set import TOLERANCE, first_violation
 from slos_serve.planning.memory import reserve
-from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
+from slos_serve.planning.prefill_rate import FloatArray, IntArray
 from slos_serve.routing.mirror_arrays import MirrorArrays, advance, load_of, with_time_freed
 
 BoolArray = NDArray[np.bool_]
@@ -153,8 +154,8 @@ def _judge(
         m.draft_s[k],
         m.coefficients[k],
         m.max_step_tokens[k],
-        # As admission does: the batch that ends a prompt costs one fixed part more than a fluid has.
-        m.clock_s[k] + linear_step_s(m.coefficients[k], 0.0),
+        # A decode that drafts puts more than one token into a period.
+        m.clock_s[k] + cut_short_s(m.coefficients[k], m.tokens_each[k, : m.num_tiers[k]].max() > 1.0 + TOLERANCE),
     )
 
 

@@ -32,10 +32,12 @@ class Slots:
 
     def fit(self, size: int) -> None:
         """One entry a table row; a step may be executing, so entries are kept."""
-        if size == len(self.present):
+        before = len(self.present)
+        if size == before:
             return
         for name, array in vars(self).items():
             setattr(self, name, _grown(array, size))
+        self.call_of[before:] = -1
 
     def enter(self, slot: int, call: int) -> None:
         """A request enters."""
