@@ -16,7 +16,7 @@ from numba import njit
 
 from slos_serve.core.plan import Reason
 from slos_serve.core.request import RequestArray, SlotArray
-from slos_serve.perf.batch_time import K_CTX, K_S, K_SEQ
+from slos_serve.perf.batch_time import K_C, K_CTX, K_M, K_S, K_SEQ
 from slos_serve.planning.batch import (
     DRAFT_STEPS,
     FIXED_S,
@@ -40,7 +40,7 @@ from slos_serve.planning.batch import (
     tokens_left,
 )
 from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
-from slos_serve.planning.step_length import step_limits_s
+from slos_serve.planning.step_length import prompts_wait_s, step_limits_s
 from slos_serve.planning.work import Drafts, Work, anyone_prefills, cap_drafts, draft_of, drafts_of, sort_out
 
 DECODE_DUE = int(Reason.DECODE_DUE)
@@ -53,6 +53,10 @@ NO_MEMORY = int(Reason.NO_MEMORY)
 _EPSILON_S = 1e-9
 # When the due decodes alone overfill a step, those that can wait for this part of the next one do.
 CROWDED_SHARE = 0.75
+# Decodes that could wait are held for prompts while KV is plenty. With drafts, from the first share of KV in use on,
+# they run for part of the time that prompts can wait, from the second on for all of it: KV is what limits then, and
+# whoever ends early gives back what it holds.
+KV_SHORT_FROM, KV_SHORT = 0.7, 0.9
 # A turn of whoever is kept (see ``aging``) computes no less of its prompt, however full the step.
 TURN_TOKENS = 64
 # Without a promise a prompt waits until promised decodes are some tokens ahead on average, or nearly as far as their
@@ -79,6 +83,23 @@ def _with_one_s(rows: RequestArray, slot: int, draft: int, coefficients: FloatAr
 
 
 @njit(cache=True)
+def _spare_s(
+    rows: RequestArray,
+    work: Work,
+    drafts: Drafts,
+    now_s: float,
+    kv_used: float,
+    limits: Limits,
+    longest_s: float,
+) -> float:
+    """Seconds of decodes that could wait for which the prompts wait instead, so that KV is given back sooner."""
+    share = min((kv_used - KV_SHORT_FROM) / (KV_SHORT - KV_SHORT_FROM), 1.0)
+    if share <= 0.0:
+        return 0.0
+    return share * prompts_wait_s(rows, work, drafts, now_s, limits, longest_s)
+
+
+@njit(cache=True)
 def _add_due_decodes(
     rows: RequestArray,
     work: Work,
@@ -87,11 +108,13 @@ def _add_due_decodes(
     crowded_until_s: float,
     pace_s: float,
     may_hold: bool,
+    limit_s: float,
+    spare_s: float,
     limits: Limits,
     batch: Batch,
 ) -> tuple[SlotArray, IntArray]:
     """Add the decodes due by ``hold_until_s``, all of them unless they may be held; returns those that can wait,
-    and what they would draft.
+    and what they would draft. Of those that may be held ``spare_s`` seconds run as well, within ``limit_s``.
 
     When they take longer than ``pace_s``, those due after ``crowded_until_s`` wait as well: loose tiers that fell into
     the same step would else make it late for the tight ones, and the next one half empty.
@@ -100,10 +123,14 @@ def _add_due_decodes(
     sums, counts, entries, held, victims = batch
     decodes, due_s, lengths = work.decodes, work.decode_due_s, drafts.lengths
     early, early_drafts = np.empty(len(decodes), dtype=np.int64), np.empty(len(decodes), dtype=np.int64)
-    num_early = 0
+    num_early, slope = 0, max(coefficients[K_C], coefficients[K_M])
     for j in range(len(decodes)):
         slot, draft = decodes[j], lengths[j]
-        if (may_hold and due_s[j] > hold_until_s) or (
+        could_wait = may_hold and due_s[j] > hold_until_s
+        if could_wait and spare_s > 0.0 and _with_one_s(rows, slot, draft, coefficients, sums) <= limit_s:
+            spare_s -= slope * (1.0 + draft) + coefficients[K_SEQ] + coefficients[K_CTX] * rows["computed_tokens"][slot]
+            could_wait = spare_s < 0.0
+        if could_wait or (
             due_s[j] > crowded_until_s and _with_one_s(rows, slot, draft, coefficients, sums) > pace_s
         ):
             early[num_early], early_drafts[num_early] = slot, draft
@@ -325,6 +352,7 @@ def form_batch(
     max_tokens: int,
     min_chunk: int,
     free_blocks: int,
+    total_blocks: int,
     block_size: int,
     max_num_seqs: int,
     hold_decodes: bool,
@@ -333,6 +361,7 @@ def form_batch(
     tier_drafts: IntArray,
     alone_drafts: IntArray,
     tier_longer: FloatArray,
+    tier_yields: FloatArray,
     longest_s: float,
     lead_tokens: float,
     kept: int,
@@ -348,11 +377,11 @@ def form_batch(
         now_s: when the step starts.
         coefficients: float64 [8], margins already applied.
         tpot_margin: share of each TPOT kept in hand.
-        max_tokens, free_blocks, block_size, max_num_seqs: the engine's limits.
+        max_tokens, free_blocks, total_blocks, block_size, max_num_seqs: the engine's limits.
         min_chunk: least prefill chunk in tokens, unless it ends its prompt.
         hold_decodes: decodes that can wait may be held when there is prefill to do.
         fixed_budget: token budget in place of the dynamic one; 0 for dynamic.
-        tier_tpot_s, tier_drafts, alone_drafts, tier_longer: fields of
+        tier_tpot_s, tier_drafts, alone_drafts, tier_longer, tier_yields: fields of
             :class:`slos_serve.planning.drafting.DraftPlan`; empty without speculation.
         longest_s: longest a step may take because of the prompts in it.
         lead_tokens: prompts without a promise wait until promised decodes are that far ahead on average.
@@ -370,17 +399,22 @@ def form_batch(
     lengths = tier_drafts
     if len(work.prefills) + len(leftover) == 0 and not anyone_prefills(rows, work.extras):
         lengths = alone_drafts
-    drafts = drafts_of(rows, work, tpot_margin, tier_tpot_s, lengths, tier_longer)
+    drafts = drafts_of(rows, work, tpot_margin, tier_tpot_s, lengths, tier_longer, tier_yields)
     limit_s, next_s = step_limits_s(rows, work, drafts, now_s, limits, tpot_margin, longest_s)
     may_hold = hold_decodes and len(work.prefills) > 0
     until_s = now_s + max(limit_s, 0.0) + next_s
     crowded_s = now_s + max(limit_s, 0.0) + CROWDED_SHARE * work.shortest_s if hold_decodes else np.inf
     pace_s = max(limit_s, work.shortest_s)
+    spare_s = 0.0
+    if may_hold and drafts.lengths.any():
+        spare_s = _spare_s(rows, work, drafts, now_s, 1.0 - free_blocks / total_blocks, limits, longest_s)
     if len(lengths) > 0:
         # What the verifications bring on average lasts as long as a step beside them may.
         most_s = max(pace_s, drafts.longest_s)
         cap_drafts(rows, work, drafts, until_s if may_hold else np.inf, most_s, limits)
-    early, early_drafts = _add_due_decodes(rows, work, drafts, until_s, crowded_s, pace_s, may_hold, limits, batch)
+    early, early_drafts = _add_due_decodes(
+        rows, work, drafts, until_s, crowded_s, pace_s, may_hold, limit_s, spare_s, limits, batch
+    )
     limit_s = max(limit_s, batch_s(coefficients, batch.sums))
     budget = max_tokens
     if fixed_budget > 0:

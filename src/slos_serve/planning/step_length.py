@@ -1,11 +1,15 @@
-"""How long a step may last: until its earliest due time, longer where a prompt is served by it and no decode harmed."""
+"""How long a step may last: until its earliest due time, longer where a prompt is served by it and no decode harmed.
+
+And how long its prompts could wait.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 from numba import njit
 
 from slos_serve.core.request import RequestArray
-from slos_serve.perf.batch_time import K_CTX, K_Q, K_S, K_SEQ
+from slos_serve.perf.batch_time import K_C, K_CTX, K_M, K_Q, K_S, K_SEQ
 from slos_serve.planning.batch import Limits, tokens_done, tokens_left
 from slos_serve.planning.candidates import CATCH_UP_SHARE, next_due_s
 from slos_serve.planning.prefill_rate import FloatArray, linear_step_s
@@ -126,3 +130,36 @@ def step_limits_s(
     if len(work.decodes) > 0:
         limit_s = max(limit_s, _rescue_s(rows, work, drafts, now_s, limit_s, limits, all_decodes_s, all_fixed_s))
     return limit_s, max(min(drafts.ahead_s, full_s), all_decodes_s)
+
+
+@njit(cache=True)
+def prompts_wait_s(
+    rows: RequestArray, work: Work, drafts: Drafts, now_s: float, limits: Limits, longest_s: float
+) -> float:
+    """For how long every promised prompt can wait and still be done in time, one after the other in deadline order.
+
+    What is left of the engine's time is theirs beside decodes that each run when they need to, not before, in steps as
+    long as they may be. One such step is kept back, because prompts end within steps. 0 at least: then the decodes have
+    to wait.
+    """
+    coefficients = limits.coefficients
+    slope, fixed_s = max(coefficients[K_C], coefficients[K_M]), linear_step_s(coefficients, 0.0)
+    step_s = min(linear_step_s(coefficients, float(limits.max_tokens)), longest_s, drafts.longest_s)
+    longest, share = 0, 1.0
+    for j in range(len(work.decodes)):
+        one_s = slope * (1.0 + drafts.lengths[j]) + coefficients[K_SEQ]
+        one_s += coefficients[K_CTX] * rows["computed_tokens"][work.decodes[j]]
+        share -= one_s / drafts.each_s[j]
+        longest = max(longest, drafts.lengths[j])
+    if longest == 0:
+        step_s = min(step_s, work.shortest_s)
+    share -= (fixed_s + coefficients[K_S] * longest) / step_s
+    if share <= 0.0:
+        return 0.0
+    needed_s, wait_s = 0.0, np.inf
+    for j in range(len(work.prefills)):
+        done, todo = tokens_done(rows, work.prefills[j]), tokens_left(rows, work.prefills[j])
+        needed_s += slope * todo + coefficients[K_Q] * todo * (todo + 2 * done)
+        needed_s += coefficients[K_SEQ] + coefficients[K_CTX] * done
+        wait_s = min(wait_s, work.prefill_due_s[j] - now_s - needed_s / share)
+    return float(max(wait_s - step_s, 0.0))
