@@ -130,9 +130,7 @@ def _add_due_decodes(
         if could_wait and spare_s > 0.0 and _with_one_s(rows, slot, draft, coefficients, sums) <= limit_s:
             spare_s -= slope * (1.0 + draft) + coefficients[K_SEQ] + coefficients[K_CTX] * rows["computed_tokens"][slot]
             could_wait = spare_s < 0.0
-        if could_wait or (
-            due_s[j] > crowded_until_s and _with_one_s(rows, slot, draft, coefficients, sums) > pace_s
-        ):
+        if could_wait or (due_s[j] > crowded_until_s and _with_one_s(rows, slot, draft, coefficients, sums) > pace_s):
             early[num_early], early_drafts[num_early] = slot, draft
             num_early += 1
         elif sums[TOKENS] + 1 > max_tokens:
