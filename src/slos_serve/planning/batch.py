@@ -80,6 +80,15 @@ def tokens_left(rows: RequestArray, slot: int) -> int:
 
 
 @njit(cache=True)
+def beyond_roofline_s(coefficients: FloatArray, tokens: int, done: int) -> float:
+    """Seconds that a request with ``tokens`` new ones after ``done`` adds to a batch beside its roofline part."""
+    seconds = coefficients[K_SEQ] + coefficients[K_CTX] * done
+    if tokens > 1:
+        seconds += coefficients[K_Q] * tokens * (tokens + 2 * done)
+    return float(seconds)
+
+
+@njit(cache=True)
 def largest_chunk(coefficients: FloatArray, sums: FloatArray, limit_s: float, done: int) -> int:
     """Most prefill tokens, after ``done`` computed ones, that keep the batch within ``limit_s``."""
     fixed_s = sums[FIXED_S] + coefficients[K_SEQ] + coefficients[K_CTX] * done
@@ -127,9 +136,7 @@ def put(
     if rows["running"][slot] == 0:
         sums[NUM_RUNNING] += 1.0
     sums[TOKENS] += tokens
-    sums[FIXED_S] += coefficients[K_SEQ] + coefficients[K_CTX] * done
-    if tokens > 1:
-        sums[FIXED_S] += coefficients[K_Q] * tokens * (tokens + 2 * done)
+    sums[FIXED_S] += beyond_roofline_s(coefficients, tokens, done)
     sums[FREE_BLOCKS] -= blocks_for(done + tokens, block_size) - blocks_for(rows["computed_tokens"][slot], block_size)
     at = counts[NUM_ENTRIES]
     entries[0, at], entries[1, at], entries[2, at], entries[3, at] = slot, tokens, reason, 0

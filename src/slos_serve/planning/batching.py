@@ -16,7 +16,7 @@ from numba import njit
 
 from slos_serve.core.plan import Reason
 from slos_serve.core.request import RequestArray, SlotArray
-from slos_serve.perf.batch_time import K_C, K_CTX, K_M, K_S, K_SEQ
+from slos_serve.perf.batch_time import K_CTX, K_S, K_SEQ
 from slos_serve.planning.batch import (
     DRAFT_STEPS,
     FIXED_S,
@@ -39,8 +39,9 @@ from slos_serve.planning.batch import (
     tokens_done,
     tokens_left,
 )
+from slos_serve.planning.holding import ahead_enough, decode_s, spare_time_s
 from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s
-from slos_serve.planning.step_length import prompts_wait_s, step_limits_s
+from slos_serve.planning.step_length import step_limits_s
 from slos_serve.planning.work import Drafts, Work, anyone_prefills, cap_drafts, draft_of, drafts_of, sort_out
 
 DECODE_DUE = int(Reason.DECODE_DUE)
@@ -53,15 +54,8 @@ NO_MEMORY = int(Reason.NO_MEMORY)
 _EPSILON_S = 1e-9
 # When the due decodes alone overfill a step, those that can wait for this part of the next one do.
 CROWDED_SHARE = 0.75
-# Decodes that could wait are held for prompts while KV is plenty. With drafts, from the first share of KV in use on,
-# they run for part of the time that prompts can wait, from the second on for all of it: KV is what limits then, and
-# whoever ends early gives back what it holds.
-KV_SHORT_FROM, KV_SHORT = 0.7, 0.9
 # A turn of whoever is kept (see ``aging``) computes no less of its prompt, however full the step.
 TURN_TOKENS = 64
-# Without a promise a prompt waits until promised decodes are some tokens ahead on average, or nearly as far as their
-# stall bounds let them be.
-LEAD_OF_STALL = 0.9
 # Positions in the flags that the passes hand on.
 STOPPED, WAITING_STARTED = range(2)
 
@@ -80,23 +74,6 @@ def _with_one_s(rows: RequestArray, slot: int, draft: int, coefficients: FloatAr
     after_s = linear_step_s(coefficients, sums[TOKENS] + 1.0 + draft) + sums[FIXED_S] + coefficients[K_SEQ]
     after_s += coefficients[K_S] * max(draft - sums[DRAFT_STEPS], 0.0)
     return float(after_s + coefficients[K_CTX] * rows["computed_tokens"][slot])
-
-
-@njit(cache=True)
-def _spare_s(
-    rows: RequestArray,
-    work: Work,
-    drafts: Drafts,
-    now_s: float,
-    kv_used: float,
-    limits: Limits,
-    longest_s: float,
-) -> float:
-    """Seconds of decodes that could wait for which the prompts wait instead, so that KV is given back sooner."""
-    share = min((kv_used - KV_SHORT_FROM) / (KV_SHORT - KV_SHORT_FROM), 1.0)
-    if share <= 0.0:
-        return 0.0
-    return share * prompts_wait_s(rows, work, drafts, now_s, limits, longest_s)
 
 
 @njit(cache=True)
@@ -123,12 +100,12 @@ def _add_due_decodes(
     sums, counts, entries, held, victims = batch
     decodes, due_s, lengths = work.decodes, work.decode_due_s, drafts.lengths
     early, early_drafts = np.empty(len(decodes), dtype=np.int64), np.empty(len(decodes), dtype=np.int64)
-    num_early, slope = 0, max(coefficients[K_C], coefficients[K_M])
+    num_early = 0
     for j in range(len(decodes)):
         slot, draft = decodes[j], lengths[j]
         could_wait = may_hold and due_s[j] > hold_until_s
         if could_wait and spare_s > 0.0 and _with_one_s(rows, slot, draft, coefficients, sums) <= limit_s:
-            spare_s -= slope * (1.0 + draft) + coefficients[K_SEQ] + coefficients[K_CTX] * rows["computed_tokens"][slot]
+            spare_s -= decode_s(rows, slot, draft, coefficients)
             could_wait = spare_s < 0.0
         if could_wait or (due_s[j] > crowded_until_s and _with_one_s(rows, slot, draft, coefficients, sums) > pace_s):
             early[num_early], early_drafts[num_early] = slot, draft
@@ -254,20 +231,6 @@ def _add_early_decodes(
             hold(slot, HELD_AHEAD, counts, held)
         else:
             put_decode(rows, slot, draft, DECODE_EARLY, coefficients, block_size, sums, counts, entries)
-
-
-@njit(cache=True)
-def _ahead(rows: RequestArray, work: Work, now_s: float, lead_tokens: float) -> bool:
-    """Whether promised decodes are on average ``lead_tokens`` ahead, or as far as their stall bounds let them be."""
-    lead, wanted = 0.0, 0.0
-    for j in range(len(work.decodes)):
-        slot = work.decodes[j]
-        tpot_s = rows["tpot_s"][slot]
-        if not np.isfinite(tpot_s):
-            continue  # nothing is due of it but by its stall bound
-        lead += (work.decode_due_s[j] - now_s) / tpot_s - 1.0
-        wanted += min(lead_tokens, LEAD_OF_STALL * rows["max_stall_s"][slot] / tpot_s - 1.0)
-    return lead >= wanted
 
 
 @njit(cache=True)
@@ -404,8 +367,8 @@ def form_batch(
     crowded_s = now_s + max(limit_s, 0.0) + CROWDED_SHARE * work.shortest_s if hold_decodes else np.inf
     pace_s = max(limit_s, work.shortest_s)
     spare_s = 0.0
-    if may_hold and drafts.lengths.any():
-        spare_s = _spare_s(rows, work, drafts, now_s, 1.0 - free_blocks / total_blocks, limits, longest_s)
+    if may_hold:
+        spare_s = spare_time_s(rows, work, drafts, now_s, 1.0 - free_blocks / total_blocks, limits, longest_s)
     if len(lengths) > 0:
         # What the verifications bring on average lasts as long as a step beside them may.
         most_s = max(pace_s, drafts.longest_s)
@@ -421,7 +384,7 @@ def form_batch(
         _give_turn(rows, turn, limit_s, budget, limits, batch, flags)
     limit_s = _add_prefills(rows, work, now_s, limit_s, budget, fixed_budget > 0, limits, batch, flags)
     _add_early_decodes(rows, early, early_drafts, limit_s, budget, limits, batch, flags)
-    prompts = _ahead(rows, work, now_s, lead_tokens)
+    prompts = ahead_enough(rows, work, now_s, lead_tokens)
     _add_leftover(
         rows, work.extras, leftover, turn, prompts, limit_s, budget, tier_tpot_s, lengths, limits, batch, flags
     )

@@ -1,16 +1,12 @@
-"""How long a step may last: until its earliest due time, longer where a prompt is served by it and no decode harmed.
-
-And how long its prompts could wait.
-"""
+"""How long a step may last: until its earliest due time, longer where a prompt is served by it and no decode harmed."""
 
 from __future__ import annotations
 
-import numpy as np
 from numba import njit
 
 from slos_serve.core.request import RequestArray
-from slos_serve.perf.batch_time import K_C, K_CTX, K_M, K_Q, K_S, K_SEQ
-from slos_serve.planning.batch import Limits, tokens_done, tokens_left
+from slos_serve.perf.batch_time import K_CTX, K_S, K_SEQ
+from slos_serve.planning.batch import Limits, beyond_roofline_s, tokens_done, tokens_left
 from slos_serve.planning.candidates import CATCH_UP_SHARE, next_due_s
 from slos_serve.planning.prefill_rate import FloatArray, linear_step_s
 from slos_serve.planning.work import Drafts, Work
@@ -41,7 +37,7 @@ def _absorbable_s(
     """
     done, todo = tokens_done(rows, slot), tokens_left(rows, slot)
     whole_s = linear_step_s(coefficients, float(len(work.decodes) + drafts.lengths.sum() + todo)) + all_fixed_s
-    whole_s += coefficients[K_SEQ] + coefficients[K_CTX] * done + coefficients[K_Q] * todo * (todo + 2 * done)
+    whole_s += beyond_roofline_s(coefficients, todo, done)
     for j in range(len(work.decodes)):
         decode = work.decodes[j]
         late_s = now_s + whole_s - work.decode_due_s[j]
@@ -79,7 +75,7 @@ def _rescue_s(
         slot, room_s = work.prefills[j], work.prefill_due_s[j] - now_s
         done, todo = tokens_done(rows, slot), tokens_left(rows, slot)
         prompt_tokens += todo
-        fixed_s += coefficients[K_SEQ] + coefficients[K_CTX] * done + coefficients[K_Q] * todo * (todo + 2 * done)
+        fixed_s += beyond_roofline_s(coefficients, todo, done)
         whole_s = linear_step_s(coefficients, tokens + prompt_tokens) + fixed_s
         if whole_s <= limit_s or whole_s + all_decodes_s <= room_s:
             continue
@@ -130,36 +126,3 @@ def step_limits_s(
     if len(work.decodes) > 0:
         limit_s = max(limit_s, _rescue_s(rows, work, drafts, now_s, limit_s, limits, all_decodes_s, all_fixed_s))
     return limit_s, max(min(drafts.ahead_s, full_s), all_decodes_s)
-
-
-@njit(cache=True)
-def prompts_wait_s(
-    rows: RequestArray, work: Work, drafts: Drafts, now_s: float, limits: Limits, longest_s: float
-) -> float:
-    """For how long every promised prompt can wait and still be done in time, one after the other in deadline order.
-
-    What is left of the engine's time is theirs beside decodes that each run when they need to, not before, in steps as
-    long as they may be. One such step is kept back, because prompts end within steps. 0 at least: then the decodes have
-    to wait.
-    """
-    coefficients = limits.coefficients
-    slope, fixed_s = max(coefficients[K_C], coefficients[K_M]), linear_step_s(coefficients, 0.0)
-    step_s = min(linear_step_s(coefficients, float(limits.max_tokens)), longest_s, drafts.longest_s)
-    longest, share = 0, 1.0
-    for j in range(len(work.decodes)):
-        one_s = slope * (1.0 + drafts.lengths[j]) + coefficients[K_SEQ]
-        one_s += coefficients[K_CTX] * rows["computed_tokens"][work.decodes[j]]
-        share -= one_s / drafts.each_s[j]
-        longest = max(longest, drafts.lengths[j])
-    if longest == 0:
-        step_s = min(step_s, work.shortest_s)
-    share -= (fixed_s + coefficients[K_S] * longest) / step_s
-    if share <= 0.0:
-        return 0.0
-    needed_s, wait_s = 0.0, np.inf
-    for j in range(len(work.prefills)):
-        done, todo = tokens_done(rows, work.prefills[j]), tokens_left(rows, work.prefills[j])
-        needed_s += slope * todo + coefficients[K_Q] * todo * (todo + 2 * done)
-        needed_s += coefficients[K_SEQ] + coefficients[K_CTX] * done
-        wait_s = min(wait_s, work.prefill_due_s[j] - now_s - needed_s / share)
-    return float(max(wait_s - step_s, 0.0))

@@ -43,7 +43,8 @@ class Drafts(NamedTuple):
         lengths: int64 [decodes].
         longest_s: how long a step beside them may last; no bound without speculation.
         ahead_s: decodes due within this much of the end of the step are in it; the shortest pace without speculation.
-        each_s: float64 [decodes], how long what one step brings a decode lasts on average.
+        each_s: float64 [decodes], how long what a verification brings lasts on average; the shortest pace without
+            speculation.
     """
 
     lengths: IntArray
@@ -118,16 +119,17 @@ def drafts_of(
 ) -> Drafts:
     """Look up every promised decode's tier. When none drafts anything the step is as without speculation."""
     count = len(work.decodes)
-    lengths, each_s = np.zeros(count, dtype=np.int64), np.empty(count)
+    lengths, each_s = np.zeros(count, dtype=np.int64), np.full(count, work.shortest_s)
+    if len(tier_drafts) == 0:
+        return Drafts(lengths, np.inf, work.shortest_s, each_s)
     longest_s = np.inf
     for j in range(count):
         slot = work.decodes[j]
-        each_s[j] = rows["tpot_s"][slot] * (1.0 - tpot_margin)
-        if len(tier_drafts) > 0:
-            level = tier_of(tier_tpot_s, rows["tpot_s"][slot])
-            lengths[j] = draft_of(rows, slot, tier_tpot_s, tier_drafts)
-            longest_s = min(longest_s, each_s[j] * tier_longer[level])
-            each_s[j] *= tier_yields[level]
+        level = tier_of(tier_tpot_s, rows["tpot_s"][slot])
+        lengths[j] = draft_of(rows, slot, tier_tpot_s, tier_drafts)
+        pace_s = rows["tpot_s"][slot] * (1.0 - tpot_margin)
+        longest_s = min(longest_s, pace_s * tier_longer[level])
+        each_s[j] = pace_s * tier_yields[level]
     if not lengths.any():
         return Drafts(lengths, np.inf, work.shortest_s, each_s)
     return Drafts(lengths, longest_s, LEAD_PERIODS * longest_s, each_s)
