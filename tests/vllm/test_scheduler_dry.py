@@ -73,7 +73,7 @@ def test_what_was_admitted_attains(start: Start, tmp_path: Path) -> None:
         mixed_load(start(), rate=9.0, seed=seed)  # events go to one file
     admitted = [event for event in events(tmp_path, "request") if event["verdict"] == "admitted"]
     assert len(admitted) > 150
-    assert sum(event["ttft_ok"] and event["tpot_ok"] for event in admitted) >= 0.95 * len(admitted)
+    assert sum(event["ttft_ok"] and event["tpot_ok"] for event in admitted) >= 0.99 * len(admitted)
 
 
 def test_without_promises_every_step_is_stock(start: Start, tmp_path: Path) -> None:

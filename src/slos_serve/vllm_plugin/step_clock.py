@@ -32,14 +32,13 @@ class StepClock:
 
     def done(self, output: object, now_s: float) -> tuple[BatchShape, float] | None:
         """The step's output has come: its shape and the seconds it took; ``None`` if it was not timed."""
-        while self._steps:
-            step = self._steps.popleft()
-            if step.output is output:
-                duration_s = now_s - max(self._last_done_s, step.scheduled_s)
-                self._last_done_s = now_s
-                return step.shape, duration_s
-        self._last_done_s = now_s
-        return None
+        since_s, self._last_done_s = self._last_done_s, now_s
+        if not any(step.output is output for step in self._steps):
+            return None  # made while nobody had a promise
+        step = self._steps.popleft()
+        while step.output is not output:
+            step = self._steps.popleft()  # the engine has dropped it
+        return step.shape, now_s - max(since_s, step.scheduled_s)
 
     def next_start_s(self, now_s: float) -> float:
         """When a step scheduled now will start."""
