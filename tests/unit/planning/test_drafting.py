@@ -136,24 +136,6 @@ def test_no_drafts_without_blocks_for_them() -> None:
     assert alone.draft_tokens.tolist() == [0]
 
 
-@pytest.mark.parametrize(
-    ("total_blocks", "due_in_s", "held"),
-    [(20_000, 3.0, 10), (2160, 3.0, 0), (2160, 0.44, 10)],
-    ids=["plenty of KV", "little KV", "little KV and no time"],
-)
-def test_decodes_run_ahead_where_kv_is_short_and_the_prompts_can_wait(
-    total_blocks: int, due_in_s: float, held: int
-) -> None:
-    engine = EngineBuilder(total_blocks=total_blocks)
-    ahead = [engine.decode(prompt_tokens=3000, ahead_s=1.5) for _ in range(10)]  # 1,890 blocks
-    for _ in range(2):
-        engine.wait(2000, due_in_s=due_in_s)
-    due = engine.decode(prompt_tokens=20, ahead_s=0.06)
-    plan = planned(engine, PlannerSettings(max_draft_tokens=4, adaptive_drafts=False, known_acceptance=0.7))
-    assert due in plan.slots
-    assert len(set(ahead) & set(plan.held.tolist())) == held
-
-
 def test_without_prompts_the_length_is_that_which_brings_tokens_fastest() -> None:
     engine = EngineBuilder()
     engine.decode(ahead_s=0.09)

@@ -289,3 +289,30 @@ def test_a_decode_that_is_promised_no_pace_keeps_nobody_waiting() -> None:
     engine.table.rows["max_stall_s"][slot] = np.inf
     other = engine.best_effort(50)
     assert other in planner.plan(engine.now_s, engine.view()).slots
+
+
+@pytest.mark.parametrize("max_draft_tokens", [0, 4])
+@pytest.mark.parametrize(
+    ("total_blocks", "due_in_s", "held"),
+    [(20_000, 3.0, 10), (2160, 3.0, 0), (2160, 0.44, 10)],
+    ids=["plenty of KV", "little KV", "little KV and no time"],
+)
+def test_decodes_run_ahead_where_kv_is_short_and_the_prompts_can_wait(
+    total_blocks: int, due_in_s: float, held: int, max_draft_tokens: int
+) -> None:
+    engine = EngineBuilder(total_blocks=total_blocks)
+    ahead = [engine.decode(prompt_tokens=3000, ahead_s=1.5) for _ in range(10)]  # 1,890 blocks
+    for _ in range(2):
+        engine.wait(2000, due_in_s=due_in_s)
+    due = engine.decode(prompt_tokens=20, ahead_s=0.06)
+    settings = PlannerSettings(max_draft_tokens=max_draft_tokens, adaptive_drafts=False, known_acceptance=0.7)
+    plan = planned(engine, settings)
+    assert due in plan.slots
+    assert len(set(ahead) & set(plan.held.tolist())) == held
+
+
+def test_kv_held_by_others_than_promised_decodes_makes_no_prompt_wait() -> None:
+    engine = EngineBuilder(total_blocks=300)
+    engine.best_effort(prompt_tokens=4000)
+    prompt = engine.prefilling(900, 100)
+    assert prompt in planned(engine).slots
