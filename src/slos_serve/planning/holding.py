@@ -11,9 +11,9 @@ from slos_serve.planning.batch import Limits, beyond_roofline_s, tokens_done, to
 from slos_serve.planning.prefill_rate import FloatArray, linear_step_s
 from slos_serve.planning.work import Drafts, Work
 
-# Decodes that could wait are held for prompts while KV is plenty. From the first share of KV in use on they run for part
-# of the time that prompts can wait, from the second on for all of it: KV is what limits then, and whoever ends early
-# gives back what it holds.
+# Decodes that could wait are held for prompts while KV is plenty. From the first share of it in use on they run for
+# part of the time that prompts can wait, from the second on for all of it: KV is what limits then, and whoever ends
+# early gives back what it holds.
 KV_SHORT_FROM, KV_SHORT = 0.7, 0.9
 # Without a promise a prompt waits until promised decodes are some tokens ahead on average, or nearly as far as their
 # stall bounds let them be.
