@@ -10,15 +10,21 @@ from slos_serve.vllm_plugin.step_clock import StepClock
 SHAPE = BatchShape(new_tokens=7)
 
 
+def taken_s(clock: StepClock, output: object, now_s: float) -> float:
+    found = clock.done(output, now_s)
+    assert found is not None and found[0] is SHAPE
+    return found[1]
+
+
 def test_the_next_step_starts_when_those_in_flight_end() -> None:
     clock = StepClock()
     assert clock.next_start_s(1.0) == 1.0
     clock.scheduled("first", SHAPE, 1.0, 0.2)
     clock.scheduled("second", SHAPE, 1.1, 0.3)
     assert clock.next_start_s(1.1) == pytest.approx(1.5)
-    assert clock.done("first", 1.25) == (SHAPE, pytest.approx(0.25))
+    assert taken_s(clock, "first", 1.25) == pytest.approx(0.25)
     assert clock.next_start_s(1.25) == pytest.approx(1.55)
-    assert clock.done("second", 1.5) == (SHAPE, pytest.approx(0.25))
+    assert taken_s(clock, "second", 1.5) == pytest.approx(0.25)
 
 
 def test_a_step_that_was_not_timed_takes_nothing_from_those_that_were() -> None:
@@ -27,13 +33,13 @@ def test_a_step_that_was_not_timed_takes_nothing_from_those_that_were() -> None:
     assert clock.done("not timed", 1.2) is None
     assert clock.next_start_s(1.2) == pytest.approx(1.5)
     clock.scheduled("next", SHAPE, 1.2, 0.1)
-    assert clock.done("timed", 1.5) == (SHAPE, pytest.approx(0.3))
-    assert clock.done("next", 1.6) == (SHAPE, pytest.approx(0.1))
+    assert taken_s(clock, "timed", 1.5) == pytest.approx(0.3)
+    assert taken_s(clock, "next", 1.6) == pytest.approx(0.1)
 
 
 def test_a_step_that_the_engine_dropped_is_forgotten() -> None:
     clock = StepClock()
     clock.scheduled("dropped", SHAPE, 1.0, 0.3)
     clock.scheduled("next", SHAPE, 1.1, 0.1)
-    assert clock.done("next", 1.4) == (SHAPE, pytest.approx(0.3))
+    assert taken_s(clock, "next", 1.4) == pytest.approx(0.3)
     assert clock.next_start_s(1.4) == 1.4
