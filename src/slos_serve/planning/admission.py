@@ -25,6 +25,8 @@ from slos_serve.planning.settings import PlannerSettings
 
 # With weights by length, a prompt of this length weighs what its class says.
 UNIT_PROMPT_TOKENS = 1000.0
+# Prefill that no engine has time for.
+BEYOND = 1e15
 Judged = tuple[
     SlotArray, BoolArray, bool, bool, int, FloatArray, FloatArray, IntArray, FloatArray, FloatArray, FloatArray,
     FloatArray, FloatArray, FloatArray, FloatArray, float, float, float,
@@ -86,6 +88,7 @@ def judge(
     count_freed: bool = False,
     kept_blocks: int = 0,
     longest_step_s: float = math.inf,
+    most_open_tokens: float = math.inf,
     drafts: DraftPlan = NO_DRAFTS,
 ) -> Admission:
     """Admission at ``now_s``; reads the view only.
@@ -100,6 +103,8 @@ def judge(
         count_freed: add the time that running decodes leave, see :func:`with_time_freed`; without it, stricter.
         kept_blocks: KV blocks that promises leave to somebody else.
         longest_step_s: longest a step of prompts may take.
+        most_open_tokens: whose prompt would make more than this, times its weight, together with those that are
+            promised already is not admitted now.
         drafts: draft lengths of the tiers.
     """
     return Admission(
@@ -120,6 +125,7 @@ def judge(
             view.block_size,
             float(view.max_num_batched_tokens),
             longest_step_s,
+            most_open_tokens,
             lengths.survival(),
             EDGES,
             drafts.tpot_s,
@@ -149,6 +155,7 @@ def _judged(
     block_size: int,
     max_tokens: float,
     longest_step_s: float,
+    most_open_tokens: float,
     survival: FloatArray,
     edges: FloatArray,
     tier_tpot_s: FloatArray,
@@ -186,19 +193,20 @@ def _judged(
             rows, running, due_s, start_s, periods_s, tokens_each, period_s_each, max_tokens, rate, coefficients,
             tpot_margin, survival, edges,
         )  # fmt: skip
+    weight = np.empty(len(slots))
+    for j in range(len(slots)):
+        by_length = (rows["prompt_tokens"][slots[j]] / UNIT_PROMPT_TOKENS) ** length_weight
+        weight[j] = rows["weight"][slots[j]] * by_length
+    asked = _within(cost, weight, is_must, most_open_tokens)
     if dp_admission:
-        weight = np.empty(len(slots))
-        for j in range(len(slots)):
-            by_length = (rows["prompt_tokens"][slots[j]] / UNIT_PROMPT_TOKENS) ** length_weight
-            weight[j] = rows["weight"][slots[j]] * by_length
         taken, _, _, status, labels = admit(
-            fluid_due_s, cost, tier, memory, weight, is_must, counts, periods_s, tokens_each, period_s_each, draft_s,
+            fluid_due_s, asked, tier, memory, weight, is_must, counts, periods_s, tokens_each, period_s_each, draft_s,
             coefficients, max_tokens, start_s, room, max_labels,
         )  # fmt: skip
     else:
         turn = np.argsort(rows["order"][slots])
         taken = admit_in_turn(
-            turn, fluid_due_s, cost, tier, memory, is_must, counts, periods_s, tokens_each, period_s_each, draft_s,
+            turn, fluid_due_s, asked, tier, memory, is_must, counts, periods_s, tokens_each, period_s_each, draft_s,
             coefficients, max_tokens, start_s, room,
         )  # fmt: skip
         status, labels = GREEDY, 0
@@ -207,6 +215,17 @@ def _judged(
         slots, is_must if infeasible else taken, infeasible, status == GREEDY, labels, due_s, cost, tier, memory, room,
         counts, pace_s, periods_s, tokens_each, period_s_each, draft_s, max_tokens, start_s,
     )  # fmt: skip
+
+
+@njit(cache=True)
+def _within(cost: FloatArray, weight: FloatArray, is_must: BoolArray, most_open_tokens: float) -> FloatArray:
+    """Costs as admission sees them: more than there is time for where a prompt would make too much open at once."""
+    asked = cost
+    if most_open_tokens < np.inf:
+        promised = cost[is_must].sum()
+        within = promised + cost <= most_open_tokens * np.maximum(weight, 1.0)
+        asked = np.where(is_must | within, cost, BEYOND)
+    return asked
 
 
 @njit(cache=True)

@@ -24,8 +24,6 @@ CATCH_UP_SHARE = 0.02
 # Lead, in tokens, that a stage gets out of the TPOT margin. A promise is about the mean, so what a late step takes is a
 # part of one token however long the answer: more lead would cost pace for nothing.
 AHEAD_TOKENS = 1.0
-# Doubles what is taken for the tightest TTFT after 70 arrivals that asked for less.
-TTFT_LOOSENS = 1.01
 
 
 @njit(cache=True)
@@ -155,6 +153,17 @@ def tier_of(periods_s: FloatArray, tpot_s: float) -> int:
 
 
 @njit(cache=True)
+def prompt_cost_tokens(rows: RequestArray, slot: int, coefficients: FloatArray) -> float:
+    """What is left to compute of a prompt, in tokens: those of it, and what attention takes in the time of as many."""
+    todo, done = tokens_to_do(rows, slot), rows["computed_tokens"][slot]
+    if rows["running"][slot] == 0:
+        done += rows["cached_tokens"][slot]
+        todo = max(todo - rows["cached_tokens"][slot], 1)
+    extra_s = coefficients[K_Q] * todo * (todo + 2 * done) + coefficients[K_SEQ] + coefficients[K_CTX] * done
+    return float(todo + extra_s / max(coefficients[K_C], coefficients[K_M]))
+
+
+@njit(cache=True)
 def gather(
     rows: RequestArray,
     running: SlotArray,
@@ -185,7 +194,6 @@ def gather(
     tier = np.empty(most, dtype=np.int64)
     must = np.zeros(most)
     count = 0
-    slope = max(coefficients[K_C], coefficients[K_M])
     fastest_s = linear_step_s(coefficients, 1.0) + coefficients[K_SEQ]
     for part in (running, waiting):
         for slot in part:
@@ -203,16 +211,11 @@ def gather(
                 base_counts[level] += 1.0
                 ahead[level] += 1.0 if rows["stage_tokens"][slot] * tpot_margin >= AHEAD_TOKENS else 0.0
                 continue
-            done = rows["computed_tokens"][slot]
-            if rows["running"][slot] == 0:
-                done += rows["cached_tokens"][slot]
-                todo = max(todo - rows["cached_tokens"][slot], 1)
-            extra_s = coefficients[K_Q] * todo * (todo + 2 * done) + coefficients[K_SEQ] + coefficients[K_CTX] * done
             slots[count] = slot
             due = latest_due_s(rows, slot, tpot_margin, fastest_s)
             due_s[count] = min(due, rows["arrival_s"][slot] + max_implied_ttft_s) if due == np.inf else due
             due_s[count] = max(due_s[count], start_s)
-            cost[count] = todo + extra_s / slope
+            cost[count] = prompt_cost_tokens(rows, slot, coefficients)
             tier[count] = level
             must[count] = 1.0 if status == ADMITTED else 0.0
             count += 1
@@ -234,26 +237,6 @@ def gather(
         extra_s_each,
         periods_s,
     )
-
-
-@njit(cache=True)
-def tightest_ttft_s(rows: RequestArray, waiting: SlotArray, seen_order: int, tightest_s: float) -> tuple[float, int]:
-    """Tightest TTFT promise among recent arrivals: a minimum that loosens by a little with each that is not as tight.
-
-    Args:
-        seen_order: newest request counted before.
-        tightest_s: what was found then.
-
-    Returns:
-        The same two, those among ``waiting`` that are new counted.
-    """
-    newest = seen_order
-    for slot in waiting:
-        if rows["order"][slot] > seen_order:
-            newest = max(newest, rows["order"][slot])
-            ttft_s = rows["ttft_due_s"][slot] - rows["arrival_s"][slot]
-            tightest_s = min(tightest_s * TTFT_LOOSENS, ttft_s)
-    return tightest_s, newest
 
 
 @njit(cache=True)

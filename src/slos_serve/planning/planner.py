@@ -16,6 +16,7 @@ from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.admission import judge, write_forecasts
 from slos_serve.planning.aging import NOBODY, Aging
+from slos_serve.planning.arrivals import NO_ARRIVALS, look_at
 from slos_serve.planning.batching import PREFILL_DEADLINE, form_batch
 from slos_serve.planning.candidates import (
     ADMITTED,
@@ -27,7 +28,6 @@ from slos_serve.planning.candidates import (
     open_prompts,
     share_out,
     someone_asks,
-    tightest_ttft_s,
     tokens_to_do,
 )
 from slos_serve.planning.drafting import Drafting
@@ -45,6 +45,9 @@ LONE_PERIODS = 1.5
 # burst of promised prompts is computed with. Little while everybody is promised what they ask for; all of it from where
 # this share of the recent requests was not. Requests are counted over about as many.
 CALM_LEAD_TOKENS, LEAD_TOKENS, DECLINED_SHARE, RECENT_REQUESTS = 2.0, 8.0, 0.2, 16.0
+# Promised prompts are bounded together (see ``most_open_tokens``) where this share of the recent requests was declined;
+# where half of it was, the bound is twice as high.
+CROWDED_SHARE = 0.05
 _NONE: SlotArray = np.empty(0, dtype=np.int64)
 _NOT_TAKEN = np.empty(0, dtype=np.bool_)
 
@@ -76,7 +79,7 @@ class Planner:
         self.lengths = LengthForecast(num_classes, self.settings.length_quantile)
         self.drafting = Drafting(num_classes, self.settings)
         self.counters = PlannerCounters()
-        self._tightest_s, self._seen_order = np.inf, -1
+        self._arrivals = NO_ARRIVALS
         self._passed_over = 0.0
         self._aging = Aging(self.settings.aging_s)
         self._model = model
@@ -100,7 +103,7 @@ class Planner:
         write_forecasts(view, self.settings, self.lengths)
         demoted = self._give_up(rows, view, now_s)
         self.drafting.choose(now_s, view, self._coefficients)
-        self._tightest_s, self._seen_order = tightest_ttft_s(rows, view.waiting, self._seen_order, self._tightest_s)
+        self._arrivals = look_at(rows, view.waiting, self._coefficients, self._arrivals)
         self._aging.look(rows, view.running, view.waiting, now_s)
         chosen, leftover, fitting = _NONE, _NONE, _NONE
         formed = self._without_asking(rows, view, now_s)
@@ -196,10 +199,19 @@ class Planner:
     def longest_step_s(self) -> float:
         """A request that comes while a step of prompts runs must still make its first token by a step of its own."""
         fixed_s = float(linear_step_s(self._coefficients, 0.0))
-        own_s = max(STEP_SHARE_OF_TTFT * self._tightest_s, LEAST_STEP_FIXED * fixed_s)
+        own_s = max(STEP_SHARE_OF_TTFT * self._arrivals.tightest_s, LEAST_STEP_FIXED * fixed_s)
         if self.drafting.present.tokens.any():
             return max(own_s, self.settings.longest_step_s)  # draft lengths are chosen for steps as long as that
         return own_s
+
+    def most_open_tokens(self) -> float:
+        """Most prefill, in tokens, that promised prompts may have left when one more is promised; inf for no bound.
+
+        A prompt that is promised takes its time whatever comes until it is due. Where requests are declined anyway, a
+        few long ones at once leave none for the short ones that come next.
+        """
+        most = self.settings.open_prompts * self._arrivals.mean_tokens
+        return most * max(CROWDED_SHARE / self._passed_over, 1.0) if most * self._passed_over > 0.0 else np.inf
 
     def _lead_tokens(self) -> float:
         crowded = min(self._passed_over / DECLINED_SHARE, 1.0)
@@ -252,6 +264,7 @@ class Planner:
                 forecast_memory=self.settings.forecast_memory,
                 count_freed=self.settings.count_freed,
                 longest_step_s=self.longest_step_s(),
+                most_open_tokens=self.most_open_tokens(),
                 kept_blocks=self._aging.blocks(rows, view.block_size),
                 drafts=self.drafting.present,
             )

@@ -28,6 +28,9 @@ class PlannerSettings:
         max_implied_ttft_s: deadline used to order a request that has a TPOT promise but no TTFT promise.
         length_weight: power of the prompt's length that a class's weight is multiplied with: 0 counts requests, 1
             counts prompt tokens, so that long requests are not the first to be passed over.
+        open_prompts: where requests are declined, prompts promised and not yet computed are bounded together to this many
+            mean ones (times the weight of the one that asks, if above 1), so that a few long ones do not take the time
+            of many that come next; 0 for no bound.
         max_labels: work limit of the admission DP before its greedy answer stands in.
         min_chunk_tokens: no prefill chunk is smaller, unless it is the last one of its prompt.
         aging_s: longest time the oldest request without a promise goes without progress; 0 for no such rule.
@@ -56,6 +59,7 @@ class PlannerSettings:
     length_quantile: float = 0.7
     max_implied_ttft_s: float = 30.0
     length_weight: float = 0.0
+    open_prompts: float = 3.5
     max_labels: int = 20_000
     min_chunk_tokens: int = 16
     aging_s: float = 10.0
@@ -82,6 +86,7 @@ class PlannerSettings:
         check_number("step_margin", self.step_margin, low=0.0, high=1.0, low_included=True)
         check_number("length_quantile", self.length_quantile, low=0.0, high=0.999)
         check_number("length_weight", self.length_weight, low=0.0, high=2.0, low_included=True)
+        check_number("open_prompts", self.open_prompts, low=0.0, high=1e6, low_included=True)
         check_number("aging_s", self.aging_s, low=0.0, high=86_400.0, low_included=True)
         check_number("max_implied_ttft_s", self.max_implied_ttft_s, low=0.0, high=3600.0)
         check_number("max_draft_tokens", self.max_draft_tokens, low=0, high=MAX_DRAFT_TOKENS, low_included=True)

@@ -31,7 +31,7 @@ class MirrorArrays(NamedTuple):
         pace_s, periods_s, tokens_each, extra_s_each, counts, in_tier: float64 [R, L], see ``Publication``.
         memory_left: float64 [R, K], blocks.
         coefficients: float64 [R, 8].
-        draft_s, max_step_tokens, tpot_margin, max_implied_ttft_s: float64 [R].
+        draft_s, max_step_tokens, most_open_tokens, tpot_margin, max_implied_ttft_s: float64 [R].
         total_blocks, block_size: int64 [R].
         freed_at_s, freed_tokens, longer_tokens: float64 [R, F], see ``Publication``.
         forecast_tokens: float64 [R, C, 1].
@@ -60,6 +60,7 @@ class MirrorArrays(NamedTuple):
     coefficients: FloatArray
     draft_s: FloatArray
     max_step_tokens: FloatArray
+    most_open_tokens: FloatArray
     tpot_margin: FloatArray
     max_implied_ttft_s: FloatArray
     total_blocks: IntArray

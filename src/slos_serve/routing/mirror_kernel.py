@@ -173,7 +173,10 @@ def ask(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> tuple
     due_s, cost, tier, extra_s, memory = demand(m, k, row, cached_tokens)
     lost = demote_lost(row, np.zeros(1, dtype=np.int64), m.clock_s[k], m.coefficients[k], np.zeros(1, dtype=np.int64))
     row["status"][0] = UNDECIDED
-    if lost > 0:
+    promised = 0.0
+    for i in range(m.first[k], m.first[k] + m.num_owed[k]):
+        promised += m.cost_tokens[k, i] * m.begun[k, i]
+    if lost > 0 or promised + cost > m.most_open_tokens[k] * max(row["weight"][0], 1.0):
         return NO, -1
     at = _place(m, k, due_s)
     dues, costs, tiers = _with(m, k, at, due_s, cost, tier)

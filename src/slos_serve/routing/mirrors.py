@@ -212,7 +212,9 @@ class Mirrors:
             getattr(m, name)[k, :tiers] = getattr(given, name)
         m.memory_left[k, :] = given.memory_left.min()
         m.memory_left[k, :checkpoints] = given.memory_left
-        for name in ("coefficients", "draft_s", "max_step_tokens", "tpot_margin", "max_implied_ttft_s"):
+        for name in ("coefficients", "draft_s", "max_step_tokens", "most_open_tokens"):
+            getattr(m, name)[k] = getattr(given, name)
+        for name in ("tpot_margin", "max_implied_ttft_s"):
             getattr(m, name)[k] = getattr(given, name)
         m.freed_at_s[k] = given.freed_at_s + offset_s
         m.freed_tokens[k], m.longer_tokens[k] = given.freed_tokens, given.longer_tokens

@@ -16,7 +16,7 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.perf.batch_time import NUM_COEFFICIENTS
 from slos_serve.planning.prefill_rate import FloatArray, IntArray
 
-FORMAT = "slos-serve-publication/2"
+FORMAT = "slos-serve-publication/3"
 # What decodes leave to prompts is published for these moments, seconds after the state that is published.
 FREED_AFTER_S = np.array([0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 3.2, 6.4, 12.8, 25.6])
 
@@ -35,6 +35,8 @@ class Publication:
         coefficients: float64 [8], seconds, as the planner plans with them; see :mod:`slos_serve.perf.batch_time`.
         tpot_margin, max_implied_ttft_s: of the planner's settings.
         max_step_tokens: most tokens in a batch.
+        most_open_tokens: bound on what is promised and not yet computed, see
+            :func:`slos_serve.planning.admission.judge`; inf for none.
         draft_s: sequential seconds of the draft model a batch.
         pace_s: float64 [L], TPOT of each decode tier, margin taken off.
         periods_s, tokens_each, extra_s_each: float64 [L], see :func:`slos_serve.planning.prefill_rate.prefill_rate`.
@@ -66,6 +68,7 @@ class Publication:
     tpot_margin: float
     max_implied_ttft_s: float
     max_step_tokens: int
+    most_open_tokens: float
     draft_s: float
     pace_s: FloatArray
     periods_s: FloatArray

@@ -100,6 +100,7 @@ def own_admission(
         forecast_memory=forecast_memory,
         count_freed=planner.settings.count_freed,
         longest_step_s=planner.longest_step_s(),
+        most_open_tokens=planner.most_open_tokens(),
         drafts=planner.drafting.present,
     )
 
@@ -164,6 +165,7 @@ def publication_of(
         tpot_margin=settings.tpot_margin,
         max_implied_ttft_s=settings.max_implied_ttft_s,
         max_step_tokens=int(found.max_tokens),
+        most_open_tokens=planner.most_open_tokens(),
         draft_s=found.draft_s,
         pace_s=pace_s,
         periods_s=found.periods_s.copy(),

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from slos_serve.core.plan import Reason, StepPlan
 from slos_serve.core.request import Status
 from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.planning.admission import judge
+from slos_serve.planning.lengths import LengthForecast
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
 from tests.builders import OPT_13B_A100, EngineBuilder
@@ -316,3 +320,48 @@ def test_kv_held_by_others_than_promised_decodes_makes_no_prompt_wait() -> None:
     engine.best_effort(prompt_tokens=4000)
     prompt = engine.prefilling(900, 100)
     assert prompt in planned(engine).slots
+
+
+def test_little_is_promised_at_once_where_requests_are_declined() -> None:
+    crowd = EngineBuilder(total_blocks=20_000)
+    for _ in range(20):
+        crowd.wait(2000, due_in_s=0.01)  # nobody could
+    planner = Planner(OPT_13B_A100, 2)
+    assert planner.most_open_tokens() == np.inf
+    planner.plan(crowd.now_s, crowd.view())
+    assert 3.5 * 2000 < planner.most_open_tokens() < 4.5 * 2000  # attention counted in
+    served = EngineBuilder(total_blocks=20_000)
+    for number in range(60):
+        served.running, served.waiting = [], []
+        slot = served.wait(2000, due_in_s=3.0)
+        served.table.rows["order"][slot] = 100 + number
+        planner.plan(served.now_s, served.view())
+    assert planner.most_open_tokens() > 2.0 * 4.5 * 2000
+    assert Planner(OPT_13B_A100, 2, PlannerSettings(open_prompts=0.0)).most_open_tokens() == np.inf
+
+
+@pytest.mark.parametrize(
+    ("most_open_tokens", "weight", "taken"),
+    [(np.inf, 1.0, [True, True, True]), (5000.0, 1.0, [True, True, False]), (5000.0, 2.0, [True, True, True])],
+    ids=["no bound", "a long one is too much beside another", "but for its weight"],
+)
+def test_a_prompt_that_makes_too_much_open_at_once_is_not_taken(
+    most_open_tokens: float, weight: float, taken: list[bool]
+) -> None:
+    engine = EngineBuilder(total_blocks=20_000)
+    engine.prefilling(2000, 100, due_in_s=1.0)
+    engine.wait(400, due_in_s=2.0)
+    engine.wait(3500, due_in_s=5.0, weight=weight)
+    settings = PlannerSettings()
+    lengths = LengthForecast(2, settings.length_quantile)
+    for dp_admission in (True, False):
+        found = judge(
+            engine.view(),
+            engine.now_s,
+            OPT_13B_A100.coefficients,
+            replace(settings, dp_admission=dp_admission),
+            lengths,
+            forecast_memory=True,
+            most_open_tokens=most_open_tokens,
+        )
+        assert found.taken.tolist() == taken
