@@ -28,9 +28,9 @@ class PlannerSettings:
         max_implied_ttft_s: deadline used to order a request that has a TPOT promise but no TTFT promise.
         length_weight: power of the prompt's length that a class's weight is multiplied with: 0 counts requests, 1
             counts prompt tokens, so that long requests are not the first to be passed over.
-        open_prompts: where requests are declined, prompts promised and not yet computed are bounded together to this many
-            mean ones (times the weight of the one that asks, if above 1), so that a few long ones do not take the time
-            of many that come next; 0 for no bound.
+        open_prompts: where requests are declined, prompts promised and not yet computed are bounded together to this
+            many mean ones (times the weight of the one that asks, if above 1), so that a few long ones do not take the
+            time of many that come next; 0 for no bound.
         max_labels: work limit of the admission DP before its greedy answer stands in.
         min_chunk_tokens: no prefill chunk is smaller, unless it is the last one of its prompt.
         aging_s: longest time the oldest request without a promise goes without progress; 0 for no such rule.
