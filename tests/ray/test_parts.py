@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 import re
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -202,7 +203,8 @@ async def test_a_whole_stream_is_passed_on_as_it_is() -> None:
 
 
 def test_a_refusal_is_429_with_when_and_why() -> None:
-    answer = refusal(RequestRefusedError(str(Why.ALL_FULL), 2.2), a_ticket())
+    error = pickle.loads(pickle.dumps(RequestRefusedError(str(Why.ALL_FULL), 2.2)))  # it may come from another process
+    answer = refusal(error, a_ticket())
     assert answer.status_code == 429 and answer.headers["retry-after"] == "3"
     error = json.loads(bytes(answer.body))["error"]
     assert (error["type"], error["code"], error["param"]) == ("rate_limit_error", 429, "slo_class")

@@ -24,13 +24,13 @@ class Arrivals(NamedTuple):
         newest: ``order`` of the last one counted.
         tightest_s: tightest TTFT: a minimum that loosens by a little with each request that is not as tight.
         mean_tokens: mean prefill of a request in tokens, attention counted in, what the prefix cache has left out.
-        count: how many that is the mean of.
+        num_prompts: how many that is the mean of.
     """
 
     newest: int
     tightest_s: float
     mean_tokens: float
-    count: int
+    num_prompts: int
 
 
 NO_ARRIVALS = Arrivals(-1, float(np.inf), 0.0, 0)

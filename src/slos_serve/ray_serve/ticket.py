@@ -63,3 +63,6 @@ class RequestRefusedError(SlosServeError):
         super().__init__(reason)
         self.reason = reason
         self.retry_after_s = retry_after_s
+
+    def __reduce__(self) -> tuple[type[RequestRefusedError], tuple[str, float]]:
+        return type(self), (self.reason, self.retry_after_s)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import multiprocessing.connection
+import os
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
@@ -72,6 +75,23 @@ class _Running:
     answers: dict[str, Answer] = field(default_factory=dict)
 
 
+def worker_pool(processes: int) -> ProcessPoolExecutor:
+    """A pool whose workers end with this process, however it ends."""
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """A worker waits for work on a pipe that it holds open itself: the end of a killed parent must be watched for."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch(sentinel: int) -> None:
+        multiprocessing.connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+
+
 def run_searches(
     searches: Sequence[tuple[str, Search]],
     answers: AnswerFile,
@@ -95,7 +115,7 @@ def run_searches(
             on_done(name, results[name])
         return [results[name] for name, _ in searches]
     waiting = list(searches)
-    pool = ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"))
+    pool = worker_pool(processes)
     try:
         _run_in_pool(waiting, answers, pool, processes, results, on_answer, on_done)
     finally:
