@@ -276,7 +276,7 @@ def test_prompts_without_a_promise_wait_for_a_large_lead_only_where_requests_are
         engine.wait(2000, due_in_s=0.01)  # lost whatever is done
     planner.plan(engine.now_s, engine.view())
     assert other not in planner.plan(engine.now_s, engine.view()).slots
-    engine.table.rows["stage_start_s"][engine.running[0]] += 0.6
+    engine.table.rows["stage_start_s"][engine.running[0]] += 1.5
     assert other in planner.plan(engine.now_s, engine.view()).slots
 
 
