@@ -140,6 +140,17 @@ def lengths(rows: Rows) -> str:
     return table(head, lines)
 
 
+def ideal(rows: Rows) -> str:
+    """Rates at which an ideal engine promises 90 %, by whom it promises."""
+    rules = unique(rows, "promises")
+    found = {(row["scenario"], row["promises"]): row for row in rows}
+    lines = []
+    for scenario in unique(rows, "scenario"):
+        own = [found[scenario, rule] for rule in rules]
+        lines.append([scenario, *(f"{row['capacity_rps_per_gpu']:.3g} ({row['share']:.2f})" for row in own)])
+    return table(["requests/s per GPU (share of fluid / 0.9)", *rules], lines)
+
+
 def burst(rows: Rows) -> str:
     """Who attained in a burst."""
     lines = []
@@ -168,6 +179,8 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "speculation": ("speculation.json", speculation),
     "whole": ("whole.json", whole),
     "lengths": ("lengths.json", lengths),
+    "ideal-1": ("ideal-1-poisson-none.json", ideal),
+    "ideal-4": ("ideal-4-scenario-opt-125m.json", ideal),
     "scaling": ("scaling.json", scaling),
     "ablation": ("ablation.json", ablation),
     "burst10": ("burst10.json", burst),
