@@ -44,7 +44,7 @@ LONE_PERIODS = 1.5
 # How far ahead promised decodes are to be before prompts without a promise run, in tokens: the lead is what the next
 # burst of promised prompts is computed with. Little while everybody is promised what they ask for; from where this
 # share of the recent requests was not, most answers end first. Requests are counted over about as many.
-CALM_LEAD_TOKENS, LEAD_TOKENS, DECLINED_SHARE, RECENT_REQUESTS = 2.0, 100.0, 0.1, 16.0
+CALM_LEAD_TOKENS, LEAD_TOKENS, DECLINED_SHARE, RECENT_REQUESTS = 2.0, 100.0, 0.2, 64.0
 # Promised prompts are bounded together (see ``most_open_tokens``) where this share of the recent requests was declined;
 # where half of it was, the bound is twice as high.
 CROWDED_SHARE = 0.05

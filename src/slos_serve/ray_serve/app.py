@@ -26,6 +26,7 @@ from slos_serve.files.profile_file import load_profile
 from slos_serve.ray_serve import compat
 from slos_serve.ray_serve.engine import NothingToDownload
 from slos_serve.ray_serve.ingress import SLOIngress
+from slos_serve.ray_serve.json_only import JsonOnly
 from slos_serve.ray_serve.server import HANG_VARIABLE, SLOServer
 from slos_serve.routing.settings import PUBLISH_EVERY_S, STALE_AFTER_S, Order
 from slos_serve.vllm_plugin.cpu_model import resolve_model
@@ -124,6 +125,7 @@ def build_app(args: dict[str, Any]) -> Application:
     engine = build_llm_deployment(config)
     app = compat.fastapi_app()
     app.add_middleware(SLOMiddleware)
+    app.add_middleware(JsonOnly)
     ingress = serve.deployment(
         make_fastapi_ingress(SLOIngress, endpoint_map=ENDPOINTS, app=app),
         name="SLOIngress",

@@ -331,7 +331,7 @@ def test_little_is_promised_at_once_where_requests_are_declined() -> None:
     planner.plan(crowd.now_s, crowd.view())
     assert 3.5 * 2000 < planner.most_open_tokens() < 4.5 * 2000  # attention counted in
     served = EngineBuilder(total_blocks=20_000)
-    for number in range(60):
+    for number in range(240):
         served.running, served.waiting = [], []
         slot = served.wait(2000, due_in_s=3.0)
         served.table.rows["order"][slot] = 100 + number
