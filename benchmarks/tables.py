@@ -65,17 +65,25 @@ def _quartiles(row: dict[str, Any] | None) -> str:
 
 
 def scaling(rows: Rows) -> str:
-    """Capacity per GPU by scenario, router and number of replicas."""
+    """Capacity per GPU by scenario, router and replicas, then what the last router carries over the others."""
     counts = sorted({int(row["replicas"]) for row in rows})
     found = {(row["scenario"], row["router"], int(row["replicas"])): row["capacity_rps_per_gpu"] for row in rows}
     lines = []
     for scenario in unique(rows, "scenario"):
         for router in unique(rows, "router"):
             own = [found.get((scenario, router, count)) for count in counts]
-            cells = ["" if value is None else f"{value:.2f}" for value in own]
+            cells = ["" if value is None else f"{value:.3g}" for value in own]
             first, last = own[0], own[-1]
             lines.append([scenario, router, *cells, f"{last / first:.2f}" if first and last else ""])
-    return table(["scenario", "router", *map(str, counts), f"{counts[-1]} replicas over 1"], lines)
+    parts = [table(["scenario", "router", *map(str, counts), f"{counts[-1]} replicas over 1"], lines)]
+    *others, best = unique(rows, "router")
+    scenarios = unique(rows, "scenario")
+    shared = [count for count in counts if count > 1 and all((one, best, count) in found for one in scenarios)]
+    for other in others:
+        over = [_geometric_mean([found[one, best, n] / found[one, other, n] for one in scenarios]) for n in shared]
+        told = ", ".join(f"{ratio:.2f}x at {count}" for ratio, count in zip(over, shared, strict=True))
+        parts.append(f"- {best} over {other}: {told} (geometric mean of {len(scenarios)} scenarios)")
+    return "\n\n".join([parts[0], "\n".join(parts[1:])])
 
 
 def speculation(rows: Rows) -> str:
@@ -123,7 +131,7 @@ def ablation(rows: Rows) -> str:
     lines = []
     for variant in variants:
         own = [found.get((variant, scenario)) for scenario in scenarios]
-        lines.append([variant, *("" if value is None else f"{value:.2f}" for value in own)])
+        lines.append([variant, *("" if value is None else f"{value:.3g}" for value in own)])
     return table(["requests/s per GPU", *scenarios], lines)
 
 
