@@ -225,7 +225,7 @@ def drafts(axes: Axes) -> None:
     counts = np.array([40.0])
     for acceptance, color in ((0.9, GREEN), (0.7, OURS), (0.5, "#8fbce0"), (0.11, WARM)):
         periods, tokens, extra = demand_by_length(
-            pace_s, extra_s, np.array([acceptance]), 10, PlannerSettings().longest_step_s
+            pace_s, extra_s, np.array([acceptance]), 10, PlannerSettings().longest_step_s, model.k_seq_s
         )
         rates = [
             rate_of(np.array([draft]), counts, periods, tokens, extra, model.coefficients, 2048.0)

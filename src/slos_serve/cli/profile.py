@@ -33,7 +33,7 @@ _MEANINGS = {
     "b_m_s": "constant, memory-bound",
     "k_ctx_s": "per cached token read",
     "k_q_s": "per chunk * (chunk + 2 * done)",
-    "k_seq_s": "per request in the batch",
+    "k_seq_s": "per request in the batch and draft to verify",
     "k_s_s": "per sequential draft step",
 }
 

@@ -1,11 +1,12 @@
 """How long a batch takes, and how many tokens fit in a given time (design section 3).
 
-    T(batch) = max(k_c * n + b_c, k_m * n + b_m) + k_ctx * ctx + k_q * quad + k_seq * seqs + k_s * s
+    T(batch) = max(k_c * n + b_c, k_m * n + b_m) + k_ctx * ctx + k_q * quad + k_seq * (seqs + drafts) + k_s * s
 
 with ``n`` new tokens, ``ctx`` KV-cache tokens read, ``quad`` the sum over prefill chunks of chunk * (chunk + 2 * done),
-``seqs`` requests in the batch and ``s`` sequential draft steps. The two branches are the compute-bound and the
-memory-bound side of a roofline. ``k_seq`` is the part that each request costs however few tokens it has (sampling,
-detokenising, attention on a CPU); zero where the measurements do not show it.
+``seqs`` requests in the batch, ``drafts`` tokens to verify and ``s`` sequential draft steps. The two branches are the
+compute-bound and the memory-bound side of a roofline. ``k_seq`` is the part that each request costs however few tokens
+it has (logits, sampling, attention on a CPU), and each draft as well, which is sampled like a token of its own; zero
+where the measurements do not show it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ class BatchShape:
         quad_tokens2: sum over prefill chunks of chunk * (chunk + 2 * done).
         num_seqs: requests in the batch.
         draft_steps: sequential steps of the draft model.
+        draft_tokens: those of ``new_tokens`` that are drafts to verify.
     """
 
     new_tokens: int
@@ -39,6 +41,7 @@ class BatchShape:
     quad_tokens2: int = 0
     num_seqs: int = 1
     draft_steps: int = 0
+    draft_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,7 @@ class BatchTimeModel:
         k_m_s, b_m_s: memory-bound branch, per token and constant.
         k_ctx_s: per cached token read.
         k_q_s: per unit of ``quad``.
-        k_seq_s: per request in the batch.
+        k_seq_s: per request in the batch and per draft to verify.
         k_s_s: per sequential draft step.
     """
 
@@ -84,7 +87,7 @@ class BatchTimeModel:
             linear
             + self.k_ctx_s * shape.context_tokens
             + self.k_q_s * shape.quad_tokens2
-            + self.k_seq_s * shape.num_seqs
+            + self.k_seq_s * (shape.num_seqs + shape.draft_tokens)
             + self.k_s_s * shape.draft_steps
         )
 

@@ -13,6 +13,7 @@ from numba import njit
 
 from slos_serve.core.plan import EngineView
 from slos_serve.core.request import RequestArray, SlotArray
+from slos_serve.perf.batch_time import K_SEQ
 from slos_serve.planning.admission_kernel import GREEDY, INFEASIBLE, admit
 from slos_serve.planning.candidates import forecast_lengths, gather
 from slos_serve.planning.drafting import NO_DRAFTS, DraftPlan, with_drafts
@@ -176,7 +177,7 @@ def _judged(
     else:
         memory, room = reserve(rows, running, slots, total_blocks, block_size)
     paces, tokens_each, period_s_each = with_drafts(
-        pace_s, extra_s, tpot_margin, tier_tpot_s, tier_tokens, tier_yields, tier_longer
+        pace_s, extra_s, tpot_margin, tier_tpot_s, tier_tokens, tier_yields, tier_longer, coefficients[K_SEQ]
     )
     # What drafts make of the pace holds for those who have their lead as well.
     periods_s = np.empty(len(pace_s))

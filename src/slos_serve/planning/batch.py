@@ -161,7 +161,7 @@ def put_decode(
         done = rows["computed_tokens"][slot]
         sums[TOKENS] += draft
         sums[FREE_BLOCKS] -= blocks_for(done + 1 + draft, block_size) - blocks_for(done + 1, block_size)
-        sums[FIXED_S] += coefficients[K_S] * max(draft - sums[DRAFT_STEPS], 0.0)
+        sums[FIXED_S] += coefficients[K_SEQ] * draft + coefficients[K_S] * max(draft - sums[DRAFT_STEPS], 0.0)
         sums[DRAFT_STEPS] = max(sums[DRAFT_STEPS], draft)
         at = counts[NUM_ENTRIES] - 1
         entries[1, at], entries[3, at] = 1 + draft, draft

@@ -71,8 +71,8 @@ def _youngest_first(rows: RequestArray, slots: SlotArray, kept: int) -> SlotArra
 @njit(cache=True)
 def _with_one_s(rows: RequestArray, slot: int, draft: int, coefficients: FloatArray, sums: FloatArray) -> float:
     """Seconds of the batch with one more decode that verifies ``draft`` drafts."""
-    after_s = linear_step_s(coefficients, sums[TOKENS] + 1.0 + draft) + sums[FIXED_S] + coefficients[K_SEQ]
-    after_s += coefficients[K_S] * max(draft - sums[DRAFT_STEPS], 0.0)
+    after_s = linear_step_s(coefficients, sums[TOKENS] + 1.0 + draft) + sums[FIXED_S]
+    after_s += coefficients[K_SEQ] * (1.0 + draft) + coefficients[K_S] * max(draft - sums[DRAFT_STEPS], 0.0)
     return float(after_s + coefficients[K_CTX] * rows["computed_tokens"][slot])
 
 

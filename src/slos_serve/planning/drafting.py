@@ -13,7 +13,7 @@ from numba import njit
 from slos_serve.core.plan import EngineView
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.acceptance import AcceptanceEstimate
-from slos_serve.perf.batch_time import K_C, K_M, K_S
+from slos_serve.perf.batch_time import K_C, K_M, K_S, K_SEQ
 from slos_serve.planning.prefill_rate import FloatArray, IntArray
 from slos_serve.planning.settings import PlannerSettings
 from slos_serve.planning.speculation import (
@@ -72,6 +72,7 @@ def with_drafts(
     tokens: IntArray,
     yields: FloatArray,
     longer: FloatArray,
+    draft_s_each: float,
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """What ``prefill_rate`` takes for tiers that draft: how many paces a period lasts, its tokens, its extra seconds.
 
@@ -80,6 +81,7 @@ def with_drafts(
         extra_s_each: float64 [L'], seconds that one decode adds to a batch.
         tpot_margin: share of every TPOT kept in hand.
         tpot_s, tokens, yields, longer: of the :class:`DraftPlan`.
+        draft_s_each: seconds beyond the roofline part that a draft to verify adds.
     """
     count = len(pace_s)
     paces, tokens_each, period_s_each = np.ones(count), np.ones(count), extra_s_each.copy()
@@ -92,7 +94,7 @@ def with_drafts(
         each = longer[level] / yields[level]  # verifications in a period
         paces[j] = longer[level]
         tokens_each[j] = each * (tokens[level] + 1.0)
-        period_s_each[j] = each * extra_s_each[j]
+        period_s_each[j] = each * (extra_s_each[j] + draft_s_each * tokens[level])
     return paces, tokens_each, period_s_each
 
 
@@ -122,7 +124,8 @@ def _worthwhile(
     present: IntArray,
 ) -> IntArray:
     """The best lengths, where they add enough; none otherwise."""
-    periods, tokens, extra = demand_by_length(pace_s, extra_s, acceptance, longest, longest_step_s)
+    per_draft_s = coefficients[K_SEQ]
+    periods, tokens, extra = demand_by_length(pace_s, extra_s, acceptance, longest, longest_step_s, per_draft_s)
     slope = max(coefficients[K_C], coefficients[K_M])
     hysteresis = HYSTERESIS_SHARE / slope
     drafts, rate, _ = best_drafts(counts, periods, tokens, extra, coefficients, max_tokens, present, hysteresis)

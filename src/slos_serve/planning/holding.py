@@ -37,8 +37,8 @@ def ahead_enough(rows: RequestArray, work: Work, now_s: float, lead_tokens: floa
 @njit(cache=True)
 def decode_s(rows: RequestArray, slot: int, draft: int, coefficients: FloatArray) -> float:
     """Seconds that a decode verifying ``draft`` drafts adds to a batch of many tokens."""
-    tokens_s = max(coefficients[K_C], coefficients[K_M]) * (1.0 + draft)
-    return float(tokens_s + coefficients[K_SEQ] + coefficients[K_CTX] * rows["computed_tokens"][slot])
+    tokens_s = (max(coefficients[K_C], coefficients[K_M]) + coefficients[K_SEQ]) * (1.0 + draft)
+    return float(tokens_s + coefficients[K_CTX] * rows["computed_tokens"][slot])
 
 
 @njit(cache=True)

@@ -43,12 +43,18 @@ def paces_in_a_batch(mean_tokens: float, pace_s: float, longest_step_s: float) -
 
 @njit(cache=True)
 def demand_by_length(
-    pace_s: FloatArray, extra_s_each: FloatArray, acceptance: FloatArray, longest: int, longest_step_s: float
+    pace_s: FloatArray,
+    extra_s_each: FloatArray,
+    acceptance: FloatArray,
+    longest: int,
+    longest_step_s: float,
+    draft_s_each: float,
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """What one decode of each tier asks of batches under each draft length 0 .. ``longest``.
 
     A tier's period, the longest batch that carries it, is what the tokens of a verification last on average, but not
-    more than ``longest_step_s`` nor less than one pace.
+    more than ``longest_step_s`` nor less than one pace. A decode takes ``extra_s_each`` beside the roofline part, and
+    ``draft_s_each`` for each draft that it verifies.
 
     Returns:
         float64 [L, longest + 1] each: period in seconds, tokens in a period, extra seconds in a period.
@@ -62,7 +68,7 @@ def demand_by_length(
             each = longer / mean  # verifications in a period
             periods[tier, draft] = pace_s[tier] * longer
             tokens[tier, draft] = each * (draft + 1.0)
-            extra[tier, draft] = each * extra_s_each[tier]
+            extra[tier, draft] = each * (extra_s_each[tier] + draft_s_each * draft)
     return periods, tokens, extra
 
 
@@ -191,7 +197,7 @@ def fastest_draft(
             most_s = min(most_s, pace_s[tier] * paces_in_a_batch(mean, pace_s[tier], longest_step_s))
             brought += counts[tier] * mean
             tokens += counts[tier] * (draft + 1.0)
-            step_s += counts[tier] * extra_s_each[tier]
+            step_s += counts[tier] * (extra_s_each[tier] + coefficients[K_SEQ] * draft)
         step_s += linear_step_s(coefficients, tokens)
         if draft > 0 and (step_s > most_s or tokens > max_tokens):
             break

@@ -109,9 +109,10 @@ def step_limits_s(
         context = 0.0
         for slot in work.decodes:
             context += rows["computed_tokens"][slot]
-        all_fixed_s = coefficients[K_SEQ] * len(work.decodes) + coefficients[K_CTX] * context
+        tokens = float(len(work.decodes) + drafts.lengths.sum())
+        all_fixed_s = coefficients[K_SEQ] * tokens + coefficients[K_CTX] * context
         all_fixed_s += coefficients[K_S] * drafts.lengths.max()
-        all_decodes_s = linear_step_s(coefficients, float(len(work.decodes) + drafts.lengths.sum())) + all_fixed_s
+        all_decodes_s = linear_step_s(coefficients, tokens) + all_fixed_s
         full_s += all_fixed_s
     limit_s = full_s
     for due_s in work.decode_due_s:

@@ -156,7 +156,7 @@ def cap_drafts(
     fixed_s, count, longest = 0.0, 0, 0
     for j in range(len(work.decodes)):
         if work.decode_due_s[j] <= due_until_s:
-            fixed_s += coefficients[K_SEQ] + coefficients[K_CTX] * rows["computed_tokens"][work.decodes[j]]
+            fixed_s += coefficients[K_CTX] * rows["computed_tokens"][work.decodes[j]]
             longest = max(longest, drafts.lengths[j])
             count += 1
     cap = longest
@@ -165,7 +165,7 @@ def cap_drafts(
         for j in range(len(work.decodes)):
             if work.decode_due_s[j] <= due_until_s:
                 tokens += 1.0 + min(drafts.lengths[j], cap)
-        step_s = linear_step_s(coefficients, tokens) + fixed_s + coefficients[K_S] * cap
+        step_s = linear_step_s(coefficients, tokens) + fixed_s + coefficients[K_SEQ] * tokens + coefficients[K_S] * cap
         if step_s <= limit_s and tokens <= limits.max_tokens:
             break
         cap -= 1

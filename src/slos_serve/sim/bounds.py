@@ -126,7 +126,7 @@ def _rate(
     tokens = float(work.prefill_tokens.mean()) + steps * (draft + 1)
     context = float(work.decode_context.mean()) / accepted
     other_s = k_ctx * (context + float(work.prefill_context.mean())) + k_q * float(work.prefill_quad.mean())
-    other_s += k_seq * steps
+    other_s += k_seq * steps * (draft + 1)
     left_s = step_s - draft * draft_step_s
     by_time = min((left_s - b) / (step_s * (k * tokens + other_s)) for k, b in ((k_c, b_c), (k_m, b_m)))
     by_memory = limits.kv_capacity_tokens / max(step_s * context, 1e-9)

@@ -277,6 +277,7 @@ class Replica:
             int(totals[rules.QUAD_TOKENS2]),
             self._step_count,
             int(totals[rules.DRAFT_STEPS]),
+            int(totals[rules.DRAFT_TOKENS]),
         )
         return self._begin(now_s, shape, plan.predicted_s)
 

@@ -22,8 +22,8 @@ NO_FAULT, TOO_MANY_TOKENS, NO_TOKENS, BEYOND_END, TWICE, TOO_MANY_SEQS, UNKNOWN_
 
 # Positions in the totals that start_step returns.
 NEW_TOKENS, CONTEXT_TOKENS, QUAD_TOKENS2, NUM_SEQS, DRAFT_STEPS, NUM_PREEMPTED, FREE_BLOCKS, NUM_RUNNING = range(8)
-NO_ROOM = 8
-NUM_TOTALS = 9
+NO_ROOM, DRAFT_TOKENS = 8, 9
+NUM_TOTALS = 10
 
 # Outcomes of a call.
 PENDING, COMPLETED, REJECTED, LOST = range(4)
@@ -178,6 +178,7 @@ def start_step(
         if rows["output_tokens"][slot] == 0 or left > 1:
             totals[QUAD_TOKENS2] += step_tokens[i] * (step_tokens[i] + 2 * done)
         totals[DRAFT_STEPS] = max(totals[DRAFT_STEPS], step_drafts[i])
+        totals[DRAFT_TOKENS] += step_drafts[i]
     totals[NUM_SEQS] = count
     totals[NUM_PREEMPTED] = num_preempted
     totals[FREE_BLOCKS] = free_blocks

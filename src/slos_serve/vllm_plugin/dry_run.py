@@ -214,6 +214,7 @@ class DryEngine:
                 n * (n + 2 * done[key]) for key, n in output.num_scheduled_tokens.items() if n > 1 and key not in drafts
             ),
             num_seqs=len(ids),
+            draft_tokens=sum(len(drafts.get(key, ())) for key in ids),
         )
         return self.model.step_s(shape), ModelRunnerOutput(
             req_ids=ids,

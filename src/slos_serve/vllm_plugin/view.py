@@ -199,6 +199,7 @@ class RequestBook:
             quad_tokens2=int(quad.sum()),
             num_seqs=len(slots),
             draft_steps=int(drafted.max()),
+            draft_tokens=int(drafted.sum()),
         )
 
     def tokens_came(self, request_ids: Iterable[str], now_s: float) -> None:

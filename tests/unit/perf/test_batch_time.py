@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -35,6 +37,8 @@ def test_formula_by_hand() -> None:
     assert model.step_s(small) == pytest.approx(0.06 + 0.01 + 0.03 + 0.008)
     large = BatchShape(new_tokens=100, context_tokens=200, quad_tokens2=100 * 500, num_seqs=1)
     assert model.step_s(large) == pytest.approx(0.21 + 0.002 + 0.005 + 0.003)
+    verifies = dataclasses.replace(small, draft_tokens=6)
+    assert model.step_s(verifies) == pytest.approx(model.step_s(small) + 6 * 0.003)
 
 
 def test_empty_batch_takes_no_time() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from slos_serve.core.plan import Reason, StepPlan
 from slos_serve.core.request import Status
+from slos_serve.perf.batch_time import BatchShape
 from slos_serve.planning.admission import judge, write_forecasts
 from slos_serve.planning.drafting import NO_DRAFTS, PROBE_EVERY_S, PROBE_TOKENS, Drafting
 from slos_serve.planning.lengths import LengthForecast
@@ -53,6 +54,27 @@ def test_decodes_verify_their_drafts_and_one_token_more() -> None:
     decodes = np.isin(plan.slots, engine.running)
     assert (plan.tokens[decodes] == 1 + plan.draft_tokens[decodes]).all()
     assert (plan.draft_tokens[~decodes] == 0).all()
+
+
+def test_a_plan_takes_as_long_as_the_formula_says() -> None:
+    """Each draft to verify is sampled, as each request is."""
+    model = dataclasses.replace(DRAFTER, k_seq_s=2e-4)
+    engine = loaded(20)
+    settings = PlannerSettings(max_draft_tokens=3, adaptive_drafts=False)
+    plan = Planner(model, 2, settings).plan(engine.now_s, engine.view())
+    rows = engine.table.rows
+    done, drafts = rows["computed_tokens"][plan.slots], plan.draft_tokens
+    prompts = (drafts == 0) & (plan.tokens > 1)
+    shape = BatchShape(
+        new_tokens=plan.num_tokens,
+        context_tokens=int(done.sum()),
+        quad_tokens2=int((plan.tokens * (plan.tokens + 2 * done))[prompts].sum()),
+        num_seqs=len(plan.slots),
+        draft_steps=int(drafts.max()),
+        draft_tokens=int(drafts.sum()),
+    )
+    assert shape.draft_tokens > 0 and prompts.any()
+    assert plan.predicted_s == pytest.approx(model.step_s(shape) * (1.0 + settings.step_margin))
 
 
 def test_drafts_leave_more_room_for_prompts() -> None:
