@@ -195,7 +195,7 @@ def batches(axes: Axes) -> None:
     policy.steps = []
     replica = Replica(0, policy, profile.model, limits_of(profile), recording, ReplicaSettings())
     Cluster(recording, [replica], make_router("round-robin")).run()
-    holding = [start_s for start_s, _, tokens in policy.steps if tokens[HELD] > 0]
+    holding = [start_s for start_s, _, tokens in policy.steps if tokens[HELD] > 0 and tokens["promised prompts"] > 0]
     begin_s = max(holding, key=lambda at_s: sum(at_s <= other < at_s + 1.5 for other in holding))
     shown = [step for step in policy.steps if begin_s <= step[0] < begin_s + 1.5]
     for start_s, step_s, tokens in shown:
