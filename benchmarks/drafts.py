@@ -29,9 +29,9 @@ from slos_serve.bench.demo_plan import DemoPlan, DemoSettings, classes_yaml, pla
 from slos_serve.bench.demo_report import phase_json, side_run
 from slos_serve.bench.requests import BenchRequest, LoadResult
 from slos_serve.files.profile_file import Profile, find_profile
-from slos_serve.vllm_plugin.cpu_model import resolve_model
-from slos_serve.vllm_plugin.launch import CPU_ENVIRONMENT, Plugin, ServerProcess, cpu_engine_args, set_cpu_environment
-from slos_serve.vllm_plugin.profile_run import engine_identity
+from slos_serve.launch.cpu_model import resolve_model
+from slos_serve.launch.server import CPU_ENVIRONMENT, Plugin, ServerProcess, cpu_engine_args, set_cpu_environment
+from slos_serve.profiling.run import engine_identity
 
 PLAIN, DRAFTING = "without drafts", "n-gram drafts"
 # What vLLM counts of speculation.

@@ -28,8 +28,8 @@ def added_per_step(folder: Path) -> None:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
     from slos_serve.files.profile_file import Profile, save_profile
+    from slos_serve.testing.dry_engine import DryEngine, make_scheduler
     from slos_serve.vllm_plugin import compat
-    from slos_serve.vllm_plugin.dry_run import DryEngine, make_scheduler
     from slos_serve.vllm_plugin.identity import device_name
     from slos_serve.vllm_plugin.scheduler import SLOScheduler
     from slos_serve.vllm_plugin.settings import (
@@ -115,9 +115,9 @@ def throughput_ratio(folder: Path) -> float:
     from vllm import LLM
 
     from slos_serve.files.profile_file import Profile, save_profile
-    from slos_serve.vllm_plugin.cpu_model import resolve_model
-    from slos_serve.vllm_plugin.launch import cpu_engine_args
-    from slos_serve.vllm_plugin.profile_run import engine_identity
+    from slos_serve.launch.cpu_model import resolve_model
+    from slos_serve.launch.server import cpu_engine_args
+    from slos_serve.profiling.run import engine_identity
     from slos_serve.vllm_plugin.settings import PROFILE_VARIABLE
     from tests.builders import OPT_13B_A100
 

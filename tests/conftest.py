@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
-from slos_serve.vllm_plugin.cpu_model import CpuModelError, resolve_model
+from slos_serve.launch.cpu_model import CpuModelError, resolve_model
 
 PROJECT = Path(__file__).resolve().parent.parent
 

@@ -26,10 +26,10 @@ vllm = pytest.importorskip("vllm")
 from openai import AsyncOpenAI, BadRequestError, OpenAI, RateLimitError
 
 from slos_serve.files.profile_file import Profile, model_label, save_profile
+from slos_serve.launch.server import ServerProcess, cpu_engine_args, free_port
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.ray_serve.run import ReplicaPlan
 from slos_serve.vllm_plugin.identity import device_name
-from slos_serve.vllm_plugin.launch import ServerProcess, cpu_engine_args, free_port
 from tests.ray.processes import titled
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.long]

@@ -12,8 +12,8 @@ import pytest
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.testing.dry_engine import DryEngine, make_scheduler, token_at
 from slos_serve.vllm_plugin import compat
-from slos_serve.vllm_plugin.dry_run import DryEngine, make_scheduler, token_at
 from slos_serve.vllm_plugin.identity import device_name
 from slos_serve.vllm_plugin.scheduler import SLOScheduler
 from slos_serve.vllm_plugin.settings import CLASSES_VARIABLE, EVENTS_VARIABLE, PROFILE_VARIABLE

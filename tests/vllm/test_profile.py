@@ -18,8 +18,8 @@ from slos_serve.files.profile_file import (
     load_samples,
     samples_path,
 )
+from slos_serve.launch.server import cpu_engine_args
 from slos_serve.perf.fit import Sample, predict_s
-from slos_serve.vllm_plugin.launch import cpu_engine_args
 
 ARGS = (
     "--dtype",

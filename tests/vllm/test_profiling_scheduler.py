@@ -11,15 +11,15 @@ pytest.importorskip("vllm")
 
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.perf.fit import Sample
-from slos_serve.vllm_plugin.dry_run import DryEngine, make_scheduler, token_at
-from slos_serve.vllm_plugin.profile_run import read_raw_samples
-from slos_serve.vllm_plugin.profiling import (
+from slos_serve.profiling.run import read_raw_samples
+from slos_serve.profiling.scheduler import (
     MAX_DECODES_ENV,
     SAMPLES_ENV,
     SEED_ENV,
     WARM_UP_STEPS,
     ProfilingScheduler,
 )
+from slos_serve.testing.dry_engine import DryEngine, make_scheduler, token_at
 
 DEVICE = BatchTimeModel(k_c_s=1e-3, b_c_s=1e-2, k_m_s=0.0, b_m_s=0.0)
 STEPS = 600

@@ -19,14 +19,14 @@ from openai import BadRequestError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
 from slos_serve.files.profile_file import Profile, model_label, save_profile
-from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.vllm_plugin.identity import device_name
-from slos_serve.vllm_plugin.launch import (
+from slos_serve.launch.server import (
     CPU_ENVIRONMENT,
     Plugin,
     ServerProcess,
     cpu_engine_args,
 )
+from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.vllm_plugin.identity import device_name
 from tests.vllm.hostile import MODEL, Hostile, hostile_requests
 
 pytestmark = pytest.mark.engine

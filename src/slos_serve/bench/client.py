@@ -22,7 +22,7 @@ from slos_serve.bench.requests import BenchRequest, LoadResult, Response
 from slos_serve.bench.stream import AnswerReader, EventSplitter, StreamError, error_text
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.metrics.summary import Outcome
-from slos_serve.vllm_plugin.stolen_time import stolen_s
+from slos_serve.profiling.stolen_time import stolen_s
 
 CLASS_HEADER = "x-slo-class"
 _REJECTED_STATUS = (429, 503)

@@ -19,8 +19,8 @@ from slos_serve.bench.demo_plan import DemoPlan
 from slos_serve.bench.demo_report import OURS, PHASES, STOCK, SideRun, side_run
 from slos_serve.bench.requests import BenchRequest, LoadResult, Response
 from slos_serve.core.errors import SlosServeError
+from slos_serve.launch.server import Plugin, ServerProcess
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.vllm_plugin.launch import Plugin, ServerProcess
 
 
 class DemoFailedError(SlosServeError):

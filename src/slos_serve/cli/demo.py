@@ -74,7 +74,7 @@ def demo(
 
 def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSetup, Profile]:
     """The model, how it is started, and its profile: the one given, the cached one, or a new one."""
-    from slos_serve.vllm_plugin.launch import CPU_ENVIRONMENT, LOGGING_VARIABLE, cpu_engine_args, set_cpu_environment
+    from slos_serve.launch.server import CPU_ENVIRONMENT, LOGGING_VARIABLE, cpu_engine_args, set_cpu_environment
 
     # The servers write to their logs; what is said while profiling would end up between the progress bars.
     server_logging = os.environ.get(LOGGING_VARIABLE, "INFO")
@@ -83,8 +83,8 @@ def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSet
     with console.status("loading vLLM"):
         from slos_serve.bench.demo import EngineSetup
         from slos_serve.files.profile_file import default_profile_path, find_profile, load_profile, save_profile
-        from slos_serve.vllm_plugin.cpu_model import resolve_model
-        from slos_serve.vllm_plugin.profile_run import profile_engine
+        from slos_serve.launch.cpu_model import resolve_model
+        from slos_serve.profiling.run import profile_engine
     with console.status(f"preparing the model '{model}' (converted once, then cached)"):
         path = str(resolve_model(model))
     identity = _identity(path)
@@ -110,8 +110,8 @@ def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSet
 
 def _identity(model: str) -> dict[str, Any]:
     """What a profile of this engine must have been measured on."""
-    from slos_serve.vllm_plugin.launch import cpu_engine_args
-    from slos_serve.vllm_plugin.profile_run import engine_identity
+    from slos_serve.launch.server import cpu_engine_args
+    from slos_serve.profiling.run import engine_identity
 
     return asdict(engine_identity(model, cpu_engine_args()))
 

@@ -21,7 +21,7 @@ from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.perf.residuals import FOLLOWED
 
 if TYPE_CHECKING:
-    from slos_serve.vllm_plugin.profile_run import ProfileRun
+    from slos_serve.profiling.run import ProfileRun
 
 # The planner keeps margins for errors of about this size; beyond it promises are made that cannot be kept.
 GOAL_MEDIAN, GOAL_P90, GOAL_R2 = 0.05, 0.15, 0.95
@@ -74,8 +74,8 @@ def profile(
 
 
 def _measure(console: Console, model: str, vllm_args: tuple[str, ...], duration_s: float, seed: int) -> ProfileRun:
-    from slos_serve.vllm_plugin.cpu_model import resolve_model
-    from slos_serve.vllm_plugin.launch import LOGGING_VARIABLE, cpu_model_args, set_cpu_environment
+    from slos_serve.launch.cpu_model import resolve_model
+    from slos_serve.launch.server import LOGGING_VARIABLE, cpu_model_args, set_cpu_environment
 
     os.environ.setdefault(LOGGING_VARIABLE, "ERROR")  # the engine writes where the progress bar is
     path = str(resolve_model(model))
@@ -83,7 +83,7 @@ def _measure(console: Console, model: str, vllm_args: tuple[str, ...], duration_
         vllm_args = cpu_model_args(vllm_args)
         set_cpu_environment()
     # Importing the engine takes seconds, which `--help` should not pay.
-    from slos_serve.vllm_plugin.profile_run import profile_engine
+    from slos_serve.profiling.run import profile_engine
 
     columns = (TextColumn("{task.description:20}"), BarColumn(), TimeElapsedColumn())
     # Few redraws: the engine may share its processor with this one.

@@ -23,8 +23,7 @@ from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.core.slo import ClassSet, SLOClass
 from slos_serve.files.class_file import load_classes
 from slos_serve.files.profile_file import Profile, default_profile_path, find_profile, load_profile, save_profile
-from slos_serve.routing.settings import Order
-from slos_serve.vllm_plugin.launch import (
+from slos_serve.launch.server import (
     STOP_TIMEOUT_S,
     Plugin,
     ServerProcess,
@@ -33,6 +32,7 @@ from slos_serve.vllm_plugin.launch import (
     option_value,
     set_cpu_environment,
 )
+from slos_serve.routing.settings import Order
 
 DEFAULT_PORT = 8000
 DEFAULT_HOST = "127.0.0.1"
@@ -133,7 +133,7 @@ def _port(text: str | None) -> int:
 
 def _model(model: str, given: tuple[str, ...], announce: Callable[[str], None]) -> tuple[str, tuple[str, ...]]:
     """What vLLM loads; a short name stays the name that clients use."""
-    from slos_serve.vllm_plugin.cpu_model import resolve_model
+    from slos_serve.launch.cpu_model import resolve_model
 
     path = resolve_model(model, announce)
     if path == model:
@@ -152,7 +152,7 @@ def _profile(
     Raises:
         ProfileMismatchError: the one given was measured on something else.
     """
-    from slos_serve.vllm_plugin.profile_run import engine_identity, profile_engine
+    from slos_serve.profiling.run import engine_identity, profile_engine
 
     loaded = None if given is None else load_profile(given)
     with console.status("reading the model's configuration"):

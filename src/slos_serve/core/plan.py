@@ -48,6 +48,10 @@ class EngineView:
         block_size: tokens a block.
         max_num_seqs: most requests in ``running``.
         max_num_batched_tokens: most tokens a step may hold.
+        max_adapters: most different LoRA adapters among ``running``, held requests included; 0 for no limit.
+        chunk_multiple: a prefill chunk that does not end its prompt must end at a multiple of this many computed
+            tokens (Mamba's block alignment); 1 for no such rule.
+        prefill_threshold: most prefill tokens of one request in a step; 0 for no limit.
     """
 
     table: RequestTable
@@ -58,6 +62,9 @@ class EngineView:
     block_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
+    max_adapters: int = 0
+    chunk_multiple: int = 1
+    prefill_threshold: int = 0
 
     def without_requests(self) -> EngineView:
         """The same engine with nothing in it."""

@@ -49,6 +49,9 @@ REQUEST_DTYPE = np.dtype(
         ("has_slo", np.int64),  # 1 when anything is promised
         ("missed", np.int64),  # 1 when a promise of it, or of an earlier call of its session, is broken for good
         ("running", np.int64),  # 1 when the engine holds KV for it (its "running" list)
+        ("blocked", np.int64),  # 1 when the engine could not run it in this step (pipeline cadence): it keeps its KV
+        ("adapter", np.int64),  # LoRA adapter it needs; 0 without one
+        ("fixed_blocks", np.int64),  # KV blocks it takes when it starts, beside those that grow with its tokens
     ]
 )
 
@@ -84,6 +87,8 @@ class RequestTable:
         hint_tokens: int = 0,
         cached_tokens: int = 0,
         missed: bool = False,
+        adapter: int = 0,
+        fixed_blocks: int = 0,
     ) -> int:
         """Enter a waiting request; returns its slot."""
         if not self._free:
@@ -113,6 +118,9 @@ class RequestTable:
         row["has_slo"] = has_slo
         row["missed"] = missed
         row["running"] = 0
+        row["blocked"] = 0
+        row["adapter"] = adapter
+        row["fixed_blocks"] = fixed_blocks
         self._num_added += 1
         return slot
 

@@ -23,14 +23,14 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import ClassSet, check_number
 from slos_serve.files.class_file import load_classes
 from slos_serve.files.profile_file import load_profile
+from slos_serve.launch.cpu_model import resolve_model
+from slos_serve.launch.server import CPU_ENVIRONMENT, SCHEDULER_CLS, Plugin, cpu_engine_kwargs
 from slos_serve.ray_serve import compat
 from slos_serve.ray_serve.engine import NothingToDownload
 from slos_serve.ray_serve.ingress import SLOIngress
 from slos_serve.ray_serve.json_only import JsonOnly
 from slos_serve.ray_serve.server import HANG_VARIABLE, SLOServer
 from slos_serve.routing.settings import PUBLISH_EVERY_S, STALE_AFTER_S, Order
-from slos_serve.vllm_plugin.cpu_model import resolve_model
-from slos_serve.vllm_plugin.launch import CPU_ENVIRONMENT, SCHEDULER_CLS, Plugin, cpu_engine_kwargs
 from slos_serve.vllm_plugin.middleware import SLOMiddleware
 from slos_serve.vllm_plugin.settings import PUBLISH_EVERY_VARIABLE
 

@@ -88,8 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import ray  # noqa: PLC0415 - reads the environment
     from ray import serve  # noqa: PLC0415
 
+    from slos_serve.profiling.run import given_arguments  # noqa: PLC0415
     from slos_serve.ray_serve.app import build_app  # noqa: PLC0415
-    from slos_serve.vllm_plugin.profile_run import given_arguments  # noqa: PLC0415
 
     if os.environ.get("RAY_ADDRESS"):
         ray.init()

@@ -25,15 +25,15 @@ from slos_serve.perf.batch_time import BatchShape
 from slos_serve.planning.warm_up import warm_up
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.vllm_plugin import compat
-from slos_serve.vllm_plugin.apply import steered
 from slos_serve.vllm_plugin.identity import identity_of
 from slos_serve.vllm_plugin.orphan import end_with_parent
-from slos_serve.vllm_plugin.outcome import Recorder
 from slos_serve.vllm_plugin.publish import publisher_of
+from slos_serve.vllm_plugin.recorder import Recorder
+from slos_serve.vllm_plugin.request_book import RequestBook
 from slos_serve.vllm_plugin.settings import PROFILE_VARIABLE, PluginSettings
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
+from slos_serve.vllm_plugin.steering import steered
 from slos_serve.vllm_plugin.step_clock import StepClock
-from slos_serve.vllm_plugin.view import RequestBook
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

@@ -12,7 +12,7 @@ from slos_serve.bench.demo import DemoFailedError, EngineSetup, Told, run_sides,
 from slos_serve.bench.demo_plan import DemoPlan, DemoSettings, plan_demo
 from slos_serve.bench.demo_report import OURS, STOCK
 from slos_serve.bench.requests import Response
-from slos_serve.vllm_plugin.launch import Plugin
+from slos_serve.launch.server import Plugin
 from tests.unit.bench.builders import MODEL
 from tests.unit.bench.sse_server import served
 

@@ -19,8 +19,8 @@ from slos_serve.bench.demo_report import OURS, STOCK, SideRun
 from slos_serve.cli.main import app
 from slos_serve.core.errors import SlosServeError
 from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.launch.server import CPU_ENVIRONMENT
 from slos_serve.sim.replay import read_record
-from slos_serve.vllm_plugin.launch import CPU_ENVIRONMENT
 from tests.unit.bench.builders import MODEL, demo_side
 
 IDENTITY = {"device": "Some CPU, 2 cores", "engine_version": "0.32.0", "dtype": "bfloat16", "tensor_parallel": 1}
@@ -64,11 +64,9 @@ def demo_sides(json_file: Path) -> list[Any]:
 def run_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sides: Sides, *arguments: str) -> Result:
     """The command with an engine that is known and never started."""
     engine = SimpleNamespace(profile_engine=lambda *_, **__: pytest.fail("a profile was given"))
-    monkeypatch.setitem(sys.modules, "slos_serve.vllm_plugin.profile_run", engine)
+    monkeypatch.setitem(sys.modules, "slos_serve.profiling.run", engine)
     monkeypatch.setattr("slos_serve.cli.demo._identity", lambda *_: dict(IDENTITY))
-    monkeypatch.setitem(
-        sys.modules, "slos_serve.vllm_plugin.cpu_model", SimpleNamespace(resolve_model=lambda name: name)
-    )
+    monkeypatch.setitem(sys.modules, "slos_serve.launch.cpu_model", SimpleNamespace(resolve_model=lambda name: name))
     monkeypatch.setattr(demo_module, "run_sides", sides)
     for name, value in CPU_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)  # the command sets them too; this way they are gone after the test

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 
 from slos_serve.cli.main import app
 from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.launch import server as launch
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.ray_serve.run import ReplicaPlan
-from slos_serve.vllm_plugin import launch
 
 # Answers /health, then ends itself like a server that was told to.
 STAND_IN = """
@@ -78,8 +78,8 @@ def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
     stand_in = Engine()
     run = SimpleNamespace(engine_identity=lambda *_: Identity(), profile_engine=stand_in.profile_engine)
     models = SimpleNamespace(resolve_model=lambda name, _: "/models/small" if name == "smollm2" else name)
-    monkeypatch.setitem(sys.modules, "slos_serve.vllm_plugin.profile_run", run)
-    monkeypatch.setitem(sys.modules, "slos_serve.vllm_plugin.cpu_model", models)
+    monkeypatch.setitem(sys.modules, "slos_serve.profiling.run", run)
+    monkeypatch.setitem(sys.modules, "slos_serve.launch.cpu_model", models)
     monkeypatch.setenv("SLOS_SERVE_CACHE", str(tmp_path / "cache"))
     return stand_in
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from slos_serve.core.plan import StepPlan
 from slos_serve.vllm_plugin import compat
-from slos_serve.vllm_plugin.view import RequestBook
+from slos_serve.vllm_plugin.request_book import RequestBook
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler

@@ -106,7 +106,7 @@ def run_conversion(gguf_file: Path, folder: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "slos_serve.vllm_plugin.gguf_conversion",
+        "slos_serve.launch.gguf_conversion",
         str(gguf_file),
         str(folder),
     ]

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from slos_serve.core.errors import SlosServeError
-from slos_serve.vllm_plugin import launch, middleware, settings
-from slos_serve.vllm_plugin.launch import (
+from slos_serve.launch import server as launch
+from slos_serve.launch.server import (
     CPU_ENVIRONMENT,
     Plugin,
     ServerProcess,
@@ -26,6 +26,7 @@ from slos_serve.vllm_plugin.launch import (
     server_environment,
     set_cpu_environment,
 )
+from slos_serve.vllm_plugin import middleware, settings
 
 # Serves /health, starts a worker in its process group, writes what it was told, ends on SIGTERM.
 STAND_IN = """
@@ -173,7 +174,7 @@ def test_a_port_in_use_is_refused() -> None:
 
 def test_importing_the_plug_in_imports_no_engine() -> None:
     program = (
-        "import sys, slos_serve.vllm_plugin.middleware, slos_serve.vllm_plugin.launch\n"
+        "import sys, slos_serve.vllm_plugin.middleware, slos_serve.launch.server\n"
         "assert not [name for name in ('vllm', 'torch') if name in sys.modules]"
     )
     subprocess.run([sys.executable, "-c", program], check=True, env=dict(os.environ), timeout=120)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from slos_serve.vllm_plugin import cpu_model
-from slos_serve.vllm_plugin.cpu_model import CpuModelError, convert_once, models_folder, resolve_model
+from slos_serve.launch import cpu_model
+from slos_serve.launch.cpu_model import CpuModelError, convert_once, models_folder, resolve_model
 
 
 def write_checkpoint(gguf_file: Path, folder: Path) -> None:

@@ -40,15 +40,15 @@ from slos_serve.files.profile_file import Profile, model_label
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.perf.fit import HELD_OUT_EVERY, Sample, fit_held_out
 from slos_serve.perf.residuals import FOLLOWED, error_by_region, error_followed, ratio_quantiles
+from slos_serve.profiling.scheduler import MAX_DECODES_ENV, SAMPLES_ENV, SEED_ENV
+from slos_serve.profiling.stolen_time import DISTURBED_SHARE, undisturbed
 from slos_serve.vllm_plugin.identity import EngineIdentity, identity_of
-from slos_serve.vllm_plugin.profiling import MAX_DECODES_ENV, SAMPLES_ENV, SEED_ENV
-from slos_serve.vllm_plugin.stolen_time import DISTURBED_SHARE, undisturbed
 
 SERVER_PARSER_HOMES = (
     "vllm.entrypoints.launchers.cli_args",
     "vllm.entrypoints.openai.cli_args",
 )
-SCHEDULER_CLS = "slos_serve.vllm_plugin.profiling.ProfilingScheduler"
+SCHEDULER_CLS = "slos_serve.profiling.scheduler.ProfilingScheduler"
 DEFAULT_DURATION_S = 60.0
 MAX_DECODES_CPU = 32
 MAX_DECODES_GPU = 256

@@ -14,7 +14,7 @@ from slos_serve.core.slo import ClassSet
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.vllm_plugin.events import EventLog
 from slos_serve.vllm_plugin.metrics import SchedulerMetrics, Verdict
-from slos_serve.vllm_plugin.view import RequestBook, Tracked, stage_kept
+from slos_serve.vllm_plugin.request_book import RequestBook, Tracked, stage_kept
 
 logger = init_logger("vllm.slos_serve")
 GAUGES_EVERY = 16

@@ -29,7 +29,7 @@ from vllm.v1.request import Request
 
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.perf.grid import GridPoint, grid_points
-from slos_serve.vllm_plugin.stolen_time import stolen_s
+from slos_serve.profiling.stolen_time import stolen_s
 
 SAMPLES_ENV = "SLOS_SERVE_PROFILE_SAMPLES"
 SEED_ENV = "SLOS_SERVE_PROFILE_SEED"

