@@ -64,7 +64,7 @@ def test_each_request_verifies_what_was_planned(start: Start, monkeypatch: pytes
 @pytest.mark.parametrize("depth", [1, 2])
 def test_acceptance_is_learnt_from_what_vllm_verified(start: Start, depth: int) -> None:
     engine = start(depth=depth, speculative_config=NGRAM)
-    engine.acceptance = 0.5
+    engine.device.acceptance = 0.5
     mixed_load(engine, count=60)
     mean = engine.scheduler._slo.policy.planner.drafting.acceptance.mean()
     assert mean[0] == pytest.approx(0.5, abs=0.06)  # chat
@@ -73,7 +73,7 @@ def test_acceptance_is_learnt_from_what_vllm_verified(start: Start, depth: int) 
 
 def test_drafts_that_are_never_there_count_as_wrong(start: Start) -> None:
     engine = start(depth=1, speculative_config=NGRAM)
-    engine.hit_share = 0.0
+    engine.device.hit_share = 0.0
     mixed_load(engine, count=40)
     assert_answers(engine)
     assert engine.num_drafted == 0
