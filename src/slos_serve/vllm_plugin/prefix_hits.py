@@ -77,7 +77,7 @@ class PrefixHits:
         """Write what is cached of one request; blocks found."""
         scheduler, request = self._scheduler, tracked.request
         cached = compat.local_hit_tokens(scheduler, request)
-        blocks = cached // scheduler.block_size
+        blocks = cached // int(scheduler.block_size)
         self.loads.pop(tracked.slot, None)
         if scheduler.connector is not None and not request.skip_reading_prefix_cache:
             external, asynchronous = compat.external_hit(scheduler, request, cached)
