@@ -7,7 +7,7 @@ name. :func:`missing_names` looks for each name at start; :mod:`slos_serve.vllm_
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import vllm
@@ -53,7 +53,12 @@ _SCHEDULER_NAMES = (
     "scheduler_config",
     "vllm_config",
 )
-_MANAGER_NAMES = ("coordinator.find_longest_cache_hit", "block_pool.get_num_free_blocks", "block_pool.num_gpu_blocks")
+_MANAGER_NAMES = (
+    "coordinator.find_longest_cache_hit",
+    "block_pool.get_cached_block",
+    "block_pool.get_num_free_blocks",
+    "block_pool.num_gpu_blocks",
+)
 _REQUEST_NAMES = (
     "num_output_placeholders",
     "num_in_flight_tokens",
@@ -172,6 +177,11 @@ def startable(queue: Iterable[Request]) -> list[Request]:
 def loads_kv(request: Request) -> bool:
     """True while KV of a waiting request is on its way from another engine or tier."""
     return bool(request.status == RequestStatus.WAITING_FOR_REMOTE_KVS)
+
+
+def holds_slot(request: Request) -> bool:
+    """True for a streaming-input session that waits for a turn: the worker has kept its slot since its last one."""
+    return bool(request.resumable and request.num_computed_tokens and may_start(request))
 
 
 def is_parked(request: Request) -> bool:
@@ -324,13 +334,51 @@ def total_pool_blocks(scheduler: Scheduler) -> int:
     return int(scheduler.kv_cache_manager.block_pool.num_gpu_blocks) - 1
 
 
-def local_hit_tokens(scheduler: Scheduler, request: Request) -> int:
-    """Prompt tokens that the engine's own prefix cache holds now; leaves vLLM's hit statistics alone."""
+def local_hit(scheduler: Scheduler, request: Request) -> tuple[int, int]:
+    """Prompt tokens that the engine's own prefix cache holds now, and how many of them running requests hold as well.
+
+    Blocks of the latter are shared: they take nothing from the pool. Leaves vLLM's hit statistics alone.
+    """
     manager = scheduler.kv_cache_manager
     if not getattr(manager, "enable_caching", False) or request.skip_reading_prefix_cache:
-        return 0
+        return 0, 0
+    if len(scheduler.kv_cache_config.kv_cache_groups) == 1 and _hashes_blocks(scheduler):
+        return _cached_prefix(scheduler, request)
     hit = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
-    return int(hit[1])
+    return int(hit[1]), 0
+
+
+def _hashes_blocks(scheduler: Scheduler) -> bool:
+    """Whether every hash of a request stands for one block of the engine."""
+    return bool(getattr(scheduler, "hash_block_size", scheduler.block_size) == scheduler.block_size)
+
+
+def _cached_prefix(scheduler: Scheduler, request: Request) -> tuple[int, int]:
+    """Cached and shared prefix of a request by bisection: vLLM evicts a prefix from its end, so both are beginnings."""
+    cached, hashes = scheduler.kv_cache_manager.block_pool.get_cached_block, request.block_hashes
+    size = int(scheduler.block_size)
+
+    def found(count: int) -> bool:
+        return cached(hashes[count - 1], [0]) is not None
+
+    def shared(count: int) -> bool:
+        blocks = cached(hashes[count - 1], [0])
+        return blocks is not None and blocks[0].ref_cnt > 0
+
+    most = _largest(min(len(hashes), (request.num_tokens - 1) // size), found)
+    return most * size, _largest(most, shared) * size
+
+
+def _largest(high: int, holds: Callable[[int], bool]) -> int:
+    """Largest count in [0, high] for which ``holds``; it holds for every smaller count then, and for 0."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def external_hit(scheduler: Scheduler, request: Request, local_tokens: int) -> tuple[int | None, bool]:
@@ -376,3 +424,16 @@ def stock_class(vllm_config: Any) -> type:
 
         found = Scheduler
     return found
+
+
+def cap_prefills(scheduler: Scheduler, most_tokens: int) -> int:
+    """Let no request get more than ``most_tokens`` in a step, 0 for vLLM's own limit alone; returns that limit."""
+    own = int(scheduler.scheduler_config.long_prefill_token_threshold)
+    if most_tokens:
+        scheduler.scheduler_config.long_prefill_token_threshold = min(own, most_tokens) if own else most_tokens
+    return own
+
+
+def wanted_tokens(request: Request) -> int:
+    """Tokens that vLLM would give a running request if it had the budget."""
+    return int(request.num_tokens_with_spec + request.num_output_placeholders - request.num_computed_tokens)

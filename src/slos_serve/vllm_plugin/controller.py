@@ -156,7 +156,7 @@ class StepController:
         plan = self.policy.plan(start_s, view)
         if self.publisher is not None:
             self.publisher.after_plan(start_s, view, plan, seen_until_s=seen_s)
-        chosen = select(self.scheduler, plan, self.book, self.limits.needs, list(self.hits.loads.values()))
+        chosen = select(self.scheduler, plan, self.book, self.limits.needs, self.hits.loads())
         # Processor time: a plan is not to blame for a core that something else kept busy.
         proposal = Proposal(view, plan, chosen, time.perf_counter() - wall_s, time.thread_time() - busy_s)
         if not (chosen.run or chosen.start or chosen.loads):
@@ -171,6 +171,10 @@ class StepController:
         running = book.sync_running(self.scheduler, start_s)
         queues.look()
         waiting = book.known_of(queues.startable)
+        sessions = [one for one in book.sessions.values() if compat.holds_slot(one.request)]
+        if sessions:  # to the plan they run: they hold their KV and a worker's slot
+            running = np.concatenate((running, book.sync_sessions(sessions, start_s)))
+            waiting = [tracked for tracked in waiting if not compat.holds_slot(tracked.request)]
         holders = [tracked for tracked in waiting if tracked.request.num_computed_tokens]
         if holders:
             book.sync_waiting(holders)

@@ -58,7 +58,7 @@ class RequestBook:
             adapter=compat.adapter_of(request),
             fixed_blocks=fixed_blocks,
         )
-        tracked = Tracked(request, slot, promise)
+        tracked = Tracked(request, slot, promise, fixed_blocks=fixed_blocks)
         self.by_id[request.request_id] = tracked
         self.by_slot[slot] = tracked
         if request.resumable:
@@ -123,6 +123,14 @@ class RequestBook:
         """Bring the rows of requests up to date that do not run (any more)."""
         slots = self._sync(several, running=False, pending_first_s=np.nan)
         self.table.rows["blocked"][slots] = 0
+
+    def sync_sessions(self, sessions: Sequence[Tracked], pending_first_s: float) -> SlotArray:
+        """Bring the rows of sessions up to date that wait for a turn with their slot; int64 slots."""
+        slots = self._sync(sessions, running=True, pending_first_s=pending_first_s)
+        self._was_running.update(slots.tolist())
+        self.table.rows["blocked"][slots] = 0
+        self.table.rows["cached_tokens"][slots] = 0
+        return slots
 
     def known_of(self, requests: Iterable[Request]) -> list[Tracked]:
         """What is tracked of vLLM's requests, in the same order."""

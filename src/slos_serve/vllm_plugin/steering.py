@@ -35,6 +35,7 @@ class Selection:
         preempt: running requests that give their KV back before the step.
         loads: waiting requests whose KV a connector is to load; they take no tokens.
         budget: tokens of the step.
+        most_tokens_each: no request may get more tokens than this; 0 for no such limit.
     """
 
     run: list[Request] = field(default_factory=list)
@@ -42,6 +43,7 @@ class Selection:
     preempt: list[Request] = field(default_factory=list)
     loads: list[Request] = field(default_factory=list)
     budget: int = 0
+    most_tokens_each: int = 0
 
 
 def select(
@@ -63,7 +65,8 @@ def select(
         planned = [request if id(request) in running else None for request in planned]
     gone = {id(request) for request in preempt}
     chosen = Selection(preempt=preempt)
-    limits = _Room(scheduler, gone)
+    sessions = [one.request for one in book.sessions.values() if compat.holds_slot(one.request)]
+    limits = _Room(scheduler, gone, sessions)
     for request, count, draft in zip(planned, tokens, drafts, strict=True):
         if request is None or id(request) in gone:
             continue
@@ -77,16 +80,20 @@ def select(
             chosen.start.append(request)
     chosen.budget = limits.tokens
     chosen.loads = _loads_that_fit(scheduler, plan, book, needs, loads)
+    if chosen.loads:
+        # vLLM looks at waiting requests only while budget is left. One token more is enough, if no chunk takes it.
+        chosen.budget, chosen.most_tokens_each = limits.with_one_left(chosen.run), limits.largest
     return chosen
 
 
 class _Room:
     """The limits that vLLM asserts, as a selection fills them."""
 
-    def __init__(self, scheduler: Scheduler, preempted: set[int]) -> None:
+    def __init__(self, scheduler: Scheduler, preempted: set[int], sessions: Sequence[Request]) -> None:
         self._scheduler = scheduler
         stay = [request for request in scheduler.running if id(request) not in preempted]
-        self._slots = compat.most_running(scheduler) - len(stay)
+        self._sessions = {id(request) for request in sessions}
+        self._slots = compat.most_running(scheduler) - len(stay) - len(sessions)
         self._most_adapters = compat.most_adapters(scheduler)
         self._adapters = {compat.adapter_of(request) for request in stay} - {0} if self._most_adapters else set()
         self._most_tokens = int(scheduler.max_num_scheduled_tokens)
@@ -95,13 +102,19 @@ class _Room:
         self._pad = int(scheduler.num_spec_tokens) if compat.pads_starts(scheduler) else 0
         self._prefills = False
         self._inputs = 0
-        self.tokens = 0
+        self.tokens = self.largest = 0
 
     def take_running(self, request: Request, count: int) -> None:
         """Count a running request's tokens."""
         self._prefills |= bool(request.is_prefill_chunk)
         self.tokens = min(self.tokens + count, self._most_tokens)
+        self.largest = max(self.largest, count)
         self._inputs += count + self._draft_slots
+
+    def with_one_left(self, run: Sequence[Request]) -> int:
+        """A budget of which a token is left behind the running requests, each taking no more than ``largest``."""
+        taken = sum(min(compat.wanted_tokens(request), self.largest) for request in run)
+        return min(max(self.tokens, taken + 1), self._most_tokens)
 
     def takes_start(self, request: Request, count: int) -> bool:
         """Whether a waiting request may start with ``count`` tokens beside the ones before; counts it if so."""
@@ -112,11 +125,13 @@ class _Room:
         if self._pad and not self._prefills and count == 1:
             count += self._pad  # vLLM pads a start of one token, or leaves it out
         inputs = self._inputs + count + self._draft_slots
-        if self._slots <= 0 or self.tokens + count > self._most_tokens or inputs > self._most_inputs:
+        has_slot = id(request) in self._sessions
+        if (self._slots <= 0 and not has_slot) or self.tokens + count > self._most_tokens or inputs > self._most_inputs:
             return False
-        self._slots -= 1
+        self._slots -= not has_slot
         self._adapters |= {adapter} - {0} if self._most_adapters else set()
         self.tokens += count
+        self.largest = max(self.largest, count)
         self._inputs = inputs
         return True
 
@@ -162,10 +177,12 @@ def steered(scheduler: Scheduler, chosen: Selection, now_s: float, hidden: Hidde
     setattr(scheduler, limit_name, limit - len(held))
     shown = len(chosen.loads) + len(chosen.start)
     hidden.running, hidden.waiting = len(held), len(first) + len(waiting) - shown
+    threshold = compat.cap_prefills(scheduler, chosen.most_tokens_each)
     try:
         yield
     finally:
         hidden.running = hidden.waiting = 0
+        scheduler.scheduler_config.long_prefill_token_threshold = threshold
         setattr(scheduler, limit_name, limit)
         scheduler.max_num_scheduled_tokens = budget
         preempted = [request for request in scheduler.waiting if id(request) in runs]
@@ -196,7 +213,7 @@ def _back_in_order(before: list[Request], held: list[Request], after: list[Reque
 
 def _take_out(first: RequestQueue, waiting: RequestQueue, chosen: Selection, running: set[int]) -> None:
     """Take those that started out of the queues they stood in, and move loads that began to the first queue."""
-    started = [request for request in chosen.start if id(request) in running]
+    started = [request for request in (*chosen.loads, *chosen.start) if id(request) in running]
     loading = [request for request in (*chosen.loads, *chosen.start) if compat.loads_kv(request)]
     if started or loading:
         gone = [*started, *loading]

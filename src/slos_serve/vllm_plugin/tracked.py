@@ -51,6 +51,7 @@ class Tracked:
         stage_start_s: when the first token of the current stage came; ``None`` before.
         first_token_s: when the first token of the turn came; ``None`` before.
         seen_tokens: output tokens accounted for.
+        fixed_blocks: KV blocks that it takes when it starts, beside those that grow with its tokens.
         turn_prompt_tokens: prompt tokens with which the current turn began.
         first_in_time: False once a first token came late.
         stages_kept: False once a finished stage missed its TPOT.
@@ -71,6 +72,7 @@ class Tracked:
     first_token_s: float | None = None
     last_token_s: float | None = None
     seen_tokens: int = 0
+    fixed_blocks: int = 0
     turn_prompt_tokens: int = 0
     first_in_time: bool = True
     stages_kept: bool = True
