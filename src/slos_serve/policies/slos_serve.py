@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from slos_serve.core.plan import EngineView, StepPlan
+from slos_serve.core.request import SlotArray, Status
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
 from slos_serve.perf.online import OnlineCorrection
 from slos_serve.planning.planner import Planner
@@ -32,6 +35,13 @@ class SLOsServePolicy:
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Plan the step that starts at ``now_s``."""
         return self.planner.plan(now_s, view)
+
+    def commit(self, plan: StepPlan, view: EngineView, ran: SlotArray) -> None:
+        """The engine ran ``ran`` of the plan's slots: write what the plan decided about promises into the table."""
+        rows = view.table.rows
+        made = plan.admitted[np.isin(plan.admitted, ran) | (rows["running"][plan.admitted] == 1)]
+        rows["status"][made] = Status.ADMITTED
+        rows["status"][plan.demoted] = Status.BEST_EFFORT
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
         """Follow the drift and the spread of step times."""

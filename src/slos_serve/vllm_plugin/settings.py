@@ -50,6 +50,7 @@ class PluginSettings:
     planner: PlannerSettings = field(default_factory=PlannerSettings)
     publish_to: str | None = None
     publish_every_s: float = PUBLISH_EVERY_S
+    fault_limit: int = 20
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> PluginSettings:
