@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from vllm.v1.core.sched.interface import PauseState
+
 from slos_serve.testing.request import KVLoad, RequestFeatures
 from slos_serve.testing.scheduler import Setup
 from tests.vllm.feature_probes import CHAT, Play, Scene
@@ -187,6 +189,62 @@ def _throttled(play: Play) -> None:
         play.engine.step(throttle_prefills=step % 4 != 0)
 
 
+# Interruptions --------------------------------------------------------------------------------------------------------
+
+
+def _paused(play: Play) -> None:
+    play.streams()
+    play.watch("before", play.prompt(500))
+    play.steps(1)
+    for state in (PauseState.PAUSED_NEW, PauseState.PAUSED_ALL, PauseState.UNPAUSED):
+        play.engine.scheduler.set_pause_state(state)
+        play.steps(6)
+        play.watch(f"under {state.name}", play.prompt(300), features=RequestFeatures(grammar_steps=1))
+    play.steps(20)
+
+
+def _prefix_cache_reset(play: Play) -> None:
+    play.streams()
+    for number in range(3):
+        play.watch(f"r{number}", play.prompt(800))
+        play.steps(5)
+        play.engine.scheduler.reset_prefix_cache(reset_running_requests=True)
+
+
+def _aborts(play: Play) -> None:
+    play.streams(6)
+    for number in range(8):
+        grammar = RequestFeatures(grammar_steps=2) if number % 2 else RequestFeatures()
+        play.watch(f"r{number}", play.prompt(1500), features=grammar)
+        play.steps(2)
+        if number % 3 == 0:
+            play.abort(f"r{number}")
+            play.abort(f"stream{number // 3}")
+    play.steps(10)
+
+
+def _stop_strings(play: Play) -> None:
+    for number in range(20):
+        play.watch(f"r{number}", play.prompt(200), 500, features=RequestFeatures(stop_after=20))
+        play.steps(6)
+
+
+def _little_kv(play: Play) -> None:
+    for number in range(16):
+        play.watch(f"r{number}", play.prompt(300), 120, slo=CHAT if number % 2 else None)
+        play.steps(8)
+
+
+def _same_long_prefix(play: Play) -> None:
+    shared = play.prompt(6000)
+    play.engine.add("first", shared, 1)
+    play.engine.run()
+    play.streams()
+    for number in range(30):
+        play.watch(f"r{number}", shared[:5984] + play.prompt(200), 10)
+    play.until_first(*(f"r{number}" for number in range(30)))
+
+
 # Images and other KV --------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +264,7 @@ SCENES = (
     Scene("KV connector, all slots taken", _remote_prefill_full_house, CONSUMER, {"max_num_seqs": 4}, counted=True),
     Scene("KV connector, offload", _offloaded, Setup(kv_role="kv_both")),
     Scene("KV connector, producer", _producer, PRODUCER, counted=True),
-    Scene("KV connector, producer, little KV", _producer, PRODUCER, {"num_blocks": 120}, counted=True),
+    Scene("KV connector, producer, little KV", _producer, PRODUCER, {"num_blocks": 120}, scarce=True),
     Scene("LoRA, max_loras 1", _two_adapters, arguments=LORA | {"max_loras": 1}, counted=True),
     Scene("LoRA, max_loras 2", _more_adapters, arguments=LORA | {"max_loras": 2}, counted=True),
     Scene("padded start", _padded_start, arguments={"speculative_config": NGRAM}),
@@ -239,6 +297,13 @@ SCENES = (
     ),
     Scene("prefill throttling", _throttled),
     Scene("model runner V2", _loaded, Setup(runner_v2=True), counted=True),
+    Scene("pause and resume", _paused, counted=True),
+    Scene("prefix cache reset", _prefix_cache_reset, counted=True),
+    Scene("aborts", _aborts, counted=True),
+    Scene("stop strings", _stop_strings),
+    Scene("little KV", _little_kv, arguments={"num_blocks": 150}, scarce=True),
+    Scene("little KV, drafts", _little_kv, arguments={"num_blocks": 150, "speculative_config": NGRAM}, scarce=True),
+    Scene("long cached prefix", _same_long_prefix, counted=True),
     Scene("images", _images, Setup(encoder_tokens=600), counted=True),
     Scene("sliding window", _loaded, Setup(kv_groups=("full", "sliding")), counted=True),
     Scene("Mamba, align", _loaded, Setup(kv_groups=("full", "mamba")), {"block_size": 64}, counted=True),

@@ -9,7 +9,15 @@ from typing import Any
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 
-STOP_STRING = "\n\n"
+from slos_serve.testing.device import token_at
+
+
+class DryTokenizer:
+    """Text of tokens, for what looks for stop strings in answers."""
+
+    def decode(self, token_ids: Sequence[int]) -> str:
+        """The tokens' numbers in angle brackets."""
+        return "".join(f"<{token}>" for token in token_ids)
 
 
 @dataclass(frozen=True)
@@ -75,7 +83,7 @@ def make_request(
         max_tokens=max_tokens,
         ignore_eos=True,
         extra_args=extra or None,
-        stop=[STOP_STRING] if features.stop_after is not None else None,
+        stop=_stop_strings(prompt, features),
         structured_outputs=_grammar_params(features),
     )
     arguments: dict[str, Any] = {}
@@ -95,6 +103,12 @@ def make_request(
         block_hasher=block_hasher,
         **arguments,
     )
+
+
+def _stop_strings(prompt: Sequence[int], features: RequestFeatures) -> list[str] | None:
+    if features.stop_after is None:
+        return None
+    return [DryTokenizer().decode([token_at(prompt, features.stop_after - 1)])]
 
 
 def _grammar_params(features: RequestFeatures) -> Any:
