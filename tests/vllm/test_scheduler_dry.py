@@ -23,12 +23,12 @@ from slos_serve.metrics.attainment import stage_starts_of
 from slos_serve.planning.candidates import next_due_s
 from slos_serve.routing.publication import Publication
 from slos_serve.vllm_plugin import compat
+from slos_serve.vllm_plugin.config import (
+    PROFILE_ENV,
+    PUBLISH_ENV,
+)
 from slos_serve.vllm_plugin.publish import EnginePublisher
 from slos_serve.vllm_plugin.scheduler import SLOScheduler
-from slos_serve.vllm_plugin.settings import (
-    PROFILE_VARIABLE,
-    PUBLISH_VARIABLE,
-)
 from tests.vllm.dry_load import (
     Start,
     assert_all_served,
@@ -266,7 +266,7 @@ def test_supported_versions_pass(version: str) -> None:
 def published(monkeypatch: pytest.MonkeyPatch) -> list[Publication]:
     """What an engine publishes from now on."""
     found: list[Publication] = []
-    monkeypatch.setenv(PUBLISH_VARIABLE, "ipc:///nonexistent/engine")
+    monkeypatch.setenv(PUBLISH_ENV, "ipc:///nonexistent/engine")
     monkeypatch.setattr(EnginePublisher, "deliver", lambda _, publication: found.append(publication))
     monkeypatch.setattr("slos_serve.vllm_plugin.scheduler.end_with_parent", lambda: None)
     monkeypatch.setattr(SLOScheduler, "slo_clock_s", staticmethod(lambda: -1.0))  # before the engine sets its own
@@ -297,9 +297,9 @@ def test_an_engine_publishes_while_it_works_and_when_it_rests(
 def test_nothing_is_published_without_a_reader_or_a_planner(
     start: Start, published: list[Publication], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(PROFILE_VARIABLE)
+    monkeypatch.delenv(PROFILE_ENV)
     engine = start()
     mixed_load(engine, count=5)
-    monkeypatch.delenv(PUBLISH_VARIABLE)
+    monkeypatch.delenv(PUBLISH_ENV)
     start()
     assert not published

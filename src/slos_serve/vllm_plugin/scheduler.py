@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,12 +25,12 @@ from slos_serve.perf.batch_time import BatchShape
 from slos_serve.planning.warm_up import warm_up
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.vllm_plugin import compat
-from slos_serve.vllm_plugin.identity import identity_of
+from slos_serve.vllm_plugin.config import PROFILE_ENV, PluginConfig
+from slos_serve.vllm_plugin.identity import check_profile
 from slos_serve.vllm_plugin.orphan import end_with_parent
 from slos_serve.vllm_plugin.publish import publisher_of
 from slos_serve.vllm_plugin.recorder import Recorder
 from slos_serve.vllm_plugin.request_book import RequestBook
-from slos_serve.vllm_plugin.settings import PROFILE_VARIABLE, PluginSettings
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
 from slos_serve.vllm_plugin.steering import steered
 from slos_serve.vllm_plugin.step_clock import StepClock
@@ -60,7 +60,7 @@ class SLOScheduler(AsyncScheduler):
         compat.check_version(compat.engine_version())
         super().__init__(*args, **kwargs)
         compat.check_scheduler(self)
-        settings = PluginSettings.from_environment(os.environ)
+        settings = PluginConfig.from_environment(os.environ)
         self._slo_settings = settings
         self._slo_classes = {slo_class.name: index for index, slo_class in enumerate(settings.classes)}
         self._slo_book = RequestBook()
@@ -69,10 +69,7 @@ class SLOScheduler(AsyncScheduler):
         self._slo_drafting: set[int] = set()
         self._slo_policy: SLOsServePolicy | None = None
         if settings.profile is not None:
-            settings.profile.check_matches(
-                model=str(self.vllm_config.model_config.model),
-                **asdict(identity_of(self.vllm_config)),
-            )
+            check_profile(settings, self.vllm_config)
             num_classes = len(settings.classes) + 2  # custom numbers, and none
             most_drafts = min(compat.most_drafts(self), MAX_DRAFT_TOKENS)
             planner = replace(settings.planner, max_draft_tokens=most_drafts)
@@ -89,7 +86,7 @@ class SLOScheduler(AsyncScheduler):
         if self._slo_policy is None:
             logger.warning(
                 "slos-serve: no batch-time profile (%s): every step runs in stock order.",
-                PROFILE_VARIABLE,
+                PROFILE_ENV,
             )
         logger.info(
             "slos-serve: classes %s, default %s, async scheduling %s, drafts up to %d, KV cache of %d blocks of %d "
