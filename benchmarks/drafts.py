@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,11 @@ from slos_serve.bench.demo_plan import DemoPlan, DemoSettings, classes_yaml, pla
 from slos_serve.bench.demo_report import phase_json, side_run
 from slos_serve.bench.requests import BenchRequest, LoadResult
 from slos_serve.files.profile_file import Profile, find_profile
+from slos_serve.launch.cpu_engine import CPU_ENVIRONMENT, cpu_engine_args, set_cpu_environment
 from slos_serve.launch.cpu_model import resolve_model
-from slos_serve.launch.server import CPU_ENVIRONMENT, Plugin, ServerProcess, cpu_engine_args, set_cpu_environment
+from slos_serve.launch.server import ServerProcess
 from slos_serve.profiling.run import engine_identity
+from slos_serve.vllm_plugin.config import PluginConfig
 
 PLAIN, DRAFTING = "without drafts", "n-gram drafts"
 # What vLLM counts of speculation.
@@ -49,7 +50,7 @@ def main() -> int:
     given = parser.parse_args()
     set_cpu_environment()
     model = str(resolve_model("smollm2"))
-    kept = find_profile(model, **asdict(engine_identity(model, cpu_engine_args())))
+    kept = find_profile(engine_identity(model, cpu_engine_args()))
     if kept is None:
         print("there is no profile of the demo's model on this machine yet: run make demo first", file=sys.stderr)
         return 2
@@ -83,9 +84,9 @@ def _run(
         side: ServerProcess(
             model,
             [*cpu_engine_args(), *arguments],
-            plugin=Plugin(classes, path, folder / f"{side}.jsonl"),
+            plugin=PluginConfig(classes_path=classes, profile_path=path, events_path=folder / f"{side}.jsonl"),
             environment=CPU_ENVIRONMENT,
-            log_path=folder / f"{side}.log",
+            output=folder / f"{side}.log",
         )
         for side, arguments in more.items()
     }

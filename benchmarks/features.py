@@ -48,13 +48,13 @@ def prepare(folder: Path) -> None:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ["HF_HUB_OFFLINE"] = "1"
     from slos_serve.vllm_plugin import compat
-    from slos_serve.vllm_plugin.settings import CLASSES_VARIABLE, PROFILE_VARIABLE
+    from slos_serve.vllm_plugin.config import CLASSES_ENV, PROFILE_ENV
     from tests.vllm.dry_load import CLASSES, write_profile
 
     (folder / "classes.yaml").write_text(CLASSES, encoding="utf-8")
     write_profile(folder / "profile.json", compat.engine_version())
-    os.environ[CLASSES_VARIABLE] = str(folder / "classes.yaml")
-    os.environ[PROFILE_VARIABLE] = str(folder / "profile.json")
+    os.environ[CLASSES_ENV] = str(folder / "classes.yaml")
+    os.environ[PROFILE_ENV] = str(folder / "profile.json")
 
 
 def row_of(scene: Any, folder: Path) -> Row:

@@ -30,13 +30,13 @@ def added_per_step(folder: Path) -> None:
     from slos_serve.files.profile_file import Profile, save_profile
     from slos_serve.testing.dry_engine import DryEngine, make_scheduler
     from slos_serve.vllm_plugin import compat
+    from slos_serve.vllm_plugin.config import (
+        CLASSES_ENV,
+        EVENTS_ENV,
+        PROFILE_ENV,
+    )
     from slos_serve.vllm_plugin.identity import device_name
     from slos_serve.vllm_plugin.scheduler import SLOScheduler
-    from slos_serve.vllm_plugin.settings import (
-        CLASSES_VARIABLE,
-        EVENTS_VARIABLE,
-        PROFILE_VARIABLE,
-    )
     from tests.builders import OPT_13B_A100
 
     (folder / "classes.yaml").write_text(
@@ -58,9 +58,9 @@ def added_per_step(folder: Path) -> None:
         OPT_13B_A100,
     )
     save_profile(profile, folder / "profile.json")
-    os.environ[CLASSES_VARIABLE] = str(folder / "classes.yaml")
-    os.environ[PROFILE_VARIABLE] = str(folder / "profile.json")
-    os.environ[EVENTS_VARIABLE] = str(folder / "events.jsonl")
+    os.environ[CLASSES_ENV] = str(folder / "classes.yaml")
+    os.environ[PROFILE_ENV] = str(folder / "profile.json")
+    os.environ[EVENTS_ENV] = str(folder / "events.jsonl")
     rng = np.random.default_rng(0)
     stock_ms: list[float] = []
     for cls in (AsyncScheduler, SLOScheduler):
@@ -115,10 +115,10 @@ def throughput_ratio(folder: Path) -> float:
     from vllm import LLM
 
     from slos_serve.files.profile_file import Profile, save_profile
+    from slos_serve.launch.cpu_engine import cpu_engine_args
     from slos_serve.launch.cpu_model import resolve_model
-    from slos_serve.launch.server import cpu_engine_args
     from slos_serve.profiling.run import engine_identity
-    from slos_serve.vllm_plugin.settings import PROFILE_VARIABLE
+    from slos_serve.vllm_plugin.config import PROFILE_ENV
     from tests.builders import OPT_13B_A100
 
     dtype = cpu_engine_args()[1]
@@ -133,11 +133,11 @@ def throughput_ratio(folder: Path) -> float:
     # Its coefficients do not matter while nothing is planned; its identity is checked.
     profile = Profile(
         Path(model).name,
-        found.device,
+        str(found.device),
         "vllm",
-        found.engine_version,
+        str(found.engine_version),
         "now",
-        found.dtype,
+        str(found.dtype),
         1,
         10**6,
         16,
@@ -145,7 +145,7 @@ def throughput_ratio(folder: Path) -> float:
         OPT_13B_A100,
     )
     save_profile(profile, folder / "profile.json")
-    os.environ[PROFILE_VARIABLE] = str(folder / "profile.json")
+    os.environ[PROFILE_ENV] = str(folder / "profile.json")
     engines = {
         "stock": LLM(model, **common),
         "ours": LLM(model, scheduler_cls="slos_serve.vllm_plugin.SLOScheduler", **common),

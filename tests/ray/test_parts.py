@@ -25,14 +25,16 @@ from starlette.requests import Request
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.ray_serve import compat
-from slos_serve.ray_serve.app import KEYS, AppSettings, build_app, llm_config_of
+from slos_serve.ray_serve.app import KEYS, AppConfig, build_app, llm_config_of
 from slos_serve.ray_serve.ingress import MAX_ATTEMPTS, SLOIngress, answer_headers, events, is_loss, refusal
 from slos_serve.ray_serve.router import SLORequestRouter
-from slos_serve.ray_serve.run import ReplicaPlan, app_args
+from slos_serve.ray_serve.run import app_args
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
 from slos_serve.ray_serve.wire import ADDRESS_KEY
 from slos_serve.routing.router import RoutingDecision, RoutingRequest, Verdict, Why
+from slos_serve.vllm_plugin.config import PluginConfig
 from tests.builders import OPT_13B_A100
 
 pytestmark = pytest.mark.ray
@@ -239,7 +241,7 @@ def test_what_is_given_stays_and_ours_is_filled_in(profile: Path) -> None:
     args = arguments(profile, order="pack", stale_after_ms=500)
     args["llm_config"]["engine_kwargs"] = {"max_model_len": 99, "scheduler_cls": "other"}
     args["llm_config"]["deployment_config"] = {"num_replicas": 3, "health_check_period_s": 4}
-    config = llm_config_of(AppSettings.of_args(args), 6, {"A": "b"})
+    config = llm_config_of(AppConfig.of_args(args), 6, {"A": "b"})
     assert config["engine_kwargs"] == {"max_model_len": 99, "scheduler_cls": "slos_serve.vllm_plugin.SLOScheduler"}
     deployment = config["deployment_config"]
     assert (deployment["num_replicas"], deployment["health_check_period_s"]) == (3, 4)
@@ -279,9 +281,14 @@ def test_a_profile_is_asked_for(profile: Path) -> None:
 
 
 def test_the_plan_of_the_command_line(tmp_path: Path) -> None:
-    plan = ReplicaPlan("/models/m", 2, "127.0.0.1", 8000, ["--max-num-seqs", "8"], profile="/p.json")
+    plan = ServeConfig(
+        model="/models/m",
+        replicas=2,
+        vllm_args=("--max-num-seqs", "8"),
+        plugin=PluginConfig(profile_path=Path("/p.json"), ttft_margin_ms=5.0),
+    )
     plan.write(tmp_path / "plan.json")
-    assert ReplicaPlan.read(tmp_path / "plan.json") == plan
+    assert ServeConfig.read(tmp_path / "plan.json") == plan
     args = app_args(plan, {"max_num_seqs": 8, "served_model_name": ["short"], "port": 8000})
     assert args == {
         "llm_config": {
@@ -291,15 +298,16 @@ def test_the_plan_of_the_command_line(tmp_path: Path) -> None:
         },
         "order": "prefix",
         "profile": "/p.json",
+        "ttft_margin_ms": 5.0,
     }
 
 
 def test_the_example_and_the_page_agree_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     given = yaml.safe_load((ROOT / "examples" / "serve.yaml").read_text(encoding="utf-8"))["applications"][0]
-    settings = AppSettings.of_args(given["args"])
+    settings = AppConfig.of_args(given["args"])
     assert given["import_path"] == f"{build_app.__module__}:{build_app.__name__}"
-    assert settings.plugin.classes is not None and settings.plugin.classes.is_file()
+    assert settings.plugin.classes_path is not None and settings.plugin.classes_path.is_file()
     page = (ROOT / "docs" / "ray-serve.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE))
     assert listed | {"llm_config"} == set(KEYS)

@@ -13,7 +13,6 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,15 @@ vllm = pytest.importorskip("vllm")
 
 from openai import AsyncOpenAI, BadRequestError, OpenAI, RateLimitError
 
-from slos_serve.files.profile_file import Profile, model_label, save_profile
-from slos_serve.launch.server import ServerProcess, cpu_engine_args, free_port
+from slos_serve.files.engine_identity import model_label
+from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.launch.cpu_engine import cpu_engine_args
+from slos_serve.launch.endpoint import Endpoint, free_port
+from slos_serve.launch.serve_config import ServeConfig
+from slos_serve.launch.server import ServerProcess
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.ray_serve.run import ReplicaPlan
+from slos_serve.routing.settings import Order
+from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.identity import device_name
 from tests.ray.processes import titled
 
@@ -53,7 +57,7 @@ classes:
 
 
 @pytest.fixture(scope="module")
-def plan(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> ReplicaPlan:
+def plan(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> ServeConfig:
     folder = tmp_path_factory.mktemp("replicas")
     profile = Profile(
         model_name=model_label(cpu_model),
@@ -70,31 +74,29 @@ def plan(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> ReplicaPla
     )
     save_profile(profile, folder / "profile.json")
     (folder / "classes.yaml").write_text(CLASSES, encoding="utf-8")
-    return ReplicaPlan(
+    return ServeConfig(
         model=cpu_model,
         replicas=2,
-        host="127.0.0.1",
-        port=free_port(),
+        endpoint=Endpoint(host="127.0.0.1", port=free_port()),
         vllm_args=(*cpu_engine_args(), "--served-model-name", MODEL),
-        classes=str(folder / "classes.yaml"),
-        profile=str(folder / "profile.json"),
-        order="spread",
+        plugin=PluginConfig(classes_path=folder / "classes.yaml", profile_path=folder / "profile.json"),
+        order=Order.SPREAD,
     )
 
 
 @pytest.fixture(scope="module")
-def server(plan: ReplicaPlan, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+def server(plan: ServeConfig, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("server")
     log_path = folder / "server.log"
     command = command_of(plan, folder / "plan.json")
     with ServerProcess(
-        plan.model, port=plan.port, environment=ENVIRONMENT, command=command, log_path=log_path
+        plan.model, endpoint=plan.endpoint, environment=ENVIRONMENT, command=command, output=log_path
     ) as running:
         wait_for_replicas(running, 2)
         yield running
 
 
-def command_of(plan: ReplicaPlan, path: Path) -> list[str]:
+def command_of(plan: ServeConfig, path: Path) -> list[str]:
     """What serves the plan, written to ``path``."""
     plan.write(path)
     return ServerProcess.python_command("slos_serve.ray_serve.run", str(path))
@@ -199,13 +201,16 @@ async def stream_once(client: httpx.AsyncClient, server: ServerProcess, index: i
     return f"cut off after {count} events"
 
 
-async def test_an_update_loses_no_request(server: ServerProcess, plan: ReplicaPlan, tmp_path: Path) -> None:
+async def test_an_update_loses_no_request(server: ServerProcess, plan: ServeConfig, tmp_path: Path) -> None:
     """The same application with another class file: Ray replaces one replica after the other under load."""
     classes = tmp_path / "classes.yaml"
     classes.write_text(CLASSES + "  new: {ttft_ms: 60000, tpot_ms: 5000}\n", encoding="utf-8")
     old = set(titled(server.pid, ENGINES))
     environment = {**os.environ, **ENVIRONMENT, "RAY_ADDRESS": "auto"}
-    command = command_of(replace(plan, classes=str(classes)), tmp_path / "plan.json")
+    command = command_of(
+        plan.model_copy(update={"plugin": PluginConfig(classes_path=classes, profile_path=plan.plugin.profile_path)}),
+        tmp_path / "plan.json",
+    )
     ended: Counter[str] = Counter()
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as update:
         try:

@@ -14,9 +14,9 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.testing.dry_engine import DryEngine, make_scheduler, token_at
 from slos_serve.vllm_plugin import compat
+from slos_serve.vllm_plugin.config import CLASSES_ENV, EVENTS_ENV, PROFILE_ENV
 from slos_serve.vllm_plugin.identity import device_name
 from slos_serve.vllm_plugin.scheduler import SLOScheduler, Steered
-from slos_serve.vllm_plugin.settings import CLASSES_VARIABLE, EVENTS_VARIABLE, PROFILE_VARIABLE
 from tests.builders import OPT_13B_A100
 
 CLASSES = """
@@ -59,9 +59,9 @@ def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]
     (tmp_path / "classes.yaml").write_text(CLASSES, encoding="utf-8")
     write_profile(tmp_path / "profile.json", compat.engine_version())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv(CLASSES_VARIABLE, str(tmp_path / "classes.yaml"))
-    monkeypatch.setenv(PROFILE_VARIABLE, str(tmp_path / "profile.json"))
-    monkeypatch.setenv(EVENTS_VARIABLE, str(tmp_path / "events.jsonl"))
+    monkeypatch.setenv(CLASSES_ENV, str(tmp_path / "classes.yaml"))
+    monkeypatch.setenv(PROFILE_ENV, str(tmp_path / "profile.json"))
+    monkeypatch.setenv(EVENTS_ENV, str(tmp_path / "events.jsonl"))
 
     started.clear()
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from slos_serve.files.profile_file import Profile, model_label, save_profile
+from slos_serve.files.engine_identity import model_label
+from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.perf.batch_time import BatchTimeModel
 
 pytestmark = pytest.mark.engine

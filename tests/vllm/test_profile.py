@@ -18,7 +18,7 @@ from slos_serve.files.profile_file import (
     load_samples,
     samples_path,
 )
-from slos_serve.launch.server import cpu_engine_args
+from slos_serve.launch.cpu_engine import cpu_engine_args
 from slos_serve.perf.fit import Sample, predict_s
 
 ARGS = (

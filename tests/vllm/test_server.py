@@ -18,14 +18,12 @@ import vllm
 from openai import BadRequestError, OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-from slos_serve.files.profile_file import Profile, model_label, save_profile
-from slos_serve.launch.server import (
-    CPU_ENVIRONMENT,
-    Plugin,
-    ServerProcess,
-    cpu_engine_args,
-)
+from slos_serve.files.engine_identity import model_label
+from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.launch.cpu_engine import CPU_ENVIRONMENT, cpu_engine_args
+from slos_serve.launch.server import ServerProcess
 from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.identity import device_name
 from tests.vllm.hostile import MODEL, Hostile, hostile_requests
 
@@ -53,10 +51,10 @@ def server(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> Iterator
         model=BatchTimeModel(k_c_s=0.002, b_c_s=0.02, k_m_s=0.0005, b_m_s=0.04, k_seq_s=0.005),
     )
     save_profile(profile, folder / "profile.json")
-    plugin = Plugin(
-        ROOT / "examples" / "classes.yaml",
-        folder / "profile.json",
-        folder / "events.jsonl",
+    plugin = PluginConfig(
+        classes_path=ROOT / "examples" / "classes.yaml",
+        profile_path=folder / "profile.json",
+        events_path=folder / "events.jsonl",
     )
     vllm_args = (*cpu_engine_args(), "--served-model-name", MODEL)
     with ServerProcess(cpu_model, vllm_args, plugin=plugin, environment=CPU_ENVIRONMENT) as running:

@@ -19,8 +19,9 @@ from slos_serve.bench.demo_plan import DemoPlan
 from slos_serve.bench.demo_report import OURS, PHASES, STOCK, SideRun, side_run
 from slos_serve.bench.requests import BenchRequest, LoadResult, Response
 from slos_serve.core.errors import SlosServeError
-from slos_serve.launch.server import Plugin, ServerProcess
+from slos_serve.launch.server import Patience, ServerProcess
 from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.vllm_plugin.config import PluginConfig
 
 
 class DemoFailedError(SlosServeError):
@@ -80,16 +81,17 @@ def run_sides(
     told = told or Told()
     events_path = folder / f"{OURS}-events.jsonl"
     events_path.unlink(missing_ok=True)
+    ours = PluginConfig(classes_path=classes, profile_path=setup.profile_path, events_path=events_path)
     servers = {
         side: ServerProcess(
             setup.model,
             setup.vllm_args,
             plugin=plugin,
             environment=setup.environment,
-            log_path=folder / f"{side}-server.log",
-            on_wait=told.starting,
+            output=folder / f"{side}-server.log",
+            patience=Patience(on_wait=told.starting),
         )
-        for side, plugin in ((STOCK, None), (OURS, Plugin(classes, setup.profile_path, events_path)))
+        for side, plugin in ((STOCK, None), (OURS, ours))
     }
     with all_ready(servers):
         urls = {side: server.base_url for side, server in servers.items()}

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from slos_serve.bench.demo import EngineSetup, Told
     from slos_serve.bench.demo_plan import DemoPlan, DemoSettings
     from slos_serve.bench.demo_report import SideRun
+    from slos_serve.files.engine_identity import EngineIdentity
     from slos_serve.files.profile_file import Profile
 
 PROFILE_SECONDS = 60.0
@@ -74,11 +75,12 @@ def demo(
 
 def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSetup, Profile]:
     """The model, how it is started, and its profile: the one given, the cached one, or a new one."""
-    from slos_serve.launch.server import CPU_ENVIRONMENT, LOGGING_VARIABLE, cpu_engine_args, set_cpu_environment
+    from slos_serve.launch.cpu_engine import CPU_ENVIRONMENT, cpu_engine_args, set_cpu_environment
+    from slos_serve.launch.server import LOGGING_ENV
 
     # The servers write to their logs; what is said while profiling would end up between the progress bars.
-    server_logging = os.environ.get(LOGGING_VARIABLE, "INFO")
-    os.environ.setdefault(LOGGING_VARIABLE, "ERROR")
+    server_logging = os.environ.get(LOGGING_ENV, "INFO")
+    os.environ.setdefault(LOGGING_ENV, "ERROR")
     set_cpu_environment()  # what is profiled must be the engine that is served
     with console.status("loading vLLM"):
         from slos_serve.bench.demo import EngineSetup
@@ -88,7 +90,7 @@ def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSet
     with console.status(f"preparing the model '{model}' (converted once, then cached)"):
         path = str(resolve_model(model))
     identity = _identity(path)
-    kept = (given, load_profile(given)) if given is not None else find_profile(path, **identity)
+    kept = (given, load_profile(given)) if given is not None else find_profile(identity)
     if kept is None:
         console.print(f"No profile of this model on this machine yet: measuring for {PROFILE_SECONDS:g} s, once.")
         with _progress(console) as progress:
@@ -99,21 +101,22 @@ def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSet
                 duration_s=PROFILE_SECONDS,
                 progress=lambda phase, part: progress.update(task, description=phase, total=1.0, completed=part),
             )
-        kept = (default_profile_path(path, **identity), run.profile)
+        kept = (default_profile_path(identity), run.profile)
         save_profile(run.profile, kept[0], run.samples)
     profile_path, profile = kept
-    profile.check_matches(model=path, **identity)
+    for difference in profile.check_matches(identity):
+        console.print(f"warning: the profile fits approximately: {difference}", markup=False, highlight=False)
     console.print(f"profile: {profile_path} ({profile.device}, measured {profile.created})", highlight=False)
-    environment = {**CPU_ENVIRONMENT, LOGGING_VARIABLE: server_logging}
+    environment = {**CPU_ENVIRONMENT, LOGGING_ENV: server_logging}
     return EngineSetup(path, cpu_engine_args(), environment, profile_path, profile.model), profile
 
 
-def _identity(model: str) -> dict[str, Any]:
+def _identity(model: str) -> EngineIdentity:
     """What a profile of this engine must have been measured on."""
-    from slos_serve.launch.server import cpu_engine_args
+    from slos_serve.launch.cpu_engine import cpu_engine_args
     from slos_serve.profiling.run import engine_identity
 
-    return asdict(engine_identity(model, cpu_engine_args()))
+    return engine_identity(model, cpu_engine_args())
 
 
 def _run(

@@ -74,10 +74,11 @@ def profile(
 
 
 def _measure(console: Console, model: str, vllm_args: tuple[str, ...], duration_s: float, seed: int) -> ProfileRun:
+    from slos_serve.launch.cpu_engine import cpu_model_args, set_cpu_environment
     from slos_serve.launch.cpu_model import resolve_model
-    from slos_serve.launch.server import LOGGING_VARIABLE, cpu_model_args, set_cpu_environment
+    from slos_serve.launch.server import LOGGING_ENV
 
-    os.environ.setdefault(LOGGING_VARIABLE, "ERROR")  # the engine writes where the progress bar is
+    os.environ.setdefault(LOGGING_ENV, "ERROR")  # the engine writes where the progress bar is
     path = str(resolve_model(model))
     if path != model:
         vllm_args = cpu_model_args(vllm_args)
@@ -97,9 +98,7 @@ def _measure(console: Console, model: str, vllm_args: tuple[str, ...], duration_
 
 
 def _default_path(found: Profile) -> Path:
-    return default_profile_path(
-        found.model_name, found.device, found.engine_version, found.dtype, found.tensor_parallel
-    )
+    return default_profile_path(found.identity)
 
 
 def _draw(run: ProfileRun, chart: Path) -> None:

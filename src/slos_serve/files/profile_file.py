@@ -1,7 +1,7 @@
-"""Batch-time profiles on disk: one JSON file per (model, device, engine version), its samples in a CSV beside it.
+"""Batch-time profiles on disk: one JSON file per engine configuration, its samples in a CSV beside it.
 
-A profile says what it was measured on, and :meth:`Profile.check_matches` refuses to predict anything else: a plan made
-with another machine's times breaks promises without anybody seeing why. Files are written whole or not at all.
+A profile says what it was measured on, and :meth:`Profile.check_matches` refuses to predict what is far from it: a plan
+made with another machine's times breaks promises without anybody seeing why. Files are written whole or not at all.
 """
 
 from __future__ import annotations
@@ -12,12 +12,22 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from slos_serve.core.errors import InvalidFieldError, ProfileMismatchError
 from slos_serve.core.slo import check_number
+from slos_serve.files.cache_folder import cache_folder
+from slos_serve.files.engine_identity import (
+    CONFIGURATION_FIELDS,
+    FIRST_FIELDS,
+    Difference,
+    EngineIdentity,
+    Value,
+    differences,
+)
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
 from slos_serve.perf.fit import Sample
 from slos_serve.perf.residuals import RegionError
@@ -32,7 +42,6 @@ SAMPLE_COLUMNS = (
     "prefill_tokens",
     "duration_s",
 )
-CACHE_ENV = "SLOS_SERVE_CACHE"
 _COEFFICIENTS = tuple(f.name for f in fields(BatchTimeModel))
 _TEXT_FIELDS = ("model", "device", "engine", "engine_version", "created", "dtype", "source")
 _COUNT_FIELDS = ("tensor_parallel", "kv_capacity_tokens", "block_size", "max_num_batched_tokens")
@@ -56,7 +65,9 @@ class Profile:
         model: the coefficients (``batch_time`` in the file).
         residual_quantiles: quantile -> ratio measured / predicted, on held-out batches.
         fit: error on held-out batches by region.
-        source: how it came about: the command, seed, seconds, sampling, scheduling.
+        source: how it came about: the command without its secrets, seed, seconds, sampling, scheduling.
+        configuration: what else of the engine's configuration it was measured on, by the names of
+            :data:`slos_serve.files.engine_identity.CONFIGURATION_FIELDS`; empty in old profiles.
     """
 
     model_name: str
@@ -73,49 +84,40 @@ class Profile:
     residual_quantiles: Mapping[float, float] = field(default_factory=dict)
     fit: Mapping[str, RegionError] = field(default_factory=dict)
     source: str = ""
+    configuration: Mapping[str, Value] = field(default_factory=dict)
 
-    def check_matches(
-        self,
-        *,
-        model: str | None = None,
-        device: str | None = None,
-        engine_version: str | None = None,
-        dtype: str | None = None,
-        tensor_parallel: int | None = None,
-    ) -> None:
-        """Compare with what is to be predicted; what is ``None`` is not compared.
+    @property
+    def identity(self) -> EngineIdentity:
+        """The engine it was measured on; unknown where an old profile does not say."""
+        first = {name: getattr(self, name) for name in FIRST_FIELDS if name != "model"}
+        return EngineIdentity(model=self.model_name, **first, **self.configuration)  # type: ignore[arg-type]
+
+    def check_matches(self, engine: EngineIdentity, *, allow_mismatch: bool = False) -> list[Difference]:
+        """Compare with the engine that is to be predicted.
+
+        Args:
+            engine: its identity; what is unknown in it is not compared.
+            allow_mismatch: return far differences too instead of refusing.
+
+        Returns:
+            What differs and may be planned with.
 
         Raises:
-            ProfileMismatchError: listing everything that differs.
+            ProfileMismatchError: listing everything that is too far from what was measured.
         """
-        wanted = {
-            "model": (None if model is None else model_label(model), self.model_name),
-            "device": (device, self.device),
-            "engine_version": (engine_version, self.engine_version),
-            "dtype": (dtype, self.dtype),
-            "tensor_parallel": (tensor_parallel, self.tensor_parallel),
-        }
-        differs = [
-            f"{name} is {here!r} here and {there!r} in the profile"
-            for name, (here, there) in wanted.items()
-            if here is not None and here != there
-        ]
-        if differs:
+        found = [one for one in differences(engine, self.identity) if one.here is not None]
+        far = [one for one in found if one.far]
+        if far and not allow_mismatch:
             raise ProfileMismatchError(
                 "this profile was measured on something else: "
-                + "; ".join(differs)
-                + ". Measure again with 'slos-serve profile MODEL'."
+                + "; ".join(map(str, far))
+                + ". Measure again with 'slos-serve profile MODEL', or use it anyway with --allow-profile-mismatch."
             )
+        return found
 
     def quantile_ratio(self, quantile: float, default: float = 1.0) -> float:
         """Ratio measured / predicted at a stored quantile, ``default`` when the profile has none."""
         return self.residual_quantiles.get(quantile, default)
-
-
-def model_label(model: str) -> str:
-    """Name a model goes by in profiles: a hub name as it is, a local folder by its last component."""
-    path = Path(model).expanduser()
-    return path.resolve().name if path.is_dir() else model
 
 
 def save_profile(profile: Profile, path: Path, samples: Sequence[Sample] | None = None) -> None:
@@ -126,6 +128,7 @@ def save_profile(profile: Profile, path: Path, samples: Sequence[Sample] | None 
     record["batch_time"] = {name: getattr(profile.model, name) for name in _COEFFICIENTS}
     record["residual_quantiles"] = {f"{q:g}": ratio for q, ratio in profile.residual_quantiles.items()}
     record["fit"] = {region: asdict(error) for region, error in profile.fit.items()}
+    record["configuration"] = dict(profile.configuration)
     record["source"] = profile.source
     if samples is not None:
         save_samples(samples, samples_path(path))
@@ -159,6 +162,7 @@ def load_profile(path: Path) -> Profile:
         residual_quantiles=_quantiles(record, where),
         fit=_regions(record, where),
         source=text["source"],
+        configuration=_configuration(record, where),
     )
 
 
@@ -193,40 +197,35 @@ def load_samples(path: Path) -> list[Sample]:
     return [_sample(row, f"{path}, line {number}") for number, row in enumerate(rows[1:], start=2)]
 
 
-def default_profile_path(model: str, device: str, engine_version: str, dtype: str, tensor_parallel: int = 1) -> Path:
-    """Where the profile of this model on this device is kept: in the user's cache folder."""
-    key = f"{model_label(model)}-{device}-vllm{engine_version}-{dtype}-tp{tensor_parallel}"
+def default_profile_path(engine: EngineIdentity) -> Path:
+    """Where the profile of this engine is kept: in the user's cache folder, told apart by its fingerprint."""
+    shown = (engine.model, engine.device, f"vllm{engine.engine_version}", engine.dtype, f"tp{engine.tensor_parallel}")
+    key = "-".join(str(part) for part in (*shown, engine.fingerprint))
     name = re.sub(r"[^A-Za-z0-9._]+", "-", key).strip("-").lower()
     return cache_folder() / "profiles" / f"{name}.json"
 
 
-def find_profile(
-    model: str, device: str, engine_version: str, dtype: str, tensor_parallel: int = 1
-) -> tuple[Path, Profile] | None:
-    """The kept profile of this model on this device, ``None`` when there is none or it does not match any more.
+def find_profile(engine: EngineIdentity) -> tuple[Path, Profile] | None:
+    """The kept profile of this engine, else the nearest that may be used for it, ``None`` when there is none.
 
     Raises:
-        InvalidFieldError: there is one and it is broken.
+        InvalidFieldError: the one of exactly this engine is broken.
     """
-    path = default_profile_path(model, device, engine_version, dtype, tensor_parallel)
-    if not path.is_file():
+    own = default_profile_path(engine)
+    kept = [(own, load_profile(own))] if own.is_file() else []
+    for path in sorted(own.parent.glob("*.json")) if own.parent.is_dir() else ():
+        if path != own:
+            with suppress(InvalidFieldError):
+                kept.append((path, load_profile(path)))
+    usable = []
+    for path, profile in kept:
+        found = differences(engine, profile.identity)
+        if not any(one.far for one in found):
+            usable.append((len(found), path != own, path, profile))
+    if not usable:
         return None
-    profile = load_profile(path)
-    try:
-        profile.check_matches(
-            model=model, device=device, engine_version=engine_version, dtype=dtype, tensor_parallel=tensor_parallel
-        )
-    except ProfileMismatchError:
-        return None
+    _, _, path, profile = min(usable, key=lambda one: one[:3])
     return path, profile
-
-
-def cache_folder() -> Path:
-    """``SLOS_SERVE_CACHE``, else ``slos-serve`` in the user's cache folder."""
-    given = os.environ.get(CACHE_ENV)
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slos-serve"
 
 
 def _read_object(path: Path) -> dict[str, Any]:
@@ -258,6 +257,19 @@ def _object(record: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InvalidFieldError(name, value, "an object", where)
     return value
+
+
+def _configuration(record: Mapping[str, Any], where: str) -> dict[str, Value]:
+    given = record.get("configuration", {})
+    if not isinstance(given, dict):
+        raise InvalidFieldError("configuration", given, "an object", where)
+    for name, value in given.items():
+        kind = CONFIGURATION_FIELDS.get(name)
+        if kind is None:
+            raise InvalidFieldError("configuration", name, f"one of {list(CONFIGURATION_FIELDS)}", where)
+        if type(value) is not kind:
+            raise InvalidFieldError(f"configuration.{name}", value, f"a value of type {kind.__name__}", where)
+    return given
 
 
 def _batch_time(record: Mapping[str, Any], where: str) -> BatchTimeModel:

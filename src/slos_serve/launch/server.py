@@ -1,54 +1,45 @@
 """Start vLLM's OpenAI-compatible server, with the plug-in or stock, and stop it without leaving anything behind.
 
 The server runs as ``python -m vllm.entrypoints.openai.api_server``, which takes the arguments of ``vllm serve`` and
-works with every build of vLLM. It gets a process group of its own: its workers end with it, and a Ctrl-C in the
-terminal reaches it only through whoever started it. ``PROMETHEUS_MULTIPROC_DIR`` is a fresh folder for each start, as
-Prometheus wants it; without one the scheduler's metrics would not show on ``/metrics``.
+works with every build of vLLM; ``vllm serve`` itself is started where only that acts on the arguments (``--headless``,
+several API servers). The server gets a process group of its own: its workers end with it, and a Ctrl-C in the terminal
+reaches it only through the process that started it. ``PROMETHEUS_MULTIPROC_DIR`` is a fresh folder for each start, as
+Prometheus wants it, unless the operator names one; without it the scheduler's metrics would not show on ``/metrics``.
 """
 
 from __future__ import annotations
 
-import http.client
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from slos_serve.core.errors import SlosServeError
+from slos_serve.core.redaction import redacted_text, secret_arguments, secrets_of
+from slos_serve.files.cache_folder import temporary_root
+from slos_serve.launch.endpoint import Endpoint, free_port
+from slos_serve.launch.options import API_KEY, expanded, option_values, without_option
+from slos_serve.vllm_plugin.config import PluginConfig, without_plugin_variables
 from slos_serve.vllm_plugin.metrics import MULTIPROC_ENV
-from slos_serve.vllm_plugin.settings import (
-    CLASSES_VARIABLE,
-    EVENTS_VARIABLE,
-    PROFILE_VARIABLE,
-)
 
 SCHEDULER_CLS = "slos_serve.vllm_plugin.SLOScheduler"
 MIDDLEWARE = "slos_serve.vllm_plugin.SLOMiddleware"
-# For a small model on a few cores; eager, so that no compilation delays the start.
-_CPU_ENGINE_ARGS = (
-    "--max-model-len",
-    "4096",
-    "--max-num-seqs",
-    "64",
-    "--enforce-eager",
-)
-_CPU_FACTS = Path("/proc/cpuinfo")
-CPU_ENVIRONMENT: Mapping[str, str] = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "HF_HUB_OFFLINE": "1",
-}
-LOGGING_VARIABLE = "VLLM_LOGGING_LEVEL"
+API_KEY_ENV = "VLLM_API_KEY"
+LOGGING_ENV = "VLLM_LOGGING_LEVEL"
+# vLLM's server module ignores these; only its command line acts on them.
+_COMMAND_LINE_ONLY = ("--headless", "--api-server-count", "-asc", "--data-parallel-supervisor-port")
 START_TIMEOUT_S = 900.0
 STOP_TIMEOUT_S = 30.0
+_REAP_S = 5.0
 _POLL_S = 0.2
 _TAIL_LINES = 40
 
@@ -58,143 +49,65 @@ class ServerStartError(SlosServeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Plugin:
-    """What the plug-in is started with.
+class Patience:
+    """How a start is waited for.
 
     Attributes:
-        classes: class file; ``None`` leaves only the numbers that requests bring.
-        profile: batch-time profile; ``None`` leaves stock order.
-        events: where the scheduler appends what happened, ``None`` for nowhere.
+        timeout_s: how long the server may take to answer.
+        on_wait: called with the seconds waited so far, a few times a second.
     """
 
-    classes: Path | None = None
-    profile: Path | None = None
-    events: Path | None = None
-
-    @property
-    def paths(self) -> dict[str, str]:
-        """The files by the names of the attributes; paths absolute, those that are not there left out."""
-        files = {"classes": self.classes, "profile": self.profile, "events": self.events}
-        return {name: str(path.resolve()) for name, path in files.items() if path is not None}
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The variables that tell the server's processes; paths absolute."""
-        files = {
-            CLASSES_VARIABLE: self.classes,
-            PROFILE_VARIABLE: self.profile,
-            EVENTS_VARIABLE: self.events,
-        }
-        return {name: str(path.resolve()) for name, path in files.items() if path is not None}
+    timeout_s: float = START_TIMEOUT_S
+    on_wait: Callable[[float], None] | None = None
 
 
 def server_command(
     model: str,
     vllm_args: Sequence[str] = (),
     *,
-    host: str,
-    port: int,
-    plugin: Plugin | None = None,
+    endpoint: Endpoint,
+    plugin: PluginConfig | None = None,
 ) -> list[str]:
     """Command line of the server; stock when ``plugin`` is ``None``.
 
-    ``host`` and ``port`` replace those of ``vllm_args``.
+    The endpoint's host and port replace those of ``vllm_args``; TLS and the rest of the HTTP side are in ``vllm_args``.
     """
     others = without_option(without_option(vllm_args, "--host"), "--port")
-    command = [
-        sys.executable,
-        "-m",
-        "vllm.entrypoints.openai.api_server",
-        "--model",
-        model,
-        *others,
-    ]
+    words = expanded(others)
+    if any(option_values(words, name) is not None for name in _COMMAND_LINE_ONLY):
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", model, *others]
+    else:
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *others]
     if plugin is not None:
         command += ["--scheduler-cls", SCHEDULER_CLS, "--middleware", MIDDLEWARE]
-    return [*command, "--host", host, "--port", str(port)]
+    if endpoint.headless or endpoint.uds is not None:
+        return command
+    if endpoint.host is not None:
+        command += ["--host", endpoint.host]
+    return [*command, "--port", str(endpoint.port)]
 
 
 def server_environment(
     base: Mapping[str, str],
     multiproc_dir: Path,
-    plugin: Plugin | None = None,
+    plugin: PluginConfig | None = None,
     extra: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Environment of the server: ``base`` without what another start may have left in it, then ours, then ``extra``."""
-    ours = {CLASSES_VARIABLE, PROFILE_VARIABLE, EVENTS_VARIABLE}
-    kept = {name: value for name, value in base.items() if name not in ours}
-    told = {} if plugin is None else plugin.environment
-    return {**kept, MULTIPROC_ENV: str(multiproc_dir), **told, **(extra or {})}
+    told = {} if plugin is None else plugin.environment()
+    return {**without_plugin_variables(base), MULTIPROC_ENV: str(multiproc_dir), **told, **(extra or {})}
 
 
-def option_value(arguments: Sequence[str], name: str) -> str | None:
-    """Value of ``--name VALUE`` or ``--name=VALUE`` among arguments, the last one counting; ``None`` when absent."""
-    found = None
-    for index, argument in enumerate(arguments):
-        if argument.startswith(f"{name}="):
-            found = argument.partition("=")[2]
-        elif argument == name and index + 1 < len(arguments):
-            found = arguments[index + 1]
-    return found
+def with_key_in_environment(vllm_args: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """A single ``--api-key`` moves into ``VLLM_API_KEY``, because every user of the machine can read command lines.
 
-
-def without_option(arguments: Sequence[str], name: str) -> list[str]:
-    """The arguments without ``--name VALUE`` and ``--name=VALUE``."""
-    kept: list[str] = []
-    skip = False
-    for argument in arguments:
-        if skip or argument == name:
-            skip = not skip
-        elif not argument.startswith(f"{name}="):
-            kept.append(argument)
-    return kept
-
-
-def cpu_engine_args(facts: Path = _CPU_FACTS) -> tuple[str, ...]:
-    """vLLM's arguments for a small model on this machine's cores.
-
-    A core without bfloat16 instructions computes in float32 several times faster than it emulates bfloat16.
+    Returns:
+        The arguments and the variables. Several keys stay where they are: vLLM's variable holds one.
     """
-    flags = facts.read_text(encoding="utf-8").split() if facts.exists() else []
-    dtype = "bfloat16" if {"amx_bf16", "avx512_bf16"} & set(flags) else "float32"
-    return ("--dtype", dtype, *_CPU_ENGINE_ARGS)
-
-
-def cpu_model_args(given: Sequence[str], facts: Path = _CPU_FACTS) -> tuple[str, ...]:
-    """``given``, before it what :func:`cpu_engine_args` says about options that are not given."""
-    kept: list[str] = []
-    defaults = cpu_engine_args(facts)
-    for index, word in enumerate(defaults):
-        if word.startswith("--") and not any(said == word or said.startswith(f"{word}=") for said in given):
-            follows = defaults[index + 1 : index + 2]
-            kept += [word, *(part for part in follows if not part.startswith("--"))]
-    return (*kept, *given)
-
-
-def cpu_engine_kwargs(facts: Path = _CPU_FACTS) -> dict[str, str | int | bool]:
-    """What :func:`cpu_engine_args` says, as keyword arguments of vLLM's engine."""
-    words = cpu_engine_args(facts)
-    found: dict[str, str | int | bool] = {}
-    for index, word in enumerate(words):
-        if word.startswith("--"):
-            follows = words[index + 1 : index + 2]
-            value = follows[0] if follows and not follows[0].startswith("--") else True
-            key = word.removeprefix("--").replace("-", "_")
-            found[key] = int(value) if isinstance(value, str) and value.isdecimal() else value
-    return found
-
-
-def set_cpu_environment() -> None:
-    """Set what is not set of :data:`CPU_ENVIRONMENT`; vLLM reads some of it as it is imported."""
-    for name, value in CPU_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-
-
-def free_port() -> int:
-    """A TCP port that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    keys = option_values(vllm_args, API_KEY)
+    if keys is None or len(keys) != 1:
+        return tuple(vllm_args), {}
+    return tuple(without_option(vllm_args, API_KEY, None)), {API_KEY_ENV: keys[0]}
 
 
 class ServerProcess:
@@ -203,13 +116,12 @@ class ServerProcess:
     Args:
         model: what vLLM takes as ``--model``.
         vllm_args: further arguments of vLLM's server.
-        plugin: the plug-in's files; ``None`` starts stock vLLM.
-        environment: variables over those of this process.
-        host, port: where it listens; port ``None`` picks a free one.
-        log_path: file for its output; ``None`` keeps it in a temporary file until it stops.
-        inherit_output: let it write to this process's output instead.
-        start_timeout_s: how long it may take to answer.
-        on_wait: called with the seconds waited so far, a few times a second, while it starts.
+        plugin: the plug-in's configuration; ``None`` starts stock vLLM.
+        environment: variables over those of this process; a ``PROMETHEUS_MULTIPROC_DIR`` among them is used as it is.
+        endpoint: where it listens; ``None`` picks a free port of the loopback interface.
+        output: file for what it writes; ``"inherit"`` lets it write to this process's output; ``None`` keeps it in a
+            temporary file until it stops.
+        patience: how its start is waited for.
         command: what to start instead of vLLM's server; ``None`` starts that.
     """
 
@@ -218,26 +130,22 @@ class ServerProcess:
         model: str,
         vllm_args: Sequence[str] = (),
         *,
-        plugin: Plugin | None = None,
+        plugin: PluginConfig | None = None,
         environment: Mapping[str, str] | None = None,
-        host: str = "127.0.0.1",
-        port: int | None = None,
-        log_path: Path | None = None,
-        inherit_output: bool = False,
-        start_timeout_s: float = START_TIMEOUT_S,
-        on_wait: Callable[[float], None] | None = None,
+        endpoint: Endpoint | None = None,
+        output: Path | Literal["inherit"] | None = None,
+        patience: Patience | None = None,
         command: Sequence[str] | None = None,
     ) -> None:
-        self.host = host
-        self.port = free_port() if port is None else port
-        own = server_command(model, vllm_args, host=host, port=self.port, plugin=plugin)
+        self.endpoint = endpoint or Endpoint(host="127.0.0.1", port=free_port())
+        own = server_command(model, vllm_args, endpoint=self.endpoint, plugin=plugin)
         self.command = own if command is None else list(command)
         self._plugin = plugin
         self._extra = dict(environment or {})
-        self._log_path = log_path
-        self._inherit_output = inherit_output
-        self._start_timeout_s = start_timeout_s
-        self._on_wait = on_wait
+        self._secrets = [*secret_arguments(self.command), *secrets_of({**os.environ, **self._extra})]
+        self._inherit_output = output == "inherit"
+        self._log_path = output if isinstance(output, Path) else None
+        self._patience = patience or Patience()
         self._folder: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -247,9 +155,19 @@ class ServerProcess:
         return [sys.executable, "-m", module, *arguments]
 
     @property
+    def host(self) -> str | None:
+        """Address it listens on."""
+        return self.endpoint.host
+
+    @property
+    def port(self) -> int:
+        """Port it listens on."""
+        return self.endpoint.port
+
+    @property
     def base_url(self) -> str:
         """URL that clients on this machine use, without ``/v1``."""
-        return f"http://{self._reachable_host}:{self.port}"
+        return self.endpoint.base_url
 
     @property
     def pid(self) -> int:
@@ -279,9 +197,9 @@ class ServerProcess:
         Raises:
             ServerStartError: another server listens on the port.
         """
-        if _answers(self._reachable_host, self.port):
+        if self.endpoint.is_taken():
             raise ServerStartError(f"something already serves on {self.base_url}; choose another --port")
-        self._folder = Path(tempfile.mkdtemp(prefix="slos-serve-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="slos-serve-", dir=temporary_root()))
         multiproc_dir = self._folder / "prometheus"
         multiproc_dir.mkdir()
         if self._log_path is None:
@@ -306,15 +224,17 @@ class ServerProcess:
             ServerStartError: it ended, or did not answer in time.
         """
         began_s = time.monotonic()
-        while not _answers(self._reachable_host, self.port):
+        while not self.endpoint.answers():
             status = self._started.poll()
             waited_s = time.monotonic() - began_s
             if status is not None:
                 raise ServerStartError(f"the server ended with status {status} before it was ready{self._tail()}")
-            if waited_s > self._start_timeout_s:
-                raise ServerStartError(f"the server was not ready within {waited_s:.0f} s{self._tail()}")
-            if self._on_wait is not None:
-                self._on_wait(waited_s)
+            if waited_s > self._patience.timeout_s:
+                raise ServerStartError(
+                    f"the server was not ready within {waited_s:.0f} s; --startup-timeout gives it longer{self._tail()}"
+                )
+            if self._patience.on_wait is not None:
+                self._patience.on_wait(waited_s)
             time.sleep(_POLL_S)
 
     def wait(self) -> int:
@@ -326,8 +246,13 @@ class ServerProcess:
         if self._process is not None and self._process.poll() is None:
             self._process.send_signal(number)
 
-    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> None:
-        """End the server and every process of its group; safe to call twice."""
+    def stop(self, timeout_s: float = STOP_TIMEOUT_S) -> int | None:
+        """End the server and every process of its group; safe to call twice.
+
+        Returns:
+            Its exit status, negative for the signal that ended it; ``None`` when it was not running.
+        """
+        status = None
         if self._process is not None:
             self.send_signal(signal.SIGTERM)
             try:
@@ -336,11 +261,13 @@ class ServerProcess:
                 pass
             finally:
                 _kill_group(self._process.pid)
-                self._process.wait()
+                status = self._process.wait()
+                _reap_group(self._process.pid)
             self._process = None
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+        return status
 
     def log_tail(self, lines: int = _TAIL_LINES) -> str:
         """The end of what the server wrote; empty when it writes to this process's output or has stopped."""
@@ -354,28 +281,20 @@ class ServerProcess:
             raise SlosServeError("the server is not running")
         return self._process
 
-    @property
-    def _reachable_host(self) -> str:
-        return "127.0.0.1" if self.host in ("", "0.0.0.0", "::") else self.host
-
     def _tail(self) -> str:
-        tail = self.log_tail()
+        tail = redacted_text(self.log_tail(), self._secrets)
         return f"; the end of its log:\n{tail}" if tail else ""
 
 
-def _answers(host: str, port: int) -> bool:
-    connection = http.client.HTTPConnection(host, port, timeout=2.0)
-    try:
-        connection.request("GET", "/health")
-        return connection.getresponse().status == http.client.OK
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
-
-
 def _kill_group(group: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(group, signal.SIGKILL)
-    except ProcessLookupError:
-        return
+
+
+def _reap_group(group: int) -> None:
+    """Collect the server's workers where they became children of this process (the first one of a container)."""
+    until_s = time.monotonic() + _REAP_S
+    with suppress(ChildProcessError):
+        while time.monotonic() < until_s:
+            if os.waitpid(-group, os.WNOHANG)[0] == 0:
+                time.sleep(0.01)

@@ -36,7 +36,9 @@ from slos_serve.core.errors import (
     SlosServeError,
     UnsupportedEngineError,
 )
-from slos_serve.files.profile_file import Profile, model_label
+from slos_serve.core.redaction import redacted_arguments, secrets_of
+from slos_serve.files.engine_identity import CONFIGURATION_FIELDS, model_label
+from slos_serve.files.profile_file import Profile
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.perf.fit import HELD_OUT_EVERY, Sample, fit_held_out
 from slos_serve.perf.residuals import FOLLOWED, error_by_region, error_followed, ratio_quantiles
@@ -135,12 +137,12 @@ def profile_engine(
     fitted = fit_held_out(samples)
     profile = Profile(
         model_name=label or model_label(model),
-        device=identity.device,
+        device=str(identity.device),
         engine="vllm",
-        engine_version=identity.engine_version,
+        engine_version=str(identity.engine_version),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        dtype=identity.dtype,
-        tensor_parallel=identity.tensor_parallel,
+        dtype=str(identity.dtype),
+        tensor_parallel=identity.tensor_parallel or 1,
         kv_capacity_tokens=facts["kv_capacity_tokens"],
         block_size=facts["block_size"],
         max_num_batched_tokens=facts["max_num_batched_tokens"],
@@ -152,7 +154,8 @@ def profile_engine(
         },
         source=f"slos-serve profile: {duration_s:g} s, seed {seed}, {len(samples)} batches "
         f"({num_disturbed} disturbed ones left out), sampling {sampling}, "
-        f"async scheduling {'on' if facts['async_scheduling'] else 'off'}, arguments {' '.join(vllm_args) or 'none'}",
+        f"async scheduling {'on' if facts['async_scheduling'] else 'off'}, arguments {_shown(vllm_args)}",
+        configuration={name: value for name, value in identity.known.items() if name in CONFIGURATION_FIELDS},
     )
     told("fit", 1.0)
     return ProfileRun(profile, samples, num_disturbed, facts["async_scheduling"], facts["max_num_seqs"])
@@ -302,6 +305,11 @@ class _Load:
     def _log_uniform(self, low: int, high: int) -> int:
         top = max(1, min(high, self._longest))
         return int(np.exp(self._rng.uniform(np.log(min(low, top)), np.log(top))))
+
+
+def _shown(vllm_args: Sequence[str]) -> str:
+    """The arguments as a profile may show them: it is a file to be shared."""
+    return " ".join(redacted_arguments(vllm_args, secrets_of(os.environ))) or "none"
 
 
 def _max_decodes() -> int:

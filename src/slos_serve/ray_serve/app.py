@@ -9,73 +9,64 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 from ray.serve.deployment import Application
 from ray.serve.llm import LLMConfig, build_llm_deployment
 from ray.serve.llm.ingress import make_fastapi_ingress
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.core.slo import ClassSet, check_number
-from slos_serve.files.class_file import load_classes
-from slos_serve.files.profile_file import load_profile
+from slos_serve.launch.cpu_engine import CPU_ENVIRONMENT, cpu_engine_kwargs
 from slos_serve.launch.cpu_model import resolve_model
-from slos_serve.launch.server import CPU_ENVIRONMENT, SCHEDULER_CLS, Plugin, cpu_engine_kwargs
+from slos_serve.launch.server import SCHEDULER_CLS
 from slos_serve.ray_serve import compat
+from slos_serve.ray_serve.api_keys import ApiKeyRequired, KeyDigests, take_keys
+from slos_serve.ray_serve.arguments import engine_arguments
 from slos_serve.ray_serve.engine import NothingToDownload
 from slos_serve.ray_serve.ingress import SLOIngress
 from slos_serve.ray_serve.json_only import JsonOnly
-from slos_serve.ray_serve.server import HANG_VARIABLE, SLOServer
-from slos_serve.routing.settings import PUBLISH_EVERY_S, STALE_AFTER_S, Order
+from slos_serve.ray_serve.server import HANG_AFTER_S, HANG_ENV, SLOServer
+from slos_serve.routing.settings import STALE_AFTER_S, Order
+from slos_serve.vllm_plugin.config import PLUGIN_KEYS, PluginConfig, invalid_field
 from slos_serve.vllm_plugin.middleware import SLOMiddleware
-from slos_serve.vllm_plugin.settings import PUBLISH_EVERY_VARIABLE
 
 ROUTER_CLASS = "slos_serve.ray_serve.router:SLORequestRouter"
 ENDPOINTS = {**compat.DEFAULT_ENDPOINTS, "health": lambda app: app.get("/health")}
 # Streams that run when a replica is to go (scaling down, a new version) may end first.
 DRAIN_S = 600.0
 MOST_ONGOING = 100_000
-KEYS = (
-    "llm_config",
-    "classes",
-    "profile",
-    "events",
-    "order",
-    "publish_every_ms",
-    "stale_after_ms",
-    "hang_after_s",
-    "ingress_replicas",
-)
+_DAY_MS = 86_400_000.0
 
 
-@dataclass(frozen=True)
-class AppSettings:
+class AppConfig(BaseModel):
     """What the application adds to Ray's own settings.
 
     Attributes:
         llm_config: as of ``ray.serve.llm.LLMConfig``.
-        plugin: class file, profile, events.
+        plugin: the plug-in's configuration; in a Serve YAML its keys stand beside the others.
         order: whom the router asks first.
-        publish_every_ms: age that a replica's publication may reach.
         stale_after_ms: a replica that has not published for this long counts as full.
         hang_after_s: a replica whose requests wait this long for a step is replaced.
         ingress_replicas: endpoints; each routes by its own picture of the replicas.
     """
 
-    llm_config: Mapping[str, Any]
-    plugin: Plugin
-    order: Order = Order.PREFIX
-    publish_every_ms: float = PUBLISH_EVERY_S * 1000.0
-    stale_after_ms: float = STALE_AFTER_S * 1000.0
-    hang_after_s: float = 60.0
-    ingress_replicas: int = 1
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    llm_config: dict[str, Any] = Field(description="a mapping, as of ray.serve.llm.LLMConfig")
+    plugin: PluginConfig = PluginConfig()
+    order: Order = Field(default=Order.PREFIX, description=f"one of {[order.value for order in Order]}")
+    stale_after_ms: float = Field(
+        default=STALE_AFTER_S * 1000.0, gt=0.0, le=_DAY_MS, description="milliseconds, above 0"
+    )
+    hang_after_s: float = Field(default=HANG_AFTER_S, gt=0.0, le=_DAY_MS, description="seconds, above 0")
+    ingress_replicas: int = Field(default=1, ge=1, le=10_000, description="a whole number, 1 to 10000")
 
     @classmethod
-    def of_args(cls, args: Mapping[str, Any]) -> AppSettings:
+    def of_args(cls, args: Mapping[str, Any]) -> Self:
         """Read the ``args`` of a Serve YAML.
 
         Raises:
@@ -84,66 +75,68 @@ class AppSettings:
         unknown = sorted(set(args) - set(KEYS))
         if unknown:
             raise InvalidFieldError("args", unknown[0], f"one of {list(KEYS)}")
-        if not isinstance(args.get("llm_config"), Mapping):
-            raise InvalidFieldError("llm_config", args.get("llm_config"), "a mapping, as of ray.serve.llm.LLMConfig")
-        if "profile" not in args:
+        if not args.get("profile"):
             raise InvalidFieldError(
                 "profile", None, "a batch-time profile's path; `slos-serve profile MODEL` makes one"
             )
-        numbers = {
-            name: check_number(name, args[name], low=0.0, high=86_400_000.0)
-            for name in ("publish_every_ms", "stale_after_ms", "hang_after_s")
-            if name in args
-        }
-        if args.get("order", "prefix") not in list(Order):
-            raise InvalidFieldError("order", args["order"], f"one of {[order.value for order in Order]}")
-        return cls(
-            llm_config=args["llm_config"],
-            plugin=Plugin(*(Path(args[key]) if args.get(key) else None for key in ("classes", "profile", "events"))),
-            order=Order(args.get("order", Order.PREFIX)),
-            ingress_replicas=int(check_number("ingress_replicas", args.get("ingress_replicas", 1), low=0.0, high=1e4)),
-            **numbers,
-        )
+        plugin = PluginConfig.of({field: args.get(key) for field, key in PLUGIN_KEYS.items()}, PLUGIN_KEYS)
+        own = {key: value for key, value in args.items() if key not in PLUGIN_KEYS.values()}
+        if not isinstance(own.get("llm_config"), Mapping):
+            raise InvalidFieldError("llm_config", own.get("llm_config"), "a mapping, as of ray.serve.llm.LLMConfig")
+        try:
+            return cls(plugin=plugin, **own)
+        except ValidationError as fault:
+            raise invalid_field(fault, cls) from None
 
 
-def build_app(args: dict[str, Any]) -> Application:
-    """The application of a Serve YAML's ``args``; see :class:`AppSettings` and docs/ray-serve.md.
+KEYS = (*(name for name in AppConfig.model_fields if name != "plugin"), *PLUGIN_KEYS.values())
+
+
+def build_app(args: dict[str, Any], api_keys: Sequence[str] | None = None) -> Application:
+    """The application of a Serve YAML's ``args``; see :class:`AppConfig` and docs/ray-serve.md.
+
+    Args:
+        args: the settings.
+        api_keys: keys that requests must bring one of; ``None`` takes those of this process's environment
+            (``VLLM_API_KEY``). The application holds their digests only.
 
     Raises:
         InvalidFieldError: an argument, the class file or the profile cannot be used.
     """
-    settings = AppSettings.of_args(args)
-    classes = ClassSet() if settings.plugin.classes is None else load_classes(settings.plugin.classes)
-    if settings.plugin.profile is not None:
-        load_profile(settings.plugin.profile)  # an unusable one is refused here and not by each replica
-    environment = {
-        **settings.plugin.environment,
-        PUBLISH_EVERY_VARIABLE: f"{settings.publish_every_ms:g}",
-        HANG_VARIABLE: f"{settings.hang_after_s:g}",
-    }
-    config = LLMConfig(**llm_config_of(settings, len(classes) + 2, environment))
-    engine = build_llm_deployment(config)
+    config = AppConfig.of_args(args)
+    _ = config.plugin.classes, config.plugin.profile  # unusable files are refused here and not by each replica
+    keys = take_keys(os.environ) if api_keys is None else tuple(api_keys)
+    environment = {**config.plugin.environment(), HANG_ENV: f"{config.hang_after_s:g}"}
+    llm = LLMConfig(**llm_config_of(config, len(config.plugin.classes) + 2, environment))
+    engine = build_llm_deployment(llm)
+    ingress = serve.deployment(
+        make_fastapi_ingress(SLOIngress, endpoint_map=ENDPOINTS, app=_fastapi_app(keys)),
+        name="SLOIngress",
+        num_replicas=config.ingress_replicas,
+        max_ongoing_requests=MOST_ONGOING,
+        graceful_shutdown_timeout_s=DRAIN_S,
+        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": dict(llm.runtime_env["env_vars"])}},
+    )
+    return ingress.bind(
+        llm_deployments={llm.model_id: engine},
+        model_cards={llm.model_id: compat.to_model_metadata(llm.model_id, llm)},
+        tokenizer=str(llm.model_loading_config.tokenizer_source or model_source_of(llm)),
+        max_model_len=llm.engine_kwargs.get("max_model_len"),
+        trust_remote_code=bool(llm.engine_kwargs.get("trust_remote_code", False)),
+    )
+
+
+def _fastapi_app(keys: Sequence[str]) -> Any:
+    """Ray's FastAPI application in our middleware; the one added last is asked first."""
     app = compat.fastapi_app()
     app.add_middleware(SLOMiddleware)
     app.add_middleware(JsonOnly)
-    ingress = serve.deployment(
-        make_fastapi_ingress(SLOIngress, endpoint_map=ENDPOINTS, app=app),
-        name="SLOIngress",
-        num_replicas=settings.ingress_replicas,
-        max_ongoing_requests=MOST_ONGOING,
-        graceful_shutdown_timeout_s=DRAIN_S,
-        ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": dict(config.runtime_env["env_vars"])}},
-    )
-    return ingress.bind(
-        llm_deployments={config.model_id: engine},
-        model_cards={config.model_id: compat.to_model_metadata(config.model_id, config)},
-        tokenizer=str(config.model_loading_config.tokenizer_source or model_source_of(config)),
-        max_model_len=config.engine_kwargs.get("max_model_len"),
-        trust_remote_code=bool(config.engine_kwargs.get("trust_remote_code", False)),
-    )
+    if keys:
+        app.add_middleware(ApiKeyRequired, keys=KeyDigests.of(keys))
+    return app
 
 
-def llm_config_of(settings: AppSettings, num_classes: int, environment: Mapping[str, str]) -> dict[str, Any]:
+def llm_config_of(settings: AppConfig, num_classes: int, environment: Mapping[str, str]) -> dict[str, Any]:
     """Ray's configuration with ours filled in; what is given there stays, but for scheduler, server and router."""
     config: dict[str, Any] = copy.deepcopy(dict(settings.llm_config))
     loading = dict(config.get("model_loading_config") or {})
@@ -153,7 +146,10 @@ def llm_config_of(settings: AppSettings, num_classes: int, environment: Mapping[
     loading["model_source"] = resolve_model(named)
     config["model_loading_config"] = loading
     env_vars = dict((config.get("runtime_env") or {}).get("env_vars") or {})
-    engine_kwargs = dict(config.get("engine_kwargs") or {})
+    engine_kwargs = engine_arguments(
+        {name: value for name, value in (config.get("engine_kwargs") or {}).items() if name != "scheduler_cls"},
+        "llm_config.engine_kwargs",
+    )
     deployment = dict(config.get("deployment_config") or {})
     if loading["model_source"] != named:  # a short name: the small model
         env_vars = {**CPU_ENVIRONMENT, **env_vars}

@@ -35,6 +35,7 @@ try:
     )
     from ray.llm._internal.serve.core.protocol import RawRequestInfo
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
+    from ray.serve.context import _get_global_client
 except ImportError as fault:
     raise UnsupportedEngineError(
         f"slos-serve serves replicas with Ray Serve LLM {OLDEST[0]}.{OLDEST[1]} or later; this is Ray "
@@ -51,6 +52,7 @@ __all__ = [
     "OpenAIHTTPException",
     "RawRequestInfo",
     "VLLMEngine",
+    "endpoint_options",
     "engine_is_on_cpu",
     "fastapi_app",
     "router_request_timeout",
@@ -58,6 +60,12 @@ __all__ = [
     "server_sent",
     "to_model_metadata",
 ]
+
+
+def endpoint_options() -> Any:
+    """HTTP options of the Ray Serve instance that runs now."""
+    client = _get_global_client()
+    return None if client is None else client.http_config
 
 
 def sent_form(body: Any) -> Any:

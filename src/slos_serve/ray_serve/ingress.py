@@ -25,7 +25,7 @@ from slos_serve.ray_serve.prompts import PromptCounter, context_tokens
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
 from slos_serve.ray_serve.ticket_office import TicketOffice, session_of
 from slos_serve.routing.warm_up import warm_up_routing
-from slos_serve.vllm_plugin.settings import PluginSettings
+from slos_serve.vllm_plugin.config import PluginConfig
 
 MAX_ATTEMPTS = 3
 HEALTH_TIMEOUT_S = 1.5
@@ -50,7 +50,7 @@ class SLOIngress(OpenAiIngress):
     ) -> None:
         super().__init__(llm_deployments, model_cards, **options)
         warm_up_routing()  # the router runs in this process
-        settings = PluginSettings.from_environment(os.environ)
+        settings = PluginConfig.from_environment(os.environ)
         prompts = PromptCounter.of_model(tokenizer, trust_remote_code)
         longest = max_model_len or context_tokens(tokenizer, trust_remote_code)
         self._office = TicketOffice(settings, prompts, longest)

@@ -1,20 +1,25 @@
-"""``python -m slos_serve.ray_serve.run PLAN.json``: replicas behind one endpoint, until a signal comes.
+"""``python -m slos_serve.ray_serve.run CONFIG.json``: replicas behind one endpoint, until a signal comes.
 
-What ``slos-serve serve --replicas`` starts. Joins the Ray cluster that ``RAY_ADDRESS`` names; without one it starts its
-own on this machine, which ends with it.
+``slos-serve serve --replicas`` starts this. It joins the Ray cluster that ``RAY_ADDRESS`` names; without one it starts
+its own on this machine, which ends with it. API keys come in the environment and never reach Ray.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from slos_serve.core.errors import InvalidFieldError, SlosServeError
+from slos_serve.launch.endpoint import Endpoint
+from slos_serve.launch.serve_config import ServeConfig
+from slos_serve.ray_serve.api_keys import take_keys
+from slos_serve.ray_serve.arguments import ENDPOINT_ARGUMENTS, engine_arguments
+from slos_serve.vllm_plugin.config import PLUGIN_KEYS
 
 APPLICATION = "slos-serve"
 _LOOK_EVERY_S = 1.0
@@ -24,82 +29,85 @@ _DRAIN_S = 15.0
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
 
 
-@dataclass(frozen=True)
-class ReplicaPlan:
-    """What to serve; plain values, so that it can be handed over as JSON.
-
-    Attributes:
-        model: hub name or folder.
-        replicas: how many.
-        host, port: where the endpoint listens.
-        vllm_args: of vLLM's server, for every replica.
-        classes, profile, events: the plug-in's files.
-        order: whom the router asks first.
-    """
-
-    model: str
-    replicas: int
-    host: str
-    port: int
-    vllm_args: Sequence[str] = ()
-    classes: str | None = None
-    profile: str | None = None
-    events: str | None = None
-    order: str = "prefix"
-
-    def write(self, path: Path) -> None:
-        """As JSON."""
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
-
-    @classmethod
-    def read(cls, path: Path) -> ReplicaPlan:
-        """The inverse of :meth:`write`."""
-        return cls(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def app_args(plan: ReplicaPlan, given: Mapping[str, Any]) -> dict[str, Any]:
+def app_args(config: ServeConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of :func:`slos_serve.ray_serve.app.build_app`.
 
     Args:
-        plan: what to serve.
+        config: what to serve.
         given: its vLLM arguments by name.
+
+    Raises:
+        InvalidFieldError: an argument that replicas do not take.
     """
-    names = given.get("served_model_name") or [plan.model]
-    ours = ("model", "served_model_name", "host", "port", "model_tag", "config")
-    args: dict[str, Any] = {
+    names = given.get("served_model_name") or [config.model]
+    engine = {name: value for name, value in given.items() if name not in ENDPOINT_ARGUMENTS}
+    plugin = config.plugin.model_dump(mode="json", exclude_unset=True)
+    files = {name: str(Path(plugin[name]).resolve()) for name in plugin if name.endswith("_path") and plugin[name]}
+    told = {**plugin, **files}
+    return {
         "llm_config": {
-            "model_loading_config": {"model_id": names[0], "model_source": plan.model},
-            "engine_kwargs": {name: value for name, value in given.items() if name not in ours},
-            "deployment_config": {"num_replicas": plan.replicas},
+            "model_loading_config": {"model_id": names[0], "model_source": config.model},
+            "engine_kwargs": engine_arguments(engine),
+            "deployment_config": {"num_replicas": config.replicas},
         },
-        "order": plan.order,
-        "profile": plan.profile,
+        "order": config.order.value,
+        **{PLUGIN_KEYS[name]: value for name, value in told.items() if name in PLUGIN_KEYS and value is not None},
     }
-    files = {"classes": plan.classes, "events": plan.events}
-    return {**args, **{name: path for name, path in files.items() if path is not None}}
+
+
+def http_options(endpoint: Endpoint) -> dict[str, Any]:
+    """Ray Serve's HTTP options."""
+    files = {name: getattr(endpoint, name) for name in ("ssl_keyfile", "ssl_certfile", "ssl_ca_certs")}
+    if not endpoint.is_tls and any(files.values()):
+        raise InvalidFieldError("--ssl-keyfile", endpoint.ssl_keyfile, "given together with --ssl-certfile")
+    return {
+        "host": endpoint.host or "0.0.0.0",
+        "port": endpoint.port,
+        "request_timeout_s": None,
+        **{name: path for name, path in files.items() if path is not None},
+    }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve the plan until SIGINT or SIGTERM; exit status 0 then."""
-    plan = ReplicaPlan.read(Path((sys.argv[1:] if arguments is None else arguments)[0]))
+    """Serve the configuration until SIGINT or SIGTERM; exit status 0 then."""
+    config = ServeConfig.read(Path((sys.argv[1:] if arguments is None else arguments)[0]))
     ended = threading.Event()
     _end_on_signals(ended)
+    keys = take_keys(os.environ)  # before Ray starts processes that inherit the environment
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     import ray  # noqa: PLC0415 - reads the environment
-    from ray import serve  # noqa: PLC0415
 
     from slos_serve.profiling.run import given_arguments  # noqa: PLC0415
-    from slos_serve.ray_serve.app import build_app  # noqa: PLC0415
 
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init()
-    else:
-        # Logical CPUs only: one a replica is what they ask for, however many cores there are.
-        ray.init(num_cpus=max(os.cpu_count() or 1, plan.replicas + 1), include_dashboard=False)
-    _end_on_signals(ended)  # once more: Ray has set its own
     try:
-        app = build_app(app_args(plan, given_arguments(plan.vllm_args)))
-        serve.start(http_options={"host": plan.host, "port": plan.port, "request_timeout_s": None})
+        args = app_args(config, given_arguments(config.vllm_args))
+        options = http_options(config.endpoint)
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init()
+        else:
+            # Logical CPUs only: one a replica is what they ask for, however many cores there are.
+            num_cpus = max(os.cpu_count() or 1, (config.replicas or 1) + 1)
+            ray.init(num_cpus=num_cpus, include_dashboard=False)
+        _end_on_signals(ended)  # once more: Ray has set its own
+        return _serve(args, options, keys, ended)
+    except SlosServeError as error:
+        sys.stderr.write(f"slos-serve: {error}\n")
+        return 2
+    finally:
+        ray.shutdown()
+
+
+def _serve(args: dict[str, Any], options: dict[str, Any], keys: Sequence[str], ended: threading.Event) -> int:
+    """Run the application until ``ended`` is set or it cannot start."""
+    from ray import serve  # noqa: PLC0415
+
+    from slos_serve.ray_serve.app import build_app  # noqa: PLC0415
+    from slos_serve.ray_serve.compat import endpoint_options  # noqa: PLC0415
+
+    app = build_app(args, keys)
+    try:
+        serve.start(http_options=options)
+        _check_endpoint(options, endpoint_options())
         target = serve.RunTarget(app, name=APPLICATION, route_prefix="/")
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         while not ended.wait(_LOOK_EVERY_S):
@@ -112,7 +120,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         drained = threading.Thread(target=serve.shutdown, daemon=True)
         drained.start()
         drained.join(_DRAIN_S)
-        ray.shutdown()
+
+
+def _check_endpoint(wanted: Mapping[str, Any], running: Any) -> None:
+    """A cluster that serves already keeps its own endpoint: its TLS and port must be those asked for.
+
+    Raises:
+        InvalidFieldError: names the option.
+    """
+    for name in ("port", "ssl_certfile", "ssl_keyfile"):
+        there = getattr(running, name, None)
+        if wanted.get(name) != there:
+            allowed = f"{there!r}, as the Ray Serve endpoint that runs on this cluster has it"
+            raise InvalidFieldError(f"--{name.replace('_', '-')}", wanted.get(name), allowed)
 
 
 def _end_on_signals(ended: threading.Event) -> None:

@@ -23,9 +23,9 @@ from slos_serve.ray_serve.pulse import Pulse
 from slos_serve.ray_serve.relay import Relay
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import ADDRESS_KEY
-from slos_serve.vllm_plugin.settings import EVENTS_VARIABLE, PUBLISH_VARIABLE, PluginSettings
+from slos_serve.vllm_plugin.config import EVENTS_ENV, PUBLISH_ENV, PluginConfig
 
-HANG_VARIABLE = "SLOS_SERVE_HANG_AFTER_S"
+HANG_ENV = "SLOS_SERVE_HANG_AFTER_S"
 HANG_AFTER_S = 60.0
 METRICS_EVERY_S = 5.0
 _logger = logging.getLogger("slos_serve.ray_serve")
@@ -35,15 +35,15 @@ class SLOServer(LLMServer):
     """One replica: vLLM with :class:`slos_serve.vllm_plugin.SLOScheduler`, its state published to routers."""
 
     async def __init__(self, llm_config: LLMConfig, **options: Any) -> None:  # type: ignore[misc]  # Ray awaits it
-        settings = PluginSettings.from_environment(os.environ)
+        settings = PluginConfig.from_environment(os.environ)
         self._pulse = Pulse()
         self._relay = Relay(ray.util.get_node_ip_address(), self._pulse, settings.publish_every_s)
-        self._hang_after_s = float(os.environ.get(HANG_VARIABLE, HANG_AFTER_S))
+        self._hang_after_s = float(os.environ.get(HANG_ENV, HANG_AFTER_S))
         self._demand = Demand()
         # vLLM starts its engine core with this process's environment.
-        os.environ[PUBLISH_VARIABLE] = self._relay.engine_address
+        os.environ[PUBLISH_ENV] = self._relay.engine_address
         if settings.events_path is not None:
-            os.environ[EVENTS_VARIABLE] = str(_own_file(settings.events_path))
+            os.environ[EVENTS_ENV] = str(_own_file(settings.events_path))
         await super().__init__(llm_config, **{"engine_cls": SLOEngine, **options})
         self._metrics = asyncio.create_task(self._report())
 

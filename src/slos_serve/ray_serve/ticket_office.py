@@ -15,7 +15,7 @@ from slos_serve.core.slo import SLOClass, WhenFull
 from slos_serve.ray_serve.prompts import PromptCounter
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.routing.router import RoutingRequest
-from slos_serve.vllm_plugin.settings import PluginSettings
+from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.slo_args import SESSION_HEADER, from_extra_args
 
 
@@ -31,7 +31,7 @@ class TicketOffice:
 
     def __init__(
         self,
-        settings: PluginSettings,
+        settings: PluginConfig,
         prompts: PromptCounter,
         max_model_len: int,
         clock_s: Callable[[], float] = time.monotonic,

@@ -11,11 +11,11 @@ from vllm.logger import init_logger
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.request import Status
 from slos_serve.vllm_plugin import compat
+from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.controller import StepController
 from slos_serve.vllm_plugin.metrics import Verdict
 from slos_serve.vllm_plugin.recorder import FINISHED, Outcome
 from slos_serve.vllm_plugin.request_book import class_index_of
-from slos_serve.vllm_plugin.settings import PluginSettings
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
 from slos_serve.vllm_plugin.stop_strings import OVERSHOOT_TOKENS, StopStrings, stop_strings_of
 from slos_serve.vllm_plugin.tracked import Promise, Tracked
@@ -36,7 +36,7 @@ class RequestDesk:
         stop_strings: shared with the recorder.
     """
 
-    def __init__(self, control: StepController, settings: PluginSettings, stop_strings: StopStrings) -> None:
+    def __init__(self, control: StepController, settings: PluginConfig, stop_strings: StopStrings) -> None:
         self._control = control
         self._settings = settings
         self._stop_strings = stop_strings

@@ -2,12 +2,14 @@
 
 Headers do not reach vLLM's engine by themselves, so they are moved into ``vllm_xargs`` of the body. SLO fields of both
 are checked here, where a client can still be told (HTTP 400 in the OpenAI error shape, naming the field); the response
-says which class and numbers were applied. A request that gives no SLO header reaches vLLM byte for byte as it came, and
-bodies that cannot be read (no JSON, no object, too large) are left to vLLM to judge. Responses are never buffered, and
-a client that hangs up still reaches vLLM.
+says which class and numbers were applied. SLO headers on a route where they cannot act (audio, embeddings, batches) are
+refused with 400. A request that gives no SLO header reaches vLLM byte for byte as it came, and bodies that cannot be
+read (no JSON, no object, too large) are left to vLLM to judge. Responses are never buffered, and a client that hangs
+up still reaches vLLM.
 
 The classes are read once, from the file that ``SLOS_SERVE_CLASSES`` names; without one only a request's own numbers
-count. vLLM runs this middleware outside its own authentication, so nothing secret may go into its answers.
+count. vLLM runs this middleware outside its own authentication, so nothing secret may go into its answers, and a body
+is looked into only up to a limit and without being loaded (:mod:`slos_serve.vllm_plugin.body_fields`).
 """
 
 from __future__ import annotations
@@ -22,8 +24,10 @@ from typing import Any
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import NO_SLO_CLASS, ClassSet, SLOClass
-from slos_serve.files.class_file import load_classes
+from slos_serve.vllm_plugin.body_fields import BodyFields, body_fields
+from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.slo_args import (
+    HEADER_KEYS,
     SESSION_KEY,
     SloArgs,
     from_extra_args,
@@ -39,9 +43,9 @@ RawHeaders = list[tuple[bytes, bytes]]
 
 MESSAGES_PATH = "/v1/messages"
 SLO_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES_PATH)
-MAX_BODY_BYTES = 64 * 1024 * 1024
-CLASSES_ENV = "SLOS_SERVE_CLASSES"
-_XARGS = "vllm_xargs"
+# Routes that compute no output: an SLO on them means nothing, and a proxy may set its headers on every request.
+PROMISELESS_SUFFIXES = ("/tokenize", "/detokenize", "/render", "/derender", "/count_tokens", "/cancel")
+_SLO_HEADERS = frozenset(name.encode("ascii") for name in HEADER_KEYS)
 _logger = logging.getLogger(__name__)
 
 
@@ -59,29 +63,33 @@ class SLOMiddleware:
     Args:
         app: what it wraps.
         classes: classes served; by default those of the file named by ``SLOS_SERVE_CLASSES``.
-        max_body_bytes: largest body that is looked into.
+        max_body_bytes: largest body that is looked into; by default as ``SLOS_SERVE_MAX_BODY_MIB`` says, else 4 MiB.
 
     Raises:
-        InvalidFieldError: the class file cannot be used; the server does not start.
+        InvalidFieldError: the class file or a variable cannot be used; the server does not start.
     """
 
     def __init__(
         self,
         app: App,
         classes: ClassSet | None = None,
-        max_body_bytes: int = MAX_BODY_BYTES,
+        max_body_bytes: int | None = None,
     ) -> None:
         self._app = app
-        self._classes = _classes_from_environment() if classes is None else classes
-        self._max_body_bytes = max_body_bytes
+        config = PluginConfig.of_middleware(os.environ)
+        self._classes = config.classes if classes is None else classes
+        self._max_body_bytes = config.max_body_bytes if max_body_bytes is None else max_body_bytes
         self._paths = frozenset(path for path in SLO_PATHS if path != MESSAGES_PATH or _messages_take_xargs())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; see the module's docstring."""
         if scope["type"] == "lifespan":
             _warn_without_scheduler(scope)
-        if scope["type"] != "http" or scope["method"] != "POST" or _path(scope) not in self._paths:
+        if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
+            return
+        if _path(scope) not in self._paths:
+            await self._pass_promiseless(scope, receive, send)
             return
         body = await _read(receive, self._max_body_bytes)
         if body is None:
@@ -91,8 +99,8 @@ class SLOMiddleware:
             if len(body.data) > self._max_body_bytes:
                 await self._pass_unread(scope, body, receive, send, given=slo_headers)
                 return
-            document = _document(body.data, wanted=self._adds_to_body(slo_headers))
-            applied = self._applied(_checked(slo_headers, document), scope["headers"])
+            fields = _fields(body.data, wanted=self._adds_to_body(slo_headers))
+            applied = self._applied(_checked(slo_headers, fields), scope["headers"])
         except InvalidFieldError as error:
             await _refuse(
                 send,
@@ -103,7 +111,7 @@ class SLOMiddleware:
             )
             return
         asked = applied is not None or _asks_for_slo(slo_headers)
-        data = _merged(body.data, document, slo_headers) if asked else body.data
+        data = fields.with_xargs(slo_headers) if asked and fields is not None else body.data
         if data is not body.data:
             scope = {**scope, "headers": _with_length(scope["headers"], len(data))}
         await self._app(scope, _replay(data, receive), _announcing(send, applied))
@@ -118,6 +126,17 @@ class SLOMiddleware:
         except InvalidFieldError as error:
             field = "x-slo-class" if any(name.lower() == b"x-slo-class" for name, _ in headers) else error.field
             raise InvalidFieldError(field, error.given, error.allowed) from None
+
+    async def _pass_promiseless(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """A route that SLOs do not reach: refused when its headers ask for one and it computes output."""
+        given = next((name.decode("ascii") for name, _ in scope["headers"] if name.lower() in _SLO_HEADERS), None)
+        if given is None or _path(scope).endswith(PROMISELESS_SUFFIXES):
+            await self._app(scope, receive, send)
+            return
+        message = (
+            f"{given}: not applied on {_path(scope)}; allowed: no SLO header here, or one of {sorted(self._paths)}"
+        )
+        await _refuse(send, 400, given, message, anthropic=_path(scope) == MESSAGES_PATH)
 
     async def _pass_unread(
         self,
@@ -137,11 +156,6 @@ class SLOMiddleware:
 
 def _asks_for_slo(slo_headers: dict[str, str | float]) -> bool:
     return any(key != SESSION_KEY for key in slo_headers)
-
-
-def _classes_from_environment() -> ClassSet:
-    path = os.environ.get(CLASSES_ENV)
-    return load_classes(path) if path else ClassSet()
 
 
 def _warn_without_scheduler(scope: Scope) -> None:
@@ -181,39 +195,21 @@ async def _read(receive: Receive, max_bytes: int) -> _Body | None:
             return _Body(b"".join(parts), more)
 
 
-def _document(data: bytes, wanted: bool) -> dict[str, Any] | None:
-    r"""The body as a JSON object, ``None`` when it is none or need not be looked into.
+def _fields(data: bytes, wanted: bool) -> BodyFields | None:
+    r"""What the body holds, ``None`` when it is no JSON object or need not be looked into.
 
-    A body without SLO fields is not parsed. ``\u00`` might spell an ASCII letter of a key, so it counts as a hint too.
+    A body without SLO fields is not looked into. ``\u00`` might spell an ASCII letter of a key, so it is a hint too.
     """
     if not wanted and b"slo_" not in data and b"\\u00" not in data:
         return None
-    try:
-        document = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return document if isinstance(document, dict) else None
+    return body_fields(data)
 
 
-def _checked(slo_headers: dict[str, str | float], document: dict[str, Any] | None) -> SloArgs:
+def _checked(slo_headers: dict[str, str | float], fields: BodyFields | None) -> SloArgs:
     """Headers over body. The body's own fields are checked even where a header overrides them."""
-    xargs = None if document is None else document.get(_XARGS)
-    in_body = xargs if isinstance(xargs, dict) else {}
+    in_body = fields.xargs if fields is not None and isinstance(fields.xargs, dict) else {}
     from_extra_args(in_body)
     return from_extra_args({**in_body, **slo_headers})
-
-
-def _merged(data: bytes, document: dict[str, Any] | None, slo_headers: dict[str, str | float]) -> bytes:
-    """The body with the headers' fields in ``vllm_xargs``; unchanged when there is nothing to add or nowhere to."""
-    if document is None or not slo_headers:
-        return data
-    xargs = document.get(_XARGS)
-    if xargs is not None and not isinstance(xargs, dict):
-        return data  # vLLM refuses it and says why
-    try:
-        return json.dumps({**document, _XARGS: {**(xargs or {}), **slo_headers}}).encode("ascii")
-    except RecursionError:
-        return data
 
 
 def _with_length(headers: RawHeaders, length: int) -> RawHeaders:

@@ -4,7 +4,7 @@ The transport is one ZeroMQ PUSH socket that keeps only the newest message. Send
 gone or not there yet costs the engine nothing and finds the newest publication when it comes. Whatever goes wrong here
 is logged once and costs publications, never a step.
 
-``SLOS_SERVE_PUBLISH`` holds the address that the reader listens on (:mod:`slos_serve.vllm_plugin.settings`).
+``SLOS_SERVE_PUBLISH`` holds the address that the reader listens on (:mod:`slos_serve.vllm_plugin.config`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from slos_serve.routing.projection import carry_out
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.publisher import Publisher
 from slos_serve.routing.settings import PUBLISH_EVERY_S
-from slos_serve.vllm_plugin.settings import PluginSettings
+from slos_serve.vllm_plugin.config import PluginConfig
 
 _logger = logging.getLogger("vllm.slos_serve")
 # A reader knows whose publications it reads; the engine core does not know what its replica is called.
@@ -95,7 +95,7 @@ class EnginePublisher:
                 _logger.exception("slos-serve: a publication failed; routers count this replica as full meanwhile.")
 
 
-def publisher_of(settings: PluginSettings, policy: SLOsServePolicy | None) -> EnginePublisher | None:
+def publisher_of(settings: PluginConfig, policy: SLOsServePolicy | None) -> EnginePublisher | None:
     """The publisher that the environment asks for; ``None`` when it asks for none or nothing is planned."""
     if settings.publish_to is None or policy is None:
         return None

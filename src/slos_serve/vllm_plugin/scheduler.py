@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -22,15 +22,15 @@ from slos_serve.core.request import MAX_DRAFT_TOKENS
 from slos_serve.planning.warm_up import warm_up
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.vllm_plugin import capabilities, compat
+from slos_serve.vllm_plugin.config import PROFILE_ENV, PluginConfig
 from slos_serve.vllm_plugin.controller import StepController
 from slos_serve.vllm_plugin.entry import RequestDesk
 from slos_serve.vllm_plugin.guard import Guard
-from slos_serve.vllm_plugin.identity import identity_of
+from slos_serve.vllm_plugin.identity import check_profile
 from slos_serve.vllm_plugin.orphan import end_with_parent
 from slos_serve.vllm_plugin.publish import publisher_of
 from slos_serve.vllm_plugin.recorder import Recorder
 from slos_serve.vllm_plugin.self_test import dry_plan
-from slos_serve.vllm_plugin.settings import PROFILE_VARIABLE, PluginSettings
 from slos_serve.vllm_plugin.stop_strings import StopStrings
 from slos_serve.vllm_plugin.telemetry import Telemetry
 
@@ -56,7 +56,7 @@ class Steered(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        settings = PluginSettings.from_environment(os.environ)
+        settings = PluginConfig.from_environment(os.environ)
         self._slo_settings = settings
         stock = capabilities.reason_for_stock(self.vllm_config) or self._slo_reason_to_rest()
         if stock is None:
@@ -70,7 +70,7 @@ class Steered(Scheduler):
     def _slo_reason_to_rest(self) -> str | None:
         """Why this engine's steps are not planned although its features are known."""
         if self._slo_settings.profile is None:
-            return f"No batch-time profile ({PROFILE_VARIABLE}; `slos-serve profile MODEL` measures one)."
+            return f"No batch-time profile ({PROFILE_ENV}; `slos-serve profile MODEL` measures one)."
         missing = compat.missing_names(self)
         if missing:
             return f"vLLM {compat.engine_version()} lacks what slos-serve steers by: {', '.join(missing)}."
@@ -84,13 +84,10 @@ class Steered(Scheduler):
             )
         return None
 
-    def _slo_start(self, settings: PluginSettings) -> None:
+    def _slo_start(self, settings: PluginConfig) -> None:
         profile = settings.profile
         assert profile is not None
-        profile.check_matches(
-            model=str(self.vllm_config.model_config.model),
-            **asdict(identity_of(self.vllm_config)),
-        )
+        check_profile(settings, self.vllm_config)
         num_classes = len(settings.classes) + 2  # custom numbers, and none
         drafts = min(compat.most_drafts(self), MAX_DRAFT_TOKENS)
         policy = SLOsServePolicy(profile.model, num_classes, replace(settings.planner, max_draft_tokens=drafts))
@@ -207,7 +204,7 @@ class SLOScheduler(Steered, AsyncScheduler):
         """The scheduler for a configuration: steered on the right base, or vLLM's own."""
         config = args[0] if args else kwargs["vllm_config"]
         stock = capabilities.reason_for_stock(config)
-        if stock is not None and PluginSettings.from_environment(os.environ).publish_to is None:
+        if stock is not None and PluginConfig.from_environment(os.environ).publish_to is None:
             logger.warning("slos-serve: vLLM's own scheduler makes every step. %s", stock)
             return compat.stock_class(config)(*args, **kwargs)
         if cls is SLOScheduler and not config.scheduler_config.async_scheduling:

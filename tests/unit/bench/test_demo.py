@@ -12,7 +12,7 @@ from slos_serve.bench.demo import DemoFailedError, EngineSetup, Told, run_sides,
 from slos_serve.bench.demo_plan import DemoPlan, DemoSettings, plan_demo
 from slos_serve.bench.demo_report import OURS, STOCK
 from slos_serve.bench.requests import Response
-from slos_serve.launch.server import Plugin
+from slos_serve.vllm_plugin.config import PluginConfig
 from tests.unit.bench.builders import MODEL
 from tests.unit.bench.sse_server import served
 
@@ -73,7 +73,11 @@ def test_both_sides_get_the_same_but_for_the_plugin(fake: type[FakeServer], tmp_
         }
     stock, ours = fake.started
     assert stock["plugin"] is None
-    assert ours["plugin"] == Plugin(tmp_path / "classes.yaml", SETUP.profile_path, tmp_path / "slos_serve-events.jsonl")
+    assert ours["plugin"] == PluginConfig(
+        classes_path=tmp_path / "classes.yaml",
+        profile_path=SETUP.profile_path,
+        events_path=tmp_path / "slos_serve-events.jsonl",
+    )
     for key in ("model", "vllm_args", "environment"):
         assert stock[key] == ours[key]
     assert sorted(fake.stopped) == sorted(fake.urls.values())

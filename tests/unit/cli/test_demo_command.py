@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +19,15 @@ from slos_serve.bench.demo_plan import DemoPlan
 from slos_serve.bench.demo_report import OURS, STOCK, SideRun
 from slos_serve.cli.main import app
 from slos_serve.core.errors import SlosServeError
+from slos_serve.files.engine_identity import EngineIdentity
 from slos_serve.files.profile_file import Profile, save_profile
-from slos_serve.launch.server import CPU_ENVIRONMENT
+from slos_serve.launch.cpu_engine import CPU_ENVIRONMENT
 from slos_serve.sim.replay import read_record
 from tests.unit.bench.builders import MODEL, demo_side
 
-IDENTITY = {"device": "Some CPU, 2 cores", "engine_version": "0.32.0", "dtype": "bfloat16", "tensor_parallel": 1}
+IDENTITY = EngineIdentity(
+    model="tiny", device="Some CPU, 2 cores", engine_version="0.32.0", dtype="bfloat16", tensor_parallel=1
+)
 PROFILE = Profile(
     model_name="tiny",
     device="Some CPU, 2 cores",
@@ -65,7 +69,7 @@ def run_demo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, sides: Sides, *arg
     """The command with an engine that is known and never started."""
     engine = SimpleNamespace(profile_engine=lambda *_, **__: pytest.fail("a profile was given"))
     monkeypatch.setitem(sys.modules, "slos_serve.profiling.run", engine)
-    monkeypatch.setattr("slos_serve.cli.demo._identity", lambda *_: dict(IDENTITY))
+    monkeypatch.setattr("slos_serve.cli.demo._identity", lambda model: replace(IDENTITY, model=model))
     monkeypatch.setitem(sys.modules, "slos_serve.launch.cpu_model", SimpleNamespace(resolve_model=lambda name: name))
     monkeypatch.setattr(demo_module, "run_sides", sides)
     for name, value in CPU_ENVIRONMENT.items():
@@ -88,7 +92,7 @@ def test_writes_what_it_prints(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert [row["sent_s"] for row in rows] == sorted(row["arrival_s"] for row in rows)
     result = json.loads(json_file.read_text(encoding="utf-8"))
     assert f"{result['ratio']:.2f} times as many" in ran.output
-    assert result["setup"]["device"] == IDENTITY["device"] and result["setup"]["burst_load"] > 1.0
+    assert result["setup"]["device"] == IDENTITY.device and result["setup"]["burst_load"] > 1.0
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "no  " not in ran.output and "Each side gets" in ran.output
 

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +15,16 @@ import pytest
 from typer.testing import CliRunner
 
 from slos_serve.cli.main import app
+from slos_serve.files.engine_identity import EngineIdentity
 from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.launch import server as launch
+from slos_serve.launch.cpu_engine import CPU_ENVIRONMENT
+from slos_serve.launch.endpoint import free_port
+from slos_serve.launch.options import option_value
+from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.ray_serve.run import ReplicaPlan
+from slos_serve.ray_serve import arguments
+from slos_serve.vllm_plugin.metrics import MULTIPROC_ENV
 
 # Answers /health, then ends itself like a server that was told to.
 STAND_IN = """
@@ -37,12 +42,8 @@ Server(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
-@dataclass(frozen=True)
-class Identity:
-    device: str = "cpu"
-    engine_version: str = "1"
-    dtype: str = "bfloat16"
-    tensor_parallel: int = 1
+def identity(model: str, *_: object) -> EngineIdentity:
+    return EngineIdentity(model=model, device="cpu", engine_version="1.0", dtype="bfloat16", tensor_parallel=1)
 
 
 def a_profile(model: str = "tiny") -> Profile:
@@ -50,7 +51,7 @@ def a_profile(model: str = "tiny") -> Profile:
         model_name=model,
         device="cpu",
         engine="vllm",
-        engine_version="1",
+        engine_version="1.0",
         created="2026-01-01T00:00:00+00:00",
         dtype="bfloat16",
         tensor_parallel=1,
@@ -76,7 +77,14 @@ class Engine:
 @pytest.fixture
 def engine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Engine:
     stand_in = Engine()
-    run = SimpleNamespace(engine_identity=lambda *_: Identity(), profile_engine=stand_in.profile_engine)
+    run = SimpleNamespace(
+        engine_identity=identity,
+        profile_engine=stand_in.profile_engine,
+        given_arguments=lambda words: {word[2:].replace("-", "_"): "" for word in words if word.startswith("--")},
+    )
+    monkeypatch.setattr(arguments, "engine_fields", lambda: frozenset({"max_model_len", "model"}))
+    for name in (MULTIPROC_ENV, "VLLM_API_KEY", "SLOS_SERVE_API_KEYS"):
+        monkeypatch.delenv(name, raising=False)
     models = SimpleNamespace(resolve_model=lambda name, _: "/models/small" if name == "smollm2" else name)
     monkeypatch.setitem(sys.modules, "slos_serve.profiling.run", run)
     monkeypatch.setitem(sys.modules, "slos_serve.launch.cpu_model", models)
@@ -97,7 +105,7 @@ def replace_vllm(monkeypatch: pytest.MonkeyPatch, status: int) -> list[tuple[str
 
     def command(*args: Any, **options: Any) -> list[str]:
         commands.append(tuple(real(*args, **options)))
-        return [sys.executable, "-c", STAND_IN % status, "--port", str(options["port"])]
+        return [sys.executable, "-c", STAND_IN % status, "--port", str(options["endpoint"].port)]
 
     monkeypatch.setattr(launch, "server_command", command)
     return commands
@@ -115,7 +123,7 @@ def test_measures_once_and_passes_vllm_its_arguments(
 ) -> None:
     commands = replace_vllm(monkeypatch, status=0)
     resolved = tmp_path / "serve.json"
-    given = ("tiny", "--classes", classes, "--port", launch.free_port(), "--max-model-len", "64", "-tp=1")
+    given = ("tiny", "--classes", classes, "--port", free_port(), "--max-model-len", "64", "-tp=1")
     status, output = serve(*given, "--json", resolved)
     assert status == 0, output
     assert engine.profiled == [("tiny", ("--port", str(given[4]), "--max-model-len", "64", "-tp=1"))]
@@ -127,25 +135,25 @@ def test_measures_once_and_passes_vllm_its_arguments(
     assert record["command"][-1] == str(given[4])
     assert record["environment"]["SLOS_SERVE_CLASSES"] == str(classes)
     assert Path(record["environment"]["SLOS_SERVE_PROFILE"]).is_file()
-    serve(*given[:4], launch.free_port())
+    serve(*given[:4], free_port())
     assert len(engine.profiled) == 1, "the profile was kept"
 
 
 def test_the_status_is_the_servers(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
     replace_vllm(monkeypatch, status=3)
-    assert serve("tiny", "--port", launch.free_port())[0] == 3
+    assert serve("tiny", "--port", free_port())[0] == 3
 
 
 def test_a_short_name_stays_the_name_of_the_model(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
-    for name, value in launch.CPU_ENVIRONMENT.items():
+    for name, value in CPU_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)  # the command sets them too; this way they are gone after the test
     commands = replace_vllm(monkeypatch, status=0)
-    serve("smollm2", "--port", launch.free_port())
-    serve("smollm2", "--port", launch.free_port(), "--served-model-name", "mine")
+    serve("smollm2", "--port", free_port())
+    serve("smollm2", "--port", free_port(), "--served-model-name", "mine")
     assert commands[0][4] == "/models/small"
-    assert launch.option_value(commands[0], "--served-model-name") == "smollm2"
-    assert launch.option_value(commands[1], "--served-model-name") == "mine"
-    assert launch.option_value(commands[0], "--max-num-seqs") == "64"
+    assert option_value(commands[0], "--served-model-name") == "smollm2"
+    assert option_value(commands[1], "--served-model-name") == "mine"
+    assert option_value(commands[0], "--max-num-seqs") == "64"
 
 
 def test_a_profile_of_another_model_is_refused(tmp_path: Path, engine: Engine, classes: Path) -> None:
@@ -158,7 +166,7 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path, engine: Engine, c
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("words", "said"),
     [
         (("--scheduler-cls", "x.Y"), "--scheduler-cls"),
         (("--port", "0"), "[1, 65535]"),
@@ -167,8 +175,8 @@ def test_a_profile_of_another_model_is_refused(tmp_path: Path, engine: Engine, c
         (("--profile", "no-such.json"), "no-such.json"),
     ],
 )
-def test_what_cannot_be_used_is_named(engine: Engine, arguments: tuple[str, ...], said: str) -> None:
-    status, output = serve("tiny", *arguments)
+def test_what_cannot_be_used_is_named(engine: Engine, words: tuple[str, ...], said: str) -> None:
+    status, output = serve("tiny", *words)
     assert status == 2
     assert said in output
 
@@ -184,7 +192,7 @@ def test_an_interrupt_while_the_server_starts_ends_it(monkeypatch: pytest.Monkey
     deaf = "import os, signal; signal.signal(15, signal.SIG_IGN); os.kill(os.getppid(), 15); signal.pause()"
     monkeypatch.setattr(launch, "server_command", lambda *_, **__: [sys.executable, "-c", deaf])
     monkeypatch.setattr("slos_serve.cli.serve.INTERRUPTED_STOP_S", 0.1)
-    assert serve("tiny", "--port", launch.free_port())[0] == 0
+    assert serve("tiny", "--port", free_port())[0] == 128 + 15, "ended by SIGTERM, as shells say it"
 
 
 FORWARDING = """
@@ -216,11 +224,11 @@ def test_ctrl_c_and_sigterm_reach_the_server() -> None:
 def test_replicas_are_handed_to_ray_serve(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine: Engine, classes: Path
 ) -> None:
-    plans: list[tuple[str, ReplicaPlan]] = []
-    port = launch.free_port()
+    plans: list[tuple[str, ServeConfig]] = []
+    port = free_port()
 
     def command(module: str, path: str) -> list[str]:
-        plans.append((module, ReplicaPlan.read(Path(path))))
+        plans.append((module, ServeConfig.read(Path(path))))
         return [sys.executable, "-c", STAND_IN % 0, "--port", str(port)]
 
     monkeypatch.setattr(launch.ServerProcess, "python_command", staticmethod(command))
@@ -231,8 +239,8 @@ def test_replicas_are_handed_to_ray_serve(
     assert "3 replicas on Ray Serve" in output
     ((module, plan),) = plans
     assert module == "slos_serve.ray_serve.run"
-    assert (plan.model, plan.replicas, plan.port, plan.order) == ("tiny", 3, port, "pack")
-    assert plan.classes == str(classes.resolve()) and plan.profile is not None
+    assert (plan.model, plan.replicas, plan.endpoint.port, plan.order) == ("tiny", 3, port, "pack")
+    assert plan.plugin.classes_path == classes and plan.plugin.profile_path is not None
     assert list(plan.vllm_args) == ["--port", str(port), "--max-model-len", "64"]
     assert json.loads((tmp_path / "serve.json").read_text())["replicas"] == 3
 

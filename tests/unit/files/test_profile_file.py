@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError, ProfileMismatchError
+from slos_serve.files.engine_identity import EngineIdentity, model_label
 from slos_serve.files.profile_file import (
     Profile,
     default_profile_path,
     find_profile,
     load_profile,
     load_samples,
-    model_label,
     samples_path,
     save_profile,
     save_samples,
@@ -41,6 +41,7 @@ PROFILE = Profile(
     fit={"all": RegionError(40, 0.02, 0.06, 0.001, 0.99), "mixed": RegionError(2, 0.02, 0.06, 0.0, None)},
     source="test",
 )
+ENGINE = EngineIdentity("smollm2", "Some CPU, 2 cores", "0.32.0", "bfloat16", 1, max_num_batched_tokens=2048)
 SAMPLES = [Sample(BatchShape(3, 40, 0, 3), 0.05), Sample(BatchShape(64, 10, 5376, 1), 0.123456, prefill_tokens=64)]
 
 
@@ -133,14 +134,15 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
         load_profile(tmp_path / "absent.json")
 
 
-def test_a_match_passes_and_none_is_not_compared() -> None:
-    PROFILE.check_matches()
-    PROFILE.check_matches(model="smollm2", device="Some CPU, 2 cores", engine_version="0.32.0", tensor_parallel=1)
+def test_a_match_passes_and_what_the_engine_does_not_say_is_not_compared() -> None:
+    assert PROFILE.check_matches(EngineIdentity()) == []
+    assert PROFILE.check_matches(ENGINE) == []
 
 
 def test_a_mismatch_says_everything_that_differs() -> None:
+    other = EngineIdentity(model="other", device="Some CPU, 2 cores", engine_version="0.33.0")
     with pytest.raises(ProfileMismatchError) as caught:
-        PROFILE.check_matches(model="other", device="Some CPU, 2 cores", engine_version="0.33.0")
+        PROFILE.check_matches(other)
     message = str(caught.value)
     assert "model is 'other' here and 'smollm2' in the profile" in message
     assert "engine_version is '0.33.0' here and '0.32.0' in the profile" in message
@@ -157,21 +159,22 @@ def test_a_local_model_goes_by_its_folder(tmp_path: Path) -> None:
 
 def test_find_profile_finds_the_kept_one_and_only_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLOS_SERVE_CACHE", str(tmp_path))
-    keys = ("smollm2", "Some CPU, 2 cores", "0.32.0", "bfloat16", 1)
-    assert find_profile(*keys) is None
-    path = default_profile_path(*keys)
+    assert find_profile(ENGINE) is None
+    path = default_profile_path(ENGINE)
     save_profile(PROFILE, path)
-    assert find_profile(*keys) == (path, PROFILE)
-    assert find_profile("smollm2", "Some CPU, 2 cores", "0.33.0", "bfloat16", 1) is None
+    assert find_profile(ENGINE) == (path, PROFILE)
+    assert find_profile(replace(ENGINE, engine_version="0.33.0")) is None
     save_profile(replace(PROFILE, device="Another"), path)
-    assert find_profile(*keys) is None
+    assert find_profile(ENGINE) is None
 
 
 def test_a_path_keeps_models_apart_and_stays_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLOS_SERVE_CACHE", str(tmp_path))
-    path = default_profile_path("../../org/m", "GPU / X", "1", "float16")
+    engine = EngineIdentity("../../org/m", "GPU / X", "1", "float16", 1)
+    path = default_profile_path(engine)
     assert path.parent == tmp_path / "profiles"
-    assert path != default_profile_path("../../org/m", "GPU / X", "1", "float16", 2)
+    assert path != default_profile_path(replace(engine, tensor_parallel=2))
+    assert path != default_profile_path(replace(engine, quantization="fp8"))
 
 
 @pytest.mark.parametrize(

@@ -14,19 +14,17 @@ import pytest
 
 from slos_serve.core.errors import SlosServeError
 from slos_serve.launch import server as launch
+from slos_serve.launch.cpu_engine import CPU_ENVIRONMENT, cpu_engine_args, cpu_model_args, set_cpu_environment
+from slos_serve.launch.endpoint import Endpoint, free_port
+from slos_serve.launch.options import option_value
 from slos_serve.launch.server import (
-    CPU_ENVIRONMENT,
-    Plugin,
+    Patience,
     ServerProcess,
     ServerStartError,
-    cpu_engine_args,
-    cpu_model_args,
-    option_value,
     server_command,
     server_environment,
-    set_cpu_environment,
 )
-from slos_serve.vllm_plugin import middleware, settings
+from slos_serve.vllm_plugin.config import PluginConfig
 
 # Serves /health, starts a worker in its process group, writes what it was told, ends on SIGTERM.
 STAND_IN = """
@@ -43,8 +41,8 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, program: str) -> None:
-    def command(*_: object, port: int, **__: object) -> list[str]:
-        return [sys.executable, "-c", program, "--port", str(port)]
+    def command(*_: object, endpoint: Endpoint, **__: object) -> list[str]:
+        return [sys.executable, "-c", program, "--port", str(endpoint.port)]
 
     monkeypatch.setattr(launch, "server_command", command)
 
@@ -68,22 +66,22 @@ def ended(pid: int, within_s: float = 10.0) -> bool:
 
 def test_the_command_names_plug_in_and_address() -> None:
     given = ["--port", "--x", "--max-model-len", "64", "--host=a", "--port=9", "-y"]
-    command = server_command("m", given, host="h", port=5, plugin=Plugin())
+    command = server_command("m", given, endpoint=Endpoint(host="h", port=5), plugin=PluginConfig())
     assert command[1:5] == ["-m", "vllm.entrypoints.openai.api_server", "--model", "m"]
     assert option_value(command, "--max-model-len") == "64"
     assert option_value(command, "--scheduler-cls") == "slos_serve.vllm_plugin.SLOScheduler"
     assert option_value(command, "--middleware") == "slos_serve.vllm_plugin.SLOMiddleware"
-    assert command[5:8] == ["--max-model-len", "64", "-y"]
+    assert command[5:9] == ["--x", "--max-model-len", "64", "-y"]
     assert command[-4:] == ["--host", "h", "--port", "5"]
 
 
 def test_the_stock_command_has_no_plug_in() -> None:
-    assert not [word for word in server_command("m", host="h", port=5) if "slos_serve" in word]
+    assert not [word for word in server_command("m", endpoint=Endpoint(host="h", port=5)) if "slos_serve" in word]
 
 
 def test_the_environment_says_which_files_and_drops_leftovers(tmp_path: Path) -> None:
     base = {"PATH": "p", "SLOS_SERVE_EVENTS": "old", "PROMETHEUS_MULTIPROC_DIR": "old"}
-    plugin = Plugin(classes=tmp_path / "c.yaml", profile=tmp_path / "p.json")
+    plugin = PluginConfig(classes_path=tmp_path / "c.yaml", profile_path=tmp_path / "p.json")
     assert server_environment(base, tmp_path, plugin, {"X": "1"}) == {
         "PATH": "p",
         "SLOS_SERVE_CLASSES": str(tmp_path / "c.yaml"),
@@ -92,10 +90,6 @@ def test_the_environment_says_which_files_and_drops_leftovers(tmp_path: Path) ->
         "X": "1",
     }
     assert server_environment(base, tmp_path) == {"PATH": "p", "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
-
-
-def test_middleware_and_scheduler_read_the_same_variable() -> None:
-    assert middleware.CLASSES_ENV == settings.CLASSES_VARIABLE
 
 
 @pytest.mark.parametrize(
@@ -112,7 +106,8 @@ def test_is_entered_when_ready_and_leaves_no_process_and_no_folder(
     stand_in(monkeypatch, STAND_IN)
     log = tmp_path / "server.log"
     waits: list[float] = []
-    with ServerProcess("m", log_path=log, host="0.0.0.0", on_wait=waits.append) as server:
+    endpoint = Endpoint(host="0.0.0.0", port=free_port())
+    with ServerProcess("m", output=log, endpoint=endpoint, patience=Patience(on_wait=waits.append)) as server:
         assert server.base_url == f"http://127.0.0.1:{server.port}"
         worker, folder = log.read_text().splitlines()[0].split()[2:]
         assert alive(int(worker))
@@ -139,7 +134,7 @@ def test_a_server_that_never_answers_is_given_up_and_killed(monkeypatch: pytest.
         monkeypatch,
         "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); signal.pause()",
     )
-    server = ServerProcess("m", start_timeout_s=0.5)
+    server = ServerProcess("m", patience=Patience(0.5))
     server.start()
     pid = server.pid
     with pytest.raises(ServerStartError, match="not ready within"):
@@ -168,7 +163,7 @@ def test_a_port_in_use_is_refused() -> None:
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as other:
         threading.Thread(target=other.serve_forever, daemon=True).start()
         with pytest.raises(ServerStartError, match="already serves"):
-            ServerProcess("m", port=other.server_address[1]).start()
+            ServerProcess("m", endpoint=Endpoint(host="127.0.0.1", port=other.server_address[1])).start()
         other.shutdown()
 
 

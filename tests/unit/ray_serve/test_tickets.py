@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.files.class_file import parse_classes
-from slos_serve.files.profile_file import Profile
-from slos_serve.planning.settings import PlannerSettings
+from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.ray_serve.demand import FORGET_S, FULLNESS, HEADROOM, Demand
 from slos_serve.ray_serve.prompts import PromptCounter
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.ticket_office import TicketOffice, session_of
 from slos_serve.routing.router import RoutingDecision, Verdict, Why
-from slos_serve.vllm_plugin.settings import PluginSettings
+from slos_serve.vllm_plugin.config import PluginConfig
 from tests.builders import OPT_13B_A100
 from tests.unit.routing.fleet import NOW_S, loaded, published, request
 
@@ -41,9 +40,11 @@ class Words:
 
 
 @pytest.fixture
-def office() -> TicketOffice:
+def office(tmp_path: Path) -> TicketOffice:
     profile = Profile("m", "d", "vllm", "1", "now", "bf16", 1, 64_000, 16, 2048, OPT_13B_A100)
-    settings = PluginSettings(parse_classes(CLASSES, "c"), profile, planner=PlannerSettings(ttft_margin_s=0.01))
+    save_profile(profile, tmp_path / "p.json")
+    (tmp_path / "c.yaml").write_text(CLASSES, encoding="utf-8")
+    settings = PluginConfig(classes_path=tmp_path / "c.yaml", profile_path=tmp_path / "p.json", ttft_margin_ms=10.0)
     return TicketOffice(settings, PromptCounter(Words()), max_model_len=100, clock_s=lambda: 7.0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import tracemalloc
 from collections.abc import MutableMapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -212,14 +213,16 @@ async def test_messages_errors_have_anthropics_shape() -> None:
     assert json.loads(wire.sent[1]["body"])["type"] == "error"
 
 
-@pytest.mark.parametrize(("fields", "status"), [({"vllm_xargs": None}, 400), ({"model": None}, 200)])
-async def test_messages_pass_untouched_where_vllm_takes_no_xargs(
+@pytest.mark.parametrize(("fields", "status"), [({"vllm_xargs": None}, 200), ({"model": None}, 400)])
+async def test_messages_take_slos_where_vllm_takes_xargs_there(
     monkeypatch: pytest.MonkeyPatch, fields: dict[str, None], status: int
 ) -> None:
     protocol = SimpleNamespace(AnthropicMessagesRequest=SimpleNamespace(model_fields=fields))
     monkeypatch.setitem(sys.modules, "vllm.entrypoints.anthropic.protocol", protocol)
-    wire, _ = await post({}, {"x-slo-class": "gold"}, path="/v1/messages")
+    wire, _ = await post({}, {"x-slo-class": "code"}, path="/v1/messages")
     assert wire.status == status
+    wire, _ = await post({}, path="/v1/messages")
+    assert wire.status == 200
 
 
 @pytest.mark.parametrize(
@@ -232,9 +235,33 @@ async def test_a_body_that_is_no_request_is_left_to_vllm(body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "path"), [("GET", "/v1/completions"), ("POST", "/v1/embeddings"), ("POST", "/tokenize")]
+    "path",
+    [
+        "/v1/chat/completions/batch",
+        "/inference/v1/generate",
+        "/invocations",
+        "/cohere/v2/chat",
+        "/v1/audio/transcriptions",
+        "/v1/embeddings",
+        "/pooling/",
+    ],
 )
-async def test_other_routes_are_not_touched(method: str, path: str) -> None:
+@pytest.mark.parametrize("header", ["x-slo-class", "X-SLO-TTFT-MS", "x-llm-d-slo-tpot-ms"])
+async def test_an_slo_header_is_refused_on_a_route_where_it_cannot_act(path: str, header: str) -> None:
+    wire, engine = await post(b"raw", {header: "5"}, path=path)
+    assert engine.calls == 0
+    assert (wire.status, wire.error["param"]) == (400, header)
+    assert f"not applied on {path.rstrip('/')}" in wire.error["message"]
+    assert "/v1/completions" in wire.error["message"]
+    wire, engine = await post(b"raw", {"x-session-id": "s"}, path=path)
+    assert engine.body == b"raw", "without an SLO header nothing is looked into"
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [("GET", "/v1/completions"), ("POST", "/tokenize"), ("POST", "/v1/chat/completions/render")],
+)
+async def test_routes_without_output_are_not_touched(method: str, path: str) -> None:
     wire, engine = await post(b"raw", {"x-slo-class": "gold"}, path=path, scope={"method": method})
     assert engine.body == b"raw"
     assert wire.headers == {"a": "b"}
@@ -275,6 +302,74 @@ async def test_a_body_too_large_passes_unread_or_is_refused_when_headers_ask_for
     wire, engine = await post(large, {"x-slo-class": "code"}, max_body_bytes=100, chunk=60)
     assert engine.calls == 0
     assert (wire.status, wire.error["param"]) == (413, "body")
+
+
+def nested_lists(num_bytes: int) -> bytes:
+    """The dearest JSON for json.loads: half a second and 200 MiB for 8 MiB of it."""
+    return b'{"messages":[' + b"[]," * (num_bytes // 3) + b'0],"vllm_xargs": {"slo_class":"code"}}'
+
+
+async def test_a_large_body_is_spliced_without_being_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[int] = []
+    loads = json.loads
+
+    def counted(data: bytes) -> Any:
+        loaded.append(len(data))
+        return loads(data)
+
+    monkeypatch.setattr(json, "loads", counted)
+    body = nested_lists(4_000_000)
+    tracemalloc.start()
+    try:
+        wire, engine = await post(body, {"x-slo-tpot-ms": "40"}, max_body_bytes=2**22, chunk=65_536)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert wire.headers["x-slo-tpot-ms"] == "40"
+    assert engine.body == body[:-1].replace(b'{"slo_class":"code"}', b'{"slo_class": "code", "slo_tpot_ms": 40}') + b"}"
+    assert engine.content_length == len(engine.body)
+    assert sum(loaded) < 100, "only vllm_xargs became objects"
+    assert peak < 12 * len(body), "copies of the body, no objects of its values"
+
+
+@pytest.mark.parametrize(
+    "body", [b"{}", b" {\n} ", b'{"a": "}{"}', b'{"vllm_xargs":null,"a":[{}]}', b'{"vllm_xargs": {}}']
+)
+async def test_fields_are_spliced_into_any_object(body: bytes) -> None:
+    _, engine = await post(body, {"x-slo-class": "code"})
+    assert engine.document == {**json.loads(body), "vllm_xargs": {"slo_class": "code"}}
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", '"\\ud800"'])
+async def test_what_only_python_reads_is_read_while_it_is_short(value: str) -> None:
+    _, engine = await post(f'{{"temperature": {value}}}'.encode(), {"x-slo-class": "code"})
+    assert engine.document["vllm_xargs"] == {"slo_class": "code"}
+    long = f'{{"temperature": {value}, "prompt": "{"x" * 70_000}"}}'.encode()
+    wire, engine = await post(long, {"x-slo-class": "code"}, max_body_bytes=100_000)
+    assert engine.calls == 0
+    assert (wire.status, wire.error["param"]) == (400, "body")
+    wire, engine = await post(long, max_body_bytes=100_000)
+    assert engine.body == long
+
+
+async def test_long_xargs_are_refused() -> None:
+    body = {"vllm_xargs": {"slo_class": "code", "mine": "x" * 70_000}}
+    wire, engine = await post(body, max_body_bytes=100_000)
+    assert (wire.status, wire.error["param"], engine.calls) == (400, "vllm_xargs", 0)
+
+
+async def test_the_body_limit_is_4_mib_or_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    large = b'{"prompt": "' + b"x" * 2**22 + b'"}'
+    for given, status in (("", 413), ("5", 200)):
+        monkeypatch.setenv("SLOS_SERVE_MAX_BODY_MIB", given)
+        engine, wire = Engine(), Wire([large])
+        headers = [(b"x-slo-class", b"code")]
+        scope: Scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers}
+        await SLOMiddleware(engine, CLASSES)(scope, wire.receive, wire.send)
+        assert wire.status == status
+    monkeypatch.setenv("SLOS_SERVE_MAX_BODY_MIB", "much")
+    with pytest.raises(InvalidFieldError, match=r"SLOS_SERVE_MAX_BODY_MIB.*'much'.*MiB"):
+        SLOMiddleware(Engine(), CLASSES)
 
 
 async def test_classes_come_from_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
