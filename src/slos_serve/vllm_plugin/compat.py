@@ -7,10 +7,12 @@ name. :func:`missing_names` looks for each name at start; :mod:`slos_serve.vllm_
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import vllm
+from numpy.typing import NDArray
 from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.request import Request, RequestStatus
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.outputs import ModelRunnerOutput
 
+IntArray = NDArray[np.int64]
 OLDEST = (0, 26)
 NEWEST = (0, 33)
 # Waiting requests that vLLM looks at before its queue ``waiting``: the name since 0.31, and the one before.
@@ -73,6 +76,8 @@ _REQUEST_NAMES = (
     "num_tokens_with_spec",
     "num_output_tokens",
     "output_token_ids",
+    "_output_token_ids",
+    "_all_token_ids",
     "mm_features",
     "lora_request",
     "resumable",
@@ -162,18 +167,6 @@ def may_start(request: Request) -> bool:
     return not _HAS_STALE_OUTPUT or not request.num_stale_output_tokens or bool(request.drop_stale_output)
 
 
-def startable(queue: Iterable[Request]) -> list[Request]:
-    """Those of a waiting queue that :func:`may_start`, in its order; one pass, for deep queues."""
-    ready = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
-    if not _HAS_STALE_OUTPUT:
-        return [request for request in queue if request.status in ready]
-    return [
-        request
-        for request in queue
-        if request.status in ready and (not request.num_stale_output_tokens or request.drop_stale_output)
-    ]
-
-
 def loads_kv(request: Request) -> bool:
     """True while KV of a waiting request is on its way from another engine or tier."""
     return bool(request.status == RequestStatus.WAITING_FOR_REMOTE_KVS)
@@ -255,22 +248,41 @@ def note_waiting(scheduler: Scheduler) -> None:
 # Requests -------------------------------------------------------------------------------------------------
 
 
-def tokens_in_flight(request: Request) -> int:
-    """Output tokens that steps in flight will produce."""
-    return int(request.num_output_placeholders)
+def counters(requests: Sequence[Request]) -> tuple[IntArray, IntArray, IntArray]:
+    """Computed tokens, output tokens and output tokens in flight of requests; int64 [n] each.
 
-
-def can_run_now(scheduler: Scheduler, request: Request) -> bool:
-    """Whether vLLM's next ``schedule()`` would give a running request a token.
-
-    False while its last token is in flight, or while a pipeline step of it is (its turn in the cadence has not come).
+    Read before every plan for all running requests, so past vLLM's properties: a call each would double the time.
     """
-    in_flight = request.num_output_placeholders
-    if in_flight and (request.num_computed_tokens + 2 - in_flight >= request.num_prompt_tokens + request.max_tokens):
-        return False
-    if scheduler.current_step + 1 < request.next_decode_eligible_step:
-        return False
-    return bool(request.num_tokens_with_spec + in_flight > request.num_computed_tokens)
+    return (
+        np.array([request.num_computed_tokens for request in requests], dtype=np.int64),
+        np.array([len(request._output_token_ids) for request in requests], dtype=np.int64),
+        np.array([request.num_output_placeholders for request in requests], dtype=np.int64),
+    )
+
+
+def cannot_run_now(
+    scheduler: Scheduler, requests: Sequence[Request], computed: IntArray, in_flight: IntArray
+) -> NDArray[np.bool_]:
+    """Which running requests vLLM's next ``schedule()`` would pass over; bool [n].
+
+    A request whose last token is in flight, and one whose turn in the pipeline's cadence has not come.
+
+    Args:
+        scheduler: vLLM's.
+        requests: running ones.
+        computed, in_flight: their :func:`counters`.
+    """
+    ends = np.array([request.num_prompt_tokens + request.max_tokens for request in requests], dtype=np.int64)
+    tokens = np.array([len(request._all_token_ids) for request in requests], dtype=np.int64)
+    drafts = np.zeros(len(requests), dtype=np.int64)
+    if scheduler.num_spec_tokens:
+        drafts = np.array([len(request.spec_token_ids) for request in requests], dtype=np.int64)
+    done = (in_flight > 0) & (computed + 2 - in_flight >= ends)
+    cannot: NDArray[np.bool_] = done | (tokens + drafts + in_flight <= computed)
+    if scheduler.vllm_config.parallel_config.pipeline_parallel_size > 1:
+        turns = np.array([request.next_decode_eligible_step for request in requests], dtype=np.int64)
+        cannot |= turns > scheduler.current_step + 1
+    return cannot
 
 
 def keep_drafts(request: Request, count: int) -> None:

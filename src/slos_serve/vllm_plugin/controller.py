@@ -29,7 +29,6 @@ from slos_serve.vllm_plugin.recorder import GAUGES_EVERY, QueueCounts, Recorder,
 from slos_serve.vllm_plugin.request_book import RequestBook
 from slos_serve.vllm_plugin.steering import HiddenRequests, Selection, select, steered
 from slos_serve.vllm_plugin.telemetry import Telemetry
-from slos_serve.vllm_plugin.tracked import Tracked
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -88,7 +87,7 @@ class StepController:
         self.telemetry = telemetry
         self.publisher = publisher
         self.book = RequestBook()
-        self.queues = Queues(scheduler)
+        self.queues = Queues(scheduler, self.book)
         self.hits = PrefixHits(scheduler)
         self.limits = EngineLimits(scheduler)
         self.learner = StepLearner(policy, self.book)
@@ -96,7 +95,8 @@ class StepController:
         self._clock_s = clock_s
         self._plan_limit_s = plan_limit_s
         self._fallback: str | None = None
-        self._unserved: Tracked | None = None
+        self._owes_stock_step = False
+        self._passed_over: set[str] = set()
         self._steps = 0
 
     def now_s(self) -> float:
@@ -124,7 +124,8 @@ class StepController:
             self.guard.run("commit", self._commit, output, proposal, ready_s - entered_s, made_s)
         elif self.publisher is not None:
             self.guard.run("publish", self._publish_when_due)
-        self.queues.changed()
+        if proposal is None:
+            self.queues.changed()
         return output
 
     def _may_plan(self, throttle_prefills: bool) -> bool:
@@ -138,8 +139,8 @@ class StepController:
             guard.resting -= 1
             self._fall_back("resting")
             return False
-        if self._unserved is not None:
-            self._unserved = None
+        if self._owes_stock_step:
+            self._owes_stock_step = False
             self._fall_back("unserved")
             return False
         return True
@@ -169,21 +170,18 @@ class StepController:
         """Bring the table up to date with vLLM's counters and look at the engine."""
         book, queues = self.book, self.queues
         running = book.sync_running(self.scheduler, start_s)
-        queues.look()
-        waiting = book.known_of(queues.startable)
-        sessions = [one for one in book.sessions.values() if compat.holds_slot(one.request)]
-        if sessions:  # to the plan they run: they hold their KV and a worker's slot
-            running = np.concatenate((running, book.sync_sessions(sessions, start_s)))
-            waiting = [tracked for tracked in waiting if not compat.holds_slot(tracked.request)]
-        holders = [tracked for tracked in waiting if tracked.request.num_computed_tokens]
-        if holders:
-            book.sync_waiting(holders)
-            book.table.rows["cached_tokens"][[tracked.slot for tracked in holders]] = 0
-        self.hits.refresh(book.table.rows, {tracked.slot for tracked in waiting})
+        waiting = queues.look()
+        self.hits.refresh(book.table.rows, queues.startable)
+        if book.sessions:
+            sessions = [one for one in book.sessions.values() if compat.holds_slot(one.request)]
+            # To the plan they run: they hold their KV and a worker's slot.
+            slots = book.sync_sessions(sessions)
+            running = np.concatenate((running, slots))
+            waiting = waiting[~np.isin(waiting, slots)]
         if self.scheduler.connector is not None:
-            waiting = [tracked for tracked in waiting if not self.hits.is_unasked(tracked)]
-        slots: SlotArray = np.array([tracked.slot for tracked in waiting], dtype=np.int64)
-        return self.limits.view(book.table, running, slots)
+            asked = [slot for slot in waiting.tolist() if not self.hits.is_unasked(queues.startable[slot])]
+            waiting = np.array(asked, dtype=np.int64)
+        return self.limits.view(book.table, running, waiting)
 
     def _steer(self, stack: ExitStack, proposal: Proposal) -> bool:
         """Enter the steered state; False when that failed and the lists are as they were."""
@@ -202,6 +200,7 @@ class StepController:
         shape, predicted_s = self.learner.scheduled(output, now_s, None if proposal is None else proposal.plan)
         if proposal is not None:
             compat.note_waiting(self.scheduler)
+            self._note_moves(proposal.chosen)
             ran = self.book.slots_of(output.num_scheduled_tokens)
             self._commit_plan(proposal, ran)
             self._note_unserved(proposal.chosen, output)
@@ -218,7 +217,7 @@ class StepController:
             added_s=before_s + time.perf_counter() - made_s,
             shape=shape,
             num_running=len(self.scheduler.running),
-            num_waiting=len(self.queues.startable) + len(self.queues.blocked),
+            num_waiting=len(self.queues),
             held=0 if plan is None else int(np.count_nonzero(plan.held_reasons == Reason.HELD_AHEAD)),
             preempted=0 if plan is None else len(plan.preempt),
             predicted_s=predicted_s,
@@ -233,21 +232,41 @@ class StepController:
         self.book.note(proposal.plan, ran)
         self.policy.commit(proposal.plan, proposal.view, ran)
 
+    def _note_moves(self, chosen: Selection) -> None:
+        """Tell the queues who started, whose KV is being loaded and who was preempted."""
+        book = self.book
+        for tracked in book.known_of(chosen.started):
+            self.queues.left(tracked)
+            self.hits.forget(tracked)
+        for tracked in book.known_of(chosen.loading):
+            self.queues.left(tracked)
+            self.queues.entered(tracked)
+        if chosen.preempted:
+            several = book.known_of(chosen.preempted)
+            self.queues.preempted(several)
+            self.hits.waits(several)
+
     def _note_unserved(self, chosen: Selection, output: SchedulerOutput) -> None:
         """A request that is planned again and again and never scheduled gets a step in the engine's own order."""
-        ran, by_id = output.num_scheduled_tokens, self.book.by_id
-        for request in (*chosen.run, *chosen.start):
-            tracked = by_id.get(request.request_id)
-            if tracked is None:
-                continue
+        ran, book = output.num_scheduled_tokens, self.book
+        if len(ran) == len(chosen.run) + len(chosen.start):
+            if self._passed_over:
+                self._passed_over = {key for key in self._passed_over if key not in ran and key in book.by_id}
+            return
+        for tracked in book.known_of((*chosen.run, *chosen.start)):
+            request = tracked.request
             if request.request_id in ran or not (request.status.name == "RUNNING" or compat.may_start(request)):
+                self._passed_over.discard(request.request_id)
                 tracked.unserved_plans = 0
                 continue
+            if request.request_id not in self._passed_over:
+                tracked.unserved_plans = 0
+            self._passed_over.add(request.request_id)
             tracked.unserved_plans += 1
             if tracked.unserved_plans >= tracked.forbearance:
                 tracked.unserved_plans = 0
                 tracked.forbearance = min(2 * tracked.forbearance, MOST_FORBEARANCE)
-                self._unserved = tracked
+                self._owes_stock_step = True
 
     # Beside steps ---------------------------------------------------------------------------------------------
 

@@ -54,7 +54,7 @@ class RequestDesk:
         fixed = control.limits.needs.fixed_blocks(request.num_prompt_tokens + promise.max_tokens)
         tracked = control.book.add(request, promise, fixed_blocks=fixed)
         control.hits.waits((tracked,))
-        control.queues.changed()
+        control.queues.entered(tracked)
         if stop_strings_of(request):
             control.telemetry.post(self._stop_strings.load)
 
@@ -125,7 +125,7 @@ class RequestDesk:
         outcome = self._outcome(tracked, ended, now_s)
         book.remove(request.request_id)
         control.hits.forget(tracked)
-        control.queues.changed()
+        control.queues.left(tracked)
         stop = stop_strings_of(request)
         lengths = (tracked.promise.class_index, request.num_prompt_tokens, request.num_output_tokens)
         if ended == "abort" and stop and request.num_output_tokens:

@@ -8,7 +8,7 @@ when it starts the request; a stale answer only makes a plan's chunk a little to
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from slos_serve.core.request import RequestArray
@@ -59,7 +59,7 @@ class PrefixHits:
             return False
         return tracked.slot not in self._asked or tracked.slot in self._loads
 
-    def refresh(self, rows: RequestArray, waiting: set[int]) -> None:
+    def refresh(self, rows: RequestArray, waiting: Container[int]) -> None:
         """Look up some of the requests in ``waiting`` (slots) and write ``cached_tokens`` into their rows."""
         if not self._needed:
             return

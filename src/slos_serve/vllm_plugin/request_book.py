@@ -41,6 +41,9 @@ class RequestBook:
         self.sessions: dict[int, Tracked] = {}
         self.num_slo = 0
         self._was_running: set[int] = set()
+        self._running_list: list[Request] = []
+        self._running: list[Tracked] = []
+        self._running_slots: SlotArray = np.empty(0, dtype=np.int64)
 
     def add(self, request: Request, promise: Promise, *, fixed_blocks: int = 0) -> Tracked:
         """Enter a new request."""
@@ -90,6 +93,7 @@ class RequestBook:
         tracked = self.by_id.pop(request_id, None)
         if tracked is not None:
             del self.by_slot[tracked.slot]
+            self._running_list = []
             self.sessions.pop(tracked.slot, None)
             self._was_running.discard(tracked.slot)
             self.table.remove(tracked.slot)
@@ -109,80 +113,81 @@ class RequestBook:
             scheduler: vLLM's.
             pending_first_s: when a first token that is in flight will come.
         """
-        known = self._known(scheduler.running)
-        slots = self._sync(known, running=True, pending_first_s=pending_first_s)
-        now_running = set(slots.tolist())
-        self.sync_waiting([self.by_slot[slot] for slot in self._was_running - now_running])
-        self._was_running = now_running
-        if len(known):
-            can_run = compat.can_run_now
-            self.table.rows["blocked"][slots] = [not can_run(scheduler, tracked.request) for tracked in known]
+        if scheduler.running != self._running_list:
+            self._running_list = list(scheduler.running)
+            self._running = self.known_of(self._running_list)
+            self._running_slots = np.array([tracked.slot for tracked in self._running], dtype=np.int64)
+            now_running = set(self._running_slots.tolist())
+            self.sync_waiting([self.by_slot[slot] for slot in self._was_running - now_running])
+            self._was_running = now_running
+        slots, rows = self._running_slots, self.table.rows
+        if len(slots):
+            requests = [tracked.request for tracked in self._running]
+            counted = compat.counters(requests)
+            self._write(self._running, slots, counted, speculates=bool(scheduler.num_spec_tokens))
+            rows["running"][slots] = 1
+            rows["blocked"][slots] = compat.cannot_run_now(scheduler, requests, counted[0], counted[2])
+            pending = slots[np.isnan(rows["stage_start_s"][slots]) & (rows["stage_tokens"][slots] > 0)]
+            rows["stage_start_s"][pending] = pending_first_s
+            rows["last_token_s"][pending] = pending_first_s
         return slots
 
     def sync_waiting(self, several: Sequence[Tracked]) -> None:
         """Bring the rows of requests up to date that do not run (any more)."""
-        slots = self._sync(several, running=False, pending_first_s=np.nan)
-        self.table.rows["blocked"][slots] = 0
+        self._sync_at_rest(several, running=0)
 
-    def sync_sessions(self, sessions: Sequence[Tracked], pending_first_s: float) -> SlotArray:
+    def sync_sessions(self, sessions: Sequence[Tracked]) -> SlotArray:
         """Bring the rows of sessions up to date that wait for a turn with their slot; int64 slots."""
-        slots = self._sync(sessions, running=True, pending_first_s=pending_first_s)
+        slots = self._sync_at_rest(sessions, running=1)
         self._was_running.update(slots.tolist())
-        self.table.rows["blocked"][slots] = 0
         self.table.rows["cached_tokens"][slots] = 0
+        self._running_list = []
         return slots
+
+    def _sync_at_rest(self, several: Sequence[Tracked], running: int) -> SlotArray:
+        slots = np.array([tracked.slot for tracked in several], dtype=np.int64)
+        if len(slots):
+            counted = compat.counters([tracked.request for tracked in several])
+            self._write(several, slots, counted, speculates=True)
+            self.table.rows["running"][slots] = running
+            self.table.rows["blocked"][slots] = 0
+        return slots
+
+    def _write(
+        self,
+        several: Sequence[Tracked],
+        slots: SlotArray,
+        counted: tuple[SlotArray, SlotArray, SlotArray],
+        *,
+        speculates: bool,
+    ) -> None:
+        """Write vLLM's counters into rows. It counts drafts in flight as if all were right; a plan counts on none."""
+        computed, outputs, in_flight = counted
+        rows = self.table.rows
+        if speculates:
+            drafts = np.array([tracked.drafts_in_flight for tracked in several], dtype=np.int64)
+            unsure = np.minimum(drafts, in_flight)
+            computed, in_flight = computed - unsure, in_flight - unsure
+            rows["draft_limit"][slots] = [len(tracked.request.spec_token_ids) for tracked in several]
+        outputs = outputs + in_flight
+        rows["computed_tokens"][slots] = computed
+        rows["output_tokens"][slots] = outputs
+        rows["stage_tokens"][slots] = outputs - np.array([tracked.stage_offset for tracked in several], dtype=np.int64)
 
     def known_of(self, requests: Iterable[Request]) -> list[Tracked]:
         """What is tracked of vLLM's requests, in the same order."""
-        return self._known(requests)
-
-    def _known(self, requests: Iterable[Request]) -> list[Tracked]:
         by_id = self.by_id
         return [by_id[request.request_id] for request in requests if request.request_id in by_id]
-
-    def _sync(self, known: Sequence[Tracked], *, running: bool, pending_first_s: float) -> SlotArray:
-        slots = np.array([tracked.slot for tracked in known], dtype=np.int64)
-        if not known:
-            return slots
-        rows = self.table.rows
-        counters = np.array(
-            [
-                (
-                    tracked.request.num_computed_tokens,
-                    tracked.request.num_output_tokens,
-                    tracked.request.num_output_placeholders,
-                    tracked.drafts_in_flight,
-                    tracked.stage_offset,
-                    len(tracked.request.spec_token_ids),
-                    tracked.request.num_prompt_tokens,
-                )
-                for tracked in known
-            ],
-            dtype=np.int64,
-        )
-        computed, outputs, in_flight, drafts, offsets, limits, prompts = counters.T
-        # vLLM counts drafts in flight as if all were right; a plan counts on none of them.
-        unsure = np.minimum(drafts, in_flight)
-        outputs = outputs + in_flight - unsure
-        rows["prompt_tokens"][slots] = prompts
-        rows["computed_tokens"][slots] = computed - unsure
-        rows["output_tokens"][slots] = outputs
-        rows["stage_tokens"][slots] = outputs - offsets
-        rows["draft_limit"][slots] = limits
-        rows["running"][slots] = running
-        pending = slots[np.isnan(rows["stage_start_s"][slots]) & (rows["stage_tokens"][slots] > 0)]
-        rows["stage_start_s"][pending] = pending_first_s
-        rows["last_token_s"][pending] = pending_first_s
-        return slots
 
     # After a step --------------------------------------------------------------------------------------------
 
     def note(self, plan: StepPlan, ran: SlotArray) -> None:
         """Remember what a committed plan decided about each request's promise."""
         rows = self.table.rows
-        made = plan.admitted[np.isin(plan.admitted, ran) | (rows["running"][plan.admitted] == 1)]
-        for slot in made.tolist():
-            self.by_slot[slot].was_admitted = True
+        if len(plan.admitted):
+            made = plan.admitted[np.isin(plan.admitted, ran) | (rows["running"][plan.admitted] == 1)]
+            for slot in made.tolist():
+                self.by_slot[slot].was_admitted = True
         for slot in plan.preempt.tolist():
             self.by_slot[slot].planned_preemptions += 1
         for slot in plan.demoted.tolist():
@@ -209,14 +214,16 @@ class RequestBook:
     def shape(self, num_scheduled_tokens: Mapping[str, int], drafts: Mapping[str, Sequence[int]]) -> BatchShape:
         """What a batch that vLLM has just scheduled asks of the hardware; its counters include the batch already."""
         by_id = self.by_id
-        known = [
-            (by_id[key].request.num_computed_tokens - count, count, len(drafts.get(key, ())))
-            for key, count in num_scheduled_tokens.items()
-            if key in by_id
-        ]
+        known = [by_id[key].request for key in num_scheduled_tokens if key in by_id]
+        if len(known) < len(num_scheduled_tokens):
+            num_scheduled_tokens = {key: count for key, count in num_scheduled_tokens.items() if key in by_id}
         if not known:
             return BatchShape(new_tokens=0)
-        done, tokens, drafted = np.array(known, dtype=np.int64).T
+        tokens = np.fromiter(num_scheduled_tokens.values(), dtype=np.int64, count=len(known))
+        done = np.array([request.num_computed_tokens for request in known], dtype=np.int64) - tokens
+        drafted = np.zeros(len(known), dtype=np.int64)
+        if drafts:
+            drafted[:] = [len(drafts.get(key, ())) for key in num_scheduled_tokens]
         quad = np.where((tokens > 1) & (drafted == 0), tokens * (tokens + 2 * done), 0)
         return BatchShape(
             new_tokens=int(tokens.sum()),

@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from slos_serve.core.plan import StepPlan
+from slos_serve.core.request import SlotArray
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.kv_needs import KVNeeds
 from slos_serve.vllm_plugin.request_book import RequestBook
@@ -36,6 +39,7 @@ class Selection:
         loads: waiting requests whose KV a connector is to load; they take no tokens.
         budget: tokens of the step.
         most_tokens_each: no request may get more tokens than this; 0 for no such limit.
+        started, preempted, loading: after the step, who started, was preempted, and whose KV is being loaded.
     """
 
     run: list[Request] = field(default_factory=list)
@@ -44,6 +48,9 @@ class Selection:
     loads: list[Request] = field(default_factory=list)
     budget: int = 0
     most_tokens_each: int = 0
+    started: list[Request] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    loading: list[Request] = field(default_factory=list)
 
 
 def select(
@@ -54,29 +61,22 @@ def select(
     Raises:
         KeyError: the plan names a slot that holds no request.
     """
-    preempt = [book.by_slot[slot].request for slot in plan.preempt.tolist()]
-    planned = [book.by_slot[slot].request for slot in plan.slots.tolist()]
-    tokens = plan.tokens.tolist()
-    drafts = plan.draft_tokens.tolist() or [0] * len(planned)
-    running = {id(request) for request in scheduler.running}
-    if not all(id(request) in running and compat.can_preempt(scheduler, request) for request in preempt):
+    rows, by_slot = book.table.rows, book.by_slot
+    chosen = Selection(preempt=[by_slot[slot].request for slot in plan.preempt.tolist()])
+    slots, starts = plan.slots, True
+    if chosen.preempt and not _give_back(scheduler, chosen.preempt):
         # Blocks that stay fenced help nobody in this step: no preemption, and nobody starts on the strength of it.
-        preempt = []
-        planned = [request if id(request) in running else None for request in planned]
-    gone = {id(request) for request in preempt}
-    chosen = Selection(preempt=preempt)
-    sessions = [one.request for one in book.sessions.values() if compat.holds_slot(one.request)]
-    limits = _Room(scheduler, gone, sessions)
-    for request, count, draft in zip(planned, tokens, drafts, strict=True):
-        if request is None or id(request) in gone:
-            continue
-        if id(request) in running:
-            if compat.can_run_now(scheduler, request):
-                compat.keep_drafts(request, draft)
-                chosen.run.append(request)
-                # A request may have fewer drafts than planned; what they leave must not go to the last chunk.
-                limits.take_running(request, count - draft + len(request.spec_token_ids) if draft else count)
-        elif compat.may_start(request) and limits.takes_start(request, count):
+        chosen.preempt, starts = [], False
+    sessions = [one for one in book.sessions.values() if compat.holds_slot(one.request)]
+    limits = _Room(scheduler, len(scheduler.running) - len(chosen.preempt), chosen.preempt, sessions)
+    inside = (rows["running"][slots] == 1) & ~np.isin(slots, limits.session_slots)
+    runs = np.flatnonzero(inside & (rows["blocked"][slots] == 0) & ~np.isin(slots, plan.preempt))
+    chosen.run = [by_slot[slot].request for slot in slots[runs].tolist()]
+    drafts = plan.draft_tokens[runs] if len(plan.draft_tokens) else np.zeros(len(runs), dtype=np.int64)
+    limits.take_running(chosen.run, plan.tokens[runs], drafts)
+    for position in np.flatnonzero(~inside).tolist() if starts else ():
+        request, count = by_slot[int(slots[position])].request, int(plan.tokens[position])
+        if compat.may_start(request) and limits.takes_start(request, count):
             chosen.start.append(request)
     chosen.budget = limits.tokens
     chosen.loads = _loads_that_fit(scheduler, plan, book, needs, loads)
@@ -86,30 +86,54 @@ def select(
     return chosen
 
 
-class _Room:
-    """The limits that vLLM asserts, as a selection fills them."""
+def _give_back(scheduler: Scheduler, preempt: Sequence[Request]) -> bool:
+    """Whether all of these run and give their blocks back at once when they are preempted."""
+    running = {id(request) for request in scheduler.running}
+    return all(id(request) in running and compat.can_preempt(scheduler, request) for request in preempt)
 
-    def __init__(self, scheduler: Scheduler, preempted: set[int], sessions: Sequence[Request]) -> None:
-        self._scheduler = scheduler
-        stay = [request for request in scheduler.running if id(request) not in preempted]
-        self._sessions = {id(request) for request in sessions}
-        self._slots = compat.most_running(scheduler) - len(stay) - len(sessions)
+
+class _Room:
+    """The limits that vLLM asserts, as a selection fills them.
+
+    Attributes:
+        session_slots: rows of sessions that wait for a turn with their worker's slot.
+        tokens, largest: tokens taken in all, and by one request at most.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, num_running: int, preempted: Sequence[Request], sessions: Sequence[Tracked]
+    ) -> None:
+        self.session_slots = np.array([tracked.slot for tracked in sessions], dtype=np.int64)
+        self._sessions = {id(tracked.request) for tracked in sessions}
+        self._slots = compat.most_running(scheduler) - num_running - len(sessions)
         self._most_adapters = compat.most_adapters(scheduler)
-        self._adapters = {compat.adapter_of(request) for request in stay} - {0} if self._most_adapters else set()
+        self._adapters: set[int] = set()
+        if self._most_adapters:
+            gone = {id(request) for request in preempted}
+            stay = [*scheduler.running, *(tracked.request for tracked in sessions)]
+            self._adapters = {compat.adapter_of(request) for request in stay if id(request) not in gone} - {0}
         self._most_tokens = int(scheduler.max_num_scheduled_tokens)
         self._most_inputs = int(scheduler.scheduler_config.max_num_batched_tokens)
         self._draft_slots = compat.draft_slots(scheduler)
+        self._speculates = bool(scheduler.num_spec_tokens)
         self._pad = int(scheduler.num_spec_tokens) if compat.pads_starts(scheduler) else 0
         self._prefills = False
         self._inputs = 0
         self.tokens = self.largest = 0
 
-    def take_running(self, request: Request, count: int) -> None:
-        """Count a running request's tokens."""
-        self._prefills |= bool(request.is_prefill_chunk)
-        self.tokens = min(self.tokens + count, self._most_tokens)
-        self.largest = max(self.largest, count)
-        self._inputs += count + self._draft_slots
+    def take_running(self, run: Sequence[Request], tokens: SlotArray, drafts: SlotArray) -> None:
+        """Count the running requests' tokens; each keeps only the drafts that it is to verify."""
+        if self._speculates:
+            for request, draft in zip(run, drafts.tolist(), strict=True):
+                compat.keep_drafts(request, draft)
+            # A request may have fewer drafts than planned; what they leave must not go to the last chunk.
+            have = np.array([len(request.spec_token_ids) for request in run], dtype=np.int64)
+            tokens = np.where(drafts > 0, tokens - drafts + have, tokens)
+            self._prefills = any(request.is_prefill_chunk for request in run)
+        if len(run):
+            self.tokens = min(int(tokens.sum()), self._most_tokens)
+            self.largest = int(tokens.max())
+            self._inputs = self.tokens + self._draft_slots * len(run)
 
     def with_one_left(self, run: Sequence[Request]) -> int:
         """A budget of which a token is left behind the running requests, each taking no more than ``largest``."""
@@ -129,7 +153,8 @@ class _Room:
         if (self._slots <= 0 and not has_slot) or self.tokens + count > self._most_tokens or inputs > self._most_inputs:
             return False
         self._slots -= not has_slot
-        self._adapters |= {adapter} - {0} if self._most_adapters else set()
+        if is_new:
+            self._adapters.add(adapter)
         self.tokens += count
         self.largest = max(self.largest, count)
         self._inputs = inputs
@@ -158,25 +183,30 @@ def _loads_that_fit(
 
 @contextmanager
 def steered(scheduler: Scheduler, chosen: Selection, now_s: float, hidden: HiddenRequests) -> Iterator[None]:
-    """Within the block, ``schedule()`` makes the selected batch."""
+    """Within the block, ``schedule()`` makes the selected batch.
+
+    Afterwards ``chosen.started`` and ``chosen.preempted`` say who really started and who was preempted.
+    """
     for request in chosen.preempt:
         compat.preempt(scheduler, request, now_s)
     first_name = compat.first_queue_name(scheduler)
     limit_name = compat.active_limit_name(scheduler)
     first, waiting = getattr(scheduler, first_name), scheduler.waiting
     budget, limit = scheduler.max_num_scheduled_tokens, getattr(scheduler, limit_name)
-    running = list(scheduler.running)
-    runs = {id(request) for request in chosen.run}
-    held = [request for request in running if id(request) not in runs]
-    for request in held:
-        compat.drop_placeholders(request)
-    scheduler.running = list(chosen.run)
+    running, run = scheduler.running, chosen.run
+    num_held = len(running) - len(run)
+    if scheduler.num_spec_tokens and num_held:
+        runs = {id(request) for request in run}
+        for request in running:
+            if id(request) not in runs:
+                compat.drop_placeholders(request)
+    scheduler.running = list(run)
     setattr(scheduler, first_name, compat.queue_of((*chosen.loads, *chosen.start)))
     scheduler.waiting = compat.queue_of(())
     scheduler.max_num_scheduled_tokens = min(chosen.budget, budget)
-    setattr(scheduler, limit_name, limit - len(held))
+    setattr(scheduler, limit_name, limit - num_held)
     shown = len(chosen.loads) + len(chosen.start)
-    hidden.running, hidden.waiting = len(held), len(first) + len(waiting) - shown
+    hidden.running, hidden.waiting = num_held, len(first) + len(waiting) - shown
     threshold = compat.cap_prefills(scheduler, chosen.most_tokens_each)
     try:
         yield
@@ -185,14 +215,34 @@ def steered(scheduler: Scheduler, chosen: Selection, now_s: float, hidden: Hidde
         scheduler.scheduler_config.long_prefill_token_threshold = threshold
         setattr(scheduler, limit_name, limit)
         scheduler.max_num_scheduled_tokens = budget
-        preempted = [request for request in scheduler.waiting if id(request) in runs]
-        after = scheduler.running
-        scheduler.running = _back_in_order(running, held, after)
+        after, mixed = scheduler.running, scheduler.waiting
+        started = _behind(after, run)
+        kept = running
+        if len(after) - len(started) < len(run):  # vLLM preempted some of those that were to run
+            still = {id(request) for request in after}
+            lost = [request for request in run if id(request) not in still]
+            gone = {id(request) for request in lost}
+            kept = [request for request in running if id(request) not in gone]
+            lost_in_order = [request for request in mixed if id(request) in gone]
+            for request in reversed(lost_in_order):
+                waiting.prepend_request(request)
+            chosen.preempted += lost_in_order
+        scheduler.running = [*kept, *started]
         setattr(scheduler, first_name, first)
         scheduler.waiting = waiting
-        _take_out(first, waiting, chosen, {id(request) for request in after})
-        for request in reversed(preempted):
-            waiting.prepend_request(request)
+        chosen.started = started
+        chosen.preempted += chosen.preempt
+        _take_out(first, waiting, chosen)
+
+
+def _behind(after: list[Request], run: list[Request]) -> list[Request]:
+    """Requests that vLLM has appended behind those that were to run; it takes preempted ones off their end."""
+    if after[: len(run)] == run:
+        return after[len(run) :]
+    number = 0
+    while number < len(after) and number < len(run) and after[number] is run[number]:
+        number += 1
+    return after[number:]
 
 
 @dataclass(slots=True)
@@ -203,22 +253,14 @@ class HiddenRequests:
     waiting: int = 0
 
 
-def _back_in_order(before: list[Request], held: list[Request], after: list[Request]) -> list[Request]:
-    """The running list as stock order would have it: old ones as they stood, new ones behind."""
-    still = {id(request) for request in held} | {id(request) for request in after}
-    old = {id(request) for request in before}
-    kept = [request for request in before if id(request) in still]
-    return kept + [request for request in after if id(request) not in old]
-
-
-def _take_out(first: RequestQueue, waiting: RequestQueue, chosen: Selection, running: set[int]) -> None:
+def _take_out(first: RequestQueue, waiting: RequestQueue, chosen: Selection) -> None:
     """Take those that started out of the queues they stood in, and move loads that began to the first queue."""
-    started = [request for request in (*chosen.loads, *chosen.start) if id(request) in running]
     loading = [request for request in (*chosen.loads, *chosen.start) if compat.loads_kv(request)]
-    if started or loading:
-        gone = [*started, *loading]
+    gone = [*chosen.started, *loading]
+    if gone:
         for queue in (first, waiting):
             if queue:
                 queue.remove_requests(gone)
         for request in loading:
             first.add_request(request)
+    chosen.loading = loading
