@@ -28,7 +28,7 @@ from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.ray_serve import compat
 from slos_serve.ray_serve.app import KEYS, AppConfig, build_app, llm_config_of
-from slos_serve.ray_serve.ingress import MAX_ATTEMPTS, SLOIngress, answer_headers, events, is_loss, refusal
+from slos_serve.ray_serve.ingress import MAX_ATTEMPTS, SLOIngress, answer_headers, events, is_loss, refusal, retry_after
 from slos_serve.ray_serve.router import SLORequestRouter
 from slos_serve.ray_serve.run import app_args
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
@@ -207,11 +207,18 @@ async def test_a_whole_stream_is_passed_on_as_it_is() -> None:
 def test_a_refusal_is_429_with_when_and_why() -> None:
     error = pickle.loads(pickle.dumps(RequestRefusedError(str(Why.ALL_FULL), 2.2)))  # it may come from another process
     answer = refusal(error, a_ticket())
-    assert answer.status_code == 429 and answer.headers["retry-after"] == "3"
+    assert answer.status_code == 429 and answer.headers["retry-after"] in ("3", "4")
     error = json.loads(bytes(answer.body))["error"]
     assert (error["type"], error["code"], error["param"]) == ("rate_limit_error", 429, "slo_class")
     assert "'chat' (TTFT 1000 ms, TPOT 100 ms; 100 prompt tokens)" in error["message"]
     assert answer.headers["x-llm-d-request-dropped-reason"] == "rejected-saturated"
+
+
+def test_clients_come_back_one_by_one() -> None:
+    waits = {int(retry_after(20.0)["retry-after"]) for _ in range(200)}
+    assert min(waits) >= 20 and max(waits) <= 30 and len(waits) > 5
+    assert retry_after(float("inf"), lambda low, _: low) == {"retry-after": "1"}
+    assert retry_after(0.0) == {"retry-after": "1"}
 
 
 def test_a_dead_engine_is_told_from_other_errors() -> None:

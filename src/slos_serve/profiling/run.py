@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import itertools
 import json
+import multiprocessing
 import os
 import tempfile
 import time
@@ -67,6 +68,7 @@ ENOUGH_SAMPLES = 60
 MOST_STRETCH = 3.0
 # An engine that has run no step for this long has died or hangs.
 SILENCE_S = 300.0
+REAP_S = 10.0
 
 Progress = Callable[[str, float], None]
 
@@ -129,7 +131,10 @@ def profile_engine(
                 MAX_DECODES_ENV: str(_max_decodes()),
             }
         ):
-            identity, sampling = asyncio.run(_measure(engine_args, file, duration_s, seed, told))
+            try:
+                identity, sampling = asyncio.run(_measure(engine_args, file, duration_s, seed, told))
+            finally:
+                _reap_engine()
         facts, measured = read_raw_samples(file)
     samples = undisturbed(measured)
     num_disturbed = len(measured) - len(samples)
@@ -305,6 +310,12 @@ class _Load:
     def _log_uniform(self, low: int, high: int) -> int:
         top = max(1, min(high, self._longest))
         return int(np.exp(self._rng.uniform(np.log(min(low, top)), np.log(top))))
+
+
+def _reap_engine() -> None:
+    """Collect the engine's processes: this one may go on to serve for months, with them as zombies."""
+    for process in multiprocessing.active_children():
+        process.join(REAP_S)
 
 
 def _shown(vllm_args: Sequence[str]) -> str:
