@@ -15,9 +15,9 @@ import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -136,12 +136,23 @@ def profile_engine(
             finally:
                 _reap_engine()
         facts, measured = read_raw_samples(file)
-    samples = undisturbed(measured)
-    num_disturbed = len(measured) - len(samples)
     told("fit", 0.0)
+    run = _fit(identity, facts, measured, label or model_label(model))
+    conditions = f"slos-serve profile: {duration_s:g} s, seed {seed}, {len(run.samples)} batches ("
+    conditions += f"{run.num_disturbed} disturbed ones left out), sampling {sampling}, "
+    conditions += f"async scheduling {'on' if run.async_scheduling else 'off'}, arguments {_shown(vllm_args)}"
+    told("fit", 1.0)
+    return replace(run, profile=replace(run.profile, source=conditions))
+
+
+def _fit(
+    identity: EngineIdentity, facts: Mapping[str, Any], measured: Sequence[tuple[Sample, float]], label: str
+) -> ProfileRun:
+    """The profile of what was measured, disturbed batches left out."""
+    samples = undisturbed(measured)
     fitted = fit_held_out(samples)
     profile = Profile(
-        model_name=label or model_label(model),
+        model_name=label,
         device=str(identity.device),
         engine="vllm",
         engine_version=str(identity.engine_version),
@@ -157,12 +168,9 @@ def profile_engine(
             **error_by_region(fitted.model, fitted.held_out),
             FOLLOWED: error_followed(fitted.model, samples, HELD_OUT_EVERY),
         },
-        source=f"slos-serve profile: {duration_s:g} s, seed {seed}, {len(samples)} batches "
-        f"({num_disturbed} disturbed ones left out), sampling {sampling}, "
-        f"async scheduling {'on' if facts['async_scheduling'] else 'off'}, arguments {_shown(vllm_args)}",
         configuration={name: value for name, value in identity.known.items() if name in CONFIGURATION_FIELDS},
     )
-    told("fit", 1.0)
+    num_disturbed = len(measured) - len(samples)
     return ProfileRun(profile, samples, num_disturbed, facts["async_scheduling"], facts["max_num_seqs"])
 
 
