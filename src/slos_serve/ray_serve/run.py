@@ -108,7 +108,7 @@ def _serve(args: dict[str, Any], options: dict[str, Any], keys: Sequence[str], e
     app = build_app(args, keys)
     try:
         serve.start(http_options=options)
-        _check_endpoint(options, endpoint_options())
+        check_endpoint(options, endpoint_options())
         target = serve.RunTarget(app, name=APPLICATION, route_prefix="/")
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         while not ended.wait(_LOOK_EVERY_S):
@@ -123,7 +123,7 @@ def _serve(args: dict[str, Any], options: dict[str, Any], keys: Sequence[str], e
         drained.join(_DRAIN_S)
 
 
-def _check_endpoint(wanted: Mapping[str, Any], running: Any) -> None:
+def check_endpoint(wanted: Mapping[str, Any], running: Any) -> None:
     """A cluster that serves already keeps its own endpoint: its TLS and port must be those asked for.
 
     Raises:
