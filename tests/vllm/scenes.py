@@ -240,9 +240,9 @@ def _same_long_prefix(play: Play) -> None:
     play.engine.add("first", shared, 1)
     play.engine.run()
     play.streams()
-    for number in range(30):
-        play.watch(f"r{number}", shared[:5984] + play.prompt(200), 10)
-    play.until_first(*(f"r{number}" for number in range(30)))
+    for number in range(6):
+        play.watch(f"r{number}", shared[:5984] + play.prompt(20), 10)
+    play.until_first(*(f"r{number}" for number in range(6)))
 
 
 # Images and other KV --------------------------------------------------------------------------------------------------
@@ -266,9 +266,9 @@ SCENES = (
     Scene("KV connector, producer", _producer, PRODUCER, counted=True),
     Scene("KV connector, producer, little KV", _producer, PRODUCER, {"num_blocks": 120}, scarce=True),
     Scene("LoRA, max_loras 1", _two_adapters, arguments=LORA | {"max_loras": 1}, counted=True),
-    Scene("LoRA, max_loras 2", _more_adapters, arguments=LORA | {"max_loras": 2}, counted=True),
+    Scene("LoRA, max_loras 2", _more_adapters, arguments=LORA | {"max_loras": 2}, scarce=True),
     Scene("padded start", _padded_start, arguments={"speculative_config": NGRAM}),
-    Scene("streaming input, parked", _parked_sessions, arguments={"max_num_seqs": 3}, counted=True),
+    Scene("streaming input, parked", _parked_sessions, arguments={"max_num_seqs": 3}, scarce=True),
     Scene("streaming input, second turn", _second_turn),
     Scene("max_num_active_seqs", _active_seqs, arguments={"max_num_active_seqs": 2}, counted=True),
     Scene("max_num_seqs", _few_slots, arguments={"max_num_seqs": 3}, counted=True),
@@ -277,7 +277,7 @@ SCENES = (
         "chunked prefill off",
         _whole_prompts,
         arguments={"enable_chunked_prefill": False, "max_num_batched_tokens": 8192},
-        counted=True,
+        scarce=True,
     ),
     Scene("a prompt of the whole budget", _full_budget),
     Scene("no async scheduling", _loaded, arguments={"async_scheduling": False}, counted=True),
