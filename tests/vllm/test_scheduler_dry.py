@@ -20,7 +20,7 @@ from slos_serve.core.errors import (
     UnsupportedEngineError,
 )
 from slos_serve.metrics.attainment import stage_starts_of
-from slos_serve.planning.candidates import next_due_s
+from slos_serve.planning.state import next_due_s
 from slos_serve.routing.publication import Publication
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.publish import EnginePublisher
