@@ -105,15 +105,9 @@ def test_the_queues_agree_with_vllm_at_every_step(start: Start) -> None:
             engine.abort(f"q{number // 9}")
         engine.step()
         control.queues.look()
-        waiting = (
-            [*engine.scheduler.kv_holding_waiting, *engine.scheduler.waiting]
-            if compat.FIRST_QUEUES[0] == compat.first_queue_name(engine.scheduler)
-            else [*engine.scheduler.skipped_waiting, *engine.scheduler.waiting]
-        )
-        seen = {
-            tracked.request.request_id
-            for tracked in (*control.queues.startable.values(), *control.queues.blocked.values())
-        }
+        waiting = [*getattr(engine.scheduler, compat.first_queue_name(engine.scheduler)), *engine.scheduler.waiting]
+        known = {**control.queues.startable, **control.queues.blocked}
+        seen = {tracked.request.request_id for tracked in known.values()}
         assert seen == {request.request_id for request in waiting}
 
 
@@ -209,7 +203,12 @@ def test_unknown_requests_do_not_disturb(start: Start) -> None:
     """A request that could not be entered is served by vLLM's own rules."""
     engine = start()
     desk = engine.scheduler._slo_desk
-    entered, desk.entered = desk.entered, lambda request: (_ for _ in ()).throw(ValueError("odd"))
+    entered = desk.entered
+
+    def refuse(_: Any) -> None:
+        raise ValueError("odd")
+
+    desk.entered = refuse
     lengths["odd"] = ([5, 6, 7, 8], 6)
     engine.add("odd", *lengths["odd"])
     desk.entered = entered
