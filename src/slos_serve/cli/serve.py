@@ -50,7 +50,10 @@ _KILLED = 128
 DEFAULT_ORDER = Order.PREFIX.value
 _OURS = ("--scheduler-cls", "--model")
 # Settings without an option of their own; read from the environment and handed on.
-_FROM_ENVIRONMENT = ("plan_limit_ms", "ttft_margin_ms", "fault_limit", "max_body_mib", "publish_to", "publish_every_ms")
+_FROM_ENVIRONMENT = (
+    *("plan_limit_ms", "ttft_margin_ms", "fault_limit", "max_body_mib", "custom_numbers"),
+    *("publish_to", "publish_every_ms"),
+)
 
 
 @dataclass(frozen=True)
