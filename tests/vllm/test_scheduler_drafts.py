@@ -29,22 +29,21 @@ def test_answers_stay_those_of_the_stock_scheduler_with_drafts(
 def test_each_request_verifies_what_was_planned(start: Start, monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
     engine = start(depth=depth, speculative_config=NGRAM)
     scheduler = engine.scheduler
-    plan_of, seen = scheduler._slo_plan, []
+    plan_of, seen = scheduler._slo.policy.plan, []
 
-    def noted(start_s: float) -> Any:
-        found = plan_of(start_s)
-        seen.append(found[0])
-        return found
+    def noted(start_s: float, view: Any) -> Any:
+        seen.append(plan_of(start_s, view))
+        return seen[-1]
 
-    monkeypatch.setattr(scheduler, "_slo_plan", noted)
+    monkeypatch.setattr(scheduler._slo.policy, "plan", noted)
     schedule, compared = scheduler.schedule, 0
 
     def checked() -> Any:
         nonlocal compared
         seen.clear()
         output = schedule()
-        if seen and seen[0] is not None:
-            plan, ids = seen[0], {slot: one.request.request_id for slot, one in scheduler._slo_book.by_slot.items()}
+        if seen and len(seen[0].slots):
+            plan, ids = seen[0], {slot: one.request.request_id for slot, one in scheduler._slo.book.by_slot.items()}
             planned = {
                 ids[slot]: int(draft) for slot, draft in zip(plan.slots.tolist(), plan.draft_tokens, strict=True)
             }
@@ -65,20 +64,20 @@ def test_each_request_verifies_what_was_planned(start: Start, monkeypatch: pytes
 @pytest.mark.parametrize("depth", [1, 2])
 def test_acceptance_is_learnt_from_what_vllm_verified(start: Start, depth: int) -> None:
     engine = start(depth=depth, speculative_config=NGRAM)
-    engine.acceptance = 0.5
+    engine.device.acceptance = 0.5
     mixed_load(engine, count=60)
-    mean = engine.scheduler._slo_policy.planner.drafting.acceptance.mean()
+    mean = engine.scheduler._slo.policy.planner.drafting.acceptance.mean()
     assert mean[0] == pytest.approx(0.5, abs=0.06)  # chat
     assert mean[1] == pytest.approx(0.5, abs=0.06)  # code
 
 
 def test_drafts_that_are_never_there_count_as_wrong(start: Start) -> None:
     engine = start(depth=1, speculative_config=NGRAM)
-    engine.hit_share = 0.0
+    engine.device.hit_share = 0.0
     mixed_load(engine, count=40)
     assert_answers(engine)
     assert engine.num_drafted == 0
-    assert engine.scheduler._slo_policy.planner.drafting.acceptance.mean()[0] < 0.3
+    assert engine.scheduler._slo.policy.planner.drafting.acceptance.mean()[0] < 0.3
 
 
 def test_drafts_keep_more_promises(start: Start, tmp_path: Path) -> None:
@@ -87,7 +86,7 @@ def test_drafts_keep_more_promises(start: Start, tmp_path: Path) -> None:
         (tmp_path / "events.jsonl").unlink(missing_ok=True)
         engine = start(**({"speculative_config": config} if config else {}))
         mixed_load(engine, rate=11.0, count=150)
-        engine.scheduler._slo_recorder.events.close()
+        engine.scheduler.shutdown()
         ended = [event for event in events(tmp_path, "request") if event["slo_class"] in ("chat", "code")]
         kept.append(sum(event["ttft_ok"] and event["tpot_ok"] for event in ended))
     assert kept[1] >= kept[0], kept

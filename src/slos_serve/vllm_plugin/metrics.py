@@ -10,7 +10,6 @@ Each method costs about a microsecond a series that it touches; gauges are writt
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from typing import Literal
 
@@ -20,10 +19,12 @@ from slos_serve.core.slo import NO_SLO_CLASS
 from slos_serve.files.class_file import CUSTOM_CLASS
 
 Verdict = Literal["admitted", "best_effort", "none"]
+End = Literal["aborted", "error"]
 VERDICTS: tuple[Verdict, ...] = ("admitted", "best_effort", "none")
 STATES = ("undecided", "admitted", "best_effort")
-ABORTED = "aborted"
-FALLBACK_KINDS = ("exception", "overrun", "other")
+# Ends that count neither as attained nor as broken: the client left in time, or the engine failed.
+ENDS: tuple[End, ...] = ("aborted", "error")
+FALLBACK_KINDS = ("exception", "overrun", "resting", "unserved", "empty_plan", "other")
 PREEMPTION_KINDS = ("slo", "engine", "other")
 PLAN_BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.05)
 MULTIPROC_ENV = "PROMETHEUS_MULTIPROC_DIR"
@@ -51,9 +52,7 @@ class SchedulerMetrics:
         attained = self._counter("attained", "Requests that kept every promise.", "slo_class")
         violations = self._counter("slo_violation", "Promises broken, by which.", "slo_class", "type")
         self._requests = {
-            (name, verdict): requests.labels(name, verdict)
-            for name in self._classes
-            for verdict in (*VERDICTS, ABORTED)
+            (name, verdict): requests.labels(name, verdict) for name in self._classes for verdict in (*VERDICTS, *ENDS)
         }
         self._attained = {name: attained.labels(name) for name in promised}
         self._ttft_violations = {name: violations.labels(name, "ttft") for name in promised}
@@ -65,6 +64,19 @@ class SchedulerMetrics:
         preemptions = self._counter("preemptions", "Preemptions, by who asked for them.", "kind")
         self._fallbacks = {kind: fallbacks.labels(kind) for kind in FALLBACK_KINDS}
         self._preemptions = {kind: preemptions.labels(kind) for kind in PREEMPTION_KINDS}
+        self._armed = Gauge(
+            "slos_serve:armed",
+            "1 while steps are planned; 0 once the plug-in has disarmed itself or plans nothing.",
+            registry=self.registry,
+            multiprocess_mode="livemin",
+        )
+        self._armed.set(1)
+        self._dropped = Gauge(
+            "slos_serve:telemetry_dropped",
+            "Events and metric updates left out because the telemetry queue was full.",
+            registry=self.registry,
+            multiprocess_mode="livesum",
+        )
         self._invalid = self._counter(
             "invalid_slo_fields",
             "Requests served without a promise: unusable SLO fields.",
@@ -100,9 +112,17 @@ class SchedulerMetrics:
         """A step was planned in ``seconds``."""
         self._plan.observe(seconds)
 
-    def fallback(self, kind: str) -> None:
-        """A step fell back to the engine's own order; kinds beyond :data:`FALLBACK_KINDS` count as ``other``."""
-        self._fallbacks.get(kind, self._fallbacks["other"]).inc()
+    def fallback(self, kind: str, count: int = 1) -> None:
+        """``count`` steps ran in the engine's own order; kinds beyond :data:`FALLBACK_KINDS` count as ``other``."""
+        self._fallbacks.get(kind, self._fallbacks["other"]).inc(count)
+
+    def armed(self, armed: bool) -> None:
+        """Whether steps are planned."""
+        self._armed.set(int(armed))
+
+    def telemetry_dropped(self, count: int) -> None:
+        """Calls that the telemetry queue has dropped so far."""
+        self._dropped.set(count)
 
     def invalid_field(self) -> None:
         """A request's SLO fields could not be used, so it is served without a promise."""
@@ -153,9 +173,9 @@ class SchedulerMetrics:
         if not tpot_ok:
             self._tpot_violations[name].inc()
 
-    def request_aborted(self, slo_class: str | None) -> None:
-        """A request ended because its client went away; it counts neither way."""
-        self._requests[self._label(slo_class), ABORTED].inc()
+    def request_ended(self, slo_class: str | None, end: End) -> None:
+        """A request ended because its client went away or the engine failed; it counts neither way."""
+        self._requests[self._label(slo_class), end].inc()
 
     def _label(self, slo_class: str | None) -> str:
         if slo_class is None:
@@ -164,8 +184,3 @@ class SchedulerMetrics:
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"slos_serve:{name}", text, list(labels), registry=self.registry)
-
-
-def crosses_processes() -> bool:
-    """Whether metrics made in this process can show on the API server's ``/metrics``."""
-    return MULTIPROC_ENV in os.environ

@@ -1,105 +1,132 @@
-"""What became of steps and requests: metrics, events, and one log line for each kind of trouble."""
+"""What became of steps and requests: metrics and events. Runs in the telemetry thread; decides nothing."""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
-from vllm.logger import init_logger
-
-from slos_serve.core.errors import InvalidFieldError, PlanOverrunError
-from slos_serve.core.plan import Reason, StepPlan
-from slos_serve.core.request import Status
 from slos_serve.core.slo import ClassSet
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.vllm_plugin.events import EventLog
-from slos_serve.vllm_plugin.metrics import SchedulerMetrics, Verdict
-from slos_serve.vllm_plugin.request_book import RequestBook, Tracked, stage_kept
+from slos_serve.vllm_plugin.metrics import FALLBACK_KINDS, SchedulerMetrics, Verdict
+from slos_serve.vllm_plugin.stop_strings import StopStrings
 
-logger = init_logger("vllm.slos_serve")
 GAUGES_EVERY = 16
+# Ends that the engine decided on; an abort is the client's, unless a stop string explains it.
+FINISHED = ("stop", "length", "repetition")
+
+
+class QueueCounts(NamedTuple):
+    """Requests by what was decided: undecided, admitted, best effort."""
+
+    running: tuple[int, int, int]
+    waiting: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One planned step.
+
+    Attributes:
+        plan_s: seconds that planning took.
+        added_s: seconds that the plug-in added to the step, planning included.
+        shape: what was scheduled.
+        num_running, num_waiting: requests in the engine after it.
+        held: decodes held because they were ahead.
+        preempted: requests that the plan preempted.
+        predicted_s: predicted seconds of the step.
+        fallback: why the step was stock; ``None`` when it was planned.
+    """
+
+    plan_s: float
+    added_s: float
+    shape: BatchShape
+    num_running: int
+    num_waiting: int
+    held: int
+    preempted: int
+    predicted_s: float
+    fallback: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One request that ended.
+
+    Attributes:
+        request_id: vLLM's id.
+        slo_class: name of its class; ``None`` without a promise.
+        verdict: what was decided.
+        lost: admitted, and its promise given up later.
+        reason: which promise was given up, when one was.
+        prompt_tokens, output_tokens: lengths.
+        num_preemptions: preemptions of any kind.
+        engine_preemptions: those that vLLM decided on.
+        finished: ``stop``, ``length``, ``repetition``, ``abort`` or ``error``.
+        ttft_ok, tpot_ok: whether each promise was kept (for an abort: whether it was not broken yet); ``None`` without.
+    """
+
+    request_id: str
+    slo_class: str | None
+    verdict: Verdict
+    lost: bool
+    reason: str
+    prompt_tokens: int
+    output_tokens: int
+    num_preemptions: int
+    engine_preemptions: int
+    finished: str
+    ttft_ok: bool | None
+    tpot_ok: bool | None
 
 
 class Recorder:
-    """Counts, writes and logs for one scheduler; decides nothing."""
+    """Counts and writes for one scheduler.
 
-    def __init__(self, classes: ClassSet, events_path: Path | None) -> None:
+    Args:
+        classes: classes served, for metric labels.
+        events_path: where events are appended; ``None`` for nowhere.
+        stop_strings: tells answers cut by a stop string from clients that left.
+
+    Raises:
+        OSError: the event file cannot be opened.
+    """
+
+    def __init__(self, classes: ClassSet, events_path: Path | None, stop_strings: StopStrings) -> None:
         self.metrics = SchedulerMetrics(slo_class.name for slo_class in classes)
         self.events = EventLog(events_path)
-        self.fallbacks: dict[str, int] = {}
-        self._logged: set[str] = set()
-        self._steps = 0
+        self._stop_strings = stop_strings
+        self._told: dict[str, int] = {}
 
-    def fell_back(self, error: Exception) -> str:
-        """A step runs in stock order because of ``error``; returns the kind it is counted as."""
-        kind = "overrun" if isinstance(error, PlanOverrunError) else "exception"
-        name = f"{kind}: {type(error).__name__}"
-        self.fallbacks[name] = self.fallbacks.get(name, 0) + 1
-        self.metrics.fallback(kind)
-        self._log_once(
-            name,
-            "slos-serve: planning failed (%s); steps like this run in stock order.",
-            error,
-        )
-        return name
-
-    def starved(self) -> str:
-        """A step runs in stock order because vLLM ran nothing of the plan before it; returns its kind."""
-        kind = "starved"
-        self.fallbacks[kind] = self.fallbacks.get(kind, 0) + 1
-        self.metrics.fallback("other")
-        return kind
-
-    def refused(self, error: InvalidFieldError) -> None:
-        """A request's SLO fields could not be used; it is served without a promise."""
-        self.metrics.invalid_field()
-        name = f"field {error.field}"
-        self.fallbacks[name] = self.fallbacks.get(name, 0) + 1
-        self._log_once(name, "slos-serve: request without a promise: %s", error)
-
-    def step(
-        self,
-        book: RequestBook,
-        plan: StepPlan | None,
-        *,
-        plan_s: float,
-        added_s: float,
-        shape: BatchShape,
-        predicted_s: float,
-        fallback: str | None,
-        queues: tuple[int, int],
-    ) -> None:
+    def step(self, record: StepRecord, time_s: float) -> None:
         """A step was planned (or fell back) and made."""
-        self.metrics.plan(plan_s)
-        held_ahead = 0
-        if plan is not None:
-            held_ahead = int(np.count_nonzero(plan.held_reasons == Reason.HELD_AHEAD))
-            self.metrics.held(held_ahead)
-            self.metrics.preempted("slo", len(plan.preempt))
-        self._steps += 1
-        if self._steps % GAUGES_EVERY == 0:
-            self._set_queues(book)
+        self.metrics.plan(record.plan_s)
+        self.metrics.held(record.held)
+        self.metrics.preempted("slo", record.preempted)
         if self.events.enabled:
             self.events.write(
                 "step",
-                plan_ms=round(plan_s * 1e3, 4),
-                added_ms=round(added_s * 1e3, 4),
-                num_tokens=shape.new_tokens,
-                num_seqs=shape.num_seqs,
-                num_running=queues[0],
-                num_waiting=queues[1],
-                held=held_ahead,
-                preempted=0 if plan is None else len(plan.preempt),
-                predicted_ms=round(predicted_s * 1e3, 3),
-                fallback=fallback,
+                time_s,
+                plan_ms=round(record.plan_s * 1e3, 4),
+                added_ms=round(record.added_s * 1e3, 4),
+                num_tokens=record.shape.new_tokens,
+                num_seqs=record.shape.num_seqs,
+                num_running=record.num_running,
+                num_waiting=record.num_waiting,
+                held=record.held,
+                preempted=record.preempted,
+                predicted_ms=round(record.predicted_s * 1e3, 3),
+                fallback=record.fallback,
             )
 
-    def step_done(self, shape: BatchShape, duration_s: float, factor: float) -> None:
+    def step_done(self, shape: BatchShape, duration_s: float, factor: float, time_s: float) -> None:
         """An executed step was timed."""
         self.metrics.correction(factor)
         if self.events.enabled:
             self.events.write(
                 "step_done",
+                time_s,
                 measured_ms=round(duration_s * 1e3, 3),
                 num_tokens=shape.new_tokens,
                 context_tokens=shape.context_tokens,
@@ -107,48 +134,40 @@ class Recorder:
                 factor=round(factor, 4),
             )
 
-    def request_done(self, tracked: Tracked, status: Status, ended: str) -> None:
+    def request_done(self, outcome: Outcome, time_s: float) -> None:
         """A request left the engine."""
-        slo_class = tracked.slo_class
-        name = slo_class.name if slo_class is not None else None
-        request = tracked.request
-        self.metrics.preempted("engine", max(request.num_preemptions - tracked.planned_preemptions, 0))
-        verdict: Verdict = "none" if slo_class is None else "admitted" if tracked.was_admitted else "best_effort"
-        ttft_ok = tracked.first_token_s is not None and tracked.first_token_s <= tracked.ttft_due_s
-        in_stage = request.num_output_tokens - tracked.stage_offset
-        tpot_ok = tracked.stages_ok
-        if slo_class is not None and tracked.last_token_s is not None:
-            tpot_ok = tpot_ok and stage_kept(tracked, in_stage, tracked.last_token_s)
-        if ended in ("stop", "length"):
-            self.metrics.request_done(name, verdict, ttft_ok, tpot_ok)
+        self.metrics.preempted("engine", outcome.engine_preemptions)
+        ttft_ok, tpot_ok = outcome.ttft_ok is not False, outcome.tpot_ok is not False
+        if outcome.finished in FINISHED or (outcome.finished == "abort" and not (ttft_ok and tpot_ok)):
+            self.metrics.request_done(outcome.slo_class, outcome.verdict, ttft_ok, tpot_ok)
         else:
-            self.metrics.request_aborted(name)
-        self.events.write(
-            "request",
-            request_id=request.request_id,
-            slo_class=name,
-            verdict=verdict,
-            lost=verdict == "admitted" and status == Status.BEST_EFFORT,
-            reason=tracked.reason,
-            prompt_tokens=request.num_prompt_tokens,
-            output_tokens=request.num_output_tokens,
-            num_preemptions=request.num_preemptions,
-            finished=ended,
-            ttft_ok=ttft_ok if slo_class is not None else None,
-            tpot_ok=tpot_ok if slo_class is not None else None,
-        )
+            self.metrics.request_ended(outcome.slo_class, "error" if outcome.finished == "error" else "aborted")
+        fields = asdict(outcome)
+        del fields["engine_preemptions"]
+        self.events.write("request", time_s, **fields)
 
-    def _set_queues(self, book: RequestBook) -> None:
-        slots = np.fromiter(book.by_slot, dtype=np.int64, count=len(book.by_slot))
-        rows = book.table.rows
-        running = rows["running"][slots] == 1
-        status = rows["status"][slots]
-        inside = np.bincount(status[running], minlength=3).tolist()
-        outside = np.bincount(status[~running], minlength=3).tolist()
-        self.metrics.queue("running", *inside)
-        self.metrics.queue("waiting", *outside)
+    def request_aborted(self, outcome: Outcome, tail: list[int], stop: list[str], time_s: float) -> bool:
+        """A request with stop strings was aborted; whether a stop string ended it."""
+        by_stop = self._stop_strings.ended(tail, stop)
+        self.request_done(replace(outcome, finished="stop") if by_stop else outcome, time_s)
+        return by_stop
 
-    def _log_once(self, name: str, text: str, error: Exception) -> None:
-        if name not in self._logged:
-            self._logged.add(name)
-            logger.warning(text, error)
+    def gauges(self, queues: QueueCounts, counts: dict[str, int], armed: bool, dropped: int) -> None:
+        """Bring gauges and the counters of stock steps up to date."""
+        self.metrics.queue("running", *queues.running)
+        self.metrics.queue("waiting", *queues.waiting)
+        self.metrics.armed(armed)
+        self.metrics.telemetry_dropped(dropped)
+        for kind, count in counts.items():
+            new = count - self._told.get(kind, 0)
+            if new:
+                self._told[kind] = count
+                self.metrics.fallback(kind if kind in FALLBACK_KINDS else "exception", new)
+
+    def invalid_field(self) -> None:
+        """A request's SLO fields could not be used; it is served without a promise."""
+        self.metrics.invalid_field()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self.events.close()

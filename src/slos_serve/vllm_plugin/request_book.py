@@ -1,171 +1,202 @@
 """The plug-in's book of requests: vLLM's request objects mirrored into the planner's table.
 
-Progress is read from vLLM's own counters before every plan, so nothing that vLLM does by itself (preemption, abort,
-stale output) can leave the table behind. Only times are kept by us: when tokens came.
+Progress of running requests is read from vLLM's own counters before every plan, so nothing that vLLM does by itself
+(preemption, abort, stale output) can leave the table behind. Rows of waiting requests change only when a request comes,
+is preempted or promoted; the book looks at them only then. Times are the book's own: when tokens came.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from slos_serve.core.plan import EngineView, StepPlan
+from slos_serve.core.plan import StepPlan
 from slos_serve.core.request import RequestTable, SlotArray, Status
 from slos_serve.core.slo import SLOClass
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.vllm_plugin import compat
+from slos_serve.vllm_plugin.tracked import Promise, Tracked
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 
 
-@dataclass(slots=True)
-class Tracked:
-    """One request's promise and what became of it.
+class RequestBook:
+    """Every unfinished request of one engine.
 
     Attributes:
-        slot: its row in the table.
-        slo_class: promise, ``None`` without one.
-        was_admitted: whether its promise was ever made.
-        reason: why it is best effort, when it is.
-        planned_preemptions: preemptions that a plan asked for.
-        stage: index of the current stage.
-        stage_offset: output tokens that came before the current stage.
-        first_token_s: when its first token came, ``None`` before.
-        stages_ok: False once a finished stage missed its TPOT.
-        drafts_in_flight: drafts in steps whose tokens have not come yet.
+        table: the planner's rows.
+        by_id, by_slot: the requests by vLLM's id and by row.
+        sessions: of them, streaming-input sessions by row.
+        num_slo: how many of them carry a promise.
     """
-
-    request: Request
-    slot: int
-    slo_class: SLOClass | None
-    arrival_s: float
-    ttft_due_s: float
-    was_admitted: bool = False
-    reason: str = ""
-    planned_preemptions: int = 0
-    stage: int = 0
-    stage_offset: int = 0
-    stage_start_s: float | None = None
-    first_token_s: float | None = None
-    last_token_s: float | None = None
-    seen_tokens: int = 0
-    stages_ok: bool = True
-    drafts_in_flight: int = 0
-
-
-class RequestBook:
-    """Every unfinished request of one engine."""
 
     def __init__(self) -> None:
         self.table = RequestTable()
         self.by_id: dict[str, Tracked] = {}
         self.by_slot: dict[int, Tracked] = {}
+        self.sessions: dict[int, Tracked] = {}
         self.num_slo = 0
+        self._was_running: set[int] = set()
+        self._running_list: list[Request] = []
+        self._running: list[Tracked] = []
+        self._running_slots: SlotArray = np.empty(0, dtype=np.int64)
 
-    def add(
-        self,
-        request: Request,
-        slo_class: SLOClass | None,
-        *,
-        class_index: int,
-        arrival_s: float,
-        ttft_due_s: float,
-        margin_s: float,
-        hint_tokens: int,
-        max_tokens: int,
-    ) -> Tracked:
-        """Enter a new request; it is planned for ``margin_s`` before its promise is due."""
+    def add(self, request: Request, promise: Promise, *, fixed_blocks: int = 0) -> Tracked:
+        """Enter a new request."""
+        slo_class = promise.slo_class
         slot = self.table.add(
-            arrival_s=arrival_s,
+            arrival_s=promise.arrival_s,
             prompt_tokens=request.num_prompt_tokens,
-            max_tokens=max_tokens,
-            ttft_due_s=ttft_due_s - margin_s,
+            max_tokens=promise.max_tokens,
+            ttft_due_s=promise.planned_due_s,
             tpot_s=slo_class.slo.tpot_s if slo_class else np.inf,
-            class_index=class_index,
+            class_index=promise.class_index,
             weight=max(slo_class.weight, 1e-6) if slo_class else 1.0,
             max_stall_s=slo_class.max_stall_ms / 1000.0 if slo_class else np.inf,
-            hint_tokens=hint_tokens,
+            hint_tokens=promise.hint_tokens,
+            adapter=compat.adapter_of(request),
+            fixed_blocks=fixed_blocks,
         )
-        tracked = Tracked(request, slot, slo_class, arrival_s, ttft_due_s)
+        tracked = Tracked(request, slot, promise, fixed_blocks=fixed_blocks)
         self.by_id[request.request_id] = tracked
         self.by_slot[slot] = tracked
+        if request.resumable:
+            self.sessions[slot] = tracked
         self.num_slo += slo_class is not None
         return tracked
+
+    def begin_turn(self, tracked: Tracked, promise: Promise) -> None:
+        """A streaming-input session goes on with another chunk: a promise of its own."""
+        self.num_slo += (promise.slo_class is not None) - (tracked.promise.slo_class is not None)
+        tracked.begin_turn(promise)
+        slo_class, row = promise.slo_class, self.table.rows[tracked.slot]
+        has_slo = bool(np.isfinite(promise.planned_due_s) or (slo_class and np.isfinite(slo_class.slo.tpot_s)))
+        row["arrival_s"] = row["last_token_s"] = promise.arrival_s
+        row["prompt_tokens"] = tracked.request.num_prompt_tokens
+        row["max_tokens"] = promise.max_tokens
+        row["expected_tokens"] = min(promise.hint_tokens, promise.max_tokens) or promise.max_tokens
+        row["hint_tokens"] = promise.hint_tokens
+        row["ttft_due_s"] = promise.planned_due_s
+        row["tpot_s"] = slo_class.slo.tpot_s if slo_class else np.inf
+        row["class_index"] = promise.class_index
+        row["stage_start_s"] = np.nan
+        row["stage_tokens"] = row["output_tokens"] = 0
+        row["has_slo"], row["missed"] = has_slo, False
+        row["status"] = Status.UNDECIDED if has_slo else Status.BEST_EFFORT
 
     def remove(self, request_id: str) -> Tracked | None:
         """Forget a finished request; ``None`` if it was not known."""
         tracked = self.by_id.pop(request_id, None)
         if tracked is not None:
             del self.by_slot[tracked.slot]
+            self._running_list = []
+            self.sessions.pop(tracked.slot, None)
+            self._was_running.discard(tracked.slot)
             self.table.remove(tracked.slot)
-            self.num_slo -= tracked.slo_class is not None
+            self.num_slo -= tracked.promise.slo_class is not None
         return tracked
 
     def status(self, tracked: Tracked) -> Status:
         """Where its promise stands."""
         return Status(int(self.table.rows["status"][tracked.slot]))
 
-    def view(self, scheduler: AsyncScheduler, pending_first_s: float) -> EngineView:
-        """Bring the table up to date with vLLM's counters and look at the engine.
+    # Before a plan -------------------------------------------------------------------------------------------
+
+    def sync_running(self, scheduler: Scheduler, pending_first_s: float) -> SlotArray:
+        """Bring the rows of running requests up to date; int64 slots in vLLM's order.
 
         Args:
             scheduler: vLLM's.
             pending_first_s: when a first token that is in flight will come.
         """
-        running = self._sync(scheduler.running, running=True, pending_first_s=pending_first_s)
-        waiting_now = [request for request in scheduler.waiting if compat.is_plannable(request)]
-        waiting = self._sync(waiting_now, running=False, pending_first_s=pending_first_s)
-        rows = self.table.rows
-        for slot in waiting[rows["status"][waiting] != Status.BEST_EFFORT]:
-            rows["cached_tokens"][slot] = compat.cached_tokens(scheduler, self.by_slot[int(slot)].request)
-        return EngineView(
-            table=self.table,
-            running=running,
-            waiting=waiting,
-            free_blocks=compat.free_blocks(scheduler),
-            total_blocks=compat.total_blocks(scheduler),
-            block_size=scheduler.block_size,
-            max_num_seqs=scheduler.max_num_running_reqs,
-            max_num_batched_tokens=scheduler.max_num_scheduled_tokens,
-        )
-
-    def _sync(self, requests: Sequence[Request], *, running: bool, pending_first_s: float) -> SlotArray:
-        known = [self.by_id[request.request_id] for request in requests if request.request_id in self.by_id]
-        slots = np.array([tracked.slot for tracked in known], dtype=np.int64)
-        if not known:
-            return slots
-        rows = self.table.rows
-        # vLLM counts drafts in flight as if all were right; a plan counts on none of them.
-        unsure = [min(tracked.drafts_in_flight, compat.tokens_in_flight(tracked.request)) for tracked in known]
-        computed = np.array([tracked.request.num_computed_tokens for tracked in known]) - unsure
-        made = [tracked.request.num_output_tokens + compat.tokens_in_flight(tracked.request) for tracked in known]
-        outputs = np.array(made) - unsure
-        # A streaming-input session appends to its prompt, so that is read anew as well.
-        rows["prompt_tokens"][slots] = [tracked.request.num_prompt_tokens for tracked in known]
-        rows["computed_tokens"][slots] = computed
-        rows["output_tokens"][slots] = outputs
-        rows["stage_tokens"][slots] = outputs - np.array([tracked.stage_offset for tracked in known])
-        rows["draft_limit"][slots] = [len(tracked.request.spec_token_ids) for tracked in known]
-        rows["running"][slots] = running
-        pending = slots[np.isnan(rows["stage_start_s"][slots]) & (rows["stage_tokens"][slots] > 0)]
-        rows["stage_start_s"][pending] = pending_first_s
-        rows["last_token_s"][pending] = pending_first_s
+        if scheduler.running != self._running_list:
+            self._running_list = list(scheduler.running)
+            self._running = self.known_of(self._running_list)
+            self._running_slots = np.array([tracked.slot for tracked in self._running], dtype=np.int64)
+            now_running = set(self._running_slots.tolist())
+            self.sync_waiting([self.by_slot[slot] for slot in self._was_running - now_running])
+            self._was_running = now_running
+        slots, rows = self._running_slots, self.table.rows
+        if len(slots):
+            requests = [tracked.request for tracked in self._running]
+            counted = compat.counters(requests)
+            self._write(self._running, slots, counted, speculates=bool(scheduler.num_spec_tokens))
+            rows["running"][slots] = 1
+            rows["blocked"][slots] = compat.cannot_run_now(scheduler, requests, counted[0], counted[2])
+            pending = slots[np.isnan(rows["stage_start_s"][slots]) & (rows["stage_tokens"][slots] > 0)]
+            rows["stage_start_s"][pending] = pending_first_s
+            rows["last_token_s"][pending] = pending_first_s
         return slots
 
-    def note(self, plan: StepPlan) -> None:
-        """Remember what a plan decided about each request's promise."""
-        for slot in plan.admitted.tolist():
-            self.by_slot[slot].was_admitted = True
+    def sync_waiting(self, several: Sequence[Tracked]) -> None:
+        """Bring the rows of requests up to date that do not run (any more)."""
+        self._sync_at_rest(several, running=0)
+
+    def sync_sessions(self, sessions: Sequence[Tracked]) -> SlotArray:
+        """Bring the rows of sessions up to date that wait for a turn with their slot; int64 slots."""
+        slots = self._sync_at_rest(sessions, running=1)
+        self._was_running.update(slots.tolist())
+        self.table.rows["cached_tokens"][slots] = 0
+        self._running_list = []
+        return slots
+
+    def _sync_at_rest(self, several: Sequence[Tracked], running: int) -> SlotArray:
+        slots = np.array([tracked.slot for tracked in several], dtype=np.int64)
+        if len(slots):
+            counted = compat.counters([tracked.request for tracked in several])
+            self._write(several, slots, counted, speculates=True)
+            self.table.rows["running"][slots] = running
+            self.table.rows["blocked"][slots] = 0
+        return slots
+
+    def _write(
+        self,
+        several: Sequence[Tracked],
+        slots: SlotArray,
+        counted: tuple[SlotArray, SlotArray, SlotArray],
+        *,
+        speculates: bool,
+    ) -> None:
+        """Write vLLM's counters into rows. It counts drafts in flight as if all were right; a plan counts on none."""
+        computed, outputs, in_flight = counted
+        rows = self.table.rows
+        if speculates:
+            drafts = np.array([tracked.drafts_in_flight for tracked in several], dtype=np.int64)
+            unsure = np.minimum(drafts, in_flight)
+            computed, in_flight = computed - unsure, in_flight - unsure
+            rows["draft_limit"][slots] = [len(tracked.request.spec_token_ids) for tracked in several]
+        outputs = outputs + in_flight
+        rows["computed_tokens"][slots] = computed
+        rows["output_tokens"][slots] = outputs
+        rows["stage_tokens"][slots] = outputs - np.array([tracked.stage_offset for tracked in several], dtype=np.int64)
+
+    def known_of(self, requests: Iterable[Request]) -> list[Tracked]:
+        """What is tracked of vLLM's requests, in the same order."""
+        by_id = self.by_id
+        return [by_id[request.request_id] for request in requests if request.request_id in by_id]
+
+    # After a step --------------------------------------------------------------------------------------------
+
+    def note(self, plan: StepPlan, ran: SlotArray) -> None:
+        """Remember what a committed plan decided about each request's promise."""
+        rows = self.table.rows
+        if len(plan.admitted):
+            made = plan.admitted[np.isin(plan.admitted, ran) | (rows["running"][plan.admitted] == 1)]
+            for slot in made.tolist():
+                self.by_slot[slot].was_admitted = True
         for slot in plan.preempt.tolist():
             self.by_slot[slot].planned_preemptions += 1
-        outputs = self.table.rows["output_tokens"]
         for slot in plan.demoted.tolist():
-            self.by_slot[slot].reason = "ttft" if outputs[slot] == 0 else "tpot"
+            self.by_slot[slot].reason = "ttft" if rows["output_tokens"][slot] == 0 else "tpot"
+
+    def slots_of(self, request_ids: Iterable[str]) -> SlotArray:
+        """Rows of requests by vLLM's id; int64, those that are not known left out."""
+        by_id = self.by_id
+        return np.array([by_id[key].slot for key in request_ids if key in by_id], dtype=np.int64)
 
     def drafts_sent(self, drafts: Mapping[str, Sequence[int]]) -> None:
         """Note the drafts of a step that was scheduled."""
@@ -181,23 +212,24 @@ class RequestBook:
                 tracked.drafts_in_flight = max(tracked.drafts_in_flight - len(tokens), 0)
 
     def shape(self, num_scheduled_tokens: Mapping[str, int], drafts: Mapping[str, Sequence[int]]) -> BatchShape:
-        """What a scheduled batch asks of the hardware; to be called before its tokens are counted in the table."""
-        known = [
-            (self.by_id[key].slot, count, len(drafts.get(key, ())))
-            for key, count in num_scheduled_tokens.items()
-            if key in self.by_id
-        ]
+        """What a batch that vLLM has just scheduled asks of the hardware; its counters include the batch already."""
+        by_id = self.by_id
+        known = [by_id[key].request for key in num_scheduled_tokens if key in by_id]
+        if len(known) < len(num_scheduled_tokens):
+            num_scheduled_tokens = {key: count for key, count in num_scheduled_tokens.items() if key in by_id}
         if not known:
             return BatchShape(new_tokens=0)
-        slots, tokens, drafted = np.array(known, dtype=np.int64).T
-        rows = self.table.rows
-        done = rows["computed_tokens"][slots] + np.where(rows["running"][slots] == 1, 0, rows["cached_tokens"][slots])
+        tokens = np.fromiter(num_scheduled_tokens.values(), dtype=np.int64, count=len(known))
+        done = np.array([request.num_computed_tokens for request in known], dtype=np.int64) - tokens
+        drafted = np.zeros(len(known), dtype=np.int64)
+        if drafts:
+            drafted[:] = [len(drafts.get(key, ())) for key in num_scheduled_tokens]
         quad = np.where((tokens > 1) & (drafted == 0), tokens * (tokens + 2 * done), 0)
         return BatchShape(
             new_tokens=int(tokens.sum()),
             context_tokens=int(done.sum()),
             quad_tokens2=int(quad.sum()),
-            num_seqs=len(slots),
+            num_seqs=len(known),
             draft_steps=int(drafted.max()),
             draft_tokens=int(drafted.sum()),
         )
@@ -207,54 +239,25 @@ class RequestBook:
         rows = self.table.rows
         for request_id in request_ids:
             tracked = self.by_id.get(request_id)
-            if tracked is None or tracked.slo_class is None:
+            if tracked is None or tracked.promise.slo_class is None:
                 continue
             total = tracked.request.num_output_tokens
             if total == tracked.seen_tokens:
                 continue
-            if tracked.stage_start_s is None:
-                tracked.stage_start_s = now_s
-                rows["stage_start_s"][tracked.slot] = now_s
-            if tracked.first_token_s is None:
-                tracked.first_token_s = now_s
-                # A first token that came late cannot be made up for.
-                rows["missed"][tracked.slot] |= now_s > tracked.ttft_due_s
-            tracked.last_token_s = now_s
-            rows["last_token_s"][tracked.slot] = now_s
-            if len(tracked.slo_class.stages) > 1:
-                self._cross_stages(tracked, total, now_s)
-            tracked.seen_tokens = total
-
-    def _cross_stages(self, tracked: Tracked, total: int, now_s: float) -> None:
-        """Move to the next stage when the current one ended with one of the new tokens.
-
-        That token belongs to the stage it ended; the new stage begins with the next one, which may be in flight.
-        """
-        assert tracked.slo_class is not None
-        stages = tracked.slo_class.stages
-        new_tokens = tracked.request.output_token_ids[tracked.seen_tokens : total]
-        for position, token in enumerate(new_tokens, tracked.seen_tokens + 1):
-            if tracked.stage + 1 >= len(stages):
-                return
-            stage = stages[tracked.stage]
-            in_stage = position - tracked.stage_offset
-            if token != stage.end_token_id and in_stage != stage.max_tokens:
-                continue
-            tracked.stages_ok &= stage_kept(tracked, in_stage, now_s)
-            tracked.stage += 1
-            tracked.stage_offset = position
-            tracked.stage_start_s = now_s if position < total else None
-            row = self.table.rows[tracked.slot]
-            row["tpot_s"] = stages[tracked.stage].slo.tpot_s
-            row["stage_tokens"] = total - position
-            row["stage_start_s"] = now_s if position < total else np.nan
-            row["missed"] |= not tracked.stages_ok
+            stage_before = tracked.stage
+            tracked.tokens_came(total, now_s)
+            row = rows[tracked.slot]
+            row["last_token_s"] = now_s
+            row["stage_start_s"] = np.nan if tracked.stage_start_s is None else tracked.stage_start_s
+            # A broken promise cannot be made up for: a first token that came late, a finished stage that was slow.
+            row["missed"] |= not (tracked.first_in_time and tracked.stages_kept)
+            if tracked.stage != stage_before:
+                row["tpot_s"] = tracked.stages[tracked.stage].slo.tpot_s
+                row["stage_tokens"] = total - tracked.stage_offset
 
 
-def stage_kept(tracked: Tracked, num_tokens: int, end_s: float) -> bool:
-    """Whether the current stage's mean time per output token is at or under its target."""
-    assert tracked.slo_class is not None
-    if num_tokens <= 1 or tracked.stage_start_s is None:
-        return True
-    tpot_s = tracked.slo_class.stages[tracked.stage].slo.tpot_s
-    return (end_s - tracked.stage_start_s) / (num_tokens - 1) <= tpot_s
+def class_index_of(classes: Mapping[str, int], slo_class: SLOClass | None) -> int:
+    """Index of a class for the planner's statistics: those of the file, then custom numbers, then none."""
+    if slo_class is None:
+        return len(classes) + 1
+    return classes.get(slo_class.name, len(classes))

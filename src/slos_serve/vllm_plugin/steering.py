@@ -1,80 +1,266 @@
 """Making stock ``schedule()`` follow a step plan: by order and budget, never by copying it.
 
-For one step the running list holds only who is to run, in the plan's order; the waiting queue holds only who is to
-start; the token budget is the plan's sum. Everyone else is set aside and put back right after, in the engine's own
-order, whatever happened in between.
+A plan becomes a :class:`Selection` first: the planned requests that vLLM would accept now, within every limit that
+vLLM asserts. For one step the running list holds only the selected running requests in the plan's order, the queue that
+vLLM empties first holds only those that start, and the token budget is their sum. All other requests are set aside and
+put back right after, in the engine's own order, whatever happened in between.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from slos_serve.core.plan import StepPlan
+from slos_serve.core.request import SlotArray
 from slos_serve.vllm_plugin import compat
+from slos_serve.vllm_plugin.kv_needs import KVNeeds
 from slos_serve.vllm_plugin.request_book import RequestBook
+from slos_serve.vllm_plugin.tracked import Tracked
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+    from vllm.v1.core.sched.request_queue import RequestQueue
+    from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 
 
+@dataclass(slots=True)
+class Selection:
+    """One step as vLLM is to make it.
+
+    Attributes:
+        run: running requests that get tokens, in order.
+        start: waiting requests that start, in order, behind the running ones.
+        preempt: running requests that give their KV back before the step.
+        loads: waiting requests whose KV a connector is to load; they take no tokens.
+        budget: tokens of the step.
+        most_tokens_each: no request may get more tokens than this; 0 for no such limit.
+        started, preempted, loading: after the step, who started, was preempted, and whose KV is being loaded.
+    """
+
+    run: list[Request] = field(default_factory=list)
+    start: list[Request] = field(default_factory=list)
+    preempt: list[Request] = field(default_factory=list)
+    loads: list[Request] = field(default_factory=list)
+    budget: int = 0
+    most_tokens_each: int = 0
+    started: list[Request] = field(default_factory=list)
+    preempted: list[Request] = field(default_factory=list)
+    loading: list[Request] = field(default_factory=list)
+
+
+def select(
+    scheduler: Scheduler, plan: StepPlan, book: RequestBook, needs: KVNeeds, loads: Sequence[Tracked]
+) -> Selection:
+    """What of a plan vLLM would accept now.
+
+    Raises:
+        KeyError: the plan names a slot that holds no request.
+    """
+    rows, by_slot = book.table.rows, book.by_slot
+    chosen = Selection(preempt=[by_slot[slot].request for slot in plan.preempt.tolist()])
+    slots, starts = plan.slots, True
+    if chosen.preempt and not _give_back(scheduler, chosen.preempt):
+        # Blocks that stay fenced help nobody in this step: no preemption, and nobody starts on the strength of it.
+        chosen.preempt, starts = [], False
+    sessions = [one for one in book.sessions.values() if compat.holds_slot(one.request)]
+    limits = _Room(scheduler, len(scheduler.running) - len(chosen.preempt), chosen.preempt, sessions)
+    inside = (rows["running"][slots] == 1) & ~np.isin(slots, limits.session_slots)
+    runs = np.flatnonzero(inside & (rows["blocked"][slots] == 0) & ~np.isin(slots, plan.preempt))
+    chosen.run = [by_slot[slot].request for slot in slots[runs].tolist()]
+    drafts = plan.draft_tokens[runs] if len(plan.draft_tokens) else np.zeros(len(runs), dtype=np.int64)
+    limits.take_running(chosen.run, plan.tokens[runs], drafts)
+    for position in np.flatnonzero(~inside).tolist() if starts else ():
+        request, count = by_slot[int(slots[position])].request, int(plan.tokens[position])
+        if compat.may_start(request) and limits.takes_start(request, count):
+            chosen.start.append(request)
+    chosen.budget = limits.tokens
+    chosen.loads = _loads_that_fit(scheduler, plan, book, needs, loads)
+    if chosen.loads:
+        # vLLM looks at waiting requests only while budget is left. One token more is enough, if no chunk takes it.
+        chosen.budget, chosen.most_tokens_each = limits.with_one_left(chosen.run), limits.largest
+    return chosen
+
+
+def _give_back(scheduler: Scheduler, preempt: Sequence[Request]) -> bool:
+    """Whether all of these run and give their blocks back at once when they are preempted."""
+    running = {id(request) for request in scheduler.running}
+    return all(id(request) in running and compat.can_preempt(scheduler, request) for request in preempt)
+
+
+class _Room:
+    """The limits that vLLM asserts, as a selection fills them.
+
+    Attributes:
+        session_slots: rows of sessions that wait for a turn with their worker's slot.
+        tokens, largest: tokens taken in all, and by one request at most.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, num_running: int, preempted: Sequence[Request], sessions: Sequence[Tracked]
+    ) -> None:
+        self.session_slots = np.array([tracked.slot for tracked in sessions], dtype=np.int64)
+        self._sessions = {id(tracked.request) for tracked in sessions}
+        self._slots = compat.most_running(scheduler) - num_running - len(sessions)
+        self._most_adapters = compat.most_adapters(scheduler)
+        self._adapters: set[int] = set()
+        if self._most_adapters:
+            gone = {id(request) for request in preempted}
+            stay = [*scheduler.running, *(tracked.request for tracked in sessions)]
+            self._adapters = {compat.adapter_of(request) for request in stay if id(request) not in gone} - {0}
+        self._most_tokens = int(scheduler.max_num_scheduled_tokens)
+        self._most_inputs = int(scheduler.scheduler_config.max_num_batched_tokens)
+        self._draft_slots = compat.draft_slots(scheduler)
+        self._speculates = bool(scheduler.num_spec_tokens)
+        self._pad = int(scheduler.num_spec_tokens) if compat.pads_starts(scheduler) else 0
+        self._prefills = False
+        self._inputs = 0
+        self.tokens = self.largest = 0
+
+    def take_running(self, run: Sequence[Request], tokens: SlotArray, drafts: SlotArray) -> None:
+        """Count the running requests' tokens; each keeps only the drafts that it is to verify."""
+        if self._speculates:
+            for request, draft in zip(run, drafts.tolist(), strict=True):
+                compat.keep_drafts(request, draft)
+            # A request may have fewer drafts than planned; what they leave must not go to the last chunk.
+            have = np.array([len(request.spec_token_ids) for request in run], dtype=np.int64)
+            tokens = np.where(drafts > 0, tokens - drafts + have, tokens)
+            self._prefills = any(request.is_prefill_chunk for request in run)
+        if len(run):
+            self.tokens = min(int(tokens.sum()), self._most_tokens)
+            self.largest = int(tokens.max())
+            self._inputs = self.tokens + self._draft_slots * len(run)
+
+    def with_one_left(self, run: Sequence[Request]) -> int:
+        """A budget of which a token is left behind the running requests, each taking no more than ``largest``."""
+        taken = sum(min(compat.wanted_tokens(request), self.largest) for request in run)
+        return min(max(self.tokens, taken + 1), self._most_tokens)
+
+    def takes_start(self, request: Request, count: int) -> bool:
+        """Whether a waiting request may start with ``count`` tokens beside the ones before; counts it if so."""
+        adapter = compat.adapter_of(request)
+        is_new = bool(self._most_adapters and adapter and adapter not in self._adapters)
+        if is_new and len(self._adapters) >= self._most_adapters:
+            return False
+        if self._pad and not self._prefills and count == 1:
+            count += self._pad  # vLLM pads a start of one token, or leaves it out
+        inputs = self._inputs + count + self._draft_slots
+        has_slot = id(request) in self._sessions
+        if (self._slots <= 0 and not has_slot) or self.tokens + count > self._most_tokens or inputs > self._most_inputs:
+            return False
+        self._slots -= not has_slot
+        if is_new:
+            self._adapters.add(adapter)
+        self.tokens += count
+        self.largest = max(self.largest, count)
+        self._inputs = inputs
+        return True
+
+
+def _loads_that_fit(
+    scheduler: Scheduler, plan: StepPlan, book: RequestBook, needs: KVNeeds, loads: Sequence[Tracked]
+) -> list[Request]:
+    """Loads whose blocks are free beside those of the plan: vLLM ends its scan at the first that does not fit."""
+    if not loads or compat.most_running(scheduler) <= len(scheduler.running):
+        return []
+    free = needs.free_blocks()
+    rows = book.table.rows
+    for slot, tokens in zip(plan.slots.tolist(), plan.tokens.tolist(), strict=True):
+        whole = tokens if rows["running"][slot] else rows["prompt_tokens"][slot] + rows["output_tokens"][slot]
+        free -= -(-int(whole) // needs.block_size) + 1 + int(rows["fixed_blocks"][slot]) * (not rows["running"][slot])
+    fitting = []
+    for tracked in loads:
+        free -= needs.load_blocks(tracked.request)
+        if free < 0:
+            break
+        fitting.append(tracked.request)
+    return fitting
+
+
 @contextmanager
-def steered(scheduler: AsyncScheduler, plan: StepPlan, book: RequestBook, now_s: float) -> Iterator[None]:
-    """Within the block, ``AsyncScheduler.schedule`` makes the planned batch."""
-    for slot in plan.preempt:
-        compat.preempt(scheduler, book.by_slot[int(slot)].request, now_s)
-    planned = [book.by_slot[int(slot)].request for slot in plan.slots]
-    running_before = list(scheduler.running)
-    is_running = {id(request) for request in running_before}
-    run_now = [request for request in planned if id(request) in is_running]
-    start_now = [request for request in planned if id(request) not in is_running]
-    chosen = {id(request) for request in planned}
-    held = [request for request in running_before if id(request) not in chosen]
-    for request, draft in zip(planned, plan.draft_tokens.tolist(), strict=False):
-        compat.keep_drafts(request, draft)
-    for request in held:
-        # Draft placeholders of a step that does not happen would be verified against the wrong position later.
-        request.spec_token_ids = []
+def steered(scheduler: Scheduler, chosen: Selection, now_s: float, hidden: HiddenRequests) -> Iterator[None]:
+    """Within the block, ``schedule()`` makes the selected batch.
 
-    waiting_before = list(scheduler.waiting)
-    queue_before, budget_before = scheduler.waiting, scheduler.max_num_scheduled_tokens
-    # Requests that wait for something other than a turn stay in sight, so that vLLM can see that they are ready.
-    room = scheduler.max_num_running_reqs - len(running_before) - len(start_now)
-    blocked = [request for request in waiting_before if not compat.is_plannable(request)][: max(room, 0)]
-    in_sight = {id(request) for request in (*blocked, *start_now)}
-    aside = [request for request in waiting_before if id(request) not in in_sight]
-
-    scheduler.running = run_now
-    scheduler.waiting = compat.queue_of((*blocked, *start_now))
-    # A request may have fewer drafts than planned; what they leave must not go to the chunk that ends the batch.
-    drafts = sum(len(request.spec_token_ids) for request in run_now) - int(plan.draft_tokens.sum())
-    scheduler.max_num_scheduled_tokens = min(plan.num_tokens + drafts, budget_before)
+    Afterwards ``chosen.started`` and ``chosen.preempted`` say who really started and who was preempted.
+    """
+    for request in chosen.preempt:
+        compat.preempt(scheduler, request, now_s)
+    first_name = compat.first_queue_name(scheduler)
+    limit_name = compat.active_limit_name(scheduler)
+    first, waiting = getattr(scheduler, first_name), scheduler.waiting
+    budget, limit = scheduler.max_num_scheduled_tokens, getattr(scheduler, limit_name)
+    running, run = scheduler.running, chosen.run
+    num_held = len(running) - len(run)
+    if scheduler.num_spec_tokens and num_held:
+        runs = {id(request) for request in run}
+        for request in running:
+            if id(request) not in runs:
+                compat.drop_placeholders(request)
+    scheduler.running = list(run)
+    setattr(scheduler, first_name, compat.queue_of((*chosen.loads, *chosen.start)))
+    scheduler.waiting = compat.queue_of(())
+    scheduler.max_num_scheduled_tokens = min(chosen.budget, budget)
+    setattr(scheduler, limit_name, limit - num_held)
+    shown = len(chosen.loads) + len(chosen.start)
+    hidden.running, hidden.waiting = num_held, len(first) + len(waiting) - shown
+    threshold = compat.cap_prefills(scheduler, chosen.most_tokens_each)
     try:
         yield
     finally:
-        scheduler.max_num_scheduled_tokens = budget_before
-        scheduler.running = _back_in_order(running_before, held, scheduler.running)
-        left = list(scheduler.waiting)
-        scheduler.waiting = queue_before
-        queue_before.remove_requests(waiting_before)
-        for request in _waiting_order(waiting_before, left, aside):
-            queue_before.add_request(request)
+        hidden.running = hidden.waiting = 0
+        scheduler.scheduler_config.long_prefill_token_threshold = threshold
+        setattr(scheduler, limit_name, limit)
+        scheduler.max_num_scheduled_tokens = budget
+        after, mixed = scheduler.running, scheduler.waiting
+        started = _behind(after, run)
+        kept = running
+        if len(after) - len(started) < len(run):  # vLLM preempted some of those that were to run
+            still = {id(request) for request in after}
+            lost = [request for request in run if id(request) not in still]
+            gone = {id(request) for request in lost}
+            kept = [request for request in running if id(request) not in gone]
+            lost_in_order = [request for request in mixed if id(request) in gone]
+            for request in reversed(lost_in_order):
+                waiting.prepend_request(request)
+            chosen.preempted += lost_in_order
+        scheduler.running = [*kept, *started]
+        setattr(scheduler, first_name, first)
+        scheduler.waiting = waiting
+        chosen.started = started
+        chosen.preempted += chosen.preempt
+        _take_out(first, waiting, chosen)
 
 
-def _back_in_order(before: list[Request], held: list[Request], after: list[Request]) -> list[Request]:
-    """The running list as stock order would have it: old ones as they stood, new ones behind."""
-    still = {id(request) for request in held} | {id(request) for request in after}
-    old = {id(request) for request in before}
-    kept = [request for request in before if id(request) in still]
-    return kept + [request for request in after if id(request) not in old]
+def _behind(after: list[Request], run: list[Request]) -> list[Request]:
+    """Requests that vLLM has appended behind those that were to run; it takes preempted ones off their end."""
+    if after[: len(run)] == run:
+        return after[len(run) :]
+    number = 0
+    while number < len(after) and number < len(run) and after[number] is run[number]:
+        number += 1
+    return after[number:]
 
 
-def _waiting_order(before: list[Request], left: list[Request], aside: list[Request]) -> list[Request]:
-    """The waiting queue as stock order would have it: newly preempted ones first, then as they stood."""
-    still = {id(request) for request in left} | {id(request) for request in aside}
-    old = {id(request) for request in before}
-    return [request for request in left if id(request) not in old] + [
-        request for request in before if id(request) in still
-    ]
+@dataclass(slots=True)
+class HiddenRequests:
+    """How many requests :func:`steered` has set aside: what vLLM computes from its lists is to count them too."""
+
+    running: int = 0
+    waiting: int = 0
+
+
+def _take_out(first: RequestQueue, waiting: RequestQueue, chosen: Selection) -> None:
+    """Take those that started out of the queues they stood in, and move loads that began to the first queue."""
+    loading = [request for request in (*chosen.loads, *chosen.start) if compat.loads_kv(request)]
+    gone = [*chosen.started, *loading]
+    if gone:
+        for queue in (first, waiting):
+            if queue:
+                queue.remove_requests(gone)
+        for request in loading:
+            first.add_request(request)
+    chosen.loading = loading

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from slos_serve.files.class_file import load_classes, parse_classes
+from slos_serve.vllm_plugin.capabilities import CAPABILITIES, Support, as_markdown
 from slos_serve.vllm_plugin.metrics import SchedulerMetrics
 from slos_serve.vllm_plugin.middleware import applied_headers
 from slos_serve.vllm_plugin.slo_args import HEADER_KEYS, SESSION_HEADER, SESSION_KEY, SLO_KEYS
@@ -52,3 +53,18 @@ def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
     queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
     asked = {name.removesuffix("_bucket") for name in re.findall(r"slos_serve:[a-z_]+", queries)}
     assert asked == series()
+
+
+def test_the_page_shows_the_table_of_capabilities() -> None:
+    shown = re.search(r"<!-- capabilities -->\n(.*?)\n<!-- /capabilities -->", DOC, re.DOTALL)
+    assert shown is not None
+    assert shown[1] == as_markdown()
+
+
+def test_every_steered_row_names_a_test_that_exists() -> None:
+    for row in CAPABILITIES:
+        path, _, name = row.proof.partition("::")
+        assert bool(row.proof) == (row.support == Support.STEERED), row.feature
+        if path:
+            text = (ROOT / path).read_text(encoding="utf-8")
+            assert not name or f"def {name}(" in text, row.proof

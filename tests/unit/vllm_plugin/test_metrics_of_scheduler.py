@@ -46,13 +46,15 @@ def test_labels_are_never_what_a_client_wrote() -> None:
     before = sum(len(list(family.samples)) for family in metrics.registry.collect())
     metrics.request_done("../../etc", "best_effort", True, True)
     metrics.request_done(None, "none", True, True)
-    metrics.request_aborted("chat")
+    metrics.request_ended("chat", "aborted")
+    metrics.request_ended("chat", "error")
     metrics.fallback("a new kind")
     metrics.preempted("a new kind", 2)
     assert sum(len(list(family.samples)) for family in metrics.registry.collect()) == before
     assert value(metrics, "requests_total", slo_class="custom", verdict="best_effort") == 1.0
     assert value(metrics, "requests_total", slo_class="none", verdict="none") == 1.0
     assert value(metrics, "requests_total", slo_class="chat", verdict="aborted") == 1.0
+    assert value(metrics, "requests_total", slo_class="chat", verdict="error") == 1.0
     assert value(metrics, "step_fallback_total", kind="other") == 1.0
     assert value(metrics, "preemptions_total", kind="other") == 2.0
 
@@ -79,8 +81,7 @@ def test_steps_are_counted() -> None:
 
 
 WRITER = """
-from slos_serve.vllm_plugin.metrics import SchedulerMetrics, crosses_processes
-assert crosses_processes()
+from slos_serve.vllm_plugin.metrics import SchedulerMetrics
 metrics = SchedulerMetrics(["chat"])
 metrics.request_done("chat", "admitted", True, True)
 metrics.queue("waiting", 4, 0, 0)

@@ -1,0 +1,170 @@
+"""A request's way in and out: what it is promised when it enters, and how it is judged when it ends."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from vllm.logger import init_logger
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.request import Status
+from slos_serve.vllm_plugin import compat
+from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.controller import StepController
+from slos_serve.vllm_plugin.metrics import Verdict
+from slos_serve.vllm_plugin.recorder import FINISHED, Outcome
+from slos_serve.vllm_plugin.request_book import class_index_of
+from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
+from slos_serve.vllm_plugin.stop_strings import OVERSHOOT_TOKENS, StopStrings, stop_strings_of
+from slos_serve.vllm_plugin.tracked import Promise, Tracked
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+logger = init_logger("vllm.slos_serve")
+MAX_FRONT_END_S = 60.0
+
+
+class RequestDesk:
+    """Enters requests into the book and judges those that leave it.
+
+    Args:
+        control: the scheduler's controller.
+        settings: classes and margins.
+        stop_strings: shared with the recorder.
+    """
+
+    def __init__(self, control: StepController, settings: PluginConfig, stop_strings: StopStrings) -> None:
+        self._control = control
+        self._settings = settings
+        self._stop_strings = stop_strings
+        self._class_indices = {slo_class.name: index for index, slo_class in enumerate(settings.classes)}
+        # Lengths that the telemetry thread found to be of finished answers: (class index, prompt, output tokens).
+        self._found: deque[tuple[int, int, int]] = deque()
+        self._refused: dict[str, int] = {}
+
+    # Entering -------------------------------------------------------------------------------------------------
+
+    def entered(self, request: Request) -> None:
+        """vLLM has taken a new request in."""
+        control = self._control
+        promise = self._promise_of(request, request.num_prompt_tokens)
+        fixed = control.limits.needs.fixed_blocks(request.num_prompt_tokens + promise.max_tokens)
+        tracked = control.book.add(request, promise, fixed_blocks=fixed)
+        control.hits.waits((tracked,))
+        control.queues.entered(tracked)
+        if stop_strings_of(request):
+            control.telemetry.post(self._stop_strings.load)
+
+    def continued(self, request: Request) -> None:
+        """A streaming-input session goes on with another chunk: its promise counts from the chunk's arrival."""
+        tracked = self._control.book.by_id.get(request.request_id)
+        if tracked is None or compat.is_parked(request):
+            return
+        chunk_tokens = max(request.num_prompt_tokens - request.num_computed_tokens, 1)
+        self._control.book.begin_turn(tracked, self._promise_of(request, chunk_tokens))
+        self._control.queues.changed()
+
+    def turns_begun(self) -> None:
+        """Sessions whose next chunk was queued go on inside vLLM's ``update_from_output``: find those."""
+        for tracked in self._control.book.sessions.values():
+            if tracked.request.num_prompt_tokens != tracked.turn_prompt_tokens:
+                self.continued(tracked.request)
+
+    def _promise_of(self, request: Request, new_tokens: int) -> Promise:
+        control, settings = self._control, self._settings
+        extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
+        try:
+            asked = from_extra_args(extra_args)
+            slo_class = asked.applied(settings.classes)
+        except InvalidFieldError as error:
+            self._refuse(error)
+            asked, slo_class = SloArgs(), None
+        if slo_class is not None and slo_class.best_effort:
+            slo_class = None
+        # The front end stamps arrivals on the wall clock; only a difference on that same clock is carried over.
+        waited_s = min(max(time.time() - request.arrival_time, 0.0), MAX_FRONT_END_S)
+        arrival_s = control.now_s() - waited_s
+        ttft_s = float("inf")
+        if slo_class is not None:
+            ttft_s = slo_class.slo.ttft_s(control.policy.model.zero_load_s(new_tokens))
+        encoder_s = compat.encoder_embeds(request) * control.learner.encoder_s_each
+        return Promise(
+            slo_class=slo_class,
+            class_index=class_index_of(self._class_indices, slo_class),
+            arrival_s=arrival_s,
+            ttft_due_s=arrival_s + ttft_s,
+            planned_due_s=arrival_s + ttft_s - settings.planner.ttft_margin_s - encoder_s,
+            hint_tokens=asked.expected_tokens or 0,
+            max_tokens=max(min(request.max_tokens, control.scheduler.max_model_len - request.num_prompt_tokens), 1),
+        )
+
+    def _refuse(self, error: InvalidFieldError) -> None:
+        """A request's SLO fields could not be used: it is served without a promise."""
+        self._control.telemetry.post(self._control.recorder.invalid_field)
+        seen = self._refused[error.field] = self._refused.get(error.field, 0) + 1
+        self._control.guard.count(f"field {error.field}")
+        if seen == 1:
+            logger.warning("slos-serve: request without a promise: %s", error)
+
+    # Leaving --------------------------------------------------------------------------------------------------
+
+    def leaving(self, request: Request) -> None:
+        """vLLM is about to free a request: judge it and forget it."""
+        control, book = self._control, self._control.book
+        now_s = control.now_s()
+        book.tokens_came((request.request_id,), now_s)
+        tracked = book.by_id.get(request.request_id)
+        if tracked is None:
+            return
+        ended = compat.finish_kind(request)
+        if ended == "abort" and request.resumable and tracked.first_token_s is not None:
+            ended = "stop"  # a session that its client has closed after an answer
+        outcome = self._outcome(tracked, ended, now_s)
+        book.remove(request.request_id)
+        control.hits.forget(tracked)
+        control.queues.left(tracked)
+        stop = stop_strings_of(request)
+        lengths = (tracked.promise.class_index, request.num_prompt_tokens, request.num_output_tokens)
+        if ended == "abort" and stop and request.num_output_tokens:
+            longest = max(len(text.encode()) for text in stop) + OVERSHOOT_TOKENS
+            tail = list(request.output_token_ids[-longest:])
+            control.telemetry.post(self._judge_abort, outcome, tail, stop, lengths)
+            return
+        if ended in ("stop", "length"):
+            control.policy.on_request_done(*lengths)
+        control.telemetry.post(control.recorder.request_done, outcome, time.time())
+
+    def _judge_abort(self, outcome: Outcome, tail: list[int], stop: list[str], lengths: tuple[int, int, int]) -> None:
+        """In the telemetry thread: an answer that a stop string ended teaches its length like any other."""
+        if self._control.recorder.request_aborted(outcome, tail, stop, time.time()):
+            self._found.append(lengths)
+
+    def learn_found(self) -> None:
+        """Learn the lengths that the telemetry thread has found meanwhile."""
+        while self._found:
+            self._control.policy.on_request_done(*self._found.popleft())
+
+    def _outcome(self, tracked: Tracked, ended: str, now_s: float) -> Outcome:
+        slo_class, request = tracked.promise.slo_class, tracked.request
+        verdict: Verdict = "none" if slo_class is None else "admitted" if tracked.was_admitted else "best_effort"
+        has_slo = slo_class is not None
+        kept = tracked.ttft_kept(now_s)
+        if ended in FINISHED:
+            kept = kept and tracked.first_token_s is not None
+        return Outcome(
+            request_id=request.request_id,
+            slo_class=slo_class.name if slo_class is not None else None,
+            verdict=verdict,
+            lost=verdict == "admitted" and self._control.book.status(tracked) == Status.BEST_EFFORT,
+            reason=tracked.reason,
+            prompt_tokens=request.num_prompt_tokens,
+            output_tokens=request.num_output_tokens,
+            num_preemptions=request.num_preemptions,
+            engine_preemptions=max(request.num_preemptions - tracked.planned_preemptions, 0),
+            finished=ended,
+            ttft_ok=kept if has_slo else None,
+            tpot_ok=tracked.tpot_kept() if has_slo else None,
+        )

@@ -1,0 +1,146 @@
+"""One request's promise, and what became of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from slos_serve.core.slo import SLOClass, Stage
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a request, or one turn of a streaming-input session, asks for.
+
+    Attributes:
+        slo_class: its SLO; ``None`` without one.
+        class_index: index for the planner's statistics.
+        arrival_s: when it reached the server, on the scheduler's clock.
+        ttft_due_s: when its first token is due; inf without a TTFT.
+        planned_due_s: when the planner has it due: earlier by margins and by its encoder's time.
+        hint_tokens: the client's own forecast of its answer; 0 without one.
+        max_tokens: most output tokens.
+    """
+
+    slo_class: SLOClass | None
+    class_index: int
+    arrival_s: float
+    ttft_due_s: float
+    planned_due_s: float
+    hint_tokens: int
+    max_tokens: int
+
+
+@dataclass(slots=True)
+class Tracked:
+    """One unfinished request.
+
+    Attributes:
+        request: vLLM's object.
+        slot: its row in the planner's table.
+        promise: of its current turn.
+        was_admitted: whether its promise was ever made.
+        reason: why it is best effort, when it is.
+        planned_preemptions: preemptions that a plan asked for.
+        stage: index of the current stage.
+        stage_offset: output tokens that came before the current stage.
+        stage_start_s: when the first token of the current stage came; ``None`` before.
+        first_token_s: when the first token of the turn came; ``None`` before.
+        seen_tokens: output tokens accounted for.
+        fixed_blocks: KV blocks that it takes when it starts, beside those that grow with its tokens.
+        turn_prompt_tokens: prompt tokens with which the current turn began.
+        first_in_time: False once a first token came late.
+        stages_kept: False once a finished stage missed its TPOT.
+        drafts_in_flight: drafts in steps whose tokens have not come yet.
+        unserved_plans: plans in a row that had it in and whose step left it out.
+        forbearance: such plans that are tolerated before a step is stock for it.
+    """
+
+    request: Request
+    slot: int
+    promise: Promise
+    was_admitted: bool = False
+    reason: str = ""
+    planned_preemptions: int = 0
+    stage: int = 0
+    stage_offset: int = 0
+    stage_start_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    seen_tokens: int = 0
+    fixed_blocks: int = 0
+    turn_prompt_tokens: int = 0
+    first_in_time: bool = True
+    stages_kept: bool = True
+    drafts_in_flight: int = 0
+    unserved_plans: int = 0
+    forbearance: int = 2
+
+    def __post_init__(self) -> None:
+        self.turn_prompt_tokens = int(self.request.num_prompt_tokens)
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The stages of its class; none without a promise."""
+        return self.promise.slo_class.stages if self.promise.slo_class is not None else ()
+
+    def begin_turn(self, promise: Promise) -> None:
+        """Judge the turn that ended and begin the next one."""
+        self.stages_kept = self.tpot_kept()
+        self.promise = promise
+        self.turn_prompt_tokens = int(self.request.num_prompt_tokens)
+        self.stage = self.stage_offset = self.seen_tokens = 0
+        self.stage_start_s = self.first_token_s = self.last_token_s = None
+
+    def tokens_came(self, total: int, now_s: float) -> None:
+        """Output tokens up to the ``total``-th came at ``now_s``."""
+        if self.stage_start_s is None:
+            self.stage_start_s = now_s
+        if self.first_token_s is None:
+            self.first_token_s = now_s
+            self.first_in_time &= now_s <= self.promise.ttft_due_s
+        self.last_token_s = now_s
+        if len(self.stages) > 1:
+            self._cross_stages(total, now_s)
+        self.seen_tokens = total
+
+    def ttft_kept(self, now_s: float) -> bool:
+        """Whether the TTFT is kept; before the first token: whether it is not yet broken."""
+        waits = self.first_token_s is None
+        return self.first_in_time and not (waits and now_s > self.promise.ttft_due_s)
+
+    def tpot_kept(self) -> bool:
+        """Whether every stage so far kept its mean time per output token."""
+        if not self.stages or self.last_token_s is None:
+            return self.stages_kept
+        in_stage = self.seen_tokens - self.stage_offset
+        return self.stages_kept and self._stage_kept(in_stage, self.last_token_s)
+
+    def _cross_stages(self, total: int, now_s: float) -> None:
+        """Move to the next stage when the current one ended with one of the new tokens.
+
+        That token belongs to the stage it ended; the new stage begins with the next one, which may be in flight.
+        """
+        stages = self.stages
+        new_tokens = self.request.output_token_ids[self.seen_tokens : total]
+        for position, token in enumerate(new_tokens, self.seen_tokens + 1):
+            if self.stage + 1 >= len(stages):
+                return
+            stage = stages[self.stage]
+            in_stage = position - self.stage_offset
+            if token != stage.end_token_id and in_stage != stage.max_tokens:
+                continue
+            self.stages_kept &= self._stage_kept(in_stage, now_s)
+            self.stage += 1
+            self.stage_offset = position
+            self.stage_start_s = now_s if position < total else None
+
+    def _stage_kept(self, num_tokens: int, end_s: float) -> bool:
+        """Whether the current stage's mean time per output token is at or under its target."""
+        if num_tokens <= 1 or self.stage_start_s is None:
+            return True
+        return (end_s - self.stage_start_s) / (num_tokens - 1) <= self.stages[self.stage].slo.tpot_s
