@@ -27,7 +27,7 @@ from slos_serve.files.profile_file import Profile, default_profile_path, find_pr
 from slos_serve.launch.cpu_engine import cpu_model_args, set_cpu_environment
 from slos_serve.launch.endpoint import Endpoint
 from slos_serve.launch.folders import prepare_folders
-from slos_serve.launch.options import API_KEY, expanded, option_value, option_values, without_option
+from slos_serve.launch.options import API_KEY, expanded, option_value, option_values, with_config_apart, without_option
 from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.launch.server import (
     START_TIMEOUT_S,
@@ -129,7 +129,7 @@ def serve(
     Options that are not listed here go to vLLM as they are: slos-serve serve MODEL --max-model-len 8192
     """
     console = Console(stderr=True)
-    words = tuple(context.args)
+    words = tuple(with_config_apart(context.args))
     given = Given(
         model=model,
         words=words,
