@@ -32,6 +32,7 @@ TTFT_MARGIN_ENV = "SLOS_SERVE_TTFT_MARGIN_MS"
 FAULT_LIMIT_ENV = "SLOS_SERVE_FAULT_LIMIT"
 ALLOW_MISMATCH_ENV = "SLOS_SERVE_ALLOW_PROFILE_MISMATCH"
 MAX_BODY_ENV = "SLOS_SERVE_MAX_BODY_MIB"
+CUSTOM_NUMBERS_ENV = "SLOS_SERVE_CUSTOM_NUMBERS"
 ENV_OF_FIELD: Mapping[str, str] = {
     "classes_path": CLASSES_ENV,
     "profile_path": PROFILE_ENV,
@@ -43,6 +44,7 @@ ENV_OF_FIELD: Mapping[str, str] = {
     "fault_limit": FAULT_LIMIT_ENV,
     "allow_profile_mismatch": ALLOW_MISMATCH_ENV,
     "max_body_mib": MAX_BODY_ENV,
+    "custom_numbers": CUSTOM_NUMBERS_ENV,
 }
 # Field of the plug-in's configuration -> its key in a Serve YAML.
 PLUGIN_KEYS: Mapping[str, str] = {
@@ -55,6 +57,7 @@ PLUGIN_KEYS: Mapping[str, str] = {
     "fault_limit": "fault_limit",
     "allow_profile_mismatch": "allow_profile_mismatch",
     "max_body_mib": "max_body_mib",
+    "custom_numbers": "custom_numbers",
 }
 _MILLISECONDS = "milliseconds, 0 to 60000"
 
@@ -73,6 +76,7 @@ class PluginConfig(BaseModel):
         fault_limit: faults in a row after which the scheduler stays in stock order until restart.
         allow_profile_mismatch: warn instead of refusing when the profile was measured on something else.
         max_body_mib: largest request body that the middleware looks into, in MiB.
+        custom_numbers: requests may bring TTFT and TPOT of their own; else they may only name a class.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -87,6 +91,7 @@ class PluginConfig(BaseModel):
     fault_limit: int = Field(default=20, ge=1, le=1_000_000, description="a whole number, 1 to 1000000")
     allow_profile_mismatch: bool = Field(default=False, description="0 or 1")
     max_body_mib: float = Field(default=4.0, gt=0.0, le=1024.0, description="MiB, above 0, at most 1024")
+    custom_numbers: bool = Field(default=True, description="0 or 1")
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> Self:
@@ -117,12 +122,12 @@ class PluginConfig(BaseModel):
 
     @classmethod
     def of_middleware(cls, environment: Mapping[str, str]) -> Self:
-        """As :meth:`from_environment`, for the front end: it reads the classes and the body limit only.
+        """As :meth:`from_environment`, for the front end, which reads the classes and what requests may bring.
 
         Raises:
             InvalidFieldError: a variable or the class file cannot be used.
         """
-        read = ("classes_path", "max_body_mib")
+        read = ("classes_path", "max_body_mib", "custom_numbers")
         found = cls.of({field: environment.get(ENV_OF_FIELD[field]) for field in read}, ENV_OF_FIELD)
         _ = found.classes
         return found
