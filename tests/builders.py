@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from slos_serve.core.plan import EngineView
+from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestTable, Status
 from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.planning.planner import Planner
+from slos_serve.planning.state import State, state_of
 
 # OPT-13B on one A100-80G, seconds (DistServe's profile, read as in docs/batch-time-model.md).
 OPT_13B_A100 = BatchTimeModel(0.11e-3, 8e-3, 0.0385e-3, 19.9e-3, 6.3e-7, 7.1e-9)
@@ -102,3 +104,14 @@ class EngineBuilder:
             max_num_seqs=self.max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
         )
+
+    def state(self, *, free_blocks: int | None = None, model: BatchTimeModel = OPT_13B_A100) -> State:
+        """What the planner's kernels see."""
+        return state_of(self.view(free_blocks=free_blocks), self.now_s, model.coefficients, 0.05)
+
+
+def carried_out(planner: Planner, now_s: float, view: EngineView) -> StepPlan:
+    """A plan that was made and ran."""
+    plan = planner.plan(now_s, view)
+    planner.commit(plan, view, plan.slots)
+    return plan

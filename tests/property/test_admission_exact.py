@@ -12,121 +12,102 @@ import numpy as np
 import pytest
 from numba import njit
 
-from slos_serve.planning.admission_kernel import EXACT, GREEDY, INFEASIBLE, admit
-from slos_serve.planning.greedy_set import first_violation
-from slos_serve.planning.prefill_rate import prefill_rate
+from slos_serve.planning.algorithm1 import EXACT, INFEASIBLE, STOPPED, Admitted, admit
+from slos_serve.planning.demand import Demand
+from slos_serve.planning.feasible import first_missed, fits
+from slos_serve.planning.supply import Supply, rate_beside
 from tests.builders import OPT_13B_A100
 
 PROJECT = Path(__file__).resolve().parents[2]
 COUNT = 2000
 MOST_REQUESTS = 12
-Arguments = tuple[Any, ...]
-Instance = tuple[Arguments, Any]
-
-# Splatted arguments: mypy cannot count them.
-call: Any = admit
+EVERY_STATE = 4_000_000
 
 
-def instance(rng: np.random.Generator, most_requests: int) -> Instance:
-    """Arguments of ``admit`` (without the label limit) and the KV room.
+def instance(rng: np.random.Generator, most_requests: int) -> tuple[Demand, Supply]:
+    """A demand and a supply.
 
-    Tight and loose in time and memory, with and without drafts, with equal weights and others.
+    Tight and loose in time and memory, with and without drafts and lent time, with equal weights and others.
     """
-    n, tiers, checkpoints = int(rng.integers(1, most_requests + 1)), 3, int(rng.integers(1, 4))
+    n, tiers, moments = int(rng.integers(1, most_requests + 1)), 3, int(rng.integers(1, 4))
     due_s = np.sort(100.0 + rng.random(n) * float(rng.choice([0.5, 3.0])))
     drafts = rng.integers(0, 5, tiers) if rng.random() < 0.5 else np.zeros(tiers, dtype=np.int64)
     accepted = (1.0 - 0.7 ** (drafts + 1)) / 0.3
-    memory = rng.integers(1, 50, (n, checkpoints)).astype(np.float64)
-    room = float(rng.uniform(0.2, 1.3)) * memory.sum(axis=0) if rng.random() < 0.5 else memory.sum(axis=0) + 1.0
-    return (
-        due_s,
-        rng.integers(20, 3000, n).astype(np.float64),
-        rng.integers(0, tiers, n),
-        memory,
-        rng.choice([0.5, 1.0, 2.0], n) if rng.random() < 0.5 else np.ones(n),
-        rng.random(n) < 0.15,
-        rng.integers(0, 60, tiers).astype(np.float64),
-        np.array([0.05, 0.1, 0.15]) * accepted,
-        1.0 + drafts,
-        rng.random(tiers) * 2e-4,
-        0.7e-3 * float(drafts.max()),
-        OPT_13B_A100.coefficients,
-        2048.0,
-        100.0,
-    ), np.round(room)
+    blocks = rng.integers(1, 50, (n, moments)).astype(np.float64)
+    room = float(rng.uniform(0.2, 1.3)) * blocks.sum(axis=0) if rng.random() < 0.5 else blocks.sum(axis=0) + 1.0
+    demand = Demand(
+        slots=np.arange(n),
+        due_s=due_s,
+        tokens=rng.integers(20, 3000, n).astype(np.float64),
+        tier=rng.integers(0, tiers, n),
+        blocks=blocks,
+        weight=rng.choice([0.5, 1.0, 2.0], n) if rng.random() < 0.5 else np.ones(n),
+        promised=rng.random(n) < 0.15,
+    )
+    lent = np.cumsum(rng.integers(0, 300, 4)).astype(np.float64) if rng.random() < 0.5 else np.zeros(4)
+    supply = Supply(
+        coefficients=OPT_13B_A100.coefficients,
+        max_tokens=2048.0,
+        draft_s=0.7e-3 * float(drafts.max()),
+        start_s=100.0,
+        counts=rng.integers(0, 60, tiers).astype(np.float64),
+        periods_s=np.array([0.05, 0.1, 0.15]) * accepted,
+        tokens_each=np.asarray(1.0 + drafts, dtype=np.float64),
+        extra_s_each=rng.random(tiers) * 2e-4,
+        blocks=np.round(room),
+        moments_s=100.0 + np.array([0.0, 0.2, 1.0, 3.0]),
+        lent_tokens=lent - lent[0],
+    )
+    return demand, supply
 
 
 @njit(cache=True)
-def brute_force(
-    due_s: Any,
-    cost: Any,
-    tier: Any,
-    memory: Any,
-    weight: Any,
-    must: Any,
-    counts: Any,
-    periods_s: Any,
-    each: Any,
-    extra_s: Any,
-    draft_s: float,
-    coefficients: Any,
-    most: float,
-    start_s: float,
-    room: Any,
-) -> tuple[float, float]:
-    """Best (weight, remaining budget) over all subsets that hold the musts; weight -1 when none is feasible."""
-    n, best, left = len(due_s), -1.0, 0.0
+def brute_force(demand: Demand, supply: Supply) -> tuple[float, float]:
+    """Best (weight, remaining budget) over all subsets that hold the promised; weight -1 when none is feasible."""
+    n, best, left = len(demand.due_s), -1.0, 0.0
     taken = np.zeros(n, dtype=np.bool_)
     for mask in range(1 << n):
-        value, fits = 0.0, True
+        value, allowed = 0.0, True
         for i in range(n):
             taken[i] = (mask >> i) & 1 == 1
-            fits = fits and (taken[i] or not must[i])
-            value += weight[i] if taken[i] else 0.0
-        if not fits or value < best - 1e-9:
+            allowed = allowed and (taken[i] or not demand.promised[i])
+            value += demand.weight[i] if taken[i] else 0.0
+        if not allowed or value < best - 1e-9 or not fits(taken, demand, supply):
             continue
-        for k in range(len(room)):
-            fits = fits and memory[taken, k].sum() <= room[k] + 1e-6
-        if not fits:
-            continue
-        at, budget = first_violation(
-            taken, due_s, cost, tier, counts, periods_s, each, extra_s, draft_s, coefficients, most, start_s
-        )
-        if at < 0 and (value > best + 1e-9 or budget > left):
+        budget = first_missed(taken, demand, supply)[1]
+        if value > best + 1e-9 or budget > left:
             best, left = value, budget
     return best, left
 
 
-every_subset: Any = brute_force
+State = tuple[float, float, Any]
 
 
-def labels_only(arguments: Arguments, room: Any) -> tuple[float, float] | None:
-    """The same program with nothing but dominance: what the bounds and the greedy pass may not change."""
-    due_s, cost, tier, memory, weight, must, counts, *model, start_s = arguments
-    labels: dict[tuple[int, ...], list[tuple[Any, ...]]] = {(0,) * len(counts): [(0.0, 0.0, np.zeros(len(room)))]}
-    rates: dict[tuple[int, ...], float] = {}
-    last_s = start_s
-    for i in range(len(due_s)):
-        kept: dict[tuple[int, ...], list[tuple[Any, ...]]] = {}
-        for key, those in labels.items():
-            if key not in rates:
-                rates[key] = prefill_rate(counts + np.array(key), *model)
+def labels_only(demand: Demand, supply: Supply) -> tuple[float, float] | None:
+    """The same program with nothing but dominance: what the bounds and the greedy set may not change."""
+    tiers = len(supply.counts)
+    states: dict[tuple[int, ...], list[State]] = {(0,) * tiers: [(0.0, 0.0, np.zeros(len(supply.blocks)))]}
+    last_s, last_lent = supply.start_s, 0.0
+    lent = np.interp(demand.due_s, supply.moments_s, supply.lent_tokens)
+    for i in range(len(demand.due_s)):
+        kept: dict[tuple[int, ...], list[State]] = {}
+        for key, those in states.items():
+            rate = rate_beside(supply.counts + np.array(key), supply)
+            after = tuple(c + (level == demand.tier[i]) for level, c in enumerate(key))
+            feasible = min(rate, rate_beside(supply.counts + np.array(after), supply)) >= 0.0
             for value, before, used in those:
-                budget = before + rates[key] * (due_s[i] - last_s)
-                if not must[i]:
+                budget = before + rate * (demand.due_s[i] - last_s) + lent[i] - last_lent
+                if not demand.promised[i]:
                     _keep(kept, key, (value, budget, used))
-                after = tuple(c + (level == tier[i]) for level, c in enumerate(key))
-                if after not in rates:
-                    rates[after] = prefill_rate(counts + np.array(after), *model)
-                fits = min(rates[key], rates[after]) >= 0.0 and budget - cost[i] >= -1e-6
-                if fits and (used + memory[i] <= room + 1e-6).all():
-                    _keep(kept, after, (value + weight[i], budget - cost[i], used + memory[i]))
-        labels, last_s = kept, due_s[i]
-    ends = [(round(value, 9), budget) for those in labels.values() for value, budget, _ in those]
+                more = used + demand.blocks[i]
+                if feasible and budget - demand.tokens[i] >= -1e-6 and (more <= supply.blocks + 1e-6).all():
+                    _keep(kept, after, (value + demand.weight[i], budget - demand.tokens[i], more))
+        states, last_s, last_lent = kept, demand.due_s[i], lent[i]
+    ends = [(round(value, 9), budget) for those in states.values() for value, budget, _ in those]
     return max(ends, default=None)
 
 
-def _keep(kept: dict[tuple[int, ...], list[tuple[Any, ...]]], key: tuple[int, ...], new: tuple[Any, ...]) -> None:
+def _keep(kept: dict[tuple[int, ...], list[State]], key: tuple[int, ...], new: State) -> None:
     those = kept.setdefault(key, [])
     if any(value >= new[0] and budget >= new[1] and (used <= new[2]).all() for value, budget, used in those):
         return
@@ -135,43 +116,40 @@ def _keep(kept: dict[tuple[int, ...], list[tuple[Any, ...]]], key: tuple[int, ..
     those.append(new)
 
 
-def answers(seed: int, count: int) -> list[tuple[Any, float, float, int]]:
-    """What ``admit`` says to ``count`` random instances: set, value, remaining budget, status."""
+def answers(seed: int, count: int) -> list[Admitted]:
+    """What ``admit`` says to ``count`` random instances."""
     rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(count):
-        arguments, room = instance(rng, MOST_REQUESTS)
-        found.append(call(*arguments, room, 200_000)[:4])
-    return found
+    return [admit(*instance(rng, MOST_REQUESTS), EVERY_STATE) for _ in range(count)]
 
 
 def test_value_equals_brute_force() -> None:
     rng = np.random.default_rng(0)
     outcomes = {"all": 0, "infeasible": 0, "drops": 0}
-    for taken, value, budget, status in answers(0, COUNT):
-        arguments, room = instance(rng, MOST_REQUESTS)
-        best, left = every_subset(*arguments, room)
+    for found in answers(0, COUNT):
+        demand, supply = instance(rng, MOST_REQUESTS)
+        best, left = brute_force(demand, supply)
         if best < 0.0:
-            assert status == INFEASIBLE
+            assert found.status == INFEASIBLE
             outcomes["infeasible"] += 1
             continue
-        assert status == EXACT
-        assert value == pytest.approx(best)
-        assert budget == pytest.approx(left, abs=1e-3)
-        assert value == pytest.approx(float(arguments[4][taken].sum()))
-        outcomes["all" if taken.all() else "drops"] += 1
+        assert found.status == EXACT
+        assert found.value == pytest.approx(best)
+        assert found.budget == pytest.approx(left, abs=1e-3)
+        assert found.value == pytest.approx(float(demand.weight[found.taken].sum()))
+        outcomes["all" if found.taken.all() else "drops"] += 1
     assert min(outcomes.values()) > COUNT // 20, outcomes
 
 
 def test_plain_python_agrees_with_the_kernel(tmp_path: Path) -> None:
-    taken, *numbers = zip(*answers(0, COUNT), strict=True)
+    count = COUNT // 10
+    taken, *numbers = zip(*answers(0, count), strict=True)
     np.savez(tmp_path / "kernel.npz", taken=np.concatenate(taken), numbers=np.array(numbers))
     code = (
         "import sys, numpy as np\n"
         "from tests.property.test_admission_exact import COUNT, answers\n"
-        "from slos_serve.planning import admission_kernel\n"
-        "assert not hasattr(admission_kernel.admit, 'py_func')\n"
-        "taken, *numbers = zip(*answers(0, COUNT))\n"
+        "from slos_serve.planning import algorithm1\n"
+        "assert not hasattr(algorithm1.admit, 'py_func')\n"
+        "taken, *numbers = zip(*answers(0, COUNT // 10))\n"
         "kernel = np.load(sys.argv[1])\n"
         "assert (np.concatenate(taken) == kernel['taken']).all()\n"
         "assert np.allclose(np.array(numbers), kernel['numbers'])\n"
@@ -193,30 +171,30 @@ def test_bounds_change_no_verdict() -> None:
     rng = np.random.default_rng(2)
     drops = 0
     for _ in range(60):
-        arguments, room = instance(rng, 22)
-        _, value, budget, status, _ = call(*arguments, room, 1_000_000)
-        best = labels_only(arguments, room)
+        demand, supply = instance(rng, 22)
+        found = admit(demand, supply, EVERY_STATE)
+        best = labels_only(demand, supply)
         if best is None:
-            assert status == INFEASIBLE
+            assert found.status == INFEASIBLE
             continue
-        assert status == EXACT
-        assert (value, budget) == (pytest.approx(best[0]), pytest.approx(best[1], abs=1e-3))
-        drops += value < arguments[4].sum()
+        assert found.status == EXACT
+        assert found.value == pytest.approx(best[0])
+        assert found.budget == pytest.approx(best[1], abs=1e-3)
+        drops += found.value < demand.weight.sum()
     assert drops > 15
 
 
-def test_too_many_labels_leave_a_feasible_answer() -> None:
+@pytest.mark.parametrize("most_work", [0, 20, 300])
+def test_too_much_work_leaves_a_feasible_answer_no_worse_than_the_greedy_one(most_work: int) -> None:
     rng = np.random.default_rng(3)
     seen = 0
     for _ in range(200):
-        arguments, room = instance(rng, 30)
-        taken, _, _, status, labels = call(*arguments, room, 3)
-        assert labels <= 3
-        if status == INFEASIBLE:
+        demand, supply = instance(rng, 30)
+        found = admit(demand, supply, most_work)
+        if found.status == INFEASIBLE:
             continue
-        seen += status == GREEDY
-        due_s, cost, tier, memory, _, must, *rest = arguments
-        assert not (must & ~taken).any()
-        assert (memory[taken].sum(axis=0) <= room + 1e-6).all()
-        assert first_violation(taken, due_s, cost, tier, *rest)[0] < 0
+        seen += found.status == STOPPED
+        assert not (demand.promised & ~found.taken).any()
+        assert fits(found.taken, demand, supply)
+        assert found.value >= admit(demand, supply, 0).value - 1e-9
     assert seen > 10

@@ -149,8 +149,7 @@ def test_admitted_requests_attain_when_model_and_lengths_are_known(scenario: str
 def test_admitted_requests_attain_when_acceptance_is_known(scenario: str) -> None:
     load = make_workload(scenario, 2.6, 400, seed=1, arrivals="poisson", acceptance=0.7)
     limits = EngineLimits(kv_capacity_tokens=63_000)
-    known = {"known_acceptance": 0.7}
-    recording = run(load, "slos-serve", DRAFTER, limits, oracle_lengths=True, drafter="opt-125m", parameters=known)
+    recording = run(load, "slos-serve", DRAFTER, limits, oracle_lengths=True, drafter="opt-125m")
     outcome = summarize_run(recording)
     assert recording.num_drafted > 1000
     assert outcome.admitted > 100

@@ -22,15 +22,17 @@ from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 from starlette.requests import Request
+from starlette.testclient import TestClient
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.launch.endpoint import Endpoint
 from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.ray_serve import compat
-from slos_serve.ray_serve.app import KEYS, AppConfig, build_app, llm_config_of
-from slos_serve.ray_serve.ingress import MAX_ATTEMPTS, SLOIngress, answer_headers, events, is_loss, refusal
+from slos_serve.ray_serve.app import KEYS, AppConfig, build_app, fastapi_app_with, llm_config_of
+from slos_serve.ray_serve.ingress import MAX_ATTEMPTS, SLOIngress, answer_headers, events, is_loss, refusal, retry_after
 from slos_serve.ray_serve.router import SLORequestRouter
-from slos_serve.ray_serve.run import app_args
+from slos_serve.ray_serve.run import app_args, check_endpoint, http_options
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
 from slos_serve.ray_serve.wire import ADDRESS_KEY
 from slos_serve.routing.router import RoutingDecision, RoutingRequest, Verdict, Why
@@ -207,11 +209,18 @@ async def test_a_whole_stream_is_passed_on_as_it_is() -> None:
 def test_a_refusal_is_429_with_when_and_why() -> None:
     error = pickle.loads(pickle.dumps(RequestRefusedError(str(Why.ALL_FULL), 2.2)))  # it may come from another process
     answer = refusal(error, a_ticket())
-    assert answer.status_code == 429 and answer.headers["retry-after"] == "3"
+    assert answer.status_code == 429 and answer.headers["retry-after"] in ("3", "4")
     error = json.loads(bytes(answer.body))["error"]
     assert (error["type"], error["code"], error["param"]) == ("rate_limit_error", 429, "slo_class")
     assert "'chat' (TTFT 1000 ms, TPOT 100 ms; 100 prompt tokens)" in error["message"]
     assert answer.headers["x-llm-d-request-dropped-reason"] == "rejected-saturated"
+
+
+def test_clients_come_back_one_by_one() -> None:
+    waits = {int(retry_after(20.0)["retry-after"]) for _ in range(200)}
+    assert min(waits) >= 20 and max(waits) <= 30 and len(waits) > 5
+    assert retry_after(float("inf"), lambda low, _: low) == {"retry-after": "1"}
+    assert retry_after(0.0) == {"retry-after": "1"}
 
 
 def test_a_dead_engine_is_told_from_other_errors() -> None:
@@ -300,6 +309,65 @@ def test_the_plan_of_the_command_line(tmp_path: Path) -> None:
         "profile": "/p.json",
         "ttft_margin_ms": 5.0,
     }
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "said"),
+    [
+        ({"api_key": ["sk-1"]}, "set VLLM_API_KEY in the environment"),
+        ({"ssl_keyfile": "k"}, "http_options"),
+        ({"root_path": "/x"}, "proxy in front"),
+        ({"enable_request_id_headers": True}, "HTTP side"),
+    ],
+)
+def test_front_end_arguments_of_a_yaml_are_refused(profile: Path, kwargs: dict[str, Any], said: str) -> None:
+    args = arguments(profile)
+    args["llm_config"]["engine_kwargs"] = kwargs
+    with pytest.raises(InvalidFieldError, match=said) as caught:
+        build_app(args)
+    assert "llm_config.engine_kwargs" in str(caught.value) and "sk-1" not in str(caught.value)
+
+
+def test_replicas_refuse_front_end_arguments_of_the_command_line() -> None:
+    config = ServeConfig(model="/models/m", replicas=2)
+    given = {"api_key": ["sk-1"], "ssl_keyfile": "k", "host": "h", "config": "c", "max_num_seqs": 8}
+    assert app_args(config, given)["llm_config"]["engine_kwargs"] == {"max_num_seqs": 8}
+    with pytest.raises(InvalidFieldError, match="--root-path"):
+        app_args(config, {**given, "root_path": "/x"})
+
+
+def test_the_endpoints_options() -> None:
+    assert http_options(Endpoint()) == {"host": "0.0.0.0", "port": 8000, "request_timeout_s": None}
+    tls = Endpoint(host="10.0.0.5", port=443, ssl_certfile="c", ssl_keyfile="k", ssl_ca_certs="a")
+    assert http_options(tls) == {
+        "host": "10.0.0.5",
+        "port": 443,
+        "request_timeout_s": None,
+        "ssl_certfile": "c",
+        "ssl_keyfile": "k",
+        "ssl_ca_certs": "a",
+    }
+    with pytest.raises(InvalidFieldError, match="together with --ssl-certfile"):
+        http_options(Endpoint(ssl_certfile="c"))
+
+
+def test_a_cluster_whose_endpoint_is_another_is_refused() -> None:
+    wanted = http_options(Endpoint(ssl_certfile="c", ssl_keyfile="k"))
+    check_endpoint(wanted, SimpleNamespace(port=8000, ssl_certfile="c", ssl_keyfile="k"))
+    with pytest.raises(InvalidFieldError, match="--ssl-certfile"):
+        check_endpoint(wanted, SimpleNamespace(port=8000, ssl_certfile=None, ssl_keyfile=None))
+    with pytest.raises(InvalidFieldError, match="--port"):
+        check_endpoint(wanted, SimpleNamespace(port=9000, ssl_certfile="c", ssl_keyfile="k"))
+
+
+def test_the_application_asks_for_a_key_before_it_reads_a_body() -> None:
+    body = b'{"vllm_xargs": {"slo_class": "no such class"}}'
+    for keys, wanted in ((("sk-1",), 401), ((), 400)):
+        client = TestClient(fastapi_app_with(keys))
+        headers = {"content-type": "application/json"}
+        assert client.post("/v1/completions", content=body, headers=headers).status_code == wanted
+        headers["authorization"] = "Bearer sk-1"
+        assert client.post("/v1/completions", content=body, headers=headers).status_code == 400
 
 
 def test_the_example_and_the_page_agree_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:

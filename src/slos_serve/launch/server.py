@@ -28,7 +28,7 @@ from slos_serve.core.redaction import redacted_text, secret_arguments, secrets_o
 from slos_serve.files.cache_folder import temporary_root
 from slos_serve.launch.endpoint import Endpoint, free_port
 from slos_serve.launch.options import API_KEY, expanded, option_values, without_option
-from slos_serve.vllm_plugin.config import PluginConfig, without_plugin_variables
+from slos_serve.vllm_plugin.config import PluginConfig, without_file_variables
 from slos_serve.vllm_plugin.metrics import MULTIPROC_ENV
 
 SCHEDULER_CLS = "slos_serve.vllm_plugin.SLOScheduler"
@@ -95,7 +95,7 @@ def server_environment(
 ) -> dict[str, str]:
     """Environment of the server: ``base`` without what another start may have left in it, then ours, then ``extra``."""
     told = {} if plugin is None else plugin.environment()
-    return {**without_plugin_variables(base), MULTIPROC_ENV: str(multiproc_dir), **told, **(extra or {})}
+    return {**without_file_variables(base), MULTIPROC_ENV: str(multiproc_dir), **told, **(extra or {})}
 
 
 def with_key_in_environment(vllm_args: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:

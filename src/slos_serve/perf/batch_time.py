@@ -17,10 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slos_serve.core.errors import InvalidFieldError
-
-# Positions of the coefficients in the array that kernels take.
-K_C, B_C, K_M, B_M, K_CTX, K_Q, K_SEQ, K_S = range(8)
-NUM_COEFFICIENTS = 8
+from slos_serve.perf.step_time import features_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +39,14 @@ class BatchShape:
     num_seqs: int = 1
     draft_steps: int = 0
     draft_tokens: int = 0
+
+    @property
+    def features(self) -> NDArray[np.float64]:
+        """float64 [5]: what :func:`slos_serve.perf.step_time.features_s` takes."""
+        sampled = self.num_seqs + self.draft_tokens
+        return np.array(
+            (self.new_tokens, self.context_tokens, self.quad_tokens2, sampled, self.draft_steps), dtype=np.float64
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,60 +85,12 @@ class BatchTimeModel:
 
     def step_s(self, shape: BatchShape) -> float:
         """Seconds the batch takes; 0 for an empty one."""
-        if shape.new_tokens == 0:
-            return 0.0
-        linear = max(self.k_c_s * shape.new_tokens + self.b_c_s, self.k_m_s * shape.new_tokens + self.b_m_s)
-        return (
-            linear
-            + self.k_ctx_s * shape.context_tokens
-            + self.k_q_s * shape.quad_tokens2
-            + self.k_seq_s * (shape.num_seqs + shape.draft_tokens)
-            + self.k_s_s * shape.draft_steps
-        )
+        return float(features_s(self.coefficients, shape.features[None, :])[0])
 
     def zero_load_s(self, prompt_tokens: int) -> float:
         """Seconds from start to first token of a prompt alone on the engine, in one batch."""
         return self.step_s(BatchShape(new_tokens=prompt_tokens, quad_tokens2=prompt_tokens * prompt_tokens))
 
-    def tokens_within(self, budget_s: float, context_tokens: int = 0, num_seqs: int = 0) -> int:
-        """Most new tokens a batch may hold to end within ``budget_s``; 0 when not even one fits.
-
-        The inverse of :meth:`step_s` for a batch that reads ``context_tokens`` and holds ``num_seqs`` requests,
-        quadratic term left out.
-        """
-        left_s = budget_s - self.k_ctx_s * context_tokens - self.k_seq_s * num_seqs
-        best = float("inf")
-        for slope, constant in ((self.k_c_s, self.b_c_s), (self.k_m_s, self.b_m_s)):
-            if left_s < constant:
-                return 0
-            if slope > 0.0:
-                best = min(best, (left_s - constant) / slope)
-        return int(best + 1e-9)
-
-    def chunk_within(self, budget_s: float, *, new_tokens: int, fixed_s: float, done_tokens: int) -> int:
-        """Largest prefill chunk that may join a batch so that it still ends within ``budget_s``.
-
-        Args:
-            budget_s: length the batch may have.
-            new_tokens: tokens already in it.
-            fixed_s: its context, quadratic, per-request and draft seconds so far, this request's included.
-            done_tokens: tokens of this prompt computed before; the chunk's attention grows with them.
-        """
-        largest = float("inf")
-        for slope, constant in ((self.k_c_s, self.b_c_s), (self.k_m_s, self.b_m_s)):
-            room_s = budget_s - fixed_s - constant - slope * new_tokens
-            largest = min(largest, _largest_root(self.k_q_s, slope + 2.0 * self.k_q_s * done_tokens, room_s))
-        return int(largest + 1e-9) if np.isfinite(largest) else np.iinfo(np.int64).max
-
     def scaled(self, factor: float) -> BatchTimeModel:
         """The same model with every coefficient multiplied (online correction, planning at a quantile)."""
         return BatchTimeModel(*(factor * self.coefficients).tolist())
-
-
-def _largest_root(square: float, linear: float, room: float) -> float:
-    """Largest x >= 0 with square * x^2 + linear * x <= room."""
-    if room <= 0.0:
-        return 0.0
-    if square <= 0.0:
-        return float("inf") if linear <= 0.0 else room / linear
-    return float((np.sqrt(linear * linear + 4.0 * square * room) - linear) / (2.0 * square))

@@ -17,19 +17,8 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.perf.batch_time import (
-    B_C,
-    B_M,
-    K_C,
-    K_CTX,
-    K_M,
-    K_Q,
-    K_S,
-    K_SEQ,
-    NUM_COEFFICIENTS,
-    BatchShape,
-    BatchTimeModel,
-)
+from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
+from slos_serve.perf.step_time import B_C, B_M, K_C, K_CTX, K_M, K_Q, K_S, K_SEQ, NUM_COEFFICIENTS, features_s
 
 MIN_SAMPLES = 20
 HELD_OUT_EVERY = 4
@@ -107,7 +96,7 @@ def fit(samples: Sequence[Sample]) -> BatchTimeModel:
             "batches of at least 3 sizes, the largest at least twice the smallest",
         )
     candidates = [_fit_from(features, duration_s, compute) for compute in _starts(tokens)]
-    losses = [_loss(_predict(features, candidate), duration_s) for candidate in candidates]
+    losses = [_loss(features_s(candidate, features), duration_s) for candidate in candidates]
     best = candidates[int(np.argmin(losses))]
     if max(best[K_C], best[K_M]) <= 0.0:
         raise InvalidFieldError("samples", f"{len(samples)} batches", "times that grow with the number of tokens")
@@ -117,17 +106,13 @@ def fit(samples: Sequence[Sample]) -> BatchTimeModel:
 def predict_s(model: BatchTimeModel, samples: Sequence[Sample]) -> FloatArray:
     """float64 [len(samples)], predicted seconds of each."""
     features, _ = _as_arrays(samples)
-    return _predict(features, model.coefficients)
+    return features_s(model.coefficients, features)
 
 
 def _as_arrays(samples: Sequence[Sample]) -> tuple[FloatArray, FloatArray]:
-    """float64 [k, 5] of (new, context, quad, seqs, draft steps) and float64 [k] of seconds."""
-    rows = [
-        (s.shape.new_tokens, s.shape.context_tokens, s.shape.quad_tokens2, s.shape.num_seqs, s.shape.draft_steps)
-        for s in samples
-    ]
-    features = np.array(rows, dtype=np.float64).reshape(len(rows), 5)
-    return features, np.array([s.duration_s for s in samples], dtype=np.float64)
+    """float64 [k, 5], see :attr:`BatchShape.features`, and float64 [k] of seconds."""
+    features = np.array([sample.shape.features for sample in samples]).reshape(len(samples), 5)
+    return features, np.array([sample.duration_s for sample in samples], dtype=np.float64)
 
 
 def _starts(tokens: FloatArray) -> list[NDArray[np.bool_]]:
@@ -143,7 +128,7 @@ def _fit_from(features: FloatArray, duration_s: FloatArray, compute: NDArray[np.
     best_loss = np.inf
     for _ in range(MAX_ROUNDS):
         coefficients = _solve(features, duration_s, compute, weight)
-        predicted_s = _predict(features, coefficients)
+        predicted_s = features_s(coefficients, features)
         loss = _loss(predicted_s, duration_s)
         if loss < best_loss:
             best, best_loss = coefficients, loss
@@ -174,14 +159,6 @@ def _on_compute_branch(features: FloatArray, coefficients: FloatArray) -> NDArra
     tokens = features[:, 0]
     compute = coefficients[K_C] * tokens + coefficients[B_C]
     return np.asarray(compute >= coefficients[K_M] * tokens + coefficients[B_M], dtype=np.bool_)
-
-
-def _predict(features: FloatArray, coefficients: FloatArray) -> FloatArray:
-    tokens = features[:, 0]
-    branches = np.maximum(
-        coefficients[K_C] * tokens + coefficients[B_C], coefficients[K_M] * tokens + coefficients[B_M]
-    )
-    return np.asarray(branches + features[:, 1:] @ coefficients[[K_CTX, K_Q, K_SEQ, K_S]], dtype=np.float64)
 
 
 def _huber_weight(error: FloatArray) -> FloatArray:

@@ -1,4 +1,8 @@
-"""What recent requests ask for: how soon their first token, and how much prefill."""
+"""What recent arrivals ask for: how soon their first token, and how much of the engine's time their prompts take.
+
+Only requests that could still be promised count: one whose TTFT is hopeless changes nothing for the others. What is
+known fades with time, so a quiet engine forgets a crowd.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,15 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from slos_serve.core.request import RequestArray, SlotArray
-from slos_serve.planning.candidates import prompt_cost_tokens
-from slos_serve.planning.prefill_rate import FloatArray
+from slos_serve.core.request import SlotArray
+from slos_serve.perf.step_time import per_token_s
+from slos_serve.planning.demand import prompt_tokens_left
+from slos_serve.planning.state import BEST_EFFORT, State
 
-# Doubles what is taken for the tightest TTFT after 70 arrivals that asked for less.
-TTFT_LOOSENS = 1.01
-# The mean prompt is that of about as many requests.
-RECENT_PROMPTS = 64
+# The tightest TTFT known doubles within this time when nothing as tight arrives.
+DOUBLES_S = 30.0
+# Prompt time asked for is averaged over this time.
+LOAD_OVER_S = 30.0
 
 
 class Arrivals(NamedTuple):
@@ -22,28 +27,35 @@ class Arrivals(NamedTuple):
 
     Attributes:
         newest: ``order`` of the last one counted.
-        tightest_s: tightest TTFT: a minimum that loosens by a little with each request that is not as tight.
-        mean_tokens: mean prefill of a request in tokens, attention counted in, what the prefix cache has left out.
-        num_prompts: how many that is the mean of.
+        at_s: when these numbers were right.
+        tightest_s: tightest TTFT asked for; inf before any.
+        load: share of the engine's time that promised prompts ask for.
     """
 
     newest: int
+    at_s: float
     tightest_s: float
-    mean_tokens: float
-    num_prompts: int
+    load: float
 
 
-NO_ARRIVALS = Arrivals(-1, float(np.inf), 0.0, 0)
+NO_ARRIVALS = Arrivals(-1, 0.0, float(np.inf), 0.0)
 
 
 @njit(cache=True)
-def look_at(rows: RequestArray, waiting: SlotArray, coefficients: FloatArray, known: Arrivals) -> Arrivals:
-    """``known`` with those among ``waiting`` that are new counted."""
-    newest, tightest_s, mean, count = known
+def count_arrivals(state: State, waiting: SlotArray, known: Arrivals) -> Arrivals:
+    """``known`` moved on to now, with those among ``waiting`` that are new counted."""
+    passed_s = max(state.now_s - known.at_s, 0.0)
+    newest, tightest_s = known.newest, known.tightest_s * 2.0 ** (passed_s / DOUBLES_S)
+    load = known.load * np.exp(-passed_s / LOAD_OVER_S)
     for slot in waiting:
-        if rows["order"][slot] > known.newest:
-            newest = max(newest, int(rows["order"][slot]))
-            tightest_s = min(tightest_s * TTFT_LOOSENS, rows["ttft_due_s"][slot] - rows["arrival_s"][slot])
-            count = min(count + 1, RECENT_PROMPTS)
-            mean += (prompt_cost_tokens(rows, slot, coefficients) - mean) / count
-    return Arrivals(newest, tightest_s, mean, count)
+        order = state.rows["order"][slot]
+        if order <= known.newest:
+            continue
+        newest = max(newest, int(order))
+        if state.status[slot] == BEST_EFFORT:
+            continue
+        ttft_s = state.rows["ttft_due_s"][slot] - state.rows["arrival_s"][slot]
+        tightest_s = min(tightest_s, ttft_s)
+        own_s = prompt_tokens_left(state.rows, slot, state.coefficients) * per_token_s(state.coefficients)
+        load += own_s / LOAD_OVER_S
+    return Arrivals(newest, state.now_s, tightest_s, load)

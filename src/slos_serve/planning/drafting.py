@@ -1,49 +1,41 @@
-"""Draft lengths from plan to plan: what is known of acceptance, the lengths in use, and probes where none are.
+"""Draft lengths from plan to plan, and what the decodes of one step draft.
 
-The lengths themselves come from :mod:`slos_serve.planning.speculation`; here is what stays between two plans.
+Lengths are chosen by :mod:`slos_serve.planning.speculation`. Between two plans stay the lengths in use and when each
+tier drafted last: a tier that drafts nothing learns nothing, so it drafts a little now and then.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit
 
-from slos_serve.core.plan import EngineView
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.acceptance import AcceptanceEstimate
-from slos_serve.perf.batch_time import K_C, K_M, K_S, K_SEQ
-from slos_serve.planning.prefill_rate import FloatArray, IntArray
-from slos_serve.planning.settings import PlannerSettings
+from slos_serve.perf.step_time import K_SEQ, batch_s, decode_s, per_token_s
 from slos_serve.planning.speculation import (
     HYSTERESIS_SHARE,
     LEAST_GAIN_SHARE,
     best_drafts,
     demand_by_length,
     fastest_draft,
-    gather_tiers,
     rate_of,
     yields_of,
 )
+from slos_serve.planning.state import BEST_EFFORT, FloatArray, IntArray, State, is_decode
+from slos_serve.planning.supply import tier_of, tier_paces
 
-# A tier that drafts nothing learns nothing: this often one step drafts this many tokens for it.
-PROBE_EVERY_S = 5.0
-PROBE_TOKENS = 2
+# A tier that drafts nothing drafts this many tokens in one step this often.
+PROBE_EVERY_S, PROBE_TOKENS = 5.0, 2
 # Draft lengths of a tier that promises no TPOT are chosen as if it were this.
 UNPROMISED_PACE_S = 0.1
+# A verification may bring one token only. Decodes that draft are kept this many batches ahead of their due times, so
+# that a few such in a row neither make them late nor cut batches short.
+LEAD_PERIODS = 4.0
 
 
-def _no_floats() -> FloatArray:
-    return np.empty(0)
-
-
-def _no_ints() -> IntArray:
-    return np.empty(0, dtype=np.int64)
-
-
-@dataclass(frozen=True, slots=True)
-class DraftPlan:
+class DraftPlan(NamedTuple):
     """Draft lengths by tier; empty arrays without speculation.
 
     Attributes:
@@ -52,7 +44,6 @@ class DraftPlan:
         alone_tokens: int64 [L], where there is none.
         yields: float64 [L], tokens that a verification of ``tokens`` drafts brings on average.
         longer: float64 [L], how many paces a batch that carries a decode of the tier is planned to last.
-        draft_s: seconds of the draft model a batch.
     """
 
     tpot_s: FloatArray
@@ -60,178 +51,211 @@ class DraftPlan:
     alone_tokens: IntArray
     yields: FloatArray
     longer: FloatArray
-    draft_s: float
 
 
-@njit(cache=True)
-def with_drafts(
-    pace_s: FloatArray,
-    extra_s_each: FloatArray,
-    tpot_margin: float,
-    tpot_s: FloatArray,
-    tokens: IntArray,
-    yields: FloatArray,
-    longer: FloatArray,
-    draft_s_each: float,
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """What ``prefill_rate`` takes for tiers that draft: how many paces a period lasts, its tokens, its extra seconds.
+class Remembered(NamedTuple):
+    """What one plan leaves to the next: TPOT of the tiers, draft length of each, when each drafted last."""
 
-    Args:
-        pace_s: float64 [L'], TPOT of the tiers, ``tpot_margin`` taken off.
-        extra_s_each: float64 [L'], seconds that one decode adds to a batch.
-        tpot_margin: share of every TPOT kept in hand.
-        tpot_s, tokens, yields, longer: of the :class:`DraftPlan`.
-        draft_s_each: seconds beyond the roofline part that a draft to verify adds.
+    tpot_s: FloatArray
+    tokens: IntArray
+    drafted_s: FloatArray
+
+
+class Tiers(NamedTuple):
+    """Decode tiers as the choice of lengths sees them; float64 [L] each.
+
+    Attributes:
+        tpot_s, pace_s: TPOT, and the pace planned with.
+        counts: decodes that run, 1 where only prompts ask.
+        extra_s: seconds beside the roofline part that one decode adds to a batch.
+        acceptance: mean acceptance of its requests.
     """
-    count = len(pace_s)
-    paces, tokens_each, period_s_each = np.ones(count), np.ones(count), extra_s_each.copy()
-    if len(tokens) == 0:
-        return paces, tokens_each, period_s_each
-    # Half the margin: paces may differ in their last digit from those that the lengths were chosen for.
-    own_s = tpot_s * (1.0 - tpot_margin) * (1.0 - 1e-9)
-    for j in range(count):
-        level = max(int(np.searchsorted(own_s, pace_s[j], side="right")) - 1, 0)
-        each = longer[level] / yields[level]  # verifications in a period
-        paces[j] = longer[level]
-        tokens_each[j] = each * (tokens[level] + 1.0)
-        period_s_each[j] = each * (extra_s_each[j] + draft_s_each * tokens[level])
-    return paces, tokens_each, period_s_each
+
+    tpot_s: FloatArray
+    pace_s: FloatArray
+    counts: FloatArray
+    extra_s: FloatArray
+    acceptance: FloatArray
+
+
+class StepDrafts(NamedTuple):
+    """What the promised decodes draft in one step.
+
+    Attributes:
+        lengths: int64 [decodes].
+        longest_s: how long a step beside them may last; inf without drafts.
+        ahead_s: decodes due within this time after the step's end are in it.
+    """
+
+    lengths: IntArray
+    longest_s: float
+    ahead_s: float
+
+
+NO_DRAFTS = DraftPlan(np.empty(0), np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64), np.empty(0), np.empty(0))
+NOTHING = Remembered(np.empty(0), np.empty(0, dtype=np.int64), np.empty(0))
 
 
 @njit(cache=True)
-def _remembered(
-    now_s: float, tpot_s: FloatArray, seen_tpot_s: FloatArray, seen_tokens: IntArray, seen_drafted_s: FloatArray
-) -> tuple[IntArray, FloatArray]:
-    """Lengths in use and when each tier drafted last, for the tiers there are now; a new one drafts nothing yet."""
-    tokens, drafted_s = np.zeros(len(tpot_s), dtype=np.int64), np.full(len(tpot_s), now_s)
-    for level in range(len(tpot_s)):
-        for before in range(len(seen_tpot_s)):
-            if seen_tpot_s[before] == tpot_s[level]:
-                tokens[level], drafted_s[level] = seen_tokens[before], seen_drafted_s[before]
-    return tokens, drafted_s
+def draft_tiers(state: State, asking: SlotArray, acceptance: FloatArray) -> Tiers:
+    """Tiers of the requests that may be promised; best effort makes up the only one where nobody may be."""
+    tpot_s = tier_paces(state, asking)
+    count = len(tpot_s)
+    decodes, context, accepted, in_tier = np.zeros(count), np.zeros(count), np.zeros(count), np.zeros(count)
+    rows = state.rows
+    for with_best_effort in (False, True):
+        if with_best_effort and in_tier.sum() > 0.0:
+            break
+        for part in (state.running, asking):
+            for slot in part:
+                if state.status[slot] == BEST_EFFORT and not with_best_effort:
+                    continue
+                tier = tier_of(tpot_s, rows["tpot_s"][slot])
+                in_tier[tier] += 1.0
+                accepted[tier] += acceptance[rows["class_index"][slot]]
+                grown = 0.5 * (rows["output_tokens"][slot] + rows["expected_tokens"][slot])
+                context[tier] += rows["prompt_tokens"][slot] + grown
+                decodes[tier] += 1.0 if is_decode(rows, slot) else 0.0
+    in_tier = np.maximum(in_tier, 1.0)
+    extra_s = np.empty(count)
+    for tier in range(count):
+        extra_s[tier] = decode_s(state.coefficients, 0.0, context[tier] / in_tier[tier])
+    pace_s = np.where(np.isfinite(tpot_s), tpot_s, UNPROMISED_PACE_S) * (1.0 - state.margin)
+    return Tiers(tpot_s, pace_s, np.maximum(decodes, 1.0), extra_s, accepted / in_tier)
 
 
 @njit(cache=True)
-def _worthwhile(
-    counts: FloatArray,
-    pace_s: FloatArray,
-    extra_s: FloatArray,
-    acceptance: FloatArray,
-    coefficients: FloatArray,
-    max_tokens: float,
-    longest: int,
-    longest_step_s: float,
-    present: IntArray,
-) -> IntArray:
-    """The best lengths, where they add enough; none otherwise."""
-    per_draft_s = coefficients[K_SEQ]
-    periods, tokens, extra = demand_by_length(pace_s, extra_s, acceptance, longest, longest_step_s, per_draft_s)
-    slope = max(coefficients[K_C], coefficients[K_M])
-    hysteresis = HYSTERESIS_SHARE / slope
-    drafts, rate, _ = best_drafts(counts, periods, tokens, extra, coefficients, max_tokens, present, hysteresis)
-    # Those in use are kept a little longer, so that they do not come and go.
-    least_gain = LEAST_GAIN_SHARE / slope - (hysteresis if present.any() else 0.0)
+def worthwhile(state: State, tiers: Tiers, longest: int, longest_step_s: float, present: IntArray) -> IntArray:
+    """The best lengths where they add enough prefill; none otherwise. Lengths in use are kept a little longer."""
+    coefficients, most = state.coefficients, float(state.max_tokens)
+    tables = demand_by_length(
+        tiers.pace_s, tiers.extra_s, tiers.acceptance, longest, longest_step_s, coefficients[K_SEQ]
+    )
+    hysteresis = HYSTERESIS_SHARE / per_token_s(coefficients)
+    drafts, rate, _ = best_drafts(tiers.counts, *tables, coefficients, most, present, hysteresis)
+    least_gain = LEAST_GAIN_SHARE / per_token_s(coefficients) - (hysteresis if present.any() else 0.0)
     none = np.zeros_like(drafts)
-    if rate < rate_of(none, counts, periods, tokens, extra, coefficients, max_tokens) + least_gain:
+    if rate < rate_of(none, tiers.counts, *tables, coefficients, most) + least_gain:
         return none
     return drafts
 
 
 @njit(cache=True)
-def _chosen(
-    rows: RequestArray,
-    running: SlotArray,
-    waiting: SlotArray,
-    now_s: float,
-    coefficients: FloatArray,
-    lower: FloatArray,
-    seen_tpot_s: FloatArray,
-    seen_tokens: IntArray,
-    seen_drafted_s: FloatArray,
-    longest: int,
-    adaptive: bool,
-    learns: bool,
-    tpot_margin: float,
-    longest_step_s: float,
-    max_tokens: float,
-) -> tuple[FloatArray, IntArray, FloatArray, IntArray, IntArray, FloatArray, FloatArray, float]:
-    """:meth:`Drafting.choose` as one kernel.
-
-    Returns:
-        what is remembered (TPOT of the tiers, their lengths, when each drafted last), and of the :class:`DraftPlan` all
-        but the first.
-    """
-    tpot_s, counts, extra_s, acceptance = gather_tiers(rows, running, waiting, coefficients, lower)
-    drafts, drafted_s = _remembered(now_s, tpot_s, seen_tpot_s, seen_tokens, seen_drafted_s)
-    pace_s = np.where(np.isfinite(tpot_s), tpot_s, UNPROMISED_PACE_S) * (1.0 - tpot_margin)
-    alone = longest
-    if adaptive:
-        drafts = _worthwhile(
-            counts, pace_s, extra_s, acceptance, coefficients, max_tokens, longest, longest_step_s, drafts
-        )
-        alone = fastest_draft(counts, pace_s, extra_s, acceptance, coefficients, max_tokens, longest, longest_step_s)
-    else:
-        drafts[:] = longest
+def choose_lengths(
+    state: State, tiers: Tiers, seen: Remembered, longest: int, longest_step_s: float
+) -> tuple[Remembered, DraftPlan]:
+    """Lengths for the step that is planned; a tier not seen before drafts nothing yet."""
+    count = len(tiers.tpot_s)
+    present, drafted_s = np.zeros(count, dtype=np.int64), np.full(count, state.now_s)
+    for tier in range(count):
+        for before in range(len(seen.tpot_s)):
+            if seen.tpot_s[before] == tiers.tpot_s[tier]:
+                present[tier], drafted_s[tier] = seen.tokens[before], seen.drafted_s[before]
+    drafts = worthwhile(state, tiers, longest, longest_step_s, present)
+    alone = fastest_draft(
+        tiers.counts,
+        tiers.pace_s,
+        tiers.extra_s,
+        tiers.acceptance,
+        state.coefficients,
+        float(state.max_tokens),
+        longest,
+        longest_step_s,
+    )
     tokens = drafts.copy()
-    for level in range(len(tpot_s)):
-        probe = learns and drafts[level] == 0 and now_s - drafted_s[level] >= PROBE_EVERY_S
-        if probe:
-            tokens[level] = min(PROBE_TOKENS, longest)
-        if tokens[level] > 0:
-            drafted_s[level] = now_s
-    yields, longer = yields_of(tokens, acceptance, pace_s, longest_step_s)
-    draft_s = float(coefficients[K_S] * tokens.max())
-    alone_tokens = np.full(len(tpot_s), alone)
-    return tpot_s, drafts, drafted_s, tokens, alone_tokens, yields, longer, draft_s
+    for tier in range(count):
+        if drafts[tier] == 0 and state.now_s - drafted_s[tier] >= PROBE_EVERY_S:
+            tokens[tier] = min(PROBE_TOKENS, longest)
+        if tokens[tier] > 0:
+            drafted_s[tier] = state.now_s
+    yields, longer = yields_of(tokens, tiers.acceptance, tiers.pace_s, longest_step_s)
+    plan = DraftPlan(tiers.tpot_s, tokens, np.full(count, alone), yields, longer)
+    return Remembered(tiers.tpot_s, drafts, drafted_s), plan
 
 
-NO_DRAFTS = DraftPlan(_no_floats(), _no_ints(), _no_ints(), _no_floats(), _no_floats(), 0.0)
+@njit(cache=True)
+def draft_of(rows: RequestArray, slot: int, tpot_s: FloatArray, lengths: IntArray) -> int:
+    """Draft length of a decode: its tier's, as far as it has drafts and may still generate tokens."""
+    if len(lengths) == 0:
+        return 0
+    left = min(rows["max_tokens"][slot] - rows["output_tokens"][slot] - 1, rows["draft_limit"][slot])
+    return int(max(min(lengths[tier_of(tpot_s, rows["tpot_s"][slot])], left), 0))
+
+
+@njit(cache=True)
+def step_drafts(state: State, decodes: SlotArray, pace_s: float, plan: DraftPlan, lengths: IntArray) -> StepDrafts:
+    """What ``decodes`` draft; when none drafts anything the step is as without speculation."""
+    found, longest_s = np.zeros(len(decodes), dtype=np.int64), np.inf
+    for j in range(len(decodes)):
+        if len(lengths) > 0:
+            found[j] = draft_of(state.rows, decodes[j], plan.tpot_s, lengths)
+            own_s = state.rows["tpot_s"][decodes[j]] * (1.0 - state.margin)
+            longest_s = min(longest_s, own_s * plan.longer[tier_of(plan.tpot_s, state.rows["tpot_s"][decodes[j]])])
+    if not found.any():
+        return StepDrafts(found, np.inf, pace_s)
+    return StepDrafts(found, longest_s, LEAD_PERIODS * longest_s)
+
+
+@njit(cache=True)
+def cap_drafts(state: State, decodes: SlotArray, lengths: IntArray, limit_s: float) -> None:
+    """Shorten the drafts of ``decodes`` to the longest with which they end within ``limit_s``; 0 at least."""
+    cap = lengths.max() if len(lengths) else 0
+    while cap > 0:
+        tokens, own_s = 0.0, 0.0
+        for j in range(len(decodes)):
+            draft = min(lengths[j], cap)
+            tokens += 1.0 + draft
+            own_s += decode_s(state.coefficients, draft, state.rows["computed_tokens"][decodes[j]])
+        if tokens <= state.max_tokens and batch_s(state.coefficients, tokens, own_s, cap) <= limit_s:
+            break
+        cap -= 1
+    lengths[:] = np.minimum(lengths, cap)
+
+
+@njit(cache=True)
+def with_drafts(
+    pace_s: FloatArray, periods_s: FloatArray, extra_s_each: FloatArray, plan: DraftPlan, draft_s_each: float
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Periods, tokens and extra seconds a period of decodes that draft; float64 [L] each, see :class:`Supply`."""
+    count = len(pace_s)
+    periods, tokens_each, extra_s = periods_s.copy(), np.ones(count), extra_s_each.copy()
+    if len(plan.tokens) == 0:
+        return periods, tokens_each, extra_s
+    for j in range(count):
+        tier = tier_of(plan.tpot_s, pace_s[j])
+        each = plan.longer[tier] / plan.yields[tier]  # verifications in a period
+        periods[j] = plan.longer[tier] * periods_s[j]
+        tokens_each[j] = each * (plan.tokens[tier] + 1.0)
+        extra_s[j] = each * (extra_s_each[j] + draft_s_each * plan.tokens[tier])
+    return periods, tokens_each, extra_s
 
 
 class Drafting:
-    """Chooses draft lengths for one engine.
+    """Draft lengths of one engine.
 
     Args:
         num_classes: SLO classes that requests may belong to.
-        settings: the planner's.
+        longest: longest draft; 0 for no speculation.
+        confidence: see :class:`slos_serve.perf.acceptance.AcceptanceEstimate`.
+
+    Attributes:
+        acceptance: learnt from verifications.
+        present: lengths of the newest plan.
     """
 
-    def __init__(self, num_classes: int, settings: PlannerSettings) -> None:
-        self.acceptance = AcceptanceEstimate(num_classes, settings.acceptance_confidence)
+    def __init__(self, num_classes: int, longest: int, confidence: float) -> None:
+        self.acceptance = AcceptanceEstimate(num_classes, confidence)
         self.present = NO_DRAFTS
-        self._settings = settings
-        self._known = None if settings.known_acceptance is None else np.full(num_classes, settings.known_acceptance)
-        self._tpot_s = _no_floats()
-        self._tokens = _no_ints()
-        self._drafted_s = _no_floats()
+        self._longest = longest
+        self._seen = NOTHING
 
-    def choose(self, now_s: float, view: EngineView, coefficients: FloatArray) -> DraftPlan:
-        """Lengths for the step that starts at ``now_s``; also kept as ``present``.
+    def choose(self, state: State, asking: SlotArray, longest_step_s: float) -> tuple[Remembered, DraftPlan]:
+        """Lengths for the step that is planned, and what :meth:`keep` takes when it ran."""
+        if self._longest == 0:
+            return NOTHING, NO_DRAFTS
+        tiers = draft_tiers(state, asking, self.acceptance.lower())
+        return choose_lengths(state, tiers, self._seen, self._longest, longest_step_s)
 
-        Args:
-            now_s: when the step starts.
-            view: forecasts written, what is lost given up.
-            coefficients: float64 [8], margin and correction applied.
-        """
-        settings = self._settings
-        if settings.max_draft_tokens == 0:
-            return NO_DRAFTS
-        self._tpot_s, self._tokens, self._drafted_s, tokens, alone_tokens, yields, longer, draft_s = _chosen(
-            view.table.rows,
-            view.running,
-            view.waiting,
-            now_s,
-            coefficients,
-            self.acceptance.lower() if self._known is None else self._known,
-            self._tpot_s,
-            self._tokens,
-            self._drafted_s,
-            settings.max_draft_tokens,
-            settings.adaptive_drafts,
-            self._known is None,
-            settings.tpot_margin,
-            settings.longest_step_s,
-            float(view.max_num_batched_tokens),
-        )
-        self.present = DraftPlan(self._tpot_s, tokens, alone_tokens, yields, longer, draft_s)
-        return self.present
+    def keep(self, seen: Remembered, plan: DraftPlan) -> None:
+        """The plan made with these lengths ran."""
+        self._seen, self.present = seen, plan

@@ -12,9 +12,9 @@ from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.core.request import RequestArray
-from slos_serve.planning.prefill_rate import FloatArray
+from slos_serve.core.request import RequestArray, SlotArray
 
+FloatArray = NDArray[np.float64]
 NUM_BINS = 96
 FIRST_EDGE = 4.0
 GROWTH = 1.1
@@ -35,32 +35,27 @@ _BIN_OF = np.searchsorted(EDGES, np.arange(4096.0))
 
 
 @njit(cache=True)
-def bin_of(edges: NDArray[np.float64], tokens: float) -> int:
-    """First bin whose upper edge is at or above ``tokens``; ``len(edges)`` past the last.
-
-    As ``np.searchsorted`` in ``edges``, which must be :data:`EDGES`: short lengths are looked up.
-    """
+def bin_of(tokens: float) -> int:
+    """First bin whose upper edge is at or above ``tokens``; ``NUM_BINS`` past the last."""
     at = int(np.ceil(tokens))
     if at < len(_BIN_OF):
         return int(_BIN_OF[max(at, 0)])
-    return int(np.searchsorted(edges, tokens))
+    return int(np.searchsorted(EDGES, tokens))
 
 
 @njit(cache=True)
-def survives(survival: FloatArray, edges: FloatArray, tokens: float) -> float:
+def survives(survival: FloatArray, tokens: float) -> float:
     """Share of answers of a class longer than ``tokens``, linear within a bin."""
-    at = bin_of(edges, tokens)
-    if at >= len(edges):
+    at = bin_of(tokens)
+    if at >= NUM_BINS:
         return 0.0
-    low = edges[at - 1] if at > 0 else 0.0
-    part = (tokens - low) / (edges[at] - low)
+    low = EDGES[at - 1] if at > 0 else 0.0
+    part = (tokens - low) / (EDGES[at] - low)
     return float(survival[at] + part * (survival[at + 1] - survival[at]))
 
 
 @njit(cache=True)
-def share_left(
-    rows: RequestArray, slot: int, more: float, so_far: float, survival: FloatArray, edges: FloatArray
-) -> float:
+def share_left(rows: RequestArray, slot: int, more: float, so_far: float, survival: FloatArray) -> float:
     """Probability that a request generates ``more`` tokens after those it has; ``so_far``: :func:`survives` of those.
 
     A client's hint is taken at its word while it holds. Past every length seen, half as much again is expected.
@@ -73,7 +68,24 @@ def share_left(
         return 1.0 if total < rows["hint_tokens"][slot] else 0.0
     if so_far <= 1e-6:
         return 1.0 if more < 0.5 * generated else 0.0
-    return survives(survival, edges, total) / so_far
+    return survives(survival, total) / so_far
+
+
+@njit(cache=True)
+def forecast_lengths(rows: RequestArray, slots: SlotArray, table: FloatArray) -> None:
+    """Write ``expected_tokens`` of each slot: its class's conditional quantile, or the client's hint while it holds.
+
+    Args:
+        table: float64 [classes, bins], see :meth:`LengthForecast.table`; fewer bins are the first ones.
+    """
+    for slot in slots:
+        generated, hint = rows["output_tokens"][slot], rows["hint_tokens"][slot]
+        if hint > generated:
+            expected = float(hint)
+        else:
+            at = min(bin_of(float(generated)), table.shape[1] - 1)
+            expected = max(float(table[rows["class_index"][slot], at]), float(generated + 1))
+        rows["expected_tokens"][slot] = int(min(expected, float(rows["max_tokens"][slot])))
 
 
 class LengthForecast:

@@ -1,8 +1,7 @@
-"""KV memory that promises will need (design 4.3).
+"""KV memory that promises will need, forecast at several moments.
 
-A request holds its prompt and what it generated, and grows until its answer ends. Two ways to count: :func:`reserve`
-adds up every forecast peak; :func:`forecast` looks at several moments and counts each request by how likely it still
-runs then, so that room which some give back is promised to others. Best effort counts for nothing: it gives way.
+A request holds its prompt and its answer so far, and grows until the answer ends. Each request counts by how likely it
+still runs at a moment, so room that some give back is promised to others. Best effort counts for nothing: it gives way.
 """
 
 from __future__ import annotations
@@ -10,139 +9,101 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from slos_serve.core.request import RequestArray, SlotArray
-from slos_serve.planning.batch import blocks_for
-from slos_serve.planning.candidates import ADMITTED, tokens_to_do
+from slos_serve.core.request import RequestArray
+from slos_serve.planning.demand import Demand
 from slos_serve.planning.lengths import share_left, survives
-from slos_serve.planning.prefill_rate import FloatArray
+from slos_serve.planning.state import ADMITTED, FloatArray, State, blocks_for, is_decode, peak_blocks
+from slos_serve.planning.supply import MOMENT_TOKENS
 
-# Moments at which memory is forecast, in tokens of the tightest pace from now.
-CHECKPOINT_TOKENS = (0.0, 16.0, 48.0, 128.0, 320.0, 768.0)
-# When nobody promises a TPOT the moments need some pace.
-UNPROMISED_PACE_S = 0.1
-# Standard deviations of the requests' own ends kept free at each moment.
+# Standard deviations of the running requests' own ends that stay free at each moment.
 SPREAD = 1.0
 
 
 @njit(cache=True)
-def peak_blocks(rows: RequestArray, slot: int, block_size: int) -> int:
-    """Blocks a request holds when its forecast last token comes."""
-    tokens = rows["prompt_tokens"][slot] + max(rows["expected_tokens"][slot], rows["output_tokens"][slot])
-    return blocks_for(tokens, block_size)
+def peaks(state: State, demand: Demand, total_blocks: int) -> tuple[FloatArray, FloatArray]:
+    """As :func:`forecast`, with every request at its forecast peak: one moment, stricter, and it adds up."""
+    room, blocks = np.full(1, float(total_blocks)), np.empty((len(demand.slots), 1))
+    for slot in state.running:
+        if state.status[slot] == ADMITTED and is_decode(state.rows, slot):
+            room[0] -= peak_blocks(state.rows, slot, state.block_size)
+    for j in range(len(demand.slots)):
+        blocks[j, 0] = peak_blocks(state.rows, demand.slots[j], state.block_size)
+    return blocks, room
 
 
 @njit(cache=True)
-def reserve(
-    rows: RequestArray, running: SlotArray, candidates: SlotArray, total_blocks: int, block_size: int
-) -> tuple[FloatArray, FloatArray]:
-    """Blocks each candidate will need, and what promised decodes leave of the cache.
+def blocks_at(rows: RequestArray, slot: int, more: float, later: float, block_size: int) -> float:
+    """Blocks of a request that has generated ``more`` tokens after those it has, on its way to ``later``.
 
-    Returns:
-        memory (float64 [n, 1]) and room (float64 [1]), in blocks.
+    With a client's hint the end is known, and the request may grow until the next moment. Where lengths are guessed,
+    the spread of the guesses covers that growth.
     """
-    room = np.empty(1)
-    room[0] = total_blocks
-    for slot in running:
-        if rows["status"][slot] != ADMITTED:
-            continue  # gives way, or stands among the candidates
-        if rows["output_tokens"][slot] > 0 and tokens_to_do(rows, slot) <= 1:
-            room[0] -= peak_blocks(rows, slot, block_size)
-    memory = np.empty((len(candidates), 1))
-    for j in range(len(candidates)):
-        memory[j, 0] = peak_blocks(rows, candidates[j], block_size)
-    return memory, room
-
-
-@njit(cache=True)
-def still_runs(rows: RequestArray, slot: int, more: float, survival: FloatArray, edges: FloatArray) -> float:
-    """Probability that a request generates ``more`` tokens after those it has.
-
-    A client's hint is taken at its word while it holds. Past every length seen, half as much again is expected.
-    """
-    return share_left(rows, slot, more, survives(survival, edges, float(rows["output_tokens"][slot])), survival, edges)
-
-
-@njit(cache=True)
-def _blocks_at(rows: RequestArray, slot: int, more: float, later: float, block_size: int) -> float:
-    """Blocks of a request that has generated ``more`` tokens after those it has, and is on its way to ``later``.
-
-    Where the client said how long its answer is, nothing but the next moment bounds what it holds until then: between
-    two moments it grows and may end, and the sum over all requests peaks just before an end. Where lengths are guessed
-    the spread of the guesses covers that.
-    """
+    fixed = rows["fixed_blocks"][slot]
     held = rows["prompt_tokens"][slot] + rows["output_tokens"][slot]
-    if rows["hint_tokens"][slot] > rows["output_tokens"][slot]:
-        left = rows["hint_tokens"][slot] - rows["output_tokens"][slot]
-        return float(blocks_for(held + int(min(later, left)), block_size))
-    return float((held + more) / block_size + 0.5)
+    left = rows["hint_tokens"][slot] - rows["output_tokens"][slot]
+    if left > 0:
+        return float(fixed + blocks_for(held + int(min(later, left)), block_size))
+    return float(fixed + (held + more) / block_size + 0.5)
+
+
+@njit(cache=True)
+def held_over_time(
+    state: State, slot: int, wait_s: float, pace_s: float, survival: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """float64 [M] each: expected blocks of one request at each moment, and their variance.
+
+    Args:
+        wait_s: seconds until it begins to decode.
+        pace_s: tightest pace, which the moments count in. A request without a TPOT promise is taken to have it.
+    """
+    rows, last = state.rows, len(MOMENT_TOKENS) - 1
+    own_s = rows["tpot_s"][slot] if np.isfinite(rows["tpot_s"][slot]) else pace_s
+    own = survival[rows["class_index"][slot]]
+    so_far = survives(own, float(rows["output_tokens"][slot]))
+    mean, variance = np.zeros(last + 1), np.zeros(last + 1)
+    for k in range(last + 1):
+        more = max(MOMENT_TOKENS[k] * pace_s - wait_s, 0.0) / own_s
+        later = max(MOMENT_TOKENS[min(k + 1, last)] * pace_s - wait_s, 0.0) / own_s
+        share = share_left(rows, slot, more, so_far, own)
+        if share <= 0.0:
+            break  # it has ended, at every later moment too
+        blocks = blocks_at(rows, slot, more, later, state.block_size)
+        mean[k], variance[k] = share * blocks, share * (1.0 - share) * blocks * blocks
+    return mean, variance
 
 
 @njit(cache=True)
 def forecast(
-    rows: RequestArray,
-    running: SlotArray,
-    candidates: SlotArray,
-    due_s: FloatArray,
-    now_s: float,
-    pace_s: float,
-    survival: FloatArray,
-    edges: FloatArray,
-    total_blocks: int,
-    block_size: int,
+    state: State, demand: Demand, pace_s: float, survival: FloatArray, total_blocks: int
 ) -> tuple[FloatArray, FloatArray]:
-    """Blocks each candidate is expected to hold at several moments, and what promised decodes leave then.
+    """Blocks each request in demand is expected to hold at several moments, and what promised decodes leave then.
 
-    Everyone is taken to decode as slowly as its promise allows, and a candidate to begin when its first token is due:
-    whoever is faster gives its room back sooner. Moments at which all candidates fit together are left out, but for
-    one, so that they cost admission nothing.
+    A request is taken to decode as slowly as its promise allows and to begin when its first token is due; a faster one
+    gives its room back sooner. Moments at which all requests fit together are left out, but for one, so that they cost
+    admission nothing.
 
     Args:
-        rows: the request table, forecasts written.
-        running: slots that hold KV.
-        candidates, due_s: int64 and float64 [n], as :func:`slos_serve.planning.candidates.gather` has them.
-        now_s: when the plan begins.
-        pace_s: shortest TPOT, inf when there is none; the moments are multiples of it.
+        pace_s: the pace that moments count in, see :func:`slos_serve.planning.supply.pace_of_moments_s`.
         survival: float64 [classes, bins + 1], see :meth:`slos_serve.planning.lengths.LengthForecast.survival`.
-        edges: float64 [bins].
-        total_blocks, block_size: the KV cache.
+        total_blocks: of the KV cache, less what is kept for others.
 
     Returns:
-        memory (float64 [n, K]) and room (float64 [K]), in blocks.
+        blocks (float64 [n, K]) and room (float64 [K]).
     """
-    if not np.isfinite(pace_s):
-        pace_s = UNPROMISED_PACE_S
-    moments = len(CHECKPOINT_TOKENS)
-    last = moments - 1
-    memory = np.zeros((len(candidates), moments))
-    used, variance = np.zeros(moments), np.zeros(moments)
-    for slot in running:
-        if rows["status"][slot] != ADMITTED or rows["output_tokens"][slot] == 0 or tokens_to_do(rows, slot) > 1:
-            continue
-        tokens_a_pace = pace_s / rows["tpot_s"][slot]
-        own = survival[rows["class_index"][slot]]
-        so_far = survives(own, edges, float(rows["output_tokens"][slot]))
-        for k in range(moments):
-            more, later = CHECKPOINT_TOKENS[k] * tokens_a_pace, CHECKPOINT_TOKENS[min(k + 1, last)] * tokens_a_pace
-            share = share_left(rows, slot, more, so_far, own, edges)
-            if share <= 0.0:
-                break  # it has ended, at every later moment too
-            blocks = _blocks_at(rows, slot, more, later, block_size)
-            used[k] += share * blocks
-            variance[k] += share * (1.0 - share) * blocks * blocks
+    used, variance = np.zeros(len(MOMENT_TOKENS)), np.zeros(len(MOMENT_TOKENS))
+    for slot in state.running:
+        if state.status[slot] == ADMITTED and is_decode(state.rows, slot):
+            own, own_variance = held_over_time(state, slot, 0.0, pace_s, survival)
+            used += own
+            variance += own_variance
     room = total_blocks - used - SPREAD * np.sqrt(variance)
+    blocks = np.empty((len(demand.slots), len(MOMENT_TOKENS)))
     slack = room.copy()
-    for j in range(len(candidates)):
-        slot = candidates[j]
-        wait_s = max(due_s[j] - now_s, 0.0)
-        own = survival[rows["class_index"][slot]]
-        so_far = survives(own, edges, float(rows["output_tokens"][slot]))
-        for k in range(moments):
-            more = max(CHECKPOINT_TOKENS[k] * pace_s - wait_s, 0.0) / rows["tpot_s"][slot]
-            later = max(CHECKPOINT_TOKENS[min(k + 1, last)] * pace_s - wait_s, 0.0) / rows["tpot_s"][slot]
-            share = share_left(rows, slot, more, so_far, own, edges)
-            memory[j, k] = share * _blocks_at(rows, slot, more, later, block_size)
-            slack[k] -= memory[j, k]
+    for j in range(len(demand.slots)):
+        wait_s = max(demand.due_s[j] - state.now_s, 0.0)
+        blocks[j], _ = held_over_time(state, demand.slots[j], wait_s, pace_s, survival)
+        slack -= blocks[j]
     binding = np.flatnonzero(slack < 0.0)
     if len(binding) == 0:
         binding = np.array([np.argmin(slack)])
-    return memory[:, binding], room[binding]
+    return blocks[:, binding], room[binding]

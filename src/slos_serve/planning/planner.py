@@ -1,68 +1,64 @@
-"""The planner: one call before every batch turns the state of an engine into a step plan.
+"""The planner: one call before every step turns the state of an engine into a step plan.
 
-In reading order: forecast lengths, give up what is lost, admit (Algorithm 1), form the batch, make the promises that
-the batch begins to keep. A waiting request is promised nothing until its first prefill chunk runs ("late binding"):
-until then every plan decides anew, so a request that fits badly gives way to two that fit well.
+    view -> Demand, Supply -> who is admitted -> Step -> StepPlan
+
+A waiting request is promised nothing until its first prefill chunk runs: until then every plan decides anew, so a
+request that fits badly gives way to two that fit well. Planning writes length forecasts into the table, nothing else.
+Promises are written by :meth:`Planner.commit`, once it is known what ran; a plan that is dropped leaves no trace.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.planning.admission import judge, write_forecasts
-from slos_serve.planning.aging import NOBODY, Aging
-from slos_serve.planning.arrivals import NO_ARRIVALS, look_at
-from slos_serve.planning.batching import PREFILL_DEADLINE, form_batch
-from slos_serve.planning.candidates import (
-    ADMITTED,
-    BEST_EFFORT,
-    UNDECIDED,
-    demote_lost,
-    first_asking_s,
-    next_due_s,
-    open_prompts,
-    share_out,
-    someone_asks,
-    tokens_to_do,
-)
-from slos_serve.planning.drafting import Drafting
-from slos_serve.planning.lengths import LengthForecast
-from slos_serve.planning.prefill_rate import linear_step_s
+from slos_serve.perf.step_time import roofline_s
+from slos_serve.planning.admission import Asked, admission_of
+from slos_serve.planning.algorithm1 import INFEASIBLE, STOPPED
+from slos_serve.planning.arrivals import NO_ARRIVALS, Arrivals, count_arrivals
+from slos_serve.planning.best_effort import NO_TURN, NOBODY, Turn, next_turn
+from slos_serve.planning.demand import give_up_lost, most_urgent
+from slos_serve.planning.drafting import Drafting, DraftPlan, Remembered
+from slos_serve.planning.form import PREFILL_DEADLINE, Rules, form
+from slos_serve.planning.lengths import LengthForecast, forecast_lengths
 from slos_serve.planning.settings import PlannerSettings
+from slos_serve.planning.state import ADMITTED, BEST_EFFORT, UNDECIDED, State, held_blocks, peak_blocks, state_of
+from slos_serve.planning.step import ENTRIES, HELD, NO_MEMORY, PREEMPTED, Step, seconds
 
-Formed = tuple[SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, SlotArray, float]
-# A step of prompts takes at most this share of the tightest TTFT, and at least this many times a step's fixed cost.
+# A step of prompts takes at most this share of the tightest TTFT, so that a prompt that arrives meanwhile is in time by
+# a step of its own; and at least this many times a step's fixed cost, or fixed costs would take most of the time.
 STEP_SHARE_OF_TTFT, LEAST_STEP_FIXED = 0.5, 4.0
-# The only prompt there is makes a step that much longer: with few about, another that comes during it is rare, and it
-# is cut in parts less often.
-LONE_PERIODS = 1.5
-# How far ahead promised decodes are to be before prompts without a promise run, in tokens: the lead is what the next
-# burst of promised prompts is computed with. Little while everybody is promised what they ask for; from where this
-# share of the recent requests was not, most answers end first. Requests are counted over about as many.
-CALM_LEAD_TOKENS, LEAD_TOKENS, DECLINED_SHARE, RECENT_REQUESTS = 2.0, 100.0, 0.2, 64.0
-# Promised prompts are bounded together (see ``most_open_tokens``) where this share of the recent requests was declined;
-# where half of it was, the bound is twice as high.
-CROWDED_SHARE = 0.05
+# Load of promised prompts from which on best effort leaves promised decodes all the lead they can have.
+FULL_LEAD_LOAD = 0.2
 _NONE: SlotArray = np.empty(0, dtype=np.int64)
-_NOT_TAKEN = np.empty(0, dtype=np.bool_)
 
 
 @dataclass(slots=True)
 class PlannerCounters:
-    """What the planner did, for metrics and benchmarks (counts only grow)."""
+    """What the planner did, for metrics and benchmarks (counts of committed plans; they only grow)."""
 
     plans: int = 0
     admissions: int = 0
     labels: int = 0
     greedy_answers: int = 0
     infeasible_musts: int = 0
-    not_asked: int = 0
     demoted: int = 0
+
+
+class Pending(NamedTuple):
+    """What the newest plan leaves to the next one when it is committed."""
+
+    plan: StepPlan
+    turn: Turn
+    arrivals: Arrivals
+    seen: Remembered
+    drafts: DraftPlan
+    asked: Asked | None
 
 
 class Planner:
@@ -71,17 +67,16 @@ class Planner:
     Args:
         model: batch times of the engine.
         num_classes: SLO classes that requests may belong to.
-        settings: knobs.
+        settings: how cautious it is.
     """
 
     def __init__(self, model: BatchTimeModel, num_classes: int, settings: PlannerSettings | None = None) -> None:
         self.settings = settings or PlannerSettings()
         self.lengths = LengthForecast(num_classes, self.settings.length_quantile)
-        self.drafting = Drafting(num_classes, self.settings)
+        self.drafting = Drafting(num_classes, self.settings.max_draft_tokens, self.settings.acceptance_confidence)
         self.counters = PlannerCounters()
-        self._arrivals = NO_ARRIVALS
-        self._passed_over = 0.0
-        self._aging = Aging(self.settings.aging_s)
+        self._arrivals, self._turn = NO_ARRIVALS, NO_TURN
+        self._pending: Pending | None = None
         self._model = model
         self.correct(1.0)
 
@@ -90,189 +85,156 @@ class Planner:
 
         Args:
             factor: measured over modelled, centre.
-            spread: how much slower than that batches are planned; ``None`` for the settings' ``step_margin``, which is
-                also the least.
+            spread: how much slower than that batches are planned; at least the settings' ``margin``, and that for
+                ``None``.
         """
-        self.step_margin = self.settings.step_margin if spread is None else max(self.settings.step_margin, spread)
-        self._coefficients = self._model.coefficients * (factor * (1.0 + self.step_margin))
+        self.step_margin = max(self.settings.margin, spread or 0.0)
+        self.coefficients = self._model.coefficients * (factor * (1.0 + self.step_margin))
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
-        """Plan the step that starts at ``now_s``."""
+        """Plan the step that starts at ``now_s``; promises are made by :meth:`commit`."""
+        self.forecast(view)
+        state = state_of(view, now_s, self.coefficients, self.settings.margin)
+        demoted = give_up_lost(state)
+        asking = most_urgent(state)
+        arrivals = count_arrivals(state, state.waiting, self._arrivals)
+        turn = next_turn(state, self._turn, self.settings.aging_s)
+        longest_s = self._longest_step_s(arrivals)
+        seen, drafts = self.drafting.choose(state, asking, longest_s)
+        asked = self.admit(state, asking, longest_s, drafts, turn) if anyone_asks(state, asking) else None
+        chosen, fitting = _NONE, _NONE
+        if asked is not None:
+            taken = asked.demand.slots[asked.admitted.taken]
+            state.status[taken] = ADMITTED
+            on_engine = state.rows["running"][taken] == 1
+            chosen, fitting = taken[~on_engine], taken[on_engine]
+            fitting = fitting[state.rows["status"][fitting] == UNDECIDED]
+        rules = Rules(longest_s, min(arrivals.load / FULL_LEAD_LOAD, 1.0), turn.kept, turn.slot_due)
+        step, sacrificed = self._form(state, chosen, starting_order(state, chosen), rules, drafts)
+        plan = step_plan(step, demoted, fitting, sacrificed, self.settings.max_draft_tokens > 0)
+        self._pending = Pending(plan, turn, arrivals, seen, drafts, asked)
+        return plan
+
+    def commit(self, plan: StepPlan, view: EngineView, ran: SlotArray) -> None:
+        """The plan was carried out: write its promises into the table and learn from it.
+
+        Args:
+            plan: from :meth:`plan`.
+            view: what it was planned from.
+            ran: int64, slots that really ran. A request is promised its SLO only if it ran, or was running already.
+        """
         rows = view.table.rows
+        kept = plan.admitted[np.isin(plan.admitted, ran) | (rows["running"][plan.admitted] == 1)]
+        rows["status"][kept] = ADMITTED
+        rows["status"][plan.demoted] = BEST_EFFORT
         self.counters.plans += 1
-        write_forecasts(view, self.settings, self.lengths)
-        demoted = self._give_up(rows, view, now_s)
-        self.drafting.choose(now_s, view, self._coefficients)
-        self._arrivals = look_at(rows, view.waiting, self._coefficients, self._arrivals)
-        self._aging.look(rows, view.running, view.waiting, now_s)
-        chosen, leftover, fitting = _NONE, _NONE, _NONE
-        formed = self._without_asking(rows, view, now_s)
-        if formed is None:
-            chosen, leftover, fitting = self._admit(rows, view, now_s)
-            formed = self._form(rows, view.running, view.free_blocks, chosen, leftover, now_s, view)
-        running, freed = view.running, view.free_blocks
-        sacrificed: list[int] = []
-        while len(formed[0]) == 0 and len(running) > 1:
-            # Every running request is short of KV blocks and none is free: one must give its own back.
-            victim = self._cheapest_to_lose(rows, running)
-            sacrificed.append(victim)
-            if victim == self._aging.kept:
-                self._aging.due = False
-            running = running[running != victim]
-            freed += -(-int(rows["computed_tokens"][victim]) // view.block_size)
-            formed = self._form(rows, running, freed, chosen, leftover, now_s, view)
-        slots, tokens, reasons, drafts, held, held_reasons, preempt, step_s = formed
-        if sacrificed:
-            demoted = np.concatenate((demoted, self._lose(rows, sacrificed)))
-            preempt = np.concatenate((np.array(sacrificed, dtype=np.int64), preempt))
-            fitting = fitting[rows["status"][fitting] == ADMITTED]
-        promised = slots[reasons == PREFILL_DEADLINE]
-        started = promised[rows["status"][promised] == UNDECIDED]
-        rows["status"][started] = ADMITTED
-        self._decided(len(fitting) + len(started), len(demoted))
-        return StepPlan(
-            slots=slots,
-            tokens=tokens,
-            reasons=reasons,
-            held=held,
-            held_reasons=held_reasons,
-            preempt=preempt,
-            # Also those that were computing in what was left over and fit now.
-            admitted=np.concatenate((fitting, started)),
-            demoted=demoted,
-            predicted_s=step_s,
-            draft_tokens=drafts if self.settings.max_draft_tokens > 0 else _NONE,
-        )
+        self.counters.demoted += len(plan.demoted)
+        pending, self._pending = self._pending, None
+        if pending is None or pending.plan is not plan:
+            return
+        self._turn, self._arrivals = pending.turn, pending.arrivals
+        self.drafting.keep(pending.seen, pending.drafts)
+        if pending.asked is not None:
+            admitted = pending.asked.admitted
+            self.counters.admissions += 1
+            self.counters.labels += admitted.labels
+            self.counters.greedy_answers += admitted.status == STOPPED
+            self.counters.infeasible_musts += admitted.status == INFEASIBLE
 
-    def _cheapest_to_lose(self, rows: RequestArray, running: SlotArray) -> int:
-        """Best effort before promises; among the former the youngest, among the latter who has computed least."""
-        promised = (rows["status"][running] == ADMITTED) | (running == self._aging.kept)
-        cost = np.where(promised, rows["computed_tokens"][running], -rows["order"][running] - 1)
-        return int(running[np.lexsort((cost, promised))[0]])
+    def forecast(self, view: EngineView) -> None:
+        """Write ``expected_tokens`` of every request in the view."""
+        table = self.lengths.table()
+        forecast_lengths(view.table.rows, view.running, table)
+        forecast_lengths(view.table.rows, view.waiting, table)
 
-    def _lose(self, rows: RequestArray, sacrificed: list[int]) -> SlotArray:
-        """Demote those of the sacrificed that were promised something; returns them."""
-        slots = np.array(sacrificed, dtype=np.int64)
-        lost: SlotArray = slots[rows["status"][slots] == ADMITTED]
-        rows["status"][lost] = BEST_EFFORT
-        self.counters.demoted += len(lost)
-        return lost
-
-    def _form(
-        self,
-        rows: RequestArray,
-        running: SlotArray,
-        free_blocks: int,
-        chosen: SlotArray,
-        leftover: SlotArray,
-        now_s: float,
-        view: EngineView,
-    ) -> Formed:
-        lengths = self.drafting.present
-        return form_batch(
-            rows,
-            running,
-            chosen,
-            leftover,
-            now_s,
-            self._coefficients,
-            self.settings.tpot_margin,
-            view.max_num_batched_tokens,
-            self.settings.min_chunk_tokens,
-            free_blocks,
-            view.total_blocks,
-            view.block_size,
-            view.max_num_seqs,
-            self.settings.hold_decodes,
-            0 if self.settings.dynamic_batch else self.settings.fixed_budget,
-            lengths.tpot_s,
-            lengths.tokens,
-            lengths.alone_tokens,
-            lengths.longer,
-            lengths.yields,
-            self.longest_step_s() * (LONE_PERIODS if open_prompts(rows, running, view.waiting) == 1 else 1.0),
-            self._lead_tokens(),
-            self._aging.kept,
-            self._aging.kept if self._aging.due else NOBODY,
-        )
+    def admit(
+        self, state: State, asking: SlotArray, longest_s: float, drafts: DraftPlan, turn: Turn, peaks: bool = False
+    ) -> Asked:
+        """Algorithm 1 on a state; ``peaks`` counts KV as the sum of forecast peaks, which is stricter and adds up."""
+        kept = 0 if turn.kept == NOBODY else peak_blocks(state.rows, turn.kept, state.block_size)
+        room = state.total_blocks - int(kept)
+        return admission_of(state, asking, self.settings, self.lengths.survival(), longest_s, drafts, room, peaks)
 
     def longest_step_s(self) -> float:
-        """A request that comes while a step of prompts runs must still make its first token by a step of its own."""
-        fixed_s = float(linear_step_s(self._coefficients, 0.0))
-        own_s = max(STEP_SHARE_OF_TTFT * self._arrivals.tightest_s, LEAST_STEP_FIXED * fixed_s)
-        if self.drafting.present.tokens.any():
-            return max(own_s, self.settings.longest_step_s)  # draft lengths are chosen for steps as long as that
-        return own_s
+        """How long a step of prompts may last, as of the last plan."""
+        return self._longest_step_s(self._arrivals)
 
-    def most_open_tokens(self) -> float:
-        """Most prefill, in tokens, that promised prompts may have left when one more is promised; inf for no bound.
+    def admission_now(self, state: State) -> Asked:
+        """What admission would say of a state, for routers: with the lengths and the turn of the last plan."""
+        return self.admit(
+            state, most_urgent(state), self.longest_step_s(), self.drafting.present, self._turn, peaks=True
+        )
 
-        A prompt that is promised takes its time whatever comes until it is due. Where requests are declined anyway, a
-        few long ones at once leave none for the short ones that come next.
-        """
-        most = self.settings.open_prompts * self._arrivals.mean_tokens
-        return most * max(CROWDED_SHARE / self._passed_over, 1.0) if most * self._passed_over > 0.0 else np.inf
+    def _longest_step_s(self, arrivals: Arrivals) -> float:
+        least_s = LEAST_STEP_FIXED * roofline_s(self.coefficients, 0.0)
+        return max(STEP_SHARE_OF_TTFT * arrivals.tightest_s, float(least_s))
 
-    def _lead_tokens(self) -> float:
-        crowded = min(self._passed_over / DECLINED_SHARE, 1.0)
-        return CALM_LEAD_TOKENS + crowded * (LEAD_TOKENS - CALM_LEAD_TOKENS)
-
-    def _decided(self, promised: int, passed_over: int) -> None:
-        """Learn how crowded it is from the requests that were promised something now, and those that never will be."""
-        for share, count in ((0.0, promised), (1.0, passed_over)):
-            self._passed_over = share + (self._passed_over - share) * (1.0 - 1.0 / RECENT_REQUESTS) ** count
-
-    def _give_up(self, rows: RequestArray, view: EngineView, now_s: float) -> SlotArray:
-        if not self.settings.best_effort:
-            return _NONE
-        active = np.concatenate((view.running, view.waiting))
-        demoted = np.empty(len(active), dtype=np.int64)
-        count = demote_lost(rows, active, now_s, self._coefficients, demoted)
-        self.counters.demoted += count
-        return demoted[:count]
-
-    def _without_asking(self, rows: RequestArray, view: EngineView, now_s: float) -> Formed | None:
-        """The step where no answer of admission could change it, else ``None``.
-
-        A promised prompt that runs, due no later than anybody who waits, takes all the room there is and is not done:
-        whoever admission served would come after it.
-        """
-        margin = self.settings.tpot_margin
-        asking_s = first_asking_s(rows, view.running, view.waiting, margin) if len(view.waiting) else -np.inf
-        if asking_s == -np.inf or self._aging.due or not self.settings.skip_admission:
-            return None
-        formed = self._form(rows, view.running, view.free_blocks, _NONE, _NONE, now_s, view)
-        last = np.flatnonzero(formed[2] == PREFILL_DEADLINE)[-1:]
-        if len(last) == 0:
-            return None
-        slot, tokens = int(formed[0][last[0]]), int(formed[1][last[0]])
-        if tokens >= tokens_to_do(rows, slot) or next_due_s(rows, slot, margin) > asking_s:
-            return None
-        self.counters.not_asked += 1
-        return formed
-
-    def _admit(self, rows: RequestArray, view: EngineView, now_s: float) -> tuple[SlotArray, SlotArray, SlotArray]:
-        """Waiting slots to serve and those that use what is left over; running ones that fit are promised their SLO."""
-        slots, taken = _NONE, _NOT_TAKEN
-        if someone_asks(rows, view.running, view.waiting):
-            found = judge(
-                view,
-                now_s,
-                self._coefficients,
-                self.settings,
-                self.lengths,
-                forecast_memory=self.settings.forecast_memory,
-                count_freed=self.settings.count_freed,
-                longest_step_s=self.longest_step_s(),
-                most_open_tokens=self.most_open_tokens(),
-                kept_blocks=self._aging.blocks(rows, view.block_size),
-                drafts=self.drafting.present,
+    def _form(
+        self, state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, drafts: DraftPlan
+    ) -> tuple[Step, list[int]]:
+        """The step; while nothing could run for want of KV, the request that is cheapest to lose gives its own back."""
+        step, sacrificed = form(state, chosen, starting, rules, drafts), []
+        while step.counts[ENTRIES] == 0 and (step.held[1, : step.counts[HELD]] == NO_MEMORY).any():
+            candidates = state.running[state.rows["blocked"][state.running] == 0]
+            if len(candidates) < 2:
+                break
+            victim = cheapest_to_lose(state, candidates, rules.kept)
+            sacrificed.append(victim)
+            state = state._replace(
+                running=state.running[state.running != victim],
+                free_blocks=state.free_blocks + int(held_blocks(state.rows, victim, state.block_size)),
             )
-            slots, taken = found.slots, found.taken
-            self.counters.admissions += 1
-            self.counters.labels += found.labels
-            self.counters.greedy_answers += found.stopped
-            self.counters.infeasible_musts += found.infeasible
-        chosen, leftover, fitting = share_out(rows, view.waiting, slots, taken)
-        rows["status"][fitting] = ADMITTED
-        return chosen, leftover, fitting
+            if victim == rules.kept:
+                rules = rules._replace(kept=NOBODY, turn=NOBODY)
+            step = form(state, chosen, starting, rules, drafts)
+        return step, sacrificed
+
+
+def anyone_asks(state: State, asking: SlotArray) -> bool:
+    """Whether admission has anything to say: a promise is open, or a promised request waits to start."""
+    return len(asking) > 0 or bool((state.status[state.running] == UNDECIDED).any())
+
+
+def starting_order(state: State, chosen: SlotArray) -> SlotArray:
+    """Waiting slots that may use what is left over: those passed over by deadline (they may still make it), then best
+    effort, first come first."""
+    waiting, rows = state.waiting, state.rows
+    rest = waiting[state.status[waiting] != ADMITTED] if len(chosen) else waiting
+    passed = rest[state.status[rest] == UNDECIDED]
+    others = rest[state.status[rest] == BEST_EFFORT]
+    passed = passed[np.argsort(rows["ttft_due_s"][passed], kind="stable")]
+    others = others[np.argsort(rows["order"][others], kind="stable")]
+    return np.concatenate((passed, others))
+
+
+def cheapest_to_lose(state: State, running: SlotArray, kept: int) -> int:
+    """Best effort before promises; of the former the youngest, of the latter the one that has computed least."""
+    promised = (state.status[running] == ADMITTED) | (running == kept)
+    rows: RequestArray = state.rows
+    cost = np.where(promised, rows["computed_tokens"][running], -rows["order"][running] - 1)
+    return int(running[np.lexsort((cost, promised))[0]])
+
+
+def step_plan(step: Step, lost: SlotArray, fitting: SlotArray, sacrificed: list[int], drafts: bool) -> StepPlan:
+    """The plan that carries out a step. Engines walk running requests before waiting ones."""
+    rows, status = step.state.rows, step.state.status
+    entries = step.entries[:, : step.counts[ENTRIES]]
+    slots, tokens, reasons, lengths = entries[:, np.argsort(1 - rows["running"][entries[0]], kind="stable")]
+    promised = slots[reasons == PREFILL_DEADLINE]
+    started = promised[rows["status"][promised] == UNDECIDED]
+    gone = np.array(sacrificed, dtype=np.int64)
+    broken = gone[status[gone] == ADMITTED]
+    admitted = np.concatenate((fitting[~np.isin(fitting, gone)], started[~np.isin(started, fitting)]))
+    held = step.held[:, : step.counts[HELD]]
+    return StepPlan(
+        slots=slots,
+        tokens=tokens,
+        reasons=reasons,
+        held=held[0].copy(),
+        held_reasons=held[1].copy(),
+        preempt=np.concatenate((gone, step.victims[: step.counts[PREEMPTED]])),
+        admitted=admitted,
+        demoted=np.concatenate((lost, broken[rows["status"][broken] == ADMITTED])),
+        predicted_s=float(seconds(step)),
+        draft_tokens=lengths.copy() if drafts else _NONE,
+    )

@@ -1,4 +1,4 @@
-"""How many tokens to draft for each decode tier (design 4.1): none where that serves more.
+"""How many tokens to draft for each decode tier : none where that serves more (the paper's section 4.3).
 
 With acceptance a, a verification of d drafts yields A(d) = (1 - a^(d+1)) / (1 - a) tokens on average, puts d + 1
 tokens into a batch and waits for d steps of the draft model. Its context is read once for all of them, and a decode
@@ -12,10 +12,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from slos_serve.core.request import RequestArray, SlotArray
-from slos_serve.perf.batch_time import K_CTX, K_S, K_SEQ
-from slos_serve.planning.candidates import BEST_EFFORT, tier_of, tier_periods
-from slos_serve.planning.prefill_rate import FloatArray, IntArray, linear_step_s, prefill_rate
+from slos_serve.perf.step_time import K_S, K_SEQ, batch_s
+from slos_serve.planning.state import FloatArray, IntArray
+from slos_serve.planning.supply import prefill_rate
 
 # Another set of lengths replaces the present one when it is better by this share of the prefill rate of an engine
 # without decodes: counts that come and go do not make the lengths flap.
@@ -191,60 +190,16 @@ def fastest_draft(
     """
     best, best_rate = 0, 0.0
     for draft in range(longest + 1):
-        step_s, most_s, brought, tokens = coefficients[K_S] * draft, np.inf, 0.0, 0.0
+        own_s, most_s, brought, tokens = 0.0, np.inf, 0.0, 0.0
         for tier in range(len(counts)):
             mean = tokens_each_verification(acceptance[tier], draft)
             most_s = min(most_s, pace_s[tier] * paces_in_a_batch(mean, pace_s[tier], longest_step_s))
             brought += counts[tier] * mean
             tokens += counts[tier] * (draft + 1.0)
-            step_s += counts[tier] * (extra_s_each[tier] + coefficients[K_SEQ] * draft)
-        step_s += linear_step_s(coefficients, tokens)
+            own_s += counts[tier] * (extra_s_each[tier] + coefficients[K_SEQ] * draft)
+        step_s = batch_s(coefficients, tokens, own_s, draft)
         if draft > 0 and (step_s > most_s or tokens > max_tokens):
             break
         if brought > best_rate * step_s * (1.0 + HYSTERESIS_SHARE):
             best, best_rate = draft, brought / step_s
     return best
-
-
-@njit(cache=True)
-def gather_tiers(
-    rows: RequestArray, running: SlotArray, waiting: SlotArray, coefficients: FloatArray, lower: FloatArray
-) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """Tiers of the requests that may be promised, what each holds and how well its drafts do.
-
-    When nobody may be promised anything, best effort makes up the only tier.
-
-    Args:
-        rows, running, waiting: of the view, forecasts written.
-        coefficients: float64 [8].
-        lower: float64 [classes], acceptance to plan with.
-
-    Returns:
-        float64 [L] each: TPOT; decodes that run, 1 where only prompts ask; seconds beyond the roofline part that one
-        decode adds to a batch; mean acceptance of its requests.
-    """
-    tiers = tier_periods(rows, running, waiting)
-    counts, context = np.zeros(len(tiers)), np.zeros(len(tiers))
-    acceptance, asking = np.zeros(len(tiers)), np.zeros(len(tiers))
-    for with_best_effort in range(2):
-        if with_best_effort == 1 and asking.sum() > 0.0:
-            break
-        for part in (running, waiting):
-            for slot in part:
-                if with_best_effort == 0 and rows["status"][slot] == BEST_EFFORT:
-                    continue
-                level = tier_of(tiers, rows["tpot_s"][slot])
-                asking[level] += 1.0
-                acceptance[level] += lower[rows["class_index"][slot]]
-                context[level] += rows["prompt_tokens"][slot] + 0.5 * (
-                    rows["output_tokens"][slot] + rows["expected_tokens"][slot]
-                )
-                if rows["output_tokens"][slot] > 0 and rows["running"][slot] == 1:
-                    counts[level] += 1.0
-    asking = np.maximum(asking, 1.0)
-    return (
-        tiers,
-        np.maximum(counts, 1.0),
-        coefficients[K_CTX] * context / asking + coefficients[K_SEQ],
-        acceptance / asking,
-    )

@@ -36,4 +36,4 @@ def warm_up(planner: Planner) -> None:
             max_num_seqs=64,
             max_num_batched_tokens=2048,
         )
-        planner.plan(1.0, view)
+        planner.commit(planner.plan(1.0, view), view, view.running)

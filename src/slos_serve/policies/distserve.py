@@ -12,9 +12,9 @@ import numpy as np
 
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
-from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
+from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.policies.base import StockPolicy
 from slos_serve.policies.queue_order import (
-    IntArray,
     checked_draft_tokens,
     chunked,
     rest_of_prompt,
@@ -34,7 +34,7 @@ def saturating_tokens(model: BatchTimeModel) -> int:
     return max(MIN_PREFILL_TOKENS, int(SATURATION * constant / slope))
 
 
-class DistServePrefill:
+class DistServePrefill(StockPolicy):
     """Policy of a prefill replica; see :class:`slos_serve.policies.base.Policy`.
 
     Args:
@@ -66,17 +66,8 @@ class DistServePrefill:
         )
         return step_plan(slots[:count], tokens[:count])
 
-    def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
-        """Learns nothing."""
 
-    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
-        """Learns nothing."""
-
-    def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
-        """Learns nothing."""
-
-
-class DistServeDecode:
+class DistServeDecode(StockPolicy):
     """Policy of a decode replica; see :class:`slos_serve.policies.base.Policy`.
 
     Args:
@@ -87,11 +78,6 @@ class DistServeDecode:
     def __init__(self, token_budget: int = 8192, draft_tokens: int = 0) -> None:
         self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
-
-    @property
-    def decodes_all(self) -> int:
-        """Most running requests that a step decodes all, a token each, when there is nothing else to do."""
-        return 0 if self._draft_tokens else self._token_budget
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Everything that runs, then what has arrived."""
@@ -112,12 +98,3 @@ class DistServeDecode:
             drafts,
         )
         return step_plan(slots[:count], tokens[:count], drafts=drafts[:count])
-
-    def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
-        """Learns nothing."""
-
-    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
-        """Learns nothing."""
-
-    def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
-        """Learns nothing."""

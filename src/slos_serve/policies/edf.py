@@ -12,7 +12,7 @@ from numba import njit
 from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.request import RequestArray
 from slos_serve.core.slo import check_number
-from slos_serve.perf.batch_time import BatchShape
+from slos_serve.policies.base import StockPolicy
 from slos_serve.policies.queue_order import (
     IntArray,
     blocks_of,
@@ -69,7 +69,7 @@ def by_deadline(
     return count
 
 
-class EarliestDeadlineFirst:
+class EarliestDeadlineFirst(StockPolicy):
     """See :class:`slos_serve.policies.base.Policy`.
 
     Args:
@@ -107,12 +107,3 @@ class EarliestDeadlineFirst:
         starts = rows["running"][slots[:count]] == 0
         first = np.argsort(starts, kind="stable")  # running ones before waiting ones, as a plan must have them
         return step_plan(slots[:count][first], tokens[:count][first], Reason.PREFILL_DEADLINE, drafts[:count][first])
-
-    def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
-        """Learns nothing."""
-
-    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
-        """Learns nothing."""
-
-    def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
-        """Learns nothing."""

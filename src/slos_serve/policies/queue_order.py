@@ -20,7 +20,7 @@ IntArray = NDArray[np.int64]
 @njit(cache=True)
 def tokens_left(rows: RequestArray, slot: int) -> int:
     """Tokens to compute before the next output token; 1 for a decode. A cached prefix counts as computed."""
-    done = rows["computed_tokens"][slot] if rows["running"][slot] else rows["cached_tokens"][slot]
+    done = rows["computed_tokens"][slot] + (0 if rows["running"][slot] else rows["cached_tokens"][slot])
     return int(rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - done)
 
 

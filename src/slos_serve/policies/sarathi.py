@@ -13,7 +13,7 @@ from numba import njit
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestArray
 from slos_serve.core.slo import check_number
-from slos_serve.perf.batch_time import BatchShape
+from slos_serve.policies.base import StockPolicy
 from slos_serve.policies.queue_order import IntArray, checked_draft_tokens, chunked, step_plan, tokens_left
 
 WATERMARK = 0.01
@@ -33,7 +33,7 @@ def decodes_first(rows: RequestArray, running: IntArray, ordered: IntArray) -> N
             count += 1
 
 
-class Sarathi:
+class Sarathi(StockPolicy):
     """See :class:`slos_serve.policies.base.Policy`.
 
     Args:
@@ -44,11 +44,6 @@ class Sarathi:
     def __init__(self, chunk_tokens: int = 512, draft_tokens: int = 0) -> None:
         self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, low=1, high=1e6, low_included=True))
-
-    @property
-    def decodes_all(self) -> int:
-        """Most running requests that a step decodes all, a token each, when there is nothing else to do."""
-        return 0 if self._draft_tokens else self._chunk_tokens
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """All decodes, then chunks of running prompts, then new prompts."""
@@ -72,12 +67,3 @@ class Sarathi:
             drafts,
         )
         return step_plan(slots[:count], tokens[:count], drafts=drafts[:count])
-
-    def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
-        """Learns nothing."""
-
-    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
-        """Learns nothing."""
-
-    def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
-        """Learns nothing."""

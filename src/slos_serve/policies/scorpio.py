@@ -17,6 +17,7 @@ from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestArray
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
+from slos_serve.policies.base import StockPolicy
 from slos_serve.policies.queue_order import IntArray, chunked, rest_of_prompt, step_plan, whole_prompts
 
 # Margins of the authors' implementation: seconds added to a predicted wait, and share of the TPOT that may be used.
@@ -27,7 +28,7 @@ WATERMARK = 0.01
 PRIOR_OUTPUT_TOKENS = 256.0
 
 
-class Scorpio:
+class Scorpio(StockPolicy):
     """See :class:`slos_serve.policies.base.Policy`.
 
     Args:
@@ -181,12 +182,6 @@ class Scorpio:
             drafts,
         )
         return step_plan(slots[:count], tokens[:count])
-
-    def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
-        """Learns nothing: the authors fit their predictors offline."""
-
-    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
-        """Learns nothing."""
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
         """Learn the mean answer length of a class."""

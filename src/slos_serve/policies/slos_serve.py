@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from slos_serve.core.plan import EngineView, StepPlan
-from slos_serve.core.request import SlotArray, Status
+from slos_serve.core.request import SlotArray
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
 from slos_serve.perf.online import OnlineCorrection
 from slos_serve.planning.planner import Planner
-from slos_serve.planning.prefill_rate import IntArray
 from slos_serve.planning.settings import PlannerSettings
+from slos_serve.policies.base import IntArray
 
 # Margin on step times until enough of them have been seen to know their spread.
 INITIAL_MARGIN = 0.05
@@ -24,9 +22,7 @@ class SLOsServePolicy:
     ) -> None:
         self.planner = Planner(model, num_classes, settings)
         chosen = self.planner.settings
-        self.correction = OnlineCorrection(
-            quantile=chosen.planned_quantile, initial_ratio_quantile=1.0 + INITIAL_MARGIN
-        )
+        self.correction = OnlineCorrection(quantile=chosen.step_quantile, initial_ratio_quantile=1.0 + INITIAL_MARGIN)
         self.model = model
         self._correct = correct
         if correct:
@@ -37,11 +33,8 @@ class SLOsServePolicy:
         return self.planner.plan(now_s, view)
 
     def commit(self, plan: StepPlan, view: EngineView, ran: SlotArray) -> None:
-        """The engine ran ``ran`` of the plan's slots: write what the plan decided about promises into the table."""
-        rows = view.table.rows
-        made = plan.admitted[np.isin(plan.admitted, ran) | (rows["running"][plan.admitted] == 1)]
-        rows["status"][made] = Status.ADMITTED
-        rows["status"][plan.demoted] = Status.BEST_EFFORT
+        """Make the promises of a plan that was carried out; see :meth:`slos_serve.policies.base.Policy.commit`."""
+        self.planner.commit(plan, view, ran)
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
         """Follow the drift and the spread of step times."""

@@ -10,11 +10,11 @@ import numpy as np
 
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
-from slos_serve.perf.batch_time import BatchShape
-from slos_serve.policies.queue_order import IntArray, checked_draft_tokens, chunked, step_plan
+from slos_serve.policies.base import StockPolicy
+from slos_serve.policies.queue_order import checked_draft_tokens, chunked, step_plan
 
 
-class VllmOrder:
+class VllmOrder(StockPolicy):
     """See :class:`slos_serve.policies.base.Policy`.
 
     Args:
@@ -25,11 +25,6 @@ class VllmOrder:
     def __init__(self, token_budget: int = 2048, draft_tokens: int = 0) -> None:
         self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
-
-    @property
-    def decodes_all(self) -> int:
-        """Most running requests that a step decodes all, a token each, when there is nothing else to do."""
-        return 0 if self._draft_tokens else self._token_budget
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Fill the budget in queue order."""
@@ -51,12 +46,3 @@ class VllmOrder:
             drafts,
         )
         return step_plan(slots[:count], tokens[:count], drafts=drafts[:count])
-
-    def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
-        """Learns nothing."""
-
-    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
-        """Learns nothing."""
-
-    def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
-        """Learns nothing."""

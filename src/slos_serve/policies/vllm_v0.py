@@ -10,9 +10,8 @@ import numpy as np
 
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
-from slos_serve.perf.batch_time import BatchShape
+from slos_serve.policies.base import StockPolicy
 from slos_serve.policies.queue_order import (
-    IntArray,
     checked_draft_tokens,
     draft_all,
     rest_of_prompt,
@@ -24,7 +23,7 @@ WATERMARK = 0.01
 _ANY_NUMBER = 1 << 62
 
 
-class VllmV0:
+class VllmV0(StockPolicy):
     """See :class:`slos_serve.policies.base.Policy`.
 
     Args:
@@ -35,11 +34,6 @@ class VllmV0:
     def __init__(self, token_budget: int = 8192, draft_tokens: int = 0) -> None:
         self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
-
-    @property
-    def decodes_all(self) -> int:
-        """Most running requests that a step decodes all, a token each, when there is nothing else to do."""
-        return 0 if self._draft_tokens else _ANY_NUMBER
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """A prefill step when a prompt can start, else a decode step."""
@@ -72,12 +66,3 @@ class VllmV0:
             view.block_size,
         )
         return step_plan(view.running.copy(), 1 + drafts, drafts=drafts)
-
-    def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
-        """Learns nothing."""
-
-    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
-        """Learns nothing."""
-
-    def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
-        """Learns nothing."""

@@ -11,12 +11,13 @@ import argparse
 import asyncio
 import itertools
 import json
+import multiprocessing
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -67,6 +68,7 @@ ENOUGH_SAMPLES = 60
 MOST_STRETCH = 3.0
 # An engine that has run no step for this long has died or hangs.
 SILENCE_S = 300.0
+REAP_S = 10.0
 
 Progress = Callable[[str, float], None]
 
@@ -129,14 +131,28 @@ def profile_engine(
                 MAX_DECODES_ENV: str(_max_decodes()),
             }
         ):
-            identity, sampling = asyncio.run(_measure(engine_args, file, duration_s, seed, told))
+            try:
+                identity, sampling = asyncio.run(_measure(engine_args, file, duration_s, seed, told))
+            finally:
+                _reap_engine()
         facts, measured = read_raw_samples(file)
-    samples = undisturbed(measured)
-    num_disturbed = len(measured) - len(samples)
     told("fit", 0.0)
+    run = _fit(identity, facts, measured, label or model_label(model))
+    conditions = f"slos-serve profile: {duration_s:g} s, seed {seed}, {len(run.samples)} batches ("
+    conditions += f"{run.num_disturbed} disturbed ones left out), sampling {sampling}, "
+    conditions += f"async scheduling {'on' if run.async_scheduling else 'off'}, arguments {_shown(vllm_args)}"
+    told("fit", 1.0)
+    return replace(run, profile=replace(run.profile, source=conditions))
+
+
+def _fit(
+    identity: EngineIdentity, facts: Mapping[str, Any], measured: Sequence[tuple[Sample, float]], label: str
+) -> ProfileRun:
+    """The profile of what was measured, disturbed batches left out."""
+    samples = undisturbed(measured)
     fitted = fit_held_out(samples)
     profile = Profile(
-        model_name=label or model_label(model),
+        model_name=label,
         device=str(identity.device),
         engine="vllm",
         engine_version=str(identity.engine_version),
@@ -152,12 +168,9 @@ def profile_engine(
             **error_by_region(fitted.model, fitted.held_out),
             FOLLOWED: error_followed(fitted.model, samples, HELD_OUT_EVERY),
         },
-        source=f"slos-serve profile: {duration_s:g} s, seed {seed}, {len(samples)} batches "
-        f"({num_disturbed} disturbed ones left out), sampling {sampling}, "
-        f"async scheduling {'on' if facts['async_scheduling'] else 'off'}, arguments {_shown(vllm_args)}",
         configuration={name: value for name, value in identity.known.items() if name in CONFIGURATION_FIELDS},
     )
-    told("fit", 1.0)
+    num_disturbed = len(measured) - len(samples)
     return ProfileRun(profile, samples, num_disturbed, facts["async_scheduling"], facts["max_num_seqs"])
 
 
@@ -305,6 +318,12 @@ class _Load:
     def _log_uniform(self, low: int, high: int) -> int:
         top = max(1, min(high, self._longest))
         return int(np.exp(self._rng.uniform(np.log(min(low, top)), np.log(top))))
+
+
+def _reap_engine() -> None:
+    """Collect the engine's processes: this one may go on to serve for months, with them as zombies."""
+    for process in multiprocessing.active_children():
+        process.join(REAP_S)
 
 
 def _shown(vllm_args: Sequence[str]) -> str:

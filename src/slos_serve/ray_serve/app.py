@@ -110,7 +110,7 @@ def build_app(args: dict[str, Any], api_keys: Sequence[str] | None = None) -> Ap
     llm = LLMConfig(**llm_config_of(config, len(config.plugin.classes) + 2, environment))
     engine = build_llm_deployment(llm)
     ingress = serve.deployment(
-        make_fastapi_ingress(SLOIngress, endpoint_map=ENDPOINTS, app=_fastapi_app(keys)),
+        make_fastapi_ingress(SLOIngress, endpoint_map=ENDPOINTS, app=fastapi_app_with(keys)),
         name="SLOIngress",
         num_replicas=config.ingress_replicas,
         max_ongoing_requests=MOST_ONGOING,
@@ -126,7 +126,7 @@ def build_app(args: dict[str, Any], api_keys: Sequence[str] | None = None) -> Ap
     )
 
 
-def _fastapi_app(keys: Sequence[str]) -> Any:
+def fastapi_app_with(keys: Sequence[str]) -> Any:
     """Ray's FastAPI application in our middleware; the one added last is asked first."""
     app = compat.fastapi_app()
     app.add_middleware(SLOMiddleware)

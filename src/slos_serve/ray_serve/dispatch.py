@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
-from slos_serve.core.errors import InvalidFieldError
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import Envelope
 from slos_serve.routing.clock_offset import ClockOffset
@@ -137,7 +136,7 @@ class Dispatcher:
             offset_s = offset.observe(envelope.sent_s, envelope.received_s)
             try:
                 self.mirrors.update(envelope.publication(name), offset_s)
-            except InvalidFieldError:
+            except Exception:  # it comes from another process; the next one may be better
                 _logger.exception("slos-serve: a publication of replica %s cannot be used", name)
                 continue
             if envelope.unchanged:

@@ -15,10 +15,12 @@ from collections.abc import Callable
 import zmq
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.ray_serve.wire import Envelope
+from slos_serve.ray_serve.wire import ADDRESS_KEY, Envelope
 
 _logger = logging.getLogger("slos_serve.ray_serve")
 _POLL_MS = 50
+# A publication of a thousand owed prompts has some 200 KiB.
+MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 
 
 class Inbox:
@@ -69,16 +71,31 @@ class Inbox:
                     poller.unregister(old)
                     names.pop(old)
                     old.close(linger=0)
-                if address is not None:
-                    sockets[replica] = _subscribed(context, address)
-                    names[sockets[replica]] = replica
-                    poller.register(sockets[replica], zmq.POLLIN)
+                socket = None if address is None else self._subscribed(context, replica, address)
+                if socket is not None:
+                    sockets[replica], names[socket] = socket, replica
+                    poller.register(socket, zmq.POLLIN)
             if not sockets:  # a poll of nothing does not wait
                 self._ended.wait(_POLL_MS / 1000.0)
                 continue
-            for socket, _ in poller.poll(_POLL_MS):
-                self._read(socket, names[socket])
+            try:
+                for socket, _ in poller.poll(_POLL_MS):
+                    self._read(socket, names[socket])
+            except Exception:  # one replica's trouble must not end the hearing of all
+                _logger.exception("slos-serve: failed to read publications")
+                self._ended.wait(_POLL_MS / 1000.0)
         context.destroy(linger=0)
+
+    def _subscribed(
+        self, context: zmq.Context[zmq.Socket[bytes]], replica: str, address: object
+    ) -> zmq.Socket[bytes] | None:
+        """A socket that hears the replica; ``None`` where its address is none, so that it counts as full."""
+        socket = None
+        try:
+            socket = _subscribed(context, address)
+        except Exception:
+            _logger.exception("slos-serve: failed to listen to replica %s at %r", replica, address)
+        return socket
 
     def _read(self, socket: zmq.Socket[bytes], replica: str) -> None:
         """Everything that lies in the socket; the newest is kept."""
@@ -94,11 +111,19 @@ class Inbox:
                 self._newest[replica] = envelope
 
 
-def _subscribed(context: zmq.Context[zmq.Socket[bytes]], address: str) -> zmq.Socket[bytes]:
+def _subscribed(context: zmq.Context[zmq.Socket[bytes]], address: object) -> zmq.Socket[bytes]:
+    """A socket that hears ``address``, which comes from another process and may be anything."""
+    if not isinstance(address, str) or not address.startswith("tcp://"):
+        raise InvalidFieldError(ADDRESS_KEY, address, "tcp://HOST:PORT")
     socket = context.socket(zmq.SUB)
-    socket.setsockopt(zmq.RCVHWM, 16)
-    if "[" in address:
-        socket.setsockopt(zmq.IPV6, 1)
-    socket.setsockopt(zmq.SUBSCRIBE, b"")
-    socket.connect(address)
+    try:
+        socket.setsockopt(zmq.RCVHWM, 16)
+        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        if "[" in address:
+            socket.setsockopt(zmq.IPV6, 1)
+        socket.setsockopt(zmq.SUBSCRIBE, b"")
+        socket.connect(address)
+    except BaseException:
+        socket.close(linger=0)
+        raise
     return socket

@@ -9,7 +9,8 @@ import json
 import logging
 import math
 import os
-from collections.abc import AsyncGenerator, AsyncIterator
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 from fastapi import Request
@@ -32,6 +33,9 @@ HEALTH_TIMEOUT_S = 1.5
 GENERATING = ("chat", "completions")
 REJECTED = "rejected-saturated"
 LOST = "replica_lost"
+# Ray needs some seconds to notice and replace a replica; refused clients come back spread over half of their wait.
+UNAVAILABLE_RETRY_S = 4.0
+RETRY_SPREAD = 1.5
 _logger = logging.getLogger("slos_serve.ray_serve")
 
 
@@ -64,7 +68,8 @@ class SLOIngress(OpenAiIngress):
         try:
             await asyncio.wait_for(handle.check_health.remote(), HEALTH_TIMEOUT_S)
         except Exception as error:
-            return error_response(503, f"no replica answers ({type(error).__name__})", "service_unavailable")
+            fault = f"no replica answers ({type(error).__name__})"
+            return error_response(503, fault, "service_unavailable", headers=retry_after(UNAVAILABLE_RETRY_S))
         return Response()
 
     async def _process_llm_request(self, body: Any, call_method: str, raw_request: Request | None = None) -> Response:
@@ -84,7 +89,8 @@ class SLOIngress(OpenAiIngress):
                 return refusal(refused, ticket)
             except RayActorError as error:
                 fault = type(error).__name__
-                return error_response(503, lost_message(ticket, fault), LOST, headers=answer_headers(ticket))
+                headers = {**answer_headers(ticket), **retry_after(UNAVAILABLE_RETRY_S)}
+                return error_response(503, lost_message(ticket, fault), LOST, headers=headers)
         self._count(ticket)
         if isinstance(first, compat.ErrorResponse):
             kind = first.error
@@ -169,7 +175,8 @@ def answer_headers(ticket: Ticket) -> dict[str, str]:
 def refusal(refused: RequestRefusedError, ticket: Ticket) -> JSONResponse:
     """429 in the OpenAI shape, with when to ask again."""
     asked = ticket.asked
-    wait_s = math.ceil(refused.retry_after_s) if math.isfinite(refused.retry_after_s) else 1
+    told = retry_after(refused.retry_after_s)
+    wait_s = told["retry-after"]
     due_ms = (asked.ttft_due_s - asked.arrival_s) * 1000.0
     promise = ", ".join(
         f"{name} {value:.0f} ms" for name, value in (("TTFT", due_ms), ("TPOT", asked.tpot_s * 1e3)) if value < math.inf
@@ -179,13 +186,19 @@ def refusal(refused: RequestRefusedError, ticket: Ticket) -> JSONResponse:
         f"now: {refused.reason}. Retryable; ask again in {wait_s} s."
     )
     headers = {
-        "retry-after": str(wait_s),
+        **told,
         "x-llm-d-request-dropped-reason": REJECTED,
         "x-slo-class": ticket.slo_class or "custom",
         "x-slo-verdict": "reject",
         "x-slo-reason": refused.reason,
     }
     return error_response(429, message, "rate_limit_error", "slo_class", headers)
+
+
+def retry_after(least_s: float, uniform: Callable[[float, float], float] = random.uniform) -> dict[str, str]:
+    """When to ask again: not before ``least_s``, and not all at the same moment."""
+    least_s = least_s if math.isfinite(least_s) else 1.0
+    return {"retry-after": str(max(math.ceil(uniform(least_s, RETRY_SPREAD * least_s)), 1))}
 
 
 def error_response(

@@ -1,7 +1,9 @@
 """Whether the engine behind a replica still answers, from its publications and the calls that wait for it.
 
-An engine publishes with every step and falls silent when nothing is left to do. So silence means rest while no call
-waits, and trouble once one has waited for long.
+An engine that works finishes steps, and falls silent when nothing is left to do. So silence means rest while no call
+waits, and trouble once one has waited for long. Publications carry how many steps the engine has finished; a busy
+engine may publish rarely, and one that hangs may still publish, so the count is what is judged. Where publications have
+no count, each of them is taken for a finished step.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ class Pulse:
     """Of one engine. Times come from the caller, on one clock."""
 
     def __init__(self) -> None:
-        self._published_s = -math.inf
+        self._stepped_s = -math.inf
+        self._steps_done: int | None = None
         self._left = 0
         self._calls: dict[int, float] = {}
         self._next = 0
@@ -25,9 +28,17 @@ class Pulse:
         """Calls that the engine has not answered in full."""
         return len(self._calls)
 
-    def published(self, now_s: float, num_requests: int) -> None:
-        """A publication came, which shows this many unfinished requests."""
-        self._published_s = now_s
+    def published(self, now_s: float, num_requests: int, steps_done: int | None = None) -> None:
+        """A publication came.
+
+        Args:
+            now_s: when.
+            num_requests: unfinished requests that it shows.
+            steps_done: steps that the engine has finished since its start, where the publication says it.
+        """
+        if steps_done is None or steps_done != self._steps_done or num_requests == 0:
+            self._stepped_s = now_s
+        self._steps_done = steps_done
         self._left = num_requests
 
     def call_began(self, now_s: float) -> int:
@@ -41,10 +52,10 @@ class Pulse:
         self._calls.pop(number, None)
 
     def silent_s(self, now_s: float) -> float:
-        """How long calls have waited without a sign of the engine; 0 when none waits."""
+        """How long calls have waited without a finished step; 0 when none waits."""
         oldest_s = min(self._calls.values(), default=math.inf)
-        return max(now_s - max(self._published_s, oldest_s), 0.0)
+        return max(now_s - max(self._stepped_s, oldest_s), 0.0)
 
     def resting(self, now_s: float) -> bool:
         """Whether its last publication, of an empty engine, still holds."""
-        return self._published_s > -math.inf and self._left == 0 and self.silent_s(now_s) < REST_S
+        return self._stepped_s > -math.inf and self._left == 0 and self.silent_s(now_s) < REST_S

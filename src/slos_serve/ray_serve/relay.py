@@ -16,7 +16,6 @@ from pathlib import Path
 
 import zmq
 
-from slos_serve.core.errors import InvalidFieldError
 from slos_serve.ray_serve.pulse import Pulse
 from slos_serve.ray_serve.wire import Envelope
 from slos_serve.routing.publication import Publication
@@ -73,7 +72,7 @@ class Relay:
         while not self._ended.is_set():
             try:
                 self._turn(wait_ms)
-            except (zmq.ZMQError, InvalidFieldError):
+            except Exception:  # whatever came, the next publication is handed on
                 _logger.exception("slos-serve: a publication could not be handed on")
                 self._ended.wait(self._every_s)
 
@@ -82,7 +81,8 @@ class Relay:
         payload = self._engine.recv() if self._engine.poll(wait_ms) else None
         now_s = self._clock_s()
         if payload is not None:
-            self._pulse.published(now_s, Envelope(0.0, False, payload).publication("").num_requests)
+            received = Envelope(0.0, False, payload)
+            self._pulse.published(now_s, received.publication("").num_requests, received.steps_done())
             self._last = payload
             self._send(Envelope(now_s, False, payload))
         elif self._last is not None and self._pulse.resting(now_s):

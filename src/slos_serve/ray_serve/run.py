@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
+from slos_serve.core.redaction import redacted_text
 from slos_serve.launch.endpoint import Endpoint
 from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.ray_serve.api_keys import take_keys
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _end_on_signals(ended)  # once more: Ray has set its own
         return _serve(args, options, keys, ended)
     except SlosServeError as error:
-        sys.stderr.write(f"slos-serve: {error}\n")
+        sys.stderr.write(f"slos-serve: {redacted_text(str(error), keys)}\n")
         return 2
     finally:
         ray.shutdown()
@@ -107,13 +108,13 @@ def _serve(args: dict[str, Any], options: dict[str, Any], keys: Sequence[str], e
     app = build_app(args, keys)
     try:
         serve.start(http_options=options)
-        _check_endpoint(options, endpoint_options())
+        check_endpoint(options, endpoint_options())
         target = serve.RunTarget(app, name=APPLICATION, route_prefix="/")
         serve.run_many([target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False)
         while not ended.wait(_LOOK_EVERY_S):
             found = serve.status().applications[APPLICATION]
             if found.status == "DEPLOY_FAILED":
-                sys.stderr.write(f"slos-serve: the replicas cannot start: {found.message}\n")
+                sys.stderr.write(f"slos-serve: the replicas cannot start: {redacted_text(found.message, keys)}\n")
                 return 1
         return 0
     finally:
@@ -122,7 +123,7 @@ def _serve(args: dict[str, Any], options: dict[str, Any], keys: Sequence[str], e
         drained.join(_DRAIN_S)
 
 
-def _check_endpoint(wanted: Mapping[str, Any], running: Any) -> None:
+def check_endpoint(wanted: Mapping[str, Any], running: Any) -> None:
     """A cluster that serves already keeps its own endpoint: its TLS and port must be those asked for.
 
     Raises:

@@ -16,7 +16,7 @@ from slos_serve.ray_serve.prompts import PromptCounter
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.routing.router import RoutingRequest
 from slos_serve.vllm_plugin.config import PluginConfig
-from slos_serve.vllm_plugin.slo_args import SESSION_HEADER, from_extra_args
+from slos_serve.vllm_plugin.slo_args import MAX_SESSION_CHARS, SESSION_HEADER, from_extra_args
 
 
 class TicketOffice:
@@ -98,6 +98,6 @@ class TicketOffice:
 
 
 def session_of(headers: Any) -> str | None:
-    """The session that a request's headers name."""
+    """The session that a request's headers name; ``None`` without one, and for a name longer than bodies may have."""
     found = headers.get(SESSION_HEADER)
-    return found or None
+    return found if found and len(found) <= MAX_SESSION_CHARS else None

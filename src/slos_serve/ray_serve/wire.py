@@ -7,13 +7,17 @@ JSON only: nothing that comes over the network is unpickled.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.routing.publication import Publication
 
 ADDRESS_KEY = "slos_serve_publications"
+# Of a publication, optional: steps that its engine has finished since its start.
+STEPS_KEY = "steps_done"
 _FRESH, _UNCHANGED = b"0", b"1"
 
 
@@ -46,9 +50,12 @@ class Envelope:
         """
         try:
             sent, flag, payload = parts
-            return cls(float(sent), flag == _UNCHANGED, payload, received_s)
+            sent_s = float(sent)
         except ValueError as fault:
             raise InvalidFieldError("publication message", len(parts), "three parts, the first a number") from fault
+        if not math.isfinite(sent_s):
+            raise InvalidFieldError("publication message", sent_s, "three parts, the first a finite number")
+        return cls(sent_s, flag == _UNCHANGED, payload, received_s)
 
     def publication(self, replica: str) -> Publication:
         """The publication, named after the replica that it is known to come from.
@@ -56,10 +63,26 @@ class Envelope:
         Raises:
             InvalidFieldError: it cannot be used.
         """
+        return replace(Publication.of_dict(self._document()), replica=replica)
+
+    def steps_done(self) -> int | None:
+        """Steps that the engine has finished, ``None`` where the publication does not say it.
+
+        Raises:
+            InvalidFieldError: it cannot be used.
+        """
+        found = self._document().get(STEPS_KEY)
+        if found is None:
+            return None
+        if isinstance(found, bool) or not isinstance(found, int):
+            raise InvalidFieldError(STEPS_KEY, found, "a whole number")
+        return found
+
+    def _document(self) -> dict[str, Any]:
         try:
             given = json.loads(self.payload)
-        except ValueError as fault:
+        except (ValueError, RecursionError) as fault:
             raise InvalidFieldError("publication", str(fault), "JSON") from fault
         if not isinstance(given, dict):
             raise InvalidFieldError("publication", type(given).__name__, "a JSON object")
-        return replace(Publication.of_dict(given), replica=replica)
+        return given

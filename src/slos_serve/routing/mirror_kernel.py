@@ -1,8 +1,7 @@
 """A replica's admission, asked in its place, on the mirrors' arrays.
 
-The question "would this request and all that is promised keep their deadlines?" is :func:`first_violation`, the
-planner's feasibility rule, and a request's cost, tier, due time and memory come from the planner's :func:`gather` and
-:func:`reserve`.
+A mirror is a demand and a supply. Whether a request and all that is promised keep their deadlines is
+:func:`slos_serve.planning.feasible.first_missed`, and what the request asks for is the planner's :func:`build_demand`.
 """
 
 from __future__ import annotations
@@ -12,12 +11,14 @@ from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.core.request import RequestArray
-from slos_serve.planning.admission import cut_short_s
-from slos_serve.planning.candidates import UNDECIDED, demote_lost, forecast_lengths, gather
-from slos_serve.planning.greedy_set import TOLERANCE, first_violation
-from slos_serve.planning.memory import reserve
-from slos_serve.planning.prefill_rate import FloatArray, IntArray
-from slos_serve.routing.mirror_arrays import MirrorArrays, advance, load_of, with_time_freed
+from slos_serve.perf.step_time import decode_s, roofline_s
+from slos_serve.planning.admission import CUT_SHORT, CUT_SHORT_WITH_DRAFTS
+from slos_serve.planning.demand import Demand, build_demand, is_lost
+from slos_serve.planning.feasible import TOLERANCE, first_missed
+from slos_serve.planning.lengths import forecast_lengths
+from slos_serve.planning.state import UNDECIDED, FloatArray, IntArray, State, peak_blocks
+from slos_serve.planning.supply import Supply
+from slos_serve.routing.mirror_arrays import MirrorArrays, advance, load_of, supply_of
 
 BoolArray = NDArray[np.bool_]
 
@@ -43,7 +44,7 @@ def _tier_for(m: MirrorArrays, k: int, pace_s: float) -> int:
     if j < m.pace_s.shape[1]:
         m.num_tiers[k] = j + 1
         m.pace_s[k, j] = pace_s
-        m.periods_s[k, j] = pace_s
+        m.periods_s[k, j] = pace_s * (1.0 - m.margin[k])
         m.tokens_each[k, j] = 1.0
         m.extra_s_each[k, j] = 0.0
         m.counts[k, j] = 0.0
@@ -52,27 +53,32 @@ def _tier_for(m: MirrorArrays, k: int, pace_s: float) -> int:
     if found >= 0:
         return found
     m.pace_s[k, tightest] = pace_s
-    m.periods_s[k, tightest] = min(m.periods_s[k, tightest], pace_s)
+    m.periods_s[k, tightest] = min(m.periods_s[k, tightest], pace_s * (1.0 - m.margin[k]))
     return tightest
 
 
 @njit(cache=True)
-def demand(
-    m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int
-) -> tuple[float, float, int, float, FloatArray]:
-    """What the request in ``row[0]`` asks of replica ``k``: due time, cost, tier, extra seconds, memory [K]."""
-    one = np.zeros(1, dtype=np.int64)
-    none = np.empty(0, dtype=np.int64)
+def state_of_one(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> State:
+    """Replica ``k`` with nothing in it but the request in ``row[0]``, which waits."""
+    one, none = np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.int64)
     row["cached_tokens"][0] = cached_tokens
-    forecast_lengths(row, one, m.forecast_tokens[k], np.ones(1))
-    _, due_s, cost, _, _, _, pace_s, extra_s, _ = gather(
-        row, none, one, m.clock_s[k], m.coefficients[k], m.tpot_margin[k], m.max_implied_ttft_s[k]
+    forecast_lengths(row, one, m.forecast_tokens[k])
+    blocks, size, many = m.total_blocks[k], m.block_size[k], 1 << 40
+    status = np.full(1, UNDECIDED)
+    return State(
+        row, status, none, one, m.coefficients[k], m.clock_s[k], m.margin[k], blocks, blocks, size, many, many, 0, 1, 0
     )
-    need, _ = reserve(row, none, one, m.total_blocks[k], m.block_size[k])
-    memory = np.empty(m.memory_left.shape[1])
-    for j in range(len(memory)):
-        memory[j] = need[0, min(j, need.shape[1] - 1)]
-    return due_s[0], cost[0], _tier_for(m, k, pace_s[0]), extra_s[0], memory
+
+
+@njit(cache=True)
+def demand(m: MirrorArrays, k: int, state: State) -> tuple[float, float, int, float, FloatArray]:
+    """What the request of a state asks of replica ``k``: due time, cost, tier, extra seconds, memory [K]."""
+    row = state.rows
+    tier = _tier_for(m, k, row["tpot_s"][0])
+    found = build_demand(state, state.waiting, m.pace_s[k], m.max_implied_ttft_s[k], 0.0)
+    context = row["prompt_tokens"][0] + 0.5 * (row["output_tokens"][0] + row["expected_tokens"][0])
+    memory = np.full(m.memory_left.shape[1], float(peak_blocks(row, 0, m.block_size[k])))
+    return found.due_s[0], found.tokens[0], tier, decode_s(m.coefficients[k], 0.0, context), memory
 
 
 @njit(cache=True)
@@ -83,21 +89,17 @@ def _place(m: MirrorArrays, k: int, due_s: float) -> int:
 
 
 @njit(cache=True)
-def _with(
-    m: MirrorArrays, k: int, at: int, due_s: float, cost: float, tier: int
-) -> tuple[FloatArray, FloatArray, IntArray]:
-    """What replica ``k`` owes, and one more at position ``at``: due times, costs, tiers."""
-    first, last = m.first[k], m.first[k] + m.num_owed[k]
-    dues, costs = np.empty(last - first + 1), np.empty(last - first + 1)
-    tiers = np.empty(last - first + 1, dtype=np.int64)
-    dues[:at], dues[at], dues[at + 1 :] = m.due_s[k, first : first + at], due_s, m.due_s[k, first + at : last]
-    costs[:at], costs[at], costs[at + 1 :] = (
-        m.cost_tokens[k, first : first + at],
-        cost,
-        m.cost_tokens[k, first + at : last],
-    )
-    tiers[:at], tiers[at], tiers[at + 1 :] = m.tier[k, first : first + at], tier, m.tier[k, first + at : last]
-    return dues, costs, tiers
+def _with(m: MirrorArrays, k: int, at: int, due_s: float, cost: float, tier: int) -> Demand:
+    """What replica ``k`` owes, and one more at position ``at``; memory is looked at apart."""
+    first, n = m.first[k], m.num_owed[k] + 1
+    dues, costs, tiers = np.empty(n), np.empty(n), np.empty(n, dtype=np.int64)
+    for i in range(n):
+        place = first + i - (1 if i > at else 0)
+        dues[i] = due_s if i == at else m.due_s[k, place]
+        costs[i] = cost if i == at else m.cost_tokens[k, place]
+        tiers[i] = tier if i == at else m.tier[k, place]
+    ones = np.ones(n)
+    return Demand(tiers, dues, costs, tiers, np.empty((n, 0)), ones, np.zeros(n, dtype=np.bool_))
 
 
 @njit(cache=True)
@@ -138,25 +140,19 @@ def _costliest(m: MirrorArrays, k: int, size: FloatArray, own: int, own_weight: 
 
 
 @njit(cache=True)
-def _judge(
-    m: MirrorArrays, k: int, taken: BoolArray, dues: FloatArray, costs: FloatArray, tiers: IntArray, extras: FloatArray
-) -> tuple[int, float]:
-    """The planner's feasibility rule on a set: see :func:`first_violation`."""
-    return first_violation(
+def _missed(m: MirrorArrays, k: int, taken: BoolArray, asked: Demand, extras: FloatArray) -> tuple[int, float]:
+    """:func:`first_missed` of a set on replica ``k``, whose decodes add ``extras`` seconds each."""
+    drafting = m.tokens_each[k, : m.num_tiers[k]].max() > 1.0 + TOLERANCE
+    fixed_s = roofline_s(m.coefficients[k], 0.0)
+    s = supply_of(m, k, fixed_s * (CUT_SHORT_WITH_DRAFTS if drafting else CUT_SHORT))
+    return first_missed(
         taken,
-        with_time_freed(m, k, dues),
-        costs,
-        tiers,
-        m.counts[k],
-        m.periods_s[k],
-        m.tokens_each[k],
-        extras,
-        m.draft_s[k],
-        m.coefficients[k],
-        m.max_step_tokens[k],
-        # A decode that drafts puts more than one token into a period.
-        m.clock_s[k] + cut_short_s(m.coefficients[k], m.tokens_each[k, : m.num_tiers[k]].max() > 1.0 + TOLERANCE),
-    )
+        asked,
+        Supply(
+            s.coefficients, s.max_tokens, s.draft_s, s.start_s, s.counts, s.periods_s, s.tokens_each, extras, s.blocks,
+            s.moments_s, s.lent_tokens,
+        ),
+    )  # fmt: skip
 
 
 @njit(cache=True)
@@ -170,40 +166,36 @@ def ask(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> tuple
     Returns:
         ``NO``, ``INSTEAD`` or ``BESIDE``, and the place of the one given up, -1 when none is.
     """
-    due_s, cost, tier, extra_s, memory = demand(m, k, row, cached_tokens)
-    lost = demote_lost(row, np.zeros(1, dtype=np.int64), m.clock_s[k], m.coefficients[k], np.zeros(1, dtype=np.int64))
-    row["status"][0] = UNDECIDED
-    promised = 0.0
-    for i in range(m.first[k], m.first[k] + m.num_owed[k]):
-        promised += m.cost_tokens[k, i] * m.begun[k, i]
-    if lost > 0 or promised + cost > m.most_open_tokens[k] * max(row["weight"][0], 1.0):
+    state = state_of_one(m, k, row, cached_tokens)
+    if is_lost(state, 0):
         return NO, -1
+    due_s, cost, tier, extra_s, memory = demand(m, k, state)
     at = _place(m, k, due_s)
-    dues, costs, tiers = _with(m, k, at, due_s, cost, tier)
+    asked = _with(m, k, at, due_s, cost, tier)
     extras = m.extra_s_each[k].copy()
     extras[tier] += (extra_s - extras[tier]) / (m.in_tier[k, tier] + 1.0)
-    taken = np.ones(len(dues), dtype=np.bool_)
+    taken = np.ones(len(asked.due_s), dtype=np.bool_)
     short = _short_of_memory(m, k, memory, -1)
     if short >= 0:
-        blocks = np.empty(len(dues))
+        blocks = np.empty(len(asked.due_s))
         first, last = m.first[k], m.first[k] + m.num_owed[k]
         blocks[:at], blocks[at] = m.memory[k, first : first + at, short], memory[short]
         blocks[at + 1 :] = m.memory[k, first + at : last, short]
         victim = _costliest(m, k, blocks, at, row["weight"][0], len(blocks))
     else:
-        violated, _ = _judge(m, k, taken, dues, costs, tiers, extras)
+        violated, _ = _missed(m, k, taken, asked, extras)
         if violated < 0:
             return BESIDE, -1
-        victim = _costliest(m, k, costs, at, row["weight"][0], violated + 1)
+        victim = _costliest(m, k, asked.tokens, at, row["weight"][0], violated + 1)
     if victim < 0 or victim == at:
         return NO, -1
     place = m.first[k] + victim - (1 if victim > at else 0)
     taken[victim] = False
-    violated, left = _judge(m, k, taken, dues, costs, tiers, extras)
+    violated, left = _missed(m, k, taken, asked, extras)
     if violated >= 0 or _short_of_memory(m, k, memory, place - m.first[k]) >= 0:
         return NO, -1
     taken[victim], taken[at] = True, False
-    kept, left_without = _judge(m, k, taken, dues, costs, tiers, extras)
+    kept, left_without = _missed(m, k, taken, asked, extras)
     gain = row["weight"][0] - m.weight[k, place]
     if gain > 0.0 or (gain == 0.0 and (kept >= 0 or left > left_without)):
         return INSTEAD, place
@@ -245,7 +237,7 @@ def enter(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> Non
         return
     if given_up >= 0:
         give_up(m, k, given_up)
-    due_s, cost, tier, extra_s, memory = demand(m, k, row, cached_tokens)
+    due_s, cost, tier, extra_s, memory = demand(m, k, state_of_one(m, k, row, cached_tokens))
     m.extra_s_each[k, tier] += (extra_s - m.extra_s_each[k, tier]) / (m.in_tier[k, tier] + 1.0)
     m.in_tier[k, tier] += 1.0
     at = m.first[k] + _place(m, k, due_s)

@@ -15,10 +15,11 @@ import numpy as np
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.request import REQUEST_DTYPE, RequestArray, Status
-from slos_serve.perf.batch_time import NUM_COEFFICIENTS
+from slos_serve.perf.step_time import NUM_COEFFICIENTS
+from slos_serve.planning.supply import MOMENT_TOKENS
 from slos_serve.routing.mirror_arrays import TIERS, MirrorArrays, rate_beside
 from slos_serve.routing.mirror_kernel import BoolArray, enter
-from slos_serve.routing.publication import FREED_AFTER_S, Publication
+from slos_serve.routing.publication import Publication
 
 PLACES = 64
 
@@ -212,12 +213,11 @@ class Mirrors:
             getattr(m, name)[k, :tiers] = getattr(given, name)
         m.memory_left[k, :] = given.memory_left.min()
         m.memory_left[k, :checkpoints] = given.memory_left
-        for name in ("coefficients", "draft_s", "max_step_tokens", "most_open_tokens"):
+        for name in ("coefficients", "draft_s", "max_step_tokens"):
             getattr(m, name)[k] = getattr(given, name)
-        for name in ("tpot_margin", "max_implied_ttft_s"):
+        for name in ("margin", "max_implied_ttft_s"):
             getattr(m, name)[k] = getattr(given, name)
-        m.freed_at_s[k] = given.freed_at_s + offset_s
-        m.freed_tokens[k], m.longer_tokens[k] = given.freed_tokens, given.longer_tokens
+        m.moments_s[k], m.lent_tokens[k] = given.moments_s + offset_s, given.lent_tokens
         m.total_blocks[k], m.block_size[k] = given.total_blocks, given.block_size
         classes = min(len(given.forecast_tokens), self._num_classes)
         m.forecast_tokens[k, :classes, 0] = given.forecast_tokens[:classes]
@@ -285,7 +285,7 @@ def _arrays(replicas: int, places: int, checkpoints: int, classes: int) -> Mirro
     shapes["memory"] = (replicas, places, checkpoints)
     by_tier = ("pace_s", "periods_s", "tokens_each", "extra_s_each", "counts", "in_tier")
     shapes |= dict.fromkeys(by_tier, (replicas, TIERS))
-    shapes |= dict.fromkeys(("freed_at_s", "freed_tokens", "longer_tokens"), (replicas, len(FREED_AFTER_S)))
+    shapes |= dict.fromkeys(("moments_s", "lent_tokens"), (replicas, len(MOMENT_TOKENS)))
     shapes["memory_left"] = (replicas, checkpoints)
     shapes["coefficients"] = (replicas, NUM_COEFFICIENTS)
     shapes["forecast_tokens"] = (replicas, classes, 1)

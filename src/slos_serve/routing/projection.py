@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from slos_serve.core.plan import EngineView, StepPlan
-from slos_serve.core.request import RequestArray, RequestTable, SlotArray
+from slos_serve.core.request import RequestArray, RequestTable, SlotArray, Status
 
 
 @njit(cache=True)
@@ -22,7 +22,7 @@ def carry_out(rows: RequestArray, slots: SlotArray, tokens: SlotArray, drafts: S
         slot = slots[i]
         if rows["running"][slot] == 0:
             rows["running"][slot] = 1
-            rows["computed_tokens"][slot] = rows["cached_tokens"][slot]
+            rows["computed_tokens"][slot] += rows["cached_tokens"][slot]
         total = rows["prompt_tokens"][slot] + rows["output_tokens"][slot]
         done = rows["computed_tokens"][slot] + tokens[i] - (drafts[i] if len(drafts) > 0 else 0)
         rows["computed_tokens"][slot] = min(done, total)
@@ -47,6 +47,7 @@ def after_step(view: EngineView, plan: StepPlan, end_s: float) -> EngineView:
     """A copy of ``view``, the planned step carried out and ended at ``end_s``."""
     after = view_copy(view)
     rows = after.table.rows
+    rows["status"][plan.admitted], rows["status"][plan.demoted] = Status.ADMITTED, Status.BEST_EFFORT
     for slots in (plan.preempt, plan.rejected):
         rows["running"][slots] = 0
     rows["computed_tokens"][plan.preempt] = 0

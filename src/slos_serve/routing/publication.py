@@ -1,4 +1,4 @@
-"""What a replica tells routers about itself: enough to answer "can you attain this?" in its place (design 4.7).
+"""What a replica tells routers about itself: enough to answer "can you attain this?" in its place.
 
 A publication holds no requests, only what admission adds up: decodes by tier, prefill still owed by due time, KV left
 after every reservation. Its size grows with the prompts that are pending, not with the decodes that run.
@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.perf.batch_time import NUM_COEFFICIENTS
-from slos_serve.planning.prefill_rate import FloatArray, IntArray
+from slos_serve.perf.step_time import NUM_COEFFICIENTS
+from slos_serve.planning.state import FloatArray, IntArray
+from slos_serve.planning.supply import MOMENT_TOKENS
 
-FORMAT = "slos-serve-publication/3"
-# What decodes leave to prompts is published for these moments, seconds after the state that is published.
-FREED_AFTER_S = np.array([0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.3, 1.6, 2.0, 3.2, 6.4, 12.8, 25.6])
+FORMAT = "slos-serve-publication/4"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,13 +32,11 @@ class Publication:
         seen_until_s: requests that reached the replica by then are counted in.
         correction: factor between observed and modelled batch times, already in ``coefficients``.
         coefficients: float64 [8], seconds, as the planner plans with them; see :mod:`slos_serve.perf.batch_time`.
-        tpot_margin, max_implied_ttft_s: of the planner's settings.
+        margin, max_implied_ttft_s: of the planner's settings.
         max_step_tokens: most tokens in a batch.
-        most_open_tokens: bound on what is promised and not yet computed, see
-            :func:`slos_serve.planning.admission.judge`; inf for none.
         draft_s: sequential seconds of the draft model a batch.
-        pace_s: float64 [L], TPOT of each decode tier, margin taken off.
-        periods_s, tokens_each, extra_s_each: float64 [L], see :func:`slos_serve.planning.prefill_rate.prefill_rate`.
+        pace_s: float64 [L], TPOT of each decode tier.
+        periods_s, tokens_each, extra_s_each: float64 [L], see :class:`slos_serve.planning.supply.Supply`.
         counts: float64 [L], promised decodes that run.
         in_tier: float64 [L], requests that ``extra_s_each`` is the mean of.
         due_s: float64 [n], first-token deadlines of the prompts that the replica means to compute, ascending.
@@ -50,9 +47,8 @@ class Publication:
         memory: float64 [n, K], KV blocks of each, at each checkpoint of the planner's forecast.
         memory_left: float64 [K], KV blocks beside all of these.
         total_blocks, free_blocks, block_size: KV cache.
-        freed_at_s: float64 [F], moments after ``ready_s``, ascending.
-        freed_tokens: float64 [F], prefill tokens that decodes which can be held, or end, leave until each of them.
-        longer_tokens: float64 [F], those gained until each of them by longer steps, as long as no other prompt ends.
+        moments_s: float64 [M], ascending.
+        lent_tokens: float64 [M], prefill tokens that running decodes lend until each of these moments.
         num_requests: unfinished requests of any kind.
         num_unpromised: of them, best effort and those passed over.
         forecast_tokens: float64 [classes], forecast output length of a request that has not begun.
@@ -65,10 +61,9 @@ class Publication:
     seen_until_s: float
     correction: float
     coefficients: FloatArray
-    tpot_margin: float
+    margin: float
     max_implied_ttft_s: float
     max_step_tokens: int
-    most_open_tokens: float
     draft_s: float
     pace_s: FloatArray
     periods_s: FloatArray
@@ -86,9 +81,8 @@ class Publication:
     total_blocks: int
     free_blocks: int
     block_size: int
-    freed_at_s: FloatArray
-    freed_tokens: FloatArray
-    longer_tokens: FloatArray
+    moments_s: FloatArray
+    lent_tokens: FloatArray
     num_requests: int
     num_unpromised: int
     forecast_tokens: FloatArray
@@ -130,7 +124,7 @@ class Publication:
             raise InvalidFieldError("pace_s", len(self.pace_s), "at least one tier and one memory checkpoint")
         if len(self.tier) and not (self.tier.min() >= 0 and self.tier.max() < len(self.pace_s)):
             raise InvalidFieldError("tier", int(self.tier.max()), f"0 to {len(self.pace_s) - 1}")
-        for name in ("due_s", "freed_at_s"):
+        for name in ("due_s", "moments_s"):
             if np.any(np.diff(getattr(self, name)) < 0.0):
                 raise InvalidFieldError(name, "unsorted", "times in ascending order")
         if self.block_size < 1 or self.total_blocks < 0:
@@ -147,8 +141,8 @@ def _sizes(publication: Publication) -> list[tuple[str, int]]:
     tiers, owed = len(publication.pace_s), len(publication.due_s)
     by_tier = ("periods_s", "tokens_each", "extra_s_each", "counts", "in_tier")
     by_prompt = ("cost_tokens", "tier", "weight", "begun")
-    by_moment = ("freed_at_s", "freed_tokens", "longer_tokens")
-    sizes = [(by_tier, tiers), (by_prompt, owed), (by_moment, len(FREED_AFTER_S))]
+    by_moment = ("moments_s", "lent_tokens")
+    sizes = [(by_tier, tiers), (by_prompt, owed), (by_moment, len(MOMENT_TOKENS))]
     return [(name, size) for names, size in sizes for name in names]
 
 

@@ -13,14 +13,12 @@ import numpy as np
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.planning.admission import Admission, judge, write_forecasts
-from slos_serve.planning.candidates import ADMITTED, demote_lost
-from slos_serve.planning.freed_time import tokens_freed, tokens_gained
-from slos_serve.planning.lengths import EDGES
+from slos_serve.planning.admission import Asked
+from slos_serve.planning.demand import give_up_lost
 from slos_serve.planning.planner import Planner
-from slos_serve.planning.prefill_rate import FloatArray, prefill_rate
+from slos_serve.planning.state import ADMITTED, FloatArray, state_of
 from slos_serve.routing.projection import after_step, view_copy
-from slos_serve.routing.publication import FREED_AFTER_S, Publication
+from slos_serve.routing.publication import Publication
 from slos_serve.routing.settings import PUBLISH_EVERY_S
 
 
@@ -49,7 +47,7 @@ class Publisher:
 
         Args:
             now_s: when the step begins.
-            view: what was planned from, with the statuses that the plan wrote.
+            view: what was planned from.
             plan: the plan.
             factor: online correction of the batch-time model.
             seen_until_s: requests that came by then are in ``view``; ``None`` for ``now_s``.
@@ -82,46 +80,15 @@ class Publisher:
         )
 
 
-def own_admission(
-    planner: Planner, coefficients: FloatArray, view: EngineView, now_s: float, *, forecast_memory: bool = False
-) -> Admission:
+def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, now_s: float) -> Asked:
     """The planner's admission of ``view`` at ``now_s``, without its consequences; writes ``expected_tokens`` only.
 
-    KV is counted as the sum of peaks, whatever the planner's settings, unless ``forecast_memory``: sums that a mirror
-    can add to, and stricter than the planner's own forecast.
+    KV is counted as the sum of peaks: sums that a mirror can add to, and stricter than the planner's own forecast.
     """
-    write_forecasts(view, planner.settings, planner.lengths)
-    return judge(
-        view,
-        now_s,
-        coefficients,
-        planner.settings,
-        planner.lengths,
-        forecast_memory=forecast_memory,
-        count_freed=planner.settings.count_freed,
-        longest_step_s=planner.longest_step_s(),
-        most_open_tokens=planner.most_open_tokens(),
-        drafts=planner.drafting.present,
-    )
-
-
-def _left_by_decodes(
-    planner: Planner, coefficients: FloatArray, view: EngineView, found: Admission, moments_s: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Prefill tokens that decodes leave until each moment, and those gained by longer steps (float64 [F] each)."""
-    none = np.zeros(len(moments_s))
-    model = (found.periods_s, found.tokens_each, found.period_s_each)
-    rate = prefill_rate(found.counts, *model, found.draft_s, coefficients, found.max_tokens)
-    if not planner.settings.count_freed or planner.drafting.present.tokens.any() or rate <= 0.0:
-        return none, none
-    rows, margin = view.table.rows, planner.settings.tpot_margin
-    freed = tokens_freed(
-        rows, view.running, moments_s, found.start_s, coefficients, margin, planner.lengths.survival(), EDGES
-    )
-    gained = tokens_gained(
-        rows, view.running, moments_s, found.start_s, *model, found.max_tokens, rate, coefficients, margin
-    )
-    return freed, gained
+    planner.forecast(view)
+    state = state_of(view, now_s, coefficients, planner.settings.margin)
+    give_up_lost(state)
+    return planner.admission_now(state)
 
 
 def publication_of(
@@ -145,15 +112,10 @@ def publication_of(
     coefficients = model.coefficients * (factor * (1.0 + planner.step_margin))
     ready_s = now_s if plan is None else now_s + plan.predicted_s
     view = view_copy(view) if plan is None else after_step(view, plan, ready_s)
-    if settings.best_effort:
-        active = np.concatenate((view.running, view.waiting))
-        demote_lost(view.table.rows, active, ready_s, coefficients, np.empty_like(active))
-    found = own_admission(planner, coefficients, view, ready_s)
-    rows, taken, counts, pace_s = view.table.rows, found.taken, found.counts, found.pace_s
-    promised = int(counts.sum()) + int(taken.sum())
+    demand, supply, admitted, paces_s, in_tier = own_admission(planner, coefficients, view, ready_s)
+    rows, taken = view.table.rows, admitted.taken
+    promised = int(supply.counts.sum()) + int(taken.sum())
     num_requests = len(view.running) + len(view.waiting)
-    moments_s = ready_s + FREED_AFTER_S
-    freed, gained = _left_by_decodes(planner, coefficients, view, found, moments_s)
     return Publication(
         replica=replica,
         sequence=sequence,
@@ -162,30 +124,28 @@ def publication_of(
         seen_until_s=now_s if seen_until_s is None else seen_until_s,
         correction=factor,
         coefficients=coefficients,
-        tpot_margin=settings.tpot_margin,
+        margin=settings.margin,
         max_implied_ttft_s=settings.max_implied_ttft_s,
-        max_step_tokens=int(found.max_tokens),
-        most_open_tokens=planner.most_open_tokens(),
-        draft_s=found.draft_s,
-        pace_s=pace_s,
-        periods_s=found.periods_s.copy(),
-        tokens_each=found.tokens_each,
-        extra_s_each=found.period_s_each,
-        counts=counts,
-        in_tier=counts + np.bincount(found.tier, minlength=len(counts)),
-        due_s=found.due_s[taken],
-        cost_tokens=found.cost_tokens[taken],
-        tier=found.tier[taken],
-        weight=rows["weight"][found.slots[taken]],
-        begun=(rows["status"][found.slots[taken]] == ADMITTED).astype(np.int64),
-        memory=found.memory[taken],
-        memory_left=found.memory_room - found.memory[taken].sum(axis=0),
+        max_step_tokens=int(supply.max_tokens),
+        draft_s=supply.draft_s,
+        pace_s=paces_s,
+        periods_s=supply.periods_s,
+        tokens_each=supply.tokens_each,
+        extra_s_each=supply.extra_s_each,
+        counts=supply.counts,
+        in_tier=in_tier,
+        due_s=demand.due_s[taken],
+        cost_tokens=demand.tokens[taken],
+        tier=demand.tier[taken],
+        weight=demand.weight[taken],
+        begun=(rows["status"][demand.slots[taken]] == ADMITTED).astype(np.int64),
+        memory=demand.blocks[taken],
+        memory_left=supply.blocks - demand.blocks[taken].sum(axis=0),
         total_blocks=view.total_blocks,
         free_blocks=view.free_blocks,
         block_size=view.block_size,
-        freed_at_s=moments_s,
-        freed_tokens=freed,
-        longer_tokens=gained,
+        moments_s=supply.moments_s,
+        lent_tokens=supply.lent_tokens,
         num_requests=num_requests,
         num_unpromised=max(num_requests - promised, 0),
         forecast_tokens=planner.lengths.table()[:, 0].copy(),

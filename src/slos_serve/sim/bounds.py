@@ -16,6 +16,7 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.perf.step_time import K_C, K_CTX, K_M, K_Q, K_SEQ, roofline_tokens
 from slos_serve.sim.limits import EngineLimits
 from slos_serve.workload.calls import Workload
 
@@ -121,14 +122,16 @@ def _rate(
     accepted: float,
     draft_step_s: float,
 ) -> float:
-    k_c, b_c, k_m, b_m, k_ctx, k_q, k_seq, _ = model.coefficients
     steps = float(work.decode_tokens.mean()) / accepted  # verifications a request
     tokens = float(work.prefill_tokens.mean()) + steps * (draft + 1)
     context = float(work.decode_context.mean()) / accepted
-    other_s = k_ctx * (context + float(work.prefill_context.mean())) + k_q * float(work.prefill_quad.mean())
-    other_s += k_seq * steps * (draft + 1)
-    left_s = step_s - draft * draft_step_s
-    by_time = min((left_s - b) / (step_s * (k * tokens + other_s)) for k, b in ((k_c, b_c), (k_m, b_m)))
+    # A batch of one request a second and step: the roofline's slopes then are those of a request.
+    coefficients = model.coefficients
+    read = context + float(work.prefill_context.mean())
+    other_s = coefficients[K_CTX] * read + coefficients[K_Q] * float(work.prefill_quad.mean())
+    other_s += coefficients[K_SEQ] * steps * (draft + 1)
+    coefficients[[K_C, K_M]] = step_s * (coefficients[[K_C, K_M]] * tokens + other_s)
+    by_time = roofline_tokens(coefficients, step_s - draft * draft_step_s, np.inf)
     by_memory = limits.kv_capacity_tokens / max(step_s * context, 1e-9)
     return float(max(min(by_time, by_memory), 0.0))
 

@@ -125,8 +125,6 @@ class Cluster:
         del self._next_plan_s[replica.index]
         if replica.busy or not replica.alive:
             return
-        now_s = replica.run_plain_decodes(now_s, self._heap[0][0] if self._heap else math.inf)
-        self.recording.end_s = max(self.recording.end_s, now_s)
         end_s = replica.start_step(now_s)
         if end_s is not None:
             self._push(end_s, Event.STEP_END, replica.index)

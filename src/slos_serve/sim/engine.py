@@ -139,9 +139,8 @@ def _replica(
 def _policy(settings: SimSettings, batch_time: BatchTimeModel, num_classes: int, decode: bool) -> Policy:
     parameters = settings.parameters
     if settings.policy == "slos-serve":
-        known = {"oracle_lengths": True} if settings.oracle_lengths else {}
         longest = {"max_draft_tokens": MAX_DRAFT_TOKENS} if settings.drafter != NO_DRAFTER else {}
-        parameters = {**longest, **(parameters or {}), **known}
+        parameters = {**longest, **(parameters or {})}
     return make_policy(settings.policy, batch_time, num_classes, parameters, decode=decode)
 
 

@@ -92,7 +92,6 @@ class Occupancy:
             max_stall_s=slo_class.max_stall_ms / 1000.0,
             hint_tokens=self._true_length(call) if self._oracle_lengths else 0,
             cached_tokens=cached,
-            missed=bool(self._recording.session_missed[session]),
         )
         self.slots.fit(len(table.rows))
         self.slots.enter(slot, call)
@@ -224,8 +223,6 @@ class Occupancy:
         record["output_tokens"] = output
         if row["status"] == Status.ADMITTED:
             record["admitted"] = 1
-        if row["missed"]:
-            self._recording.session_missed[session] = True
         whole = output == self._true_length(call)
         if whole:
             record["outcome"] = rules.COMPLETED

@@ -69,7 +69,6 @@ class Recording:
         calls: :data:`CALL_RECORD_DTYPE`, one row a call.
         token_s: float32, token times after their call's arrival, all calls one after the other.
         token_start: int64 [calls], where each call's tokens begin in ``token_s``.
-        session_missed: bool [requests], a call of the session broke a promise, so that none of its later ones can help.
         steps: every step of every replica.
         end_s: virtual time at the end.
         num_steps, num_preemptions, num_empty_plans, num_no_room: counts over all replicas.
@@ -82,7 +81,6 @@ class Recording:
     calls: NDArray[np.void]
     token_s: NDArray[np.float32]
     token_start: NDArray[np.int64]
-    session_missed: NDArray[np.bool_]
     steps: StepLog = field(default_factory=StepLog)
     end_s: float = 0.0
     num_steps: int = 0
@@ -104,8 +102,7 @@ class Recording:
         ends = np.cumsum(output_tokens)
         token_start = np.concatenate((np.zeros(1, dtype=np.int64), ends[:-1])) if len(ends) else ends
         total = int(ends[-1]) if len(ends) else 0
-        missed = np.zeros(workload.num_requests, dtype=np.bool_)
-        return cls(workload, calls, np.full(total, np.nan, dtype=np.float32), token_start.astype(np.int64), missed)
+        return cls(workload, calls, np.full(total, np.nan, dtype=np.float32), token_start.astype(np.int64))
 
     def digest(self) -> str:
         """SHA-256 over every byte of the outcome: equal for equal seeds."""

@@ -7,9 +7,8 @@ holds only ``max_tokens`` and a forecast. Who runs and who waits is :mod:`slos_s
 
 from __future__ import annotations
 
-import numpy as np
-
 from slos_serve.core.plan import EngineView, StepPlan
+from slos_serve.core.request import SlotArray, Status
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
 from slos_serve.policies.base import Policy
 from slos_serve.sim import step as rules
@@ -31,8 +30,6 @@ _FAULTS = {
 # A replica that plans nothing is asked again after this long, this often at most before the run is called stuck.
 IDLE_TICK_S = 0.005
 MAX_EMPTY_PLANS = 2_000
-# Steps carried out at once where no plan decides them.
-MOST_PLAIN = 256
 
 
 class Replica:
@@ -71,8 +68,6 @@ class Replica:
         self._step_count = 0
         self._step_shape = BatchShape(0)
         self._step_start_s = 0.0
-        self._coefficients = batch_time.coefficients
-        self._plain_times_s, self._plain_free = np.empty((2, MOST_PLAIN)), np.empty(MOST_PLAIN, dtype=np.int64)
 
     # ------------------------------------------------------------------------------------------------- requests
 
@@ -143,64 +138,11 @@ class Replica:
             self._occupancy.wait(slot)
         return end_s
 
-    def run_plain_decodes(self, now_s: float, until_s: float) -> float:
-        """Carry out at once the steps that no plan decides: everything runs, nobody waits, the policy decodes it all.
-
-        Args:
-            now_s: when the first of them may start.
-            until_s: when something else happens.
-
-        Returns:
-            When the last of them ended; ``now_s`` when there are none.
-        """
-        policy, limits, occupancy = self.policy, self._limits, self._occupancy
-        running = occupancy.num_running
-        if occupancy.num_waiting or self._unseen or not running or not self._factors.exact:
-            return now_s
-        if not getattr(policy, "decodes_all", 0) >= running or running > limits.max_num_batched_tokens:
-            return now_s
-        slots, view = occupancy.slots, occupancy.view
-        recording = self._recording
-        count = rules.plain_decodes(
-            view.table.rows,
-            slots.held_blocks,
-            occupancy.running,
-            running,
-            slots.call_of,
-            occupancy.calls,
-            occupancy.arrivals_s,
-            view.free_blocks,
-            limits.block_size,
-            self._coefficients,
-            now_s,
-            until_s,
-            self._settings.seed,
-            recording.token_s,
-            recording.token_start,
-            slots.step_slots,
-            slots.step_tokens,
-            slots.step_drafts,
-            slots.scratch,
-            slots.step_accepted,
-            self._plain_times_s,
-            self._plain_free,
-        )
-        if count == 0:
-            return now_s
-        view.free_blocks = int(self._plain_free[count - 1])
-        occupancy.shrink_cache()
-        recording.num_steps += count
-        for start_s, duration_s, free in zip(*self._plain_times_s[:, :count], self._plain_free[:count], strict=True):
-            used = limits.total_blocks - int(free)
-            recording.steps.add((start_s, duration_s, 0.0, self.index, running, running, running, 0, used))
-        return float(self._plain_times_s[:, count - 1].sum())
-
     def _plan_step(self, now_s: float) -> float | None:
         occupancy = self._occupancy
         if occupancy.num_running + occupancy.num_waiting == 0:
             return None
         plan = self.policy.plan(now_s, occupancy.show())
-        self._note_verdicts(plan)
         try:
             if len(plan.preempt):
                 occupancy.preempt(plan.preempt)
@@ -210,6 +152,7 @@ class Replica:
             where = f"replica {self.index} at {now_s:.3f} s"
             raise PlanFaultError(f"{where}: {type(self.policy).__name__} {error}") from error
         if len(plan.slots) == 0:
+            self._commit(plan, plan.slots)
             self._idle(now_s)
             return None
         self._check(now_s, plan)
@@ -267,6 +210,7 @@ class Replica:
         occupancy.after_start(plan.slots, num_running, num_preempted, int(totals[rules.FREE_BLOCKS]))
         self._recording.num_no_room += int(totals[rules.NO_ROOM])
         self._step_count = int(totals[rules.NUM_SEQS])
+        self._commit(plan, slots.step_slots[: self._step_count])
         if self._step_count == 0:
             self._idle(now_s)
             return None
@@ -347,12 +291,13 @@ class Replica:
             self.policy.on_request_done(int(row["class_index"]), int(row["prompt_tokens"]), int(row["output_tokens"]))
         return call
 
-    def _note_verdicts(self, plan: StepPlan) -> None:
-        calls, call_of = self._recording.calls, self._occupancy.slots.call_of
-        if len(plan.admitted):
-            calls["admitted"][call_of[plan.admitted]] = 1
-        if len(plan.demoted):
-            calls["demoted"][call_of[plan.demoted]] = 1
+    def _commit(self, plan: StepPlan, ran: SlotArray) -> None:
+        """Let the policy make its promises, and record them."""
+        calls, call_of, status = self._recording.calls, self._occupancy.slots.call_of, self.view.table.rows["status"]
+        self.policy.commit(plan, self.view, ran)
+        promised = plan.admitted[status[plan.admitted] == Status.ADMITTED]
+        calls["admitted"][call_of[promised]] = 1
+        calls["demoted"][call_of[plan.demoted]] = 1
 
     def die(self) -> tuple[list[int], list[int]]:
         """Stop for good; returns the calls that had not begun to stream, and those that had (lost)."""

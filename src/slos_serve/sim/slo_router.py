@@ -14,6 +14,7 @@ import numpy as np
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.plan import EngineView, StepPlan
+from slos_serve.core.request import SlotArray
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.policies.base import IntArray, Policy
 from slos_serve.policies.slos_serve import SLOsServePolicy
@@ -82,6 +83,10 @@ class Published:
             self._deliver(publication)
         self._planned_s = now_s
         return plan
+
+    def commit(self, plan: StepPlan, view: EngineView, ran: SlotArray) -> None:
+        """Passed on."""
+        self._policy.commit(plan, view, ran)
 
     def idle(self, now_s: float, view: EngineView) -> None:
         """Publish that nothing is left."""
@@ -194,7 +199,6 @@ class SloRouter:
             weight=self._weights[index],
             hint_tokens=int(row["output_tokens"]) if self._routing.oracle_lengths else 0,
             cached=self._cached(session, int(row["prompt_tokens"])),
-            missed=bool(self._recording.session_missed[session]),
             reject_when_full=bool(self._rejects[index]),
         )
 

@@ -12,7 +12,6 @@ from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.core.request import RequestArray
-from slos_serve.perf.batch_time import B_C, B_M, K_C, K_CTX, K_M, K_SEQ
 from slos_serve.workload.calls import CallArray
 
 IntArray = NDArray[np.int64]
@@ -268,89 +267,6 @@ def finish_step(
         elif step_drafts[i] > 0:
             accepted[i] = new_tokens - 1
     return num_finished
-
-
-@njit(cache=True)
-def plain_decodes(
-    rows: RequestArray,
-    held_blocks: IntArray,
-    running: IntArray,
-    num_running: int,
-    call_of: IntArray,
-    calls: CallArray,
-    arrivals_s: NDArray[np.float64],
-    free_blocks: int,
-    block_size: int,
-    coefficients: NDArray[np.float64],
-    now_s: float,
-    until_s: float,
-    seed: int,
-    token_s: NDArray[np.float32],
-    token_start: IntArray,
-    step_slots: IntArray,
-    step_tokens: IntArray,
-    step_drafts: IntArray,
-    scratch: IntArray,
-    accepted: IntArray,
-    times_s: NDArray[np.float64],
-    free_after: IntArray,
-) -> int:
-    """Steps in which every running request decodes one token, one after the other, as long as nothing else can happen.
-
-    They end before ``until_s``, and before the first that would end an answer or a stage, or find no block. Each is
-    carried out by :func:`start_step` and :func:`finish_step`, so the outcome is that of as many single steps.
-
-    Args:
-        coefficients: float64 [8], the engine's batch-time model.
-        times_s: float64 [2, most], filled with start and duration of each step.
-        free_after: int64 [most], filled with the free blocks during each step.
-
-    Returns:
-        How many steps were carried out.
-    """
-    rounds = times_s.shape[1]
-    context = 0
-    for i in range(num_running):
-        slot = running[i]
-        done = rows["output_tokens"][slot]
-        if done == 0 or rows["prompt_tokens"][slot] + done - rows["computed_tokens"][slot] != 1:
-            return 0
-        call = call_of[slot]
-        end = calls["output_tokens"][call]
-        if done < calls["first_stage_tokens"][call]:
-            end = min(end, calls["first_stage_tokens"][call])
-        rounds = min(rounds, end - done - 1)
-        context += rows["computed_tokens"][slot]
-        step_tokens[i] = 1
-    none = np.empty(0, dtype=np.int64)
-    slots, ones = running[:num_running].copy(), step_tokens[:num_running].copy()
-    count = 0
-    while count < rounds:
-        linear_s = max(
-            coefficients[K_C] * num_running + coefficients[B_C], coefficients[K_M] * num_running + coefficients[B_M]
-        )
-        duration_s = linear_s + coefficients[K_CTX] * context + coefficients[K_SEQ] * num_running
-        if now_s + duration_s >= until_s:
-            break
-        need = 0
-        for slot in slots:
-            need += (rows["computed_tokens"][slot] + block_size) // block_size - held_blocks[slot]
-        if need > free_blocks:
-            break
-        totals = start_step(
-            rows, held_blocks, running, num_running, slots, ones, none, free_blocks, block_size,
-            step_slots, step_tokens, step_drafts, scratch,
-        )  # fmt: skip
-        free_blocks = totals[FREE_BLOCKS]
-        times_s[0, count], times_s[1, count], free_after[count] = now_s, duration_s, free_blocks
-        now_s += duration_s
-        finish_step(
-            rows, call_of, calls, arrivals_s, step_slots, step_tokens, step_drafts, num_running, now_s, seed,
-            token_s, token_start, scratch, accepted,
-        )  # fmt: skip
-        context += num_running
-        count += 1
-    return count
 
 
 @njit(cache=True)

@@ -184,10 +184,10 @@ def invalid_field(
     return InvalidFieldError((names or {}).get(field, field), error["input"], allowed, where)
 
 
-def without_plugin_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` without the variables of :data:`ENV_OF_FIELD`, which another start may have left there."""
-    ours = set(ENV_OF_FIELD.values())
-    return {name: value for name, value in environment.items() if name not in ours}
+def without_file_variables(environment: Mapping[str, str]) -> dict[str, str]:
+    """``environment`` without the variables that name files, which another start may have left there; numbers stay."""
+    files = {name for field, name in ENV_OF_FIELD.items() if field.endswith("_path")}
+    return {name: value for name, value in environment.items() if name not in files}
 
 
 def _text(value: object) -> str:

@@ -10,6 +10,7 @@ import json
 import logging
 import logging.handlers
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,11 @@ class EventLog:
             self._handler.emit(logging.makeLogRecord({"msg": text, "args": None}))
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; what a full disk does not take is lost."""
         if self._handler is not None:
-            self._handler.close()
+            stream = self._handler.stream
+            with suppress(OSError):
+                self._handler.close()
+            with suppress(OSError):
+                stream.close()
             self._handler = None

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from slos_serve.core.slo import SLOClass
 from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.perf.step_time import features_s
 
 CALL_DTYPE = np.dtype(
     [
@@ -88,10 +89,10 @@ class Workload:
 
 def zero_load_seconds(prompt_tokens: NDArray[np.int64], batch_time: BatchTimeModel) -> NDArray[np.float64]:
     """float64 [n]: each prompt alone on the engine, in one batch; the array form of ``zero_load_s``."""
-    k_c, b_c, k_m, b_m, _, k_q, k_seq, _ = batch_time.coefficients
     tokens = prompt_tokens.astype(np.float64)
-    linear = np.maximum(k_c * tokens + b_c, k_m * tokens + b_m)
-    return np.asarray(linear + k_q * tokens * tokens + k_seq)
+    none = np.zeros_like(tokens)
+    rows = np.stack((tokens, none, tokens * tokens, none + 1.0, none), axis=1)
+    return features_s(batch_time.coefficients, rows)
 
 
 def empty_calls(count: int) -> CallArray:

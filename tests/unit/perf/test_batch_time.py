@@ -10,6 +10,15 @@ from hypothesis import strategies as st
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
+from slos_serve.perf.step_time import (
+    UNBOUNDED_TOKENS,
+    batch_s,
+    decode_s,
+    largest_chunk,
+    request_s,
+    roofline_s,
+    roofline_tokens,
+)
 
 slopes = st.floats(1e-6, 1e-2)
 constants = st.floats(0.0, 0.1)
@@ -63,15 +72,11 @@ def test_a_model_without_a_slope_is_refused() -> None:
         BatchTimeModel(0.0, 0.1, 0.0, 0.1)
 
 
-@given(model=models(), budget_s=st.floats(0.0, 10.0), context=st.integers(0, 100_000), seqs=st.integers(1, 256))
-def test_tokens_within_is_the_largest_count_that_fits(
-    model: BatchTimeModel, budget_s: float, context: int, seqs: int
-) -> None:
-    tokens = model.tokens_within(budget_s, context, seqs)
-    slack = 1e-6 * (1.0 + budget_s)
-    if tokens > 0:
-        assert model.step_s(BatchShape(tokens, context, 0, seqs)) <= budget_s + slack
-    assert model.step_s(BatchShape(tokens + 1, context, 0, seqs)) > budget_s - slack
+@given(model=models(), budget_s=st.floats(0.0, 10.0))
+def test_roofline_tokens_is_the_inverse_of_the_roofline(model: BatchTimeModel, budget_s: float) -> None:
+    tokens = roofline_tokens(model.coefficients, budget_s, 1e9)
+    if tokens > 0.0:
+        assert roofline_s(model.coefficients, tokens) <= budget_s * (1.0 + 1e-9) + 1e-9
 
 
 @given(
@@ -81,20 +86,35 @@ def test_tokens_within_is_the_largest_count_that_fits(
     context=st.integers(0, 100_000),
     done=st.integers(0, 50_000),
 )
-def test_chunk_within_is_the_largest_chunk_that_fits(
+def test_largest_chunk_is_the_largest_that_fits(
     model: BatchTimeModel, budget_s: float, decodes: int, context: int, done: int
 ) -> None:
     def step_s(chunk: int) -> float:
-        shape = BatchShape(decodes + chunk, context + done, chunk * (chunk + 2 * done), decodes + 1)
-        return model.step_s(shape)
+        units = chunk * (chunk + 2 * done) if chunk > 1 else 0
+        return model.step_s(BatchShape(decodes + chunk, context + done, units, decodes + 1))
 
-    fixed_s = model.k_ctx_s * (context + done) + model.k_seq_s * (decodes + 1)
-    chunk = model.chunk_within(budget_s, new_tokens=decodes, fixed_s=fixed_s, done_tokens=done)
+    room_s = budget_s - model.k_ctx_s * context - model.k_seq_s * decodes
+    chunk = int(largest_chunk(model.coefficients, room_s, decodes, done))
     assert chunk >= 0
     slack = 1e-6 * (1.0 + budget_s)
     if chunk > 0:
         assert step_s(chunk) <= budget_s + slack
-    assert step_s(chunk + 1) > budget_s - slack
+    assert step_s(chunk + 2) > budget_s - slack
+
+
+def test_a_batch_without_a_limit_bounds_no_chunk() -> None:
+    model = BatchTimeModel(1e-3, 1e-2, 0.0, 0.0, k_q_s=1e-6)
+    assert largest_chunk(model.coefficients, float("inf"), 5.0, 1e5) == UNBOUNDED_TOKENS
+
+
+@given(model=models(), tokens=st.integers(1, 500), done=st.integers(0, 5000), drafts=st.integers(0, 10))
+def test_requests_add_up_to_the_batch(model: BatchTimeModel, tokens: int, done: int, drafts: int) -> None:
+    """One prefill and one decode with drafts: the sum of their parts is the model's own answer (review, A5)."""
+    c = model.coefficients
+    units = tokens * (tokens + 2 * done) if tokens > 1 else 0
+    shape = BatchShape(tokens + 1 + drafts, 2 * done, units, 2, drafts, drafts)
+    parts_s = request_s(c, tokens, done) + decode_s(c, drafts, done)
+    assert batch_s(c, tokens + 1 + drafts, parts_s, drafts) == pytest.approx(model.step_s(shape))
 
 
 @given(model=models(), factor=st.floats(0.1, 10.0), tokens=st.integers(1, 4096), context=st.integers(0, 100_000))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.planning.lengths import EDGES, NUM_BINS, LengthForecast
+from slos_serve.planning.lengths import EDGES, NUM_BINS, LengthForecast, bin_of, share_left, survives
+from tests.builders import EngineBuilder
 
 
 def forecast_after(lengths: list[int], generated: int, quantile: float = 0.5) -> float:
@@ -52,3 +53,39 @@ def test_classes_learn_apart() -> None:
 def test_a_quantile_outside_the_open_interval_is_refused() -> None:
     with pytest.raises(InvalidFieldError, match="length_quantile"):
         LengthForecast(1, 1.0)
+
+
+def learnt(lengths: list[int]) -> np.ndarray:
+    forecast = LengthForecast(1, 0.7)
+    for length in lengths:
+        forecast.observe(0, length)
+    survival: np.ndarray = forecast.survival()[0]
+    return survival
+
+
+@pytest.mark.parametrize("tokens", [0.0, 4.0, 4.5, 100.0, 4095.0, 4096.0, 1e5, 1e9])
+def test_bins_are_found_as_by_searching(tokens: float) -> None:
+    assert bin_of(tokens) == np.searchsorted(EDGES, tokens)
+
+
+def test_a_request_survives_as_often_as_answers_were_longer() -> None:
+    engine = EngineBuilder()
+    slot = engine.decode(output_tokens=100, max_tokens=10_000)
+    recent = np.random.default_rng(0).geometric(1 / 200, 3000)
+    survival = learnt(recent.tolist())
+    beyond = recent[recent > 100]
+    for more in (1.0, 50.0, 200.0, 500.0):
+        found = share_left(engine.table.rows, slot, more, survives(survival, 100.0), survival)
+        assert found == pytest.approx(float((beyond > 100 + more).mean()), abs=0.06)
+
+
+def test_a_hint_and_the_cap_are_taken_at_their_word() -> None:
+    engine = EngineBuilder()
+    slot = engine.decode(output_tokens=10, max_tokens=50)
+    survival, rows = learnt([1000] * 500), engine.table.rows
+    so_far = survives(survival, 10.0)
+    assert share_left(rows, slot, 39.0, so_far, survival) == pytest.approx(1.0, abs=0.01)
+    assert share_left(rows, slot, 40.0, so_far, survival) == 0.0
+    rows["hint_tokens"][slot] = 30
+    assert share_left(rows, slot, 19.0, so_far, survival) == 1.0
+    assert share_left(rows, slot, 20.0, so_far, survival) == 0.0

@@ -6,43 +6,24 @@ import numpy as np
 import pytest
 
 from slos_serve.core.request import Status
-from slos_serve.planning.lengths import EDGES, LengthForecast
-from slos_serve.planning.memory import forecast, reserve, still_runs
+from slos_serve.planning.demand import Demand, build_demand
+from slos_serve.planning.lengths import LengthForecast
+from slos_serve.planning.memory import forecast, peaks
 from slos_serve.planning.planner import Planner
-from slos_serve.planning.settings import PlannerSettings
-from tests.builders import OPT_13B_A100, EngineBuilder
+from slos_serve.planning.state import State
+from slos_serve.planning.supply import pace_of_moments_s, tier_paces
+from tests.builders import OPT_13B_A100, EngineBuilder, carried_out
+
+PACE_S = 0.1
 
 
-def learnt(lengths: list[int]) -> LengthForecast:
-    forecast_of = LengthForecast(1, 0.7)
-    for length in lengths:
-        forecast_of.observe(0, length)
-    return forecast_of
+def demand_of(engine: EngineBuilder) -> tuple[State, Demand]:
+    state = engine.state()
+    return state, build_demand(state, state.waiting, tier_paces(state, state.waiting), 30.0, 0.0)
 
 
-def test_a_request_survives_as_often_as_answers_were_longer() -> None:
-    engine = EngineBuilder()
-    slot = engine.decode(output_tokens=100, max_tokens=10_000)
-    rng = np.random.default_rng(0)
-    lengths = rng.geometric(1 / 200, 3000).tolist()
-    survival = learnt(lengths).survival()[0]
-    recent = np.array(lengths)
-    beyond = recent[recent > 100]
-    for more in (1.0, 50.0, 200.0, 500.0):
-        expected = float((beyond > 100 + more).mean())
-        assert still_runs(engine.table.rows, slot, more, survival, EDGES) == pytest.approx(expected, abs=0.06)
-
-
-def test_a_hint_and_the_cap_are_taken_at_their_word() -> None:
-    engine = EngineBuilder()
-    slot = engine.decode(output_tokens=10, max_tokens=50)
-    survival = learnt([1000] * 500).survival()[0]
-    rows = engine.table.rows
-    assert still_runs(rows, slot, 39.0, survival, EDGES) == pytest.approx(1.0, abs=0.01)
-    assert still_runs(rows, slot, 40.0, survival, EDGES) == 0.0
-    rows["hint_tokens"][slot] = 30
-    assert still_runs(rows, slot, 19.0, survival, EDGES) == 1.0
-    assert still_runs(rows, slot, 20.0, survival, EDGES) == 0.0
+def survival() -> np.ndarray:
+    return LengthForecast(1, 0.7).survival()
 
 
 def test_room_that_a_short_answer_gives_back_is_promised_again() -> None:
@@ -53,12 +34,11 @@ def test_room_that_a_short_answer_gives_back_is_promised_again() -> None:
     rows = engine.table.rows
     rows["hint_tokens"][ending], rows["hint_tokens"][growing] = 200, 800
     rows["expected_tokens"][ending], rows["expected_tokens"][growing] = 200, 800
-    running, waiting = np.array([ending]), np.array([growing])
-    peaks, room = reserve(rows, running, waiting, 100, 16)
-    assert peaks[0, 0] > room[0]
-    due_s, survival = np.array([engine.now_s + 1.0]), learnt([]).survival()
-    memory, room = forecast(rows, running, waiting, due_s, engine.now_s, 0.1, survival, EDGES, 100, 16)
-    assert (memory[0] <= room).all()
+    state, demand = demand_of(engine)
+    blocks, room = peaks(state, demand, 100)
+    assert blocks[0, 0] > room[0]
+    blocks, room = forecast(state, demand, PACE_S, survival(), 100)
+    assert (blocks[0] <= room).all()
 
 
 def test_requests_of_known_length_are_counted_until_just_before_they_end() -> None:
@@ -69,35 +49,55 @@ def test_requests_of_known_length_are_counted_until_just_before_they_end() -> No
         engine.table.rows["hint_tokens"][slot] = 50
     asking = engine.wait(800, max_tokens=400, due_in_s=0.2)
     engine.table.rows["hint_tokens"][asking] = 400
-    running, waiting, due_s = np.array(engine.running), np.array([asking]), np.array([engine.now_s + 0.2])
-    survival = learnt([]).survival()
-    memory, room = forecast(engine.table.rows, running, waiting, due_s, engine.now_s, 0.1, survival, EDGES, 280, 16)
-    most = 10 * -(-(321 + 40) // 16)
-    assert room.min() == 280 - most
-    assert memory[0, np.argmin(room)] >= -(-(800 + 16 - 2) // 16)
-    assert (memory[0] > room).any()
+    state, demand = demand_of(engine)
+    blocks, room = forecast(state, demand, PACE_S, survival(), 280)
+    assert room.min() == 280 - 10 * -(-(321 + 40) // 16)
+    assert (blocks[0] > room).any()
 
 
 def test_best_effort_counts_for_nothing() -> None:
     engine = EngineBuilder(total_blocks=100)
     engine.decode(prompt_tokens=1000, tpot_s=np.inf, status=Status.BEST_EFFORT)
-    none = np.empty(0, dtype=np.int64)
-    survival = learnt([]).survival()
-    running = np.array(engine.running)
-    _, room = forecast(engine.table.rows, running, none, np.empty(0), engine.now_s, 0.1, survival, EDGES, 100, 16)
+    _, room = forecast(*demand_of(engine), PACE_S, survival(), 100)
     assert (room == 100).all()
+
+
+def test_a_class_without_a_tpot_grows_in_the_forecast() -> None:
+    """Review, A4: a pace of inf divided its growth by infinity, so that KV was promised twice."""
+    engine = EngineBuilder()
+    for _ in range(30):
+        slot = engine.decode(prompt_tokens=200, output_tokens=10, max_tokens=2000, tpot_s=np.inf)
+        engine.table.rows["hint_tokens"][slot] = 1500
+    engine.wait(200, tpot_s=np.inf)
+    state, demand = demand_of(engine)
+    pace_s = pace_of_moments_s(state, tier_paces(state, state.waiting))
+    assert 0.0 < pace_s < 0.1  # the length of a batch of all of them
+    _, room = forecast(state, demand, pace_s, survival(), 4000)
+    assert room.min() < 4000 - 30 * 1000 / 16
+
+
+def test_fixed_blocks_are_counted_where_a_request_waits_and_where_it_runs() -> None:
+    engine = EngineBuilder()
+    engine.decode(prompt_tokens=311, output_tokens=10)
+    engine.wait(311)
+    plain_blocks, plain_room = peaks(*demand_of(engine), 1000)
+    engine.table.rows["fixed_blocks"][[*engine.running, *engine.waiting]] = 7
+    blocks, room = peaks(*demand_of(engine), 1000)
+    assert blocks[0, 0] == plain_blocks[0, 0] + 7
+    assert room[0] == plain_room[0] - 7
 
 
 def test_what_runs_in_what_is_left_over_is_counted_once() -> None:
     engine = EngineBuilder(total_blocks=100)
     slot = engine.decode(prompt_tokens=900, output_tokens=10, max_tokens=40, ahead_s=0.05, status=Status.UNDECIDED)
-    settings = PlannerSettings(forecast_memory=False)
-    plan = Planner(OPT_13B_A100, 2, settings).plan(engine.now_s, engine.view())
-    assert plan.admitted.tolist() == [slot]
+    assert carried_out(Planner(OPT_13B_A100, 2), engine.now_s, engine.view()).admitted.tolist() == [slot]
 
 
-def test_a_begun_stage_that_is_a_little_late_can_still_be_promised() -> None:
-    engine = EngineBuilder()
-    slot = engine.decode(output_tokens=10, max_tokens=300, ahead_s=-0.01, status=Status.UNDECIDED)
-    plan = Planner(OPT_13B_A100, 2).plan(engine.now_s, engine.view())
-    assert plan.admitted.tolist() == [slot]
+@pytest.mark.parametrize(("held_tokens", "needed"), [(0, 20), (160, 10)])
+def test_a_waiting_request_whose_kv_is_held_needs_only_the_rest(held_tokens: int, needed: int) -> None:
+    engine = EngineBuilder(total_blocks=100)
+    slot = engine.wait(320)
+    engine.table.rows["computed_tokens"][slot] = held_tokens
+    planner = Planner(OPT_13B_A100, 2)
+    assert slot in planner.plan(engine.now_s, engine.view(free_blocks=needed)).slots
+    assert slot not in planner.plan(engine.now_s, engine.view(free_blocks=needed - 1)).slots

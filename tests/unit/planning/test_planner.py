@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 
 from slos_serve.core.plan import Reason, StepPlan
 from slos_serve.core.request import Status
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.planning.admission import judge
-from slos_serve.planning.lengths import LengthForecast
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
-from tests.builders import OPT_13B_A100, EngineBuilder
+from tests.builders import OPT_13B_A100, EngineBuilder, carried_out
 
 
 def planned(
     engine: EngineBuilder, settings: PlannerSettings | None = None, *, free_blocks: int | None = None
 ) -> StepPlan:
-    return Planner(OPT_13B_A100, 2, settings).plan(engine.now_s, engine.view(free_blocks=free_blocks))
+    return carried_out(Planner(OPT_13B_A100, 2, settings), engine.now_s, engine.view(free_blocks=free_blocks))
 
 
 def reason_of(plan: StepPlan, slot: int) -> Reason | None:
@@ -77,13 +73,6 @@ def test_a_loose_tier_waits_when_all_decodes_overfill_the_step() -> None:
     assert plan.predicted_s <= 0.0475
 
 
-def test_holding_can_be_switched_off() -> None:
-    engine = EngineBuilder()
-    ahead = engine.decode(ahead_s=1.5)
-    engine.wait(3000, due_in_s=2.0)
-    assert ahead in planned(engine, PlannerSettings(hold_decodes=False)).slots
-
-
 def test_a_stream_is_never_held_past_its_stall_bound() -> None:
     engine = EngineBuilder()
     slot = engine.decode(ahead_s=30.0)
@@ -92,25 +81,10 @@ def test_a_stream_is_never_held_past_its_stall_bound() -> None:
     assert reason_of(planned(engine), slot) is Reason.DECODE_DUE
 
 
-def test_the_only_prompt_runs_whole_when_the_decodes_can_catch_up() -> None:
-    engine = EngineBuilder()
-    engine.decode(ahead_s=0.08, max_tokens=100)
-    slot = engine.wait(1000, due_in_s=3.0)
-    plan = planned(engine)
-    assert plan.tokens[plan.slots == slot].tolist() == [1000]
-
-
 def test_two_prompts_are_chunked_to_the_decodes_pace() -> None:
     engine = EngineBuilder()
     engine.decode(ahead_s=0.08, max_tokens=100)
     engine.wait(1000, due_in_s=3.0)
-    engine.wait(1000, due_in_s=3.0)
-    assert planned(engine).predicted_s <= 0.08
-
-
-def test_a_decode_near_its_end_is_not_made_to_wait() -> None:
-    engine = EngineBuilder()
-    engine.decode(output_tokens=98, ahead_s=0.08, max_tokens=100)
     engine.wait(1000, due_in_s=3.0)
     assert planned(engine).predicted_s <= 0.08
 
@@ -142,7 +116,7 @@ def test_one_long_request_gives_way_to_two_short_ones() -> None:
     engine = EngineBuilder()
     long = engine.wait(4000, due_in_s=0.62)
     short = [engine.wait(1500, due_in_s=0.66), engine.wait(1500, due_in_s=0.7)]
-    Planner(OPT_13B_A100, 2).plan(engine.now_s, engine.view())
+    carried_out(Planner(OPT_13B_A100, 2), engine.now_s, engine.view())
     status = engine.table.rows["status"]
     assert status[short[0]] == Status.ADMITTED
     assert status[long] == Status.UNDECIDED
@@ -153,7 +127,7 @@ def test_weight_turns_the_choice() -> None:
     long = engine.wait(4000, due_in_s=0.65, weight=5.0)
     engine.wait(1500, due_in_s=0.66)
     engine.wait(1500, due_in_s=0.7)
-    Planner(OPT_13B_A100, 2).plan(engine.now_s, engine.view())
+    carried_out(Planner(OPT_13B_A100, 2), engine.now_s, engine.view())
     assert engine.table.rows["status"][long] == Status.ADMITTED
 
 
@@ -193,13 +167,6 @@ def test_a_hint_replaces_the_forecast() -> None:
     engine.table.rows["hint_tokens"][slot] = 7
     planned(engine)
     assert engine.table.rows["expected_tokens"][slot] == 7
-
-
-def test_a_fixed_budget_replaces_the_dynamic_one() -> None:
-    engine = EngineBuilder()
-    engine.wait(3000, due_in_s=3.0)
-    plan = planned(engine, PlannerSettings(dynamic_batch=False, fixed_budget=512))
-    assert plan.num_tokens == 512
 
 
 def test_no_more_requests_than_the_engine_has_seats() -> None:
@@ -267,52 +234,12 @@ def test_admission_knows_that_steps_beside_decodes_ahead_last_longer(ahead_s: fl
     assert (slot in plan.admitted) is promised
 
 
-def test_prompts_without_a_promise_wait_for_a_large_lead_only_where_requests_are_declined() -> None:
-    engine, planner = EngineBuilder(), Planner(OPT_13B_A100, 2)
-    engine.decode(tpot_s=0.1, ahead_s=0.45)
-    other = engine.best_effort(50)
-    assert other in planner.plan(engine.now_s, engine.view()).slots
-    for _ in range(4):
-        engine.wait(2000, due_in_s=0.01)  # lost whatever is done
-    planner.plan(engine.now_s, engine.view())
-    assert other not in planner.plan(engine.now_s, engine.view()).slots
-    engine.table.rows["stage_start_s"][engine.running[0]] += 1.5
-    assert other in planner.plan(engine.now_s, engine.view()).slots
-
-
-def test_a_decode_is_no_further_ahead_than_its_stall_bound_lets_it_be() -> None:
-    engine, planner = EngineBuilder(), Planner(OPT_13B_A100, 2)
-    engine.decode(tpot_s=1.0, ahead_s=30.0)  # stall bound of 2 s: two tokens at most
-    other = engine.best_effort(50)
-    assert other in planner.plan(engine.now_s, engine.view()).slots
-
-
 def test_a_decode_that_is_promised_no_pace_keeps_nobody_waiting() -> None:
     engine, planner = EngineBuilder(), Planner(OPT_13B_A100, 2)
     slot = engine.decode(tpot_s=np.inf)
     engine.table.rows["max_stall_s"][slot] = np.inf
     other = engine.best_effort(50)
     assert other in planner.plan(engine.now_s, engine.view()).slots
-
-
-@pytest.mark.parametrize("max_draft_tokens", [0, 4])
-@pytest.mark.parametrize(
-    ("total_blocks", "due_in_s", "held"),
-    [(20_000, 3.0, 10), (2160, 3.0, 0), (2160, 0.44, 10)],
-    ids=["plenty of KV", "little KV", "little KV and no time"],
-)
-def test_decodes_run_ahead_where_kv_is_short_and_the_prompts_can_wait(
-    total_blocks: int, due_in_s: float, held: int, max_draft_tokens: int
-) -> None:
-    engine = EngineBuilder(total_blocks=total_blocks)
-    ahead = [engine.decode(prompt_tokens=3000, ahead_s=1.5) for _ in range(10)]  # 1,890 blocks
-    for _ in range(2):
-        engine.wait(2000, due_in_s=due_in_s)
-    due = engine.decode(prompt_tokens=20, ahead_s=0.06)
-    settings = PlannerSettings(max_draft_tokens=max_draft_tokens, adaptive_drafts=False, known_acceptance=0.7)
-    plan = planned(engine, settings)
-    assert due in plan.slots
-    assert len(set(ahead) & set(plan.held.tolist())) == held
 
 
 def test_kv_held_by_others_than_promised_decodes_makes_no_prompt_wait() -> None:
@@ -322,46 +249,92 @@ def test_kv_held_by_others_than_promised_decodes_makes_no_prompt_wait() -> None:
     assert prompt in planned(engine).slots
 
 
-def test_little_is_promised_at_once_where_requests_are_declined() -> None:
-    crowd = EngineBuilder(total_blocks=20_000)
-    for _ in range(20):
-        crowd.wait(2000, due_in_s=0.01)  # nobody could
-    planner = Planner(OPT_13B_A100, 2)
-    assert planner.most_open_tokens() == np.inf
-    planner.plan(crowd.now_s, crowd.view())
-    assert 3.5 * 2000 < planner.most_open_tokens() < 4.5 * 2000  # attention counted in
-    served = EngineBuilder(total_blocks=20_000)
-    for number in range(240):
-        served.running, served.waiting = [], []
-        slot = served.wait(2000, due_in_s=3.0)
-        served.table.rows["order"][slot] = 100 + number
-        planner.plan(served.now_s, served.view())
-    assert planner.most_open_tokens() > 2.0 * 4.5 * 2000
-    assert Planner(OPT_13B_A100, 2, PlannerSettings(open_prompts=0.0)).most_open_tokens() == np.inf
+def test_a_plan_that_is_dropped_leaves_no_trace() -> None:
+    engine, planner = EngineBuilder(), Planner(OPT_13B_A100, 2)
+    engine.wait(300)
+    engine.wait(4000, due_in_s=0.01)  # lost
+    engine.best_effort(50)
+    engine.decode(ahead_s=0.1)
+    before = {name: engine.table.rows[name].copy() for name in engine.table.rows.dtype.names or ()}
+    first = planner.plan(engine.now_s, engine.view())
+    assert len(first.admitted) == len(first.demoted) == 1
+    for name, column in before.items():
+        if name != "expected_tokens":
+            np.testing.assert_array_equal(engine.table.rows[name], column, name)
+    assert planner.longest_step_s() == Planner(OPT_13B_A100, 2).longest_step_s()
+    assert planner.counters.plans == 0
+    second = planner.plan(engine.now_s, engine.view())
+    assert second.slots.tolist() == first.slots.tolist() and second.admitted.tolist() == first.admitted.tolist()
 
 
-@pytest.mark.parametrize(
-    ("most_open_tokens", "weight", "taken"),
-    [(np.inf, 1.0, [True, True, True]), (5000.0, 1.0, [True, True, False]), (5000.0, 2.0, [True, True, True])],
-    ids=["no bound", "a long one is too much beside another", "but for its weight"],
-)
-def test_a_prompt_that_makes_too_much_open_at_once_is_not_taken(
-    most_open_tokens: float, weight: float, taken: list[bool]
-) -> None:
+def test_only_requests_that_ran_are_promised() -> None:
+    engine, planner = EngineBuilder(), Planner(OPT_13B_A100, 2)
+    first, second = engine.wait(300), engine.wait(300)
+    view = engine.view()
+    plan = planner.plan(engine.now_s, view)
+    assert sorted(plan.admitted.tolist()) == [first, second]
+    planner.commit(plan, view, np.array([first]))
+    assert engine.table.rows["status"][[first, second]].tolist() == [Status.ADMITTED, Status.UNDECIDED]
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_promises_whose_last_token_is_in_flight_are_kept(waits: bool) -> None:
+    """Review, A1: they were taken for requests short of KV and demoted, or preempted for a prompt."""
+    engine = EngineBuilder(total_blocks=60 if waits else 4000)
+    for _ in range(3):
+        engine.decode(output_tokens=100, max_tokens=100, ahead_s=0.05)
+    slot = engine.wait(600, due_in_s=1.0) if waits else -1
+    plan = planned(engine)
+    assert len(plan.demoted) == len(plan.preempt) == len(plan.slots) == 0
+    assert slot not in plan.slots
+
+
+def test_hopeless_requests_change_nothing_for_the_others() -> None:
+    """Review, A7: their TTFT made every step short, and they counted as declined."""
+    engine, planner = EngineBuilder(), Planner(OPT_13B_A100, 2)
+    engine.wait(500, due_in_s=1.0)
+    carried_out(planner, engine.now_s, engine.view())
+    before_s = planner.longest_step_s()
+    for _ in range(5):
+        engine.wait(500, due_in_s=0.001)
+    carried_out(planner, engine.now_s, engine.view())
+    assert planner.longest_step_s() == pytest.approx(before_s)
+
+
+def test_a_blocked_request_keeps_its_place_and_is_not_run() -> None:
+    engine = EngineBuilder()
+    decode, prefill, waits = engine.decode(ahead_s=0.01), engine.prefilling(500, 100), engine.wait(100)
+    other = engine.decode(tpot_s=np.inf, status=Status.BEST_EFFORT)
+    for slot in (decode, prefill, waits, other):
+        engine.table.rows["blocked"][slot] = 1
+    runs = engine.decode(ahead_s=0.01)
+    plan = planned(engine)
+    assert plan.slots.tolist() == [runs]
+    assert len(plan.held) == len(plan.preempt) == 0
+
+
+def test_nobody_is_sacrificed_while_the_others_are_only_blocked() -> None:
+    engine = EngineBuilder()
+    for _ in range(3):
+        engine.table.rows["blocked"][engine.decode(ahead_s=0.01)] = 1
+    plan = planned(engine)
+    assert len(plan.demoted) == len(plan.preempt) == len(plan.slots) == 0
+
+
+def test_a_backlog_without_promises_fills_every_step() -> None:
+    """Nobody is due, so the token budget is the only limit: as full as a stock engine's step."""
     engine = EngineBuilder(total_blocks=20_000)
-    engine.prefilling(2000, 100, due_in_s=1.0)
-    engine.wait(400, due_in_s=2.0)
-    engine.wait(3500, due_in_s=5.0, weight=weight)
-    settings = PlannerSettings()
-    lengths = LengthForecast(2, settings.length_quantile)
-    for dp_admission in (True, False):
-        found = judge(
-            engine.view(),
-            engine.now_s,
-            OPT_13B_A100.coefficients,
-            replace(settings, dp_admission=dp_admission),
-            lengths,
-            forecast_memory=True,
-            most_open_tokens=most_open_tokens,
-        )
-        assert found.taken.tolist() == taken
+    for _ in range(3):
+        engine.decode(tpot_s=np.inf, status=Status.BEST_EFFORT)
+    for _ in range(5):
+        engine.best_effort(3000)
+    assert planned(engine).num_tokens == 2048
+
+
+def test_a_prompt_that_grew_is_a_prefill_again() -> None:
+    engine = EngineBuilder()
+    slot = engine.decode(ahead_s=0.5)
+    engine.table.rows["prompt_tokens"][slot] += 300
+    plan = planned(engine)
+    assert reason_of(plan, slot) is Reason.PREFILL_DEADLINE
+    assert plan.tokens.tolist() == [301]

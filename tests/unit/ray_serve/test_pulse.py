@@ -18,6 +18,17 @@ def test_an_engine_that_works_does_not_rest() -> None:
     assert not pulse.resting(1.1)
 
 
+def test_steps_count_not_publications() -> None:
+    pulse = Pulse()
+    pulse.published(1.0, num_requests=2, steps_done=7)
+    pulse.call_began(1.0)
+    for now_s in (2.0, 3.0, 4.0):
+        pulse.published(now_s, num_requests=2, steps_done=7)
+    assert pulse.silent_s(5.0) == 4.0, "it publishes and finishes no step"
+    pulse.published(6.0, num_requests=2, steps_done=8)
+    assert pulse.silent_s(6.5) == 0.5
+
+
 def test_silence_counts_from_the_oldest_call_or_the_last_sign() -> None:
     pulse = Pulse()
     pulse.published(1.0, num_requests=0)

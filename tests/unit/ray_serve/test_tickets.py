@@ -95,6 +95,8 @@ def test_an_unknown_class_is_an_error(office: TicketOffice) -> None:
 def test_the_session_header() -> None:
     assert session_of({"x-session-id": "a"}) == "a"
     assert session_of({}) is None
+    assert session_of({"x-session-id": "a" * 256}) == "a" * 256
+    assert session_of({"x-session-id": "a" * 257}) is None, "as in the body"
 
 
 @pytest.mark.parametrize(

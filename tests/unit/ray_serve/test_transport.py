@@ -97,6 +97,46 @@ def test_an_inbox_that_listens_to_nobody_rests(monkeypatch: pytest.MonkeyPatch) 
     assert own not in polls
 
 
+BAD_ADDRESSES = ("tcp://", "nonsense", "tcp://no such host:x", "ipc://" + "x" * 500, "tcp://127.0.0.1:99999", b"x", 5)
+
+
+def test_addresses_and_messages_that_are_none_end_nothing(
+    inbox: Inbox, relay: Relay, publisher: EnginePublisher
+) -> None:
+    for number, address in enumerate(BAD_ADDRESSES):
+        inbox.listen(f"bad{number}", address)  # type: ignore[arg-type]
+    with zmq.Context() as context, context.socket(zmq.PUB) as garbage:
+        port = garbage.bind_to_random_port("tcp://127.0.0.1")
+        inbox.listen("garbage", f"tcp://127.0.0.1:{port}")
+        inbox.listen("r1", relay.address)
+        publisher.idle(NOW_S, loaded(7).view())  # repeated while the engine rests
+        assert first_of(inbox, "r1").publication("r1").num_requests == 0
+        good = [b"1.0", b"0", b"{}"]
+        for _ in range(PATIENCE):
+            for parts in ([b""], [b"nan", b"0", b"{}"], [b"inf", b"0", b"{}"], [b"\xff" * 100] * 50, good):
+                garbage.send_multipart(parts)
+            if "garbage" in inbox.take():
+                break
+            threading.Event().wait(0.05)
+        else:
+            raise AssertionError("the thread has ended")
+    assert inbox._thread.is_alive()
+
+
+def test_the_relay_survives_any_publication(relay: Relay, publisher: EnginePublisher) -> None:
+    with zmq.Context() as context, context.socket(zmq.PUSH) as garbage:
+        garbage.connect(relay.engine_address)
+        for payload in (b"", b"{", b"[" * 100_000, b'{"format": 1, "steps_done": "x"}'):
+            garbage.send(payload)
+            threading.Event().wait(0.02)
+    publisher.unplanned(NOW_S, loaded(7).view())
+    for _ in range(PATIENCE):
+        if relay.latest() is not None:
+            break
+        threading.Event().wait(0.05)
+    assert relay.latest() is not None and relay._thread.is_alive()
+
+
 def test_an_engine_without_a_reader_is_not_held_up() -> None:
     publisher = EnginePublisher("ipc:///nonexistent/engine", SLOsServePolicy(OPT_13B_A100, 1), every_s=0.0)
     for _ in range(100):
@@ -112,12 +152,19 @@ def test_a_failing_publication_costs_no_step(caplog: pytest.LogCaptureFixture, p
     assert len([record for record in caplog.records if "publication failed" in record.message]) == 1
 
 
+@pytest.mark.parametrize(("payload", "steps"), [(b"{}", None), (b'{"steps_done": 12}', 12)])
+def test_steps_are_read_where_they_are_told(payload: bytes, steps: int | None) -> None:
+    assert Envelope(0.0, False, payload).steps_done() == steps
+
+
 def test_an_envelope_is_read_back() -> None:
     envelope = Envelope(1.25, True, b"{}", received_s=3.0)
     assert Envelope.of_parts(envelope.parts(), 3.0) == envelope
 
 
-@pytest.mark.parametrize("parts", [[], [b"1.0", b"0"], [b"x", b"0", b"{}"]])
+@pytest.mark.parametrize(
+    "parts", [[], [b"1.0", b"0"], [b"x", b"0", b"{}"], [b"nan", b"0", b"{}"], [b"-inf", b"0", b""]]
+)
 def test_other_messages_are_refused(parts: list[bytes]) -> None:
     with pytest.raises(InvalidFieldError, match="publication message"):
         Envelope.of_parts(parts, 0.0)

@@ -34,10 +34,10 @@ def _verdicts(seed: int, most_ahead_s: float) -> tuple[bool, bool]:
     prompt, due_in_s = int(rng.integers(20, 4000)), float(rng.uniform(0.2, 2.0))
     mirror = verdicts(NOW_S, request(prompt, due_in_s=due_in_s), mirrors)["a"]
     planner = Planner(OPT_13B_A100, 1)
-    coefficients = OPT_13B_A100.coefficients * (1.0 + planner.settings.step_margin)
+    coefficients = OPT_13B_A100.coefficients * (1.0 + planner.settings.margin)
     slot = engine.wait(prompt, due_in_s=due_in_s)
     own = own_admission(planner, coefficients, engine.view(), NOW_S)
-    return mirror, bool(own.taken[own.slots == slot].any())
+    return mirror, bool(own.admitted.taken[own.demand.slots == slot].any())
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -48,8 +48,8 @@ def test_agrees_with_the_replica_on_what_it_has_just_published(seed: int) -> Non
 
 def test_knows_the_time_that_decodes_ahead_of_their_deadlines_leave() -> None:
     found = np.array([_verdicts(seed, most_ahead_s=2.0) for seed in range(200)])
-    # What decodes leave is published for a dozen moments, so it is not quite the replica's own.
-    assert np.mean(found[:, 0] == found[:, 1]) >= 0.99
+    # A mirror does not know that the asking prompt may end first: what decodes lend is not quite the replica's own.
+    assert np.mean(found[:, 0] == found[:, 1]) >= 0.98
 
 
 def test_the_end_of_a_step_is_what_the_next_plan_starts_from() -> None:
@@ -78,7 +78,7 @@ def test_owed_prompts_are_computed_as_time_passes() -> None:
     m = mirrors_of(a=engine).arrays
     owed = m.cost_tokens[0, :2].copy()
     rate = rate_beside(m, 0, m.counts[0])
-    m.freed_tokens[0] = m.longer_tokens[0] = 0.0
+    m.lent_tokens[0] = 0.0
     advance(m, 0, NOW_S + 0.05)
     assert m.cost_tokens[0, 0] == pytest.approx(owed[0] - 0.05 * rate)
     advance(m, 0, NOW_S + owed[0] / rate + 1e-6)
@@ -95,7 +95,8 @@ def test_owed_prompts_are_computed_sooner_beside_decodes_that_leave_time() -> No
     engine.wait(1000, due_in_s=1.0)
     m = mirrors_of(a=engine).arrays
     owed, rate = float(m.cost_tokens[0, 0]), rate_beside(m, 0, m.counts[0])
-    m.freed_tokens[0], m.longer_tokens[0] = 100.0 * (m.freed_at_s[0] - NOW_S), 0.0
+    m.moments_s[0] = NOW_S + 0.01 * np.arange(m.moments_s.shape[1])
+    m.lent_tokens[0] = 100.0 * (m.moments_s[0] - NOW_S)
     advance(m, 0, NOW_S + 0.05)
     assert m.cost_tokens[0, 0] == pytest.approx(owed - 0.05 * (rate + 100.0))
 

@@ -13,7 +13,7 @@ from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import Status
 from slos_serve.planning.planner import Planner
 from slos_serve.routing.publication import Publication
-from slos_serve.routing.publisher import Publisher, publication_of
+from slos_serve.routing.publisher import Publisher, own_admission, publication_of
 from tests.builders import OPT_13B_A100, EngineBuilder
 from tests.unit.routing.fleet import NOW_S, loaded, published
 
@@ -31,7 +31,7 @@ def _mixed() -> EngineBuilder:
 
 def test_sums_are_those_of_the_requests() -> None:
     found = published(_mixed())
-    assert found.pace_s == pytest.approx([0.0475, 0.095])
+    assert found.pace_s == pytest.approx([0.05, 0.1])
     assert found.counts.tolist() == [1.0, 10.0]
     # One tight decode; ten loose ones and two prompts that fit. The third prompt is lost even alone.
     assert found.in_tier.tolist() == [1.0, 12.0]
@@ -54,10 +54,8 @@ def test_owed_is_what_the_planner_takes() -> None:
     engine = _mixed()
     planner = Planner(OPT_13B_A100, 1)
     found = publication_of(planner, OPT_13B_A100, 1.0, engine.view(), NOW_S, replica="a")
-    chosen, leftover, _ = planner._admit(engine.table.rows, engine.view(), NOW_S)
-    # The planner leaves out the prompt that has begun: it runs already.
-    assert len(found.due_s) == len(chosen) + 1
-    assert (engine.table.rows["status"][leftover] == Status.UNDECIDED).sum() == 1
+    own = own_admission(planner, planner.coefficients, engine.view(), NOW_S)
+    assert len(found.due_s) == own.admitted.taken.sum() == 2
 
 
 def test_a_publication_survives_json() -> None:

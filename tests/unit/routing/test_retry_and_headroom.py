@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from slos_serve.routing import warm_up
-from slos_serve.routing.clock_offset import DRIFT, ClockOffset
+from slos_serve.routing.clock_offset import WINDOW_S, ClockOffset
 from slos_serve.routing.headroom import MOST, fullness, headroom, promises
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.retry_after import LATEST_S, SOONEST_S, UNKNOWN_S, retry_after_s, room_in_s
@@ -53,14 +54,27 @@ def test_fullness_takes_the_class_with_least_room() -> None:
     assert fullness(published(loaded(0)), 2, {"chat": 0}) == 3.0
 
 
-def test_the_offset_is_the_shortest_delay_seen_and_follows_drift() -> None:
+def test_the_offset_is_the_shortest_delay_of_the_last_seconds() -> None:
     offset = ClockOffset()
     assert offset.observe(10.0, 110.5) == pytest.approx(100.5)
     assert offset.observe(11.0, 111.1) == pytest.approx(100.1)
-    # A message that was held up does not move it, but for the drift that is allowed for.
-    assert offset.observe(12.0, 115.0) == pytest.approx(100.1 + DRIFT * 3.9)
-    # Received out of order: no drift backwards.
-    assert offset.observe(11.5, 112.0) == pytest.approx(100.1 + DRIFT * 3.9)
+    # A message that was held up does not move it, nor does one that is received out of order.
+    assert offset.observe(12.0, 115.0) == pytest.approx(100.1)
+    assert offset.observe(11.5, 112.0) == pytest.approx(100.1)
+    # What is older than the window counts no more.
+    assert offset.observe(16.2, 111.2 + WINDOW_S + 0.5) == pytest.approx(100.5)
+
+
+@pytest.mark.parametrize("drift", [500e-6, -500e-6])
+def test_a_day_of_drift_leaves_the_offset_right(drift: float) -> None:
+    rng = np.random.default_rng(0)
+    offset = ClockOffset()
+    worst_s = 0.0
+    for sent_s in np.arange(0.0, 86_400.0, 0.5).tolist():
+        received_s = 1000.0 + sent_s * (1.0 + drift) + 0.0002 + rng.exponential(0.001)
+        told_s = offset.observe(sent_s, received_s)
+        worst_s = max(worst_s, abs(told_s - (1000.0 + sent_s * drift)))
+    assert worst_s < 0.005
 
 
 def test_warming_up_takes_every_branch_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

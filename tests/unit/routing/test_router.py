@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.router import RouterSettings, Verdict, Why, route, verdicts
 from slos_serve.routing.settings import Order
-from tests.builders import EngineBuilder
 from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, published, request
 
 PACK, SPREAD = RouterSettings(Order.PACK), RouterSettings(Order.SPREAD)
@@ -210,15 +208,3 @@ def test_more_tiers_than_places_count_as_tighter_ones() -> None:
 def test_bound_is_checked() -> None:
     with pytest.raises(InvalidFieldError, match="stale_after_s"):
         RouterSettings(stale_after_s=0.0)
-
-
-def test_a_replica_that_has_enough_open_is_asked_for_short_prompts_only() -> None:
-    engine = EngineBuilder(total_blocks=20_000)
-    engine.prefilling(2000, 100)
-    engine.wait(1000, due_in_s=1.5)  # not begun: it counts for nothing
-    mirrors = Mirrors(["a"])
-    mirrors.update(replace(published(engine), most_open_tokens=5000.0))
-    long, short = request(3500, due_in_s=5.0), request(400, due_in_s=5.0)
-    assert verdicts(NOW_S, long, mirrors) == {"a": False}
-    assert verdicts(NOW_S, short, mirrors) == {"a": True}
-    assert verdicts(NOW_S, replace(long, weight=2.0), mirrors) == {"a": True}

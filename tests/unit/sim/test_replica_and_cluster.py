@@ -11,14 +11,11 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import SLO, SLOClass, Stage
 from slos_serve.metrics.attainment import stage_starts_of
-from slos_serve.metrics.bulk import requests_attained
-from slos_serve.perf.batch_time import BatchShape
-from slos_serve.policies.base import IntArray
+from slos_serve.policies.base import StockPolicy
 from slos_serve.sim.cluster import Cluster
 from slos_serve.sim.faults import PlanFaultError, StuckError
 from slos_serve.sim.limits import EngineLimits, ReplicaSettings
 from slos_serve.sim.model_error import Interruptions, ModelError, StepFactors
-from slos_serve.sim.outcome import score
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.replica import Replica
 from slos_serve.sim.routers import make_router
@@ -30,19 +27,13 @@ from tests.sim_builders import GPU, LIMITS, PLAIN, run, token_times, workload
 
 
 @dataclass
-class Scripted:
+class Scripted(StockPolicy):
     """Plays one plan over and over."""
 
     answer: StepPlan
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         return self.answer
-
-    def on_step_done(self, shape: BatchShape, duration_s: float) -> None: ...
-
-    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None: ...
-
-    def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None: ...
 
 
 def _plan(slots: list[int], tokens: list[int]) -> StepPlan:
@@ -146,24 +137,6 @@ def test_second_stage_changes_the_promise() -> None:
     # The third token ends the first stage and belongs to it, as the score has it.
     assert stage_starts_of((Stage(SLO(), max_tokens=3), Stage(SLO())), 6) == [0, 3]
     assert seen == [(0, 0, 0.05), (1, 1, 0.05), (2, 2, 0.05), (3, 0, 0.1), (4, 1, 0.1), (5, 2, 0.1)]
-
-
-@pytest.mark.parametrize(("scenario", "rate"), [("reasoning", 2.0), ("chat", 4.0), ("tool", 1.0)])
-def test_what_the_engine_calls_missed_the_score_calls_missed(scenario: str, rate: float) -> None:
-    load = make_workload(scenario, rate, 60, seed=1)
-    recording = run(load, limits=EngineLimits(kv_capacity_tokens=66_000))
-    attained = requests_attained(score(recording).attained, load.calls["session"], load.num_requests)
-    assert recording.session_missed.tolist() == (~attained).tolist()
-    assert 0 < attained.sum() < load.num_requests
-
-
-def test_later_calls_of_a_session_that_missed_are_promised_nothing() -> None:
-    load = make_workload("tool", 1.0, 20, seed=1)
-    load.calls["own_ttft_ms"][np.isfinite(load.calls["arrival_s"])] = 1.0
-    recording = run(load, "slos-serve", limits=EngineLimits(kv_capacity_tokens=66_000))
-    assert recording.completed.all()
-    assert recording.session_missed.all()
-    assert recording.calls["admitted"].sum() == 0
 
 
 def test_rounds_follow_each_other_and_use_the_prefix() -> None:
@@ -272,39 +245,6 @@ def test_what_is_computed_again_may_be_longer_than_any_batch(policy: str) -> Non
     assert recording.num_preemptions > 0
     assert recording.completed.all()
     assert recording.steps.rows["new_tokens"].max() <= 256
-
-
-@pytest.mark.parametrize("policy", ["vllm", "vllm-v0", "sarathi", "distserve"])
-@pytest.mark.parametrize("scenario", ["chat", "reasoning", "tool"])
-def test_decodes_carried_out_at_once_are_the_steps_one_by_one(
-    policy: str, scenario: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    load = make_workload(scenario, 0.4, 12, seed=3)
-    limits = EngineLimits(kv_capacity_tokens=16 * 2500, max_num_batched_tokens=16_384, prefix_cache=True)
-
-    def simulated() -> Recording:
-        return run(load, policy, GPU, limits, replicas=2 if policy == "distserve" else 1)
-
-    at_once = simulated()
-    planned = count_plans(monkeypatch)
-    assert simulated().digest() == at_once.digest()
-    assert planned[0] < at_once.num_steps / 2
-    monkeypatch.setattr(Replica, "run_plain_decodes", lambda _replica, now_s, _until_s: now_s)
-    planned[0] = 0
-    assert simulated().digest() == at_once.digest()
-    assert planned[0] >= at_once.num_steps
-
-
-def count_plans(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """A counter of the steps that replicas plan from now on."""
-    planned, start_step = [0], Replica.start_step
-
-    def counted(replica: Replica, now_s: float) -> float | None:
-        planned[0] += 1
-        return start_step(replica, now_s)
-
-    monkeypatch.setattr(Replica, "start_step", counted)
-    return planned
 
 
 def test_a_prompt_longer_than_any_batch_is_prefilled_apart_too() -> None:

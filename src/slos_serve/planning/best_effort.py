@@ -1,0 +1,114 @@
+"""What requests without a promise get: room that promises do not need, and turns so that the oldest one ends.
+
+Two rules. Their prompts run only while promised decodes are ahead of schedule, because that lead is what the next burst
+of promised prompts is computed with. And the oldest of them gets a turn when it has made no progress for ``aging_s``: a
+step computes some of it first. From then on promises leave it the KV blocks of its peak and it is preempted for nobody
+until it ends. A turn computes only once that peak fits beside the promises made before: its tokens are computed once.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from slos_serve.core.request import RequestArray, SlotArray
+from slos_serve.planning.state import ADMITTED, FloatArray, State, is_decode, peak_blocks, tokens_left
+
+NOBODY = -1
+# A turn computes no less than this of a prompt, however full the step.
+TURN_TOKENS = 64
+# While it decodes the request with a turn gets them ten times as often: a token is cheap, and ending frees its KV.
+DECODE_TURNS = 10.0
+# Share of the stall bound that promised decodes are ahead before prompts without a promise run, at most.
+LEAD_OF_STALL = 0.9
+
+
+class Turn(NamedTuple):
+    """The oldest request without a promise, as of one plan.
+
+    Attributes:
+        order: its arrival order, -1 for nobody.
+        progress: tokens it had computed and generated when it progressed last.
+        since_s: when that was.
+        kept: its slot once its time was up: promises leave it its KV, and it is preempted for nobody. -1 before.
+        due: this step computes some of it first.
+    """
+
+    order: int
+    progress: int
+    since_s: float
+    kept: int
+    due: bool
+
+    @property
+    def slot_due(self) -> int:
+        """The slot whose turn is in this step, -1 for none."""
+        return self.kept if self.due else NOBODY
+
+
+NO_TURN = Turn(-1, -1, -np.inf, NOBODY, False)
+
+
+@njit(cache=True)
+def oldest_unpromised(state: State, order: int) -> int:
+    """The request of that arrival order if it still has no promise, else the oldest without one; -1 for none."""
+    oldest = -1
+    for part in (state.running, state.waiting):
+        for slot in part:
+            if state.status[slot] == ADMITTED or tokens_left(state.rows, slot) <= 0:
+                continue
+            if state.rows["order"][slot] == order:
+                return int(slot)
+            if oldest < 0 or state.rows["order"][slot] < state.rows["order"][oldest]:
+                oldest = slot
+    return int(oldest)
+
+
+def next_turn(state: State, last: Turn, every_s: float) -> Turn:
+    """Who is oldest now and whether its turn is due. A request that is kept stays the one until it ends."""
+    if every_s <= 0.0:
+        return NO_TURN
+    slot = oldest_unpromised(state, last.order if last.kept != NOBODY else -1)
+    if slot < 0:
+        return NO_TURN
+    row = state.rows[slot]
+    order, progress = int(row["order"]), int(row["computed_tokens"] + row["output_tokens"])
+    if order != last.order:
+        return Turn(order, progress, state.now_s, NOBODY, False)
+    since_s, kept = last.since_s, slot if last.kept != NOBODY else NOBODY
+    if progress > last.progress:
+        since_s = state.now_s
+    progress = max(progress, last.progress)
+    wait_s = every_s / DECODE_TURNS if kept != NOBODY and is_decode(state.rows, slot) else every_s
+    waited = state.now_s - since_s >= wait_s
+    due = bool(waited and row["blocked"] == 0 and can_be_kept(state, slot))
+    return Turn(order, progress, since_s, slot if waited else kept, due)
+
+
+@njit(cache=True)
+def can_be_kept(state: State, slot: int) -> bool:
+    """Whether a request's peak fits beside the peaks of all promised ones that hold KV, so that it need never leave."""
+    room = state.total_blocks - peak_blocks(state.rows, slot, state.block_size)
+    for other in state.running:
+        if state.status[other] == ADMITTED:
+            room -= peak_blocks(state.rows, other, state.block_size)
+    return bool(room >= 0)
+
+
+@njit(cache=True)
+def ahead_enough(rows: RequestArray, decodes: SlotArray, due_s: FloatArray, now_s: float, share: float) -> bool:
+    """Whether promised decodes are on average ``share`` of what their stall bounds allow ahead of schedule.
+
+    Args:
+        decodes, due_s: promised decodes and when their next tokens are due.
+        share: 0 to 1.
+    """
+    ahead_s, wanted_s = 0.0, 0.0
+    for j in range(len(decodes)):
+        tpot_s, stall_s = rows["tpot_s"][decodes[j]], rows["max_stall_s"][decodes[j]]
+        if np.isfinite(tpot_s) and np.isfinite(stall_s):
+            ahead_s += due_s[j] - now_s
+            wanted_s += share * LEAD_OF_STALL * stall_s
+    return ahead_s >= wanted_s

@@ -1,0 +1,309 @@
+"""Which requests run in the next step, with how many tokens.
+
+Token k of a stage is due at its start + k * TPOT. In this order: decodes that would be late if they waited for the next
+step; the turn of the oldest request without a promise; promised prompts by deadline; decodes that could wait; requests
+without a promise. With nothing to prefill every decode runs. A promised request short of KV takes it from best effort.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from slos_serve.core.plan import Reason
+from slos_serve.core.request import SlotArray
+from slos_serve.perf.step_time import batch_s, decode_s
+from slos_serve.planning.best_effort import NOBODY, TURN_TOKENS, ahead_enough
+from slos_serve.planning.drafting import DraftPlan, StepDrafts, cap_drafts, draft_of, step_drafts
+from slos_serve.planning.state import ADMITTED, FloatArray, IntArray, State, is_decode, next_due_s, tokens_left
+from slos_serve.planning.step import (
+    CUT,
+    ENTRIES,
+    NO_MEMORY,
+    NO_ROOM,
+    SEATS,
+    TOKENS,
+    Step,
+    chunk_within,
+    empty_step,
+    has_room,
+    hold,
+    make_room,
+    run,
+    run_chunk,
+    run_decode,
+    seconds,
+    seconds_with,
+)
+
+DECODE_DUE, PREFILL_DEADLINE = int(Reason.DECODE_DUE), int(Reason.PREFILL_DEADLINE)
+DECODE_EARLY, BEST_EFFORT_ROOM = int(Reason.DECODE_EARLY), int(Reason.BEST_EFFORT)
+HELD_AHEAD = int(Reason.HELD_AHEAD)
+# When the due decodes alone overfill a step, those not due within this share of the next one are postponed.
+CROWDED_SHARE = 0.75
+_EPSILON_S = 1e-9
+
+
+class Rules(NamedTuple):
+    """What the planner decides for one step beside who is served.
+
+    Attributes:
+        longest_s: longest step beside its decodes, so that a prompt that arrives meanwhile is still in time.
+        lead_share: see :func:`slos_serve.planning.best_effort.ahead_enough`.
+        kept: slot that is preempted for nobody; -1 for none.
+        turn: slot that computes something before any prompt; -1 for none.
+    """
+
+    longest_s: float
+    lead_share: float
+    kept: int
+    turn: int
+
+
+class Work(NamedTuple):
+    """What there is to run, each part in the order of its due times.
+
+    Attributes:
+        decodes, decode_due_s: promised decodes.
+        prefills, prefill_due_s: promised prompts, running ones and those that admission serves.
+        others: running requests without a promise, oldest first.
+        starting: waiting requests without a promise, in the order they are to start.
+        pace_s: shortest time between two tokens of a promised decode, margin taken off.
+    """
+
+    decodes: SlotArray
+    decode_due_s: FloatArray
+    prefills: SlotArray
+    prefill_due_s: FloatArray
+    others: SlotArray
+    starting: SlotArray
+    pace_s: float
+
+
+@njit(cache=True)
+def by_due_time(state: State, slots: SlotArray) -> tuple[SlotArray, FloatArray]:
+    """``slots`` in the order of their due times, and these times."""
+    due_s = np.empty(len(slots))
+    for j in range(len(slots)):
+        due_s[j] = next_due_s(state.rows, slots[j], state.margin)
+    order = np.argsort(due_s, kind="mergesort")
+    return slots[order], due_s[order]
+
+
+@njit(cache=True)
+def split_by_promise(state: State, chosen: SlotArray, starting: SlotArray, turn: int) -> Work:
+    """Promised decodes, promised prompts and the rest; requests that cannot run now and ``turn`` are in none of them.
+
+    Args:
+        chosen: waiting slots that admission serves.
+        starting: waiting slots without a promise, in order.
+    """
+    rows, most = state.rows, len(state.running) + len(chosen)
+    decodes, prefills, others = np.empty((3, most), dtype=np.int64)
+    num_decodes, num_prefills, num_others, pace_s = 0, 0, 0, np.inf
+    for slot in state.running:
+        if slot == turn or rows["blocked"][slot] == 1 or tokens_left(rows, slot) == 0:
+            continue
+        if state.status[slot] != ADMITTED:
+            others[num_others] = slot
+            num_others += 1
+        elif is_decode(rows, slot):
+            decodes[num_decodes] = slot
+            pace_s = min(pace_s, rows["tpot_s"][slot] * (1.0 - state.margin))
+            num_decodes += 1
+        else:
+            prefills[num_prefills] = slot
+            num_prefills += 1
+    for slot in chosen:
+        if slot != turn and rows["blocked"][slot] == 0:
+            prefills[num_prefills] = slot
+            num_prefills += 1
+    rest = others[:num_others]
+    rest = rest[np.argsort(rows["order"][rest], kind="mergesort")]
+    return Work(
+        *by_due_time(state, decodes[:num_decodes]), *by_due_time(state, prefills[:num_prefills]), rest, starting, pace_s
+    )
+
+
+@njit(cache=True)
+def any_prefill(state: State, work: Work) -> bool:
+    """Whether anybody has more to compute than the next token."""
+    if len(work.prefills) + len(work.starting) > 0:
+        return True
+    found = False
+    for slot in work.others:
+        found = found or not is_decode(state.rows, slot)
+    return found
+
+
+@njit(cache=True)
+def step_length_s(state: State, work: Work, drafts: StepDrafts, rules: Rules) -> tuple[float, float]:
+    """How long the step may last, and how long the next one may: until the earliest due time, the longest step at most.
+
+    A step is never shorter than what the decodes take that are due, so the next one may last as long as all decodes.
+    """
+    own_s, tokens, longest = 0.0, 0.0, 0
+    for j in range(len(work.decodes)):
+        own_s += decode_s(state.coefficients, drafts.lengths[j], state.rows["computed_tokens"][work.decodes[j]])
+        tokens += 1.0 + drafts.lengths[j]
+        longest = max(longest, drafts.lengths[j])
+    all_decodes_s = batch_s(state.coefficients, tokens, own_s, longest)
+    most_s = rules.longest_s + own_s
+    limit_s = min(most_s, max(drafts.longest_s, all_decodes_s))
+    if len(work.decodes) > 0:
+        limit_s = min(limit_s, work.decode_due_s[0] - state.now_s)
+    return limit_s, max(min(drafts.ahead_s, most_s), all_decodes_s)
+
+
+@njit(cache=True)
+def add_due_decodes(step: Step, work: Work, drafts: StepDrafts, hold_s: float, crowd: tuple[float, float]) -> int:
+    """Run the decodes that are due by ``hold_s``; returns how many of them there are, the rest can wait.
+
+    Args:
+        crowd: when the due decodes take longer than the first of the two seconds, those due after the second wait too.
+            Loose tiers in the same step would make it late for the tight ones, and leave the next one half empty.
+    """
+    pace_s, until_s = crowd
+    for j in range(len(work.decodes)):
+        slot, draft = work.decodes[j], drafts.lengths[j]
+        if work.decode_due_s[j] > hold_s:
+            return j
+        if work.decode_due_s[j] > until_s and seconds_with(step, slot, draft) > pace_s:
+            return j
+        run_decode(step, slot, draft, DECODE_DUE)
+    return len(work.decodes)
+
+
+@njit(cache=True)
+def give_turn(step: Step, slot: int, limit_s: float) -> None:
+    """Compute some of a request ahead of every prompt: what fits, and no less than a small chunk."""
+    state = step.state
+    chunk, cut = chunk_within(step, slot, limit_s)
+    if chunk < TURN_TOKENS:
+        chunk, cut = chunk_within(step, slot, np.inf)
+        if cut or chunk > TURN_TOKENS:
+            multiple, done = state.chunk_multiple, state.rows["computed_tokens"][slot]
+            least = (TURN_TOKENS + multiple - 1) // multiple * multiple
+            cut = cut or chunk > least - done % multiple
+            chunk = min(chunk, least - done % multiple)
+    is_running = state.rows["running"][slot] == 1
+    needed = chunk if is_running else tokens_left(state.rows, slot)
+    if chunk > 0 and make_room(step, slot, needed):
+        run_chunk(step, slot, chunk, cut, BEST_EFFORT_ROOM)
+    elif is_running:
+        hold(step, slot, NO_ROOM)
+
+
+@njit(cache=True)
+def add_prompts(step: Step, work: Work, limit_s: float) -> float:
+    """Run promised prompts by deadline; one that ends brings the step's end forward to its due time.
+
+    An engine starts a request only when its whole prompt fits into memory.
+    """
+    rows = step.state.rows
+    for j in range(len(work.prefills)):
+        slot = work.prefills[j]
+        is_running = rows["running"][slot] == 1
+        chunk, cut = chunk_within(step, slot, limit_s)
+        reason = NO_ROOM
+        if chunk > 0 and not make_room(step, slot, chunk if is_running else tokens_left(rows, slot)):
+            chunk, reason = 0, NO_MEMORY
+        if chunk == 0:
+            if is_running:
+                hold(step, slot, reason)
+            continue
+        run_chunk(step, slot, chunk, cut, PREFILL_DEADLINE)
+        if chunk == tokens_left(rows, slot):
+            limit_s = min(limit_s, max(work.prefill_due_s[j] - step.state.now_s, seconds(step)))
+    return limit_s
+
+
+@njit(cache=True)
+def add_early_decodes(step: Step, work: Work, drafts: StepDrafts, first: int, limit_s: float) -> None:
+    """Run promised decodes from position ``first`` on, which could wait, while they fit; hold the others."""
+    for j in range(first, len(work.decodes)):
+        slot, draft = work.decodes[j], drafts.lengths[j]
+        if step.counts[ENTRIES] == 0 or not has_room(step, slot, 1 + draft):
+            draft = 0
+        fits = step.counts[CUT] == 0 and step.sums[TOKENS] + 1 + draft <= step.state.max_tokens
+        if fits and step.counts[ENTRIES] > 0:
+            fits = seconds_with(step, slot, draft) <= limit_s + _EPSILON_S
+        if fits and has_room(step, slot, 1):
+            run(step, slot, 1 + draft, draft, DECODE_EARLY)
+        else:
+            hold(step, slot, HELD_AHEAD)
+
+
+@njit(cache=True)
+def add_others(step: Step, work: Work, plan: DraftPlan, lengths: IntArray, prompts: bool, limit_s: float) -> None:
+    """Fill the rest with running requests without a promise: decodes, then (``prompts``) prompts, oldest first."""
+    rows = step.state.rows
+    for wants_decodes in (True, False):
+        for slot in work.others:
+            if is_decode(rows, slot) != wants_decodes or step.gone[slot]:
+                continue
+            chunk, cut = chunk_within(step, slot, limit_s)
+            if chunk == 0 or not (wants_decodes or prompts):
+                hold(step, slot, NO_ROOM)
+                continue
+            if not has_room(step, slot, chunk):
+                hold(step, slot, NO_MEMORY)
+                continue
+            draft = draft_of(rows, slot, plan.tpot_s, lengths) if wants_decodes else 0
+            fits = step.sums[TOKENS] + 1 + draft <= step.state.max_tokens and has_room(step, slot, 1 + draft)
+            if draft > 0 and fits and seconds_with(step, slot, draft) <= limit_s:
+                run(step, slot, 1 + draft, draft, BEST_EFFORT_ROOM)
+            else:
+                run_chunk(step, slot, chunk, cut, BEST_EFFORT_ROOM)
+
+
+@njit(cache=True)
+def start_others(step: Step, starting: SlotArray, turn: int, limit_s: float) -> None:
+    """Start waiting requests without a promise, each with its whole prompt in memory; the first that does not fit ends
+    it, so that a long one is not passed for ever."""
+    rows = step.state.rows
+    for slot in starting:
+        if slot == turn or rows["blocked"][slot] == 1:
+            continue
+        if step.counts[CUT] == 1 or step.counts[SEATS] >= step.state.max_num_seqs:
+            return
+        chunk, cut = chunk_within(step, slot, limit_s)
+        if chunk == 0 or not has_room(step, slot, tokens_left(rows, slot)):
+            return
+        run_chunk(step, slot, chunk, cut, BEST_EFFORT_ROOM)
+
+
+@njit(cache=True)
+def form(state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, plan: DraftPlan) -> Step:
+    """Form one step.
+
+    Args:
+        chosen: waiting slots that admission serves.
+        starting: waiting slots that may use what is left over, in the order they are to start.
+        plan: draft lengths of the tiers.
+    """
+    work = split_by_promise(state, chosen, starting, rules.turn)
+    victims = work.others[::-1].copy()  # youngest first: the oldest keeps what it has computed
+    step = empty_step(state, len(state.running) + len(chosen) + len(starting) + 1, victims[victims != rules.kept])
+    lengths = plan.tokens if any_prefill(state, work) else plan.alone_tokens
+    drafts = step_drafts(state, work.decodes, work.pace_s, plan, lengths)
+    limit_s, next_s = step_length_s(state, work, drafts, rules)
+    end_s = state.now_s + max(limit_s, 0.0)
+    hold_s = end_s + next_s if len(work.prefills) > 0 else np.inf
+    pace_s = max(limit_s, work.pace_s)
+    if len(lengths) > 0:
+        due = np.searchsorted(work.decode_due_s, hold_s, side="right")
+        cap_drafts(state, work.decodes[:due], drafts.lengths[:due], max(pace_s, drafts.longest_s))
+    first = add_due_decodes(step, work, drafts, hold_s, (pace_s, end_s + CROWDED_SHARE * work.pace_s))
+    limit_s = max(limit_s, seconds(step))
+    if rules.turn != NOBODY:
+        give_turn(step, rules.turn, limit_s)
+    limit_s = add_prompts(step, work, limit_s)
+    add_early_decodes(step, work, drafts, first, limit_s)
+    prompts = ahead_enough(state.rows, work.decodes, work.decode_due_s, state.now_s, rules.lead_share)
+    add_others(step, work, plan, lengths, prompts, limit_s)
+    if prompts:
+        start_others(step, work.starting, rules.turn, limit_s)
+    return step

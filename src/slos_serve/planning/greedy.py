@@ -1,0 +1,117 @@
+"""A feasible set of requests found quickly: the first bound of Algorithm 1, and its answer beyond its budget of work.
+
+Moore and Hodgson's rule: walk the deadlines with everybody, and where one is missed drop the costliest request for its
+weight. One pass of swaps follows, for weights that differ.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from slos_serve.planning.demand import Demand
+from slos_serve.planning.feasible import TOLERANCE, fits, lent_until
+from slos_serve.planning.state import BoolArray
+from slos_serve.planning.supply import Supply, rate_beside
+
+# Requests left out that the pass of swaps tries, cheapest first.
+MOST_SWAPS = 32
+
+
+@njit(cache=True)
+def drop_for_memory(demand: Demand, supply: Supply, taken: BoolArray) -> bool:
+    """Drop the requests that need most memory for their weight until every moment fits; False when it never does."""
+    for k in range(len(supply.blocks)):
+        need = demand.blocks[:, k]
+        used = need[taken].sum()
+        for i in np.argsort(-need / demand.weight, kind="mergesort"):
+            if used <= supply.blocks[k] + TOLERANCE:
+                break
+            if taken[i] and not demand.promised[i] and need[i] > 0.0:
+                taken[i] = False
+                used -= need[i]
+        if used > supply.blocks[k] + TOLERANCE:
+            return False
+    return True
+
+
+@njit(cache=True)
+def drop_for_time(demand: Demand, supply: Supply, taken: BoolArray) -> bool:
+    """Walk the deadlines; at each that is missed drop the costliest for its weight so far; False when none can go.
+
+    The requests kept so far form a chain with the budget and the counts after each, so a drop is reckoned from its
+    place on. Dropping never makes an earlier deadline miss, because no decode adds to the rate.
+    """
+    n, tiers = len(taken), len(supply.counts)
+    lent, cost = lent_until(demand, supply), demand.tokens / demand.weight
+    chain, counts = np.empty(n, dtype=np.int64), np.empty((n + 1, tiers))
+    at_s, budget, rate, paid = np.empty(n + 1), np.empty(n + 1), np.empty(n + 1), np.empty(n + 1)
+    counts[0], at_s[0], budget[0], paid[0] = supply.counts, supply.start_s, 0.0, 0.0
+    rate[0] = rate_beside(counts[0], supply)
+    size = 0
+    for i in range(n):
+        if not taken[i]:
+            continue
+        chain[size] = i
+        first, size = size, size + 1
+        while True:
+            for j in range(first, size):  # state j + 1 is the one after request chain[j]
+                item = chain[j]
+                at_s[j + 1], paid[j + 1] = max(demand.due_s[item], at_s[j]), lent[item]
+                budget[j + 1] = budget[j] + rate[j] * (at_s[j + 1] - at_s[j]) + paid[j + 1] - paid[j]
+                budget[j + 1] -= demand.tokens[item]
+                counts[j + 1] = counts[j]
+                counts[j + 1, demand.tier[item]] += 1.0
+                rate[j + 1] = rate_beside(counts[j + 1], supply)
+            if min(rate[size - 1], rate[size]) >= 0.0 and budget[size] >= -TOLERANCE:
+                break
+            worst = -1
+            for j in range(size):
+                if not demand.promised[chain[j]] and (worst < 0 or cost[chain[j]] > cost[chain[worst]]):
+                    worst = j
+            if worst < 0:
+                return False
+            taken[chain[worst]] = False
+            for j in range(worst, size - 1):
+                chain[j] = chain[j + 1]
+            first, size = worst, size - 1
+            if worst == size:
+                break  # the newest went: what stands before it fitted already
+    return True
+
+
+@njit(cache=True)
+def swap_in(demand: Demand, supply: Supply, taken: BoolArray) -> None:
+    """One pass over the requests left out, cheapest first: add each that fits, or in the place of a dearer one."""
+    cost = demand.tokens / demand.weight
+    tried = 0
+    for i in np.argsort(cost, kind="mergesort"):
+        if taken[i]:
+            continue
+        if tried == MOST_SWAPS:
+            return
+        tried += 1
+        taken[i] = True
+        if fits(taken, demand, supply):
+            continue
+        dearest = -1
+        for j in range(len(taken)):
+            may_go = taken[j] and not demand.promised[j] and demand.weight[j] < demand.weight[i]
+            if may_go and (dearest < 0 or cost[j] > cost[dearest]):
+                dearest = j
+        if dearest >= 0:
+            taken[dearest] = False
+            if fits(taken, demand, supply):
+                continue
+            taken[dearest] = True
+        taken[i] = False
+
+
+@njit(cache=True)
+def greedy(demand: Demand, supply: Supply) -> tuple[BoolArray, bool]:
+    """A feasible set found quickly; False when the promised requests alone do not fit."""
+    taken = np.ones(len(demand.slots), dtype=np.bool_)
+    if not drop_for_memory(demand, supply, taken) or not drop_for_time(demand, supply, taken):
+        return np.zeros(len(taken), dtype=np.bool_), False
+    swap_in(demand, supply, taken)
+    return taken, True

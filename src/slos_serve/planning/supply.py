@@ -1,0 +1,245 @@
+"""What an engine can give to prompts: prefill tokens a second beside its decodes, and KV blocks.
+
+A batch of length T carries, for each decode tier, ``count * T / period`` verifications; the rest of the tokens that fit
+into T is prefill. Longer batches pay fewer fixed costs, so T is the shortest period among the tiers that run, or the
+longest step where that is shorter. Decodes that are ahead of their deadlines, or about to end, lend more.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+
+from slos_serve.core.request import RequestArray, SlotArray
+from slos_serve.perf.step_time import decode_s, per_token_s, roofline_s, roofline_tokens
+from slos_serve.planning.lengths import share_left, survives
+from slos_serve.planning.state import ADMITTED, AHEAD_TOKENS, BEST_EFFORT, FloatArray, State, is_decode, next_due_s
+
+MAX_TIERS = 4
+# Paces within this ratio of a tier's share it. The ratio is squared until MAX_TIERS suffice.
+SAME_TIER = 1.05
+# Moments of the plan's future, in tokens of the tightest pace: what decodes lend and hold in KV is reckoned for these.
+MOMENT_TOKENS = np.array([0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0])
+
+
+class Supply(NamedTuple):
+    """What is left for prompts.
+
+    Attributes:
+        coefficients: float64 [8], batch times as they are planned.
+        max_tokens: most tokens of a batch.
+        draft_s: sequential seconds of the draft model a batch.
+        start_s: when prefill begins.
+        counts: float64 [L], promised decodes that run, by tier.
+        periods_s: float64 [L], longest time between two batches that carry a decode of the tier.
+        tokens_each: float64 [L], tokens that a decode of the tier puts into a period.
+        extra_s_each: float64 [L], seconds beside the roofline part that it adds to a period.
+        blocks: float64 [K], KV blocks left at K moments.
+        moments_s: float64 [M], ascending.
+        lent_tokens: float64 [M], prefill tokens that running decodes lend until each of these moments.
+    """
+
+    coefficients: FloatArray
+    max_tokens: float
+    draft_s: float
+    start_s: float
+    counts: FloatArray
+    periods_s: FloatArray
+    tokens_each: FloatArray
+    extra_s_each: FloatArray
+    blocks: FloatArray
+    moments_s: FloatArray
+    lent_tokens: FloatArray
+
+
+@njit(cache=True)
+def tier_paces(state: State, asking: SlotArray) -> FloatArray:
+    """float64 [L]: the tightest TPOT of each tier among requests with or without an open promise, ascending."""
+    found = np.empty(len(state.running) + len(asking))
+    count = 0
+    for part in (state.running, asking):
+        for slot in part:
+            if state.status[slot] != BEST_EFFORT:
+                found[count] = state.rows["tpot_s"][slot]
+                count += 1
+    if count == 0:
+        return np.full(1, np.inf)
+    ordered, ratio = np.sort(found[:count]), SAME_TIER
+    paces_s = np.empty(MAX_TIERS)
+    while True:
+        tiers, fits = 0, True
+        for pace_s in ordered:
+            if tiers > 0 and (pace_s <= ratio * paces_s[tiers - 1] or pace_s == paces_s[tiers - 1]):
+                continue
+            if tiers == MAX_TIERS:
+                fits = False
+                break
+            paces_s[tiers] = pace_s
+            tiers += 1
+        if fits:
+            return paces_s[:tiers].copy()
+        ratio *= ratio
+
+
+@njit(cache=True)
+def tier_of(paces_s: FloatArray, tpot_s: float) -> int:
+    """The loosest tier that is at least as tight as ``tpot_s``."""
+    found = 0
+    for j in range(len(paces_s)):
+        if paces_s[j] <= tpot_s:
+            found = j
+    return found
+
+
+@njit(cache=True)
+def prefill_rate(
+    counts: FloatArray,
+    periods_s: FloatArray,
+    tokens_each: FloatArray,
+    extra_s_each: FloatArray,
+    draft_s: float,
+    coefficients: FloatArray,
+    max_tokens: float,
+) -> float:
+    """Prefill tokens a second beside ``counts`` decodes; negative when the decodes alone do not fit.
+
+    Arguments are the fields of :class:`Supply`, unpacked because inner loops call this.
+    """
+    step_s = roofline_s(coefficients, max_tokens) + draft_s
+    for tier in range(len(counts)):
+        if counts[tier] > 0.0:
+            step_s = min(step_s, periods_s[tier])
+    decode_tokens, fixed_s = 0.0, draft_s
+    for tier in range(len(counts)):
+        if counts[tier] > 0.0:
+            share = counts[tier] * step_s / periods_s[tier]
+            decode_tokens += share * tokens_each[tier]
+            fixed_s += share * extra_s_each[tier]
+    return (roofline_tokens(coefficients, step_s - fixed_s, max_tokens) - decode_tokens) / step_s
+
+
+@njit(cache=True)
+def rate_beside(counts: FloatArray, supply: Supply) -> float:
+    """:func:`prefill_rate` of a supply with other counts."""
+    return float(
+        prefill_rate(
+            counts,
+            supply.periods_s,
+            supply.tokens_each,
+            supply.extra_s_each,
+            supply.draft_s,
+            supply.coefficients,
+            supply.max_tokens,
+        )
+    )
+
+
+@njit(cache=True)
+def decodes_by_tier(
+    state: State, asking: SlotArray, paces_s: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Promised decodes of each tier and what one costs; float64 [L] each.
+
+    Returns:
+        counts; periods_s (TPOT less the margin, but for decodes that have gained their lead); extra_s_each (context on
+        average half of what is still to come); in_tier, the requests that the mean context is of.
+    """
+    tiers = len(paces_s)
+    counts, ahead, context, in_tier = np.zeros(tiers), np.zeros(tiers), np.zeros(tiers), np.zeros(tiers)
+    rows = state.rows
+    for part in (state.running, asking):
+        for slot in part:
+            if state.status[slot] == BEST_EFFORT:
+                continue
+            tier = tier_of(paces_s, rows["tpot_s"][slot])
+            grown = 0.5 * (rows["output_tokens"][slot] + rows["expected_tokens"][slot])
+            context[tier] += rows["prompt_tokens"][slot] + grown
+            in_tier[tier] += 1.0
+            if state.status[slot] == ADMITTED and is_decode(rows, slot):
+                counts[tier] += 1.0
+                ahead[tier] += 1.0 if rows["stage_tokens"][slot] * state.margin >= AHEAD_TOKENS else 0.0
+    extra_s, periods_s = np.empty(tiers), np.empty(tiers)
+    for tier in range(tiers):
+        mean = context[tier] / max(in_tier[tier], 1.0)
+        extra_s[tier] = decode_s(state.coefficients, 0.0, mean)
+        periods_s[tier] = paces_s[tier] * (1.0 - state.margin * (1.0 - ahead[tier] / max(counts[tier], 1.0)))
+    return counts, periods_s, extra_s, in_tier
+
+
+@njit(cache=True)
+def pace_of_moments_s(state: State, paces_s: FloatArray) -> float:
+    """The tightest promised pace; without one, the pace that the running decodes have: the length of their batch."""
+    if np.isfinite(paces_s[0]):
+        return float(paces_s[0])
+    seconds, count = 0.0, 0.0
+    for slot in state.running:
+        if is_decode(state.rows, slot):
+            seconds += decode_s(state.coefficients, 0.0, state.rows["computed_tokens"][slot])
+            count += 1.0
+    return float(roofline_s(state.coefficients, max(count, 1.0)) + seconds)
+
+
+@njit(cache=True)
+def spare_s(state: State, slot: int, start_s: float) -> float:
+    """How long a promised decode can be held from ``start_s`` on before it asks for a token every TPOT; -1 if none."""
+    rows = state.rows
+    if state.status[slot] != ADMITTED or not is_decode(rows, slot):
+        return -1.0
+    return float(max(next_due_s(rows, slot, state.margin) - start_s - rows["tpot_s"][slot], 0.0))
+
+
+@njit(cache=True)
+def lend(state: State, supply: Supply, paces_s: FloatArray, survival: FloatArray, first_due_s: float) -> FloatArray:
+    """float64 [M]: prefill tokens that running decodes do not take until each moment.
+
+    The rate counts a token every TPOT for each decode. A decode that is ahead of its deadlines can be held until its
+    next token is due; a decode whose answer ends needs no more tokens. Until the first of the prompts may end
+    (``first_due_s``), steps beside held decodes also last longer and pay fewer fixed costs.
+    """
+    slope, moments_s, start_s = per_token_s(state.coefficients), supply.moments_s, supply.start_s
+    rate = rate_beside(supply.counts, supply)
+    lent = np.zeros(len(moments_s))
+    asking, own = np.zeros((len(moments_s), len(paces_s))), np.zeros(len(moments_s))
+    for slot in state.running:
+        tpot_s, held_s = state.rows["tpot_s"][slot], spare_s(state, slot, start_s)
+        if held_s < 0.0:
+            continue
+        tier = tier_of(paces_s, tpot_s)
+        spans_s = np.maximum(moments_s - start_s, 0.0)
+        for k in range(len(moments_s)):
+            if spans_s[k] > held_s:
+                asking[k, tier] += 1.0
+            elif np.isfinite(tpot_s):
+                own[k] += (1.0 + supply.extra_s_each[tier] / slope) / tpot_s
+        if np.isfinite(tpot_s):
+            lent += lent_by(state.rows, slot, held_s, spans_s, survival) * (
+                1.0 + decode_s(state.coefficients, 0.0, state.rows["computed_tokens"][slot]) / slope
+            )
+    if rate <= 0.0:
+        return np.zeros(len(moments_s))
+    gained, from_s = 0.0, start_s
+    for k in range(len(moments_s)):
+        until_s = min(moments_s[k], max(first_due_s, start_s))
+        if until_s > from_s:
+            gained += (until_s - from_s) * max(rate_beside(asking[k], supply) - rate - own[k], 0.0)
+            from_s = until_s
+        lent[k] += gained
+    return lent
+
+
+@njit(cache=True)
+def lent_by(rows: RequestArray, slot: int, held_s: float, spans_s: FloatArray, survival: FloatArray) -> FloatArray:
+    """float64 [M]: tokens that one decode does not ask for within each span."""
+    tpot_s, own = rows["tpot_s"][slot], survival[rows["class_index"][slot]]
+    so_far = survives(own, float(rows["output_tokens"][slot]))
+    tokens = np.empty(len(spans_s))
+    for k in range(len(spans_s)):
+        held = min(held_s, spans_s[k])
+        rest, ended = (spans_s[k] - held) / tpot_s, 0.0
+        if rest > 0.0:
+            # The share that has ended grows about evenly from none when the lead is used up.
+            ended = 0.5 * (1.0 - share_left(rows, slot, rest, so_far, own))
+        tokens[k] = held / tpot_s + rest * ended
+    return tokens
