@@ -2,8 +2,8 @@
 
 Two measurements. First, vLLM's real scheduler and KV-cache manager on an imaginary device (256 running requests, 64 and
 2,000 waiting): view and plan, all that the plug-in adds to ``schedule()``, and the stock ``schedule()`` beside it
-(``--steps-only`` ends here). Then the real engine on this machine's cores: tokens a second with the plug-in on and no promises against stock, alternating in one
-run. Exits 1 when that ratio is under 0.98.
+(``--steps-only`` ends here). Then the real engine on this machine's cores: tokens a second with the plug-in on and no
+promises against stock, alternating in one run. Exits 1 when that ratio is under 0.98.
 """
 
 from __future__ import annotations

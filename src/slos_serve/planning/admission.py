@@ -19,8 +19,9 @@ from slos_serve.planning.settings import PlannerSettings
 from slos_serve.planning.state import FloatArray, State
 from slos_serve.planning.supply import MOMENT_TOKENS, Supply, decodes_by_tier, lend, pace_of_moments_s, tier_paces
 
-# Fixed costs by which prefill begins late. Admission counts a fluid, steps are whole: the batch that ends a prompt is cut
-# short by its due time, and the one before it may be. Beside drafts, verifications may bring fewer tokens than their mean.
+# Fixed costs by which prefill begins late. Admission counts a fluid, steps are whole: the batch that ends a prompt is
+# cut short by its due time, and the one before it may be. Beside drafts, verifications may bring fewer tokens than their
+# mean.
 CUT_SHORT, CUT_SHORT_WITH_DRAFTS = 1.5, 3.0
 
 

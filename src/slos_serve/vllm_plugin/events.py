@@ -62,5 +62,6 @@ class EventLog:
             with suppress(OSError):
                 self._handler.close()
             with suppress(OSError):
-                stream.close()
+                if stream is not None:
+                    stream.close()
             self._handler = None
