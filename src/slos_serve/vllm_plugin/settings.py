@@ -9,12 +9,12 @@ environment, so one ``export`` reaches both processes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import ClassSet
-from slos_serve.files.class_file import load_classes
+from slos_serve.files.class_file import ClassFile, load_class_file
 from slos_serve.files.profile_file import Profile, load_profile
 from slos_serve.planning.settings import PlannerSettings
 from slos_serve.routing.settings import PUBLISH_EVERY_S
@@ -61,13 +61,14 @@ class PluginSettings:
         classes_path = environment.get(CLASSES_VARIABLE)
         profile_path = environment.get(PROFILE_VARIABLE)
         events_path = environment.get(EVENTS_VARIABLE)
-        margin_ms = _milliseconds(environment, MARGIN_VARIABLE, 0.0)
+        written = load_class_file(Path(classes_path)) if classes_path else ClassFile(ClassSet())
+        margin_ms = _milliseconds(environment, MARGIN_VARIABLE, written.scheduler.ttft_margin_s * 1000.0)
         return cls(
-            classes=load_classes(Path(classes_path)) if classes_path else ClassSet(),
+            classes=written.classes,
             profile=load_profile(Path(profile_path)) if profile_path else None,
             events_path=Path(events_path) if events_path else None,
             plan_limit_s=_milliseconds(environment, PLAN_LIMIT_VARIABLE, DEFAULT_PLAN_LIMIT_S * 1000.0) / 1000.0,
-            planner=PlannerSettings(ttft_margin_s=margin_ms / 1000.0),
+            planner=replace(written.scheduler, ttft_margin_s=margin_ms / 1000.0),
             publish_to=environment.get(PUBLISH_VARIABLE) or None,
             publish_every_s=_milliseconds(environment, PUBLISH_EVERY_VARIABLE, PUBLISH_EVERY_S * 1000.0) / 1000.0,
         )
