@@ -45,7 +45,7 @@ class Row:
 
 def prepare(folder: Path) -> None:
     """Write a class file and a profile, and point the plug-in at them."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")
     os.environ["HF_HUB_OFFLINE"] = "1"
     from slos_serve.vllm_plugin import compat
     from slos_serve.vllm_plugin.config import CLASSES_ENV, PROFILE_ENV

@@ -9,6 +9,7 @@ reaches both processes. Files are opened when they are first asked for, once.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import ClassSet
-from slos_serve.files.class_file import load_classes
+from slos_serve.files.class_file import ClassFile, load_class_file
 from slos_serve.files.profile_file import Profile, load_profile
 from slos_serve.planning.settings import PlannerSettings
 from slos_serve.routing.settings import PUBLISH_EVERY_S
@@ -72,7 +73,7 @@ class PluginConfig(BaseModel):
         publish_to: ZeroMQ address that the planner's state is published to, ``None`` for nowhere.
         publish_every_ms: age that a publication may reach.
         plan_limit_ms: processor time a plan may take before its step falls back to stock order.
-        ttft_margin_ms: subtracted from every TTFT deadline.
+        ttft_margin_ms: subtracted from every TTFT deadline; 0 leaves what the class file says.
         fault_limit: faults in a row after which the scheduler stays in stock order until restart.
         allow_profile_mismatch: warn instead of refusing when the profile was measured on something else.
         max_body_mib: largest request body that the middleware looks into, in MiB.
@@ -146,9 +147,13 @@ class PluginConfig(BaseModel):
         return type(self)(**{**self.model_dump(exclude_unset=True), "profile_path": path})
 
     @cached_property
+    def _class_file(self) -> ClassFile:
+        return ClassFile(ClassSet()) if self.classes_path is None else load_class_file(self.classes_path)
+
+    @property
     def classes(self) -> ClassSet:
         """Promises by name; empty without a class file."""
-        return ClassSet() if self.classes_path is None else load_classes(self.classes_path)
+        return self._class_file.classes
 
     @cached_property
     def profile(self) -> Profile | None:
@@ -157,8 +162,9 @@ class PluginConfig(BaseModel):
 
     @property
     def planner(self) -> PlannerSettings:
-        """The planner's settings."""
-        return PlannerSettings(ttft_margin_s=self.ttft_margin_ms / 1000.0)
+        """The planner's settings: those of the class file; a TTFT margin in the environment counts over it."""
+        written = self._class_file.scheduler
+        return replace(written, ttft_margin_s=self.ttft_margin_ms / 1000.0) if self.ttft_margin_ms else written
 
     @property
     def plan_limit_s(self) -> float:
