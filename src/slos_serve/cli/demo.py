@@ -86,6 +86,7 @@ def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSet
     set_cpu_environment()  # what is profiled must be the engine that is served
     with console.status("loading vLLM"):
         from slos_serve.bench.demo import EngineSetup
+        from slos_serve.files.engine_identity import describe
         from slos_serve.files.profile_file import default_profile_path, find_profile, load_profile, save_profile
         from slos_serve.launch.cpu_model import resolve_model
         from slos_serve.profiling.run import profile_engine
@@ -106,8 +107,8 @@ def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSet
         kept = (default_profile_path(identity), run.profile)
         save_profile(run.profile, kept[0], run.samples)
     profile_path, profile = kept
-    for difference in profile.check_matches(identity):
-        console.print(f"warning: the profile fits approximately: {difference}", markup=False, highlight=False)
+    if found := profile.check_matches(identity):
+        console.print(f"warning: {describe(found)}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"profile: {profile_path} ({profile.device}, measured {profile.created})", highlight=False)
     environment = {**CPU_ENVIRONMENT, LOGGING_ENV: server_logging}
     return EngineSetup(path, cpu_engine_args(), environment, profile_path, profile.model), profile

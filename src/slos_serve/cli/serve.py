@@ -23,6 +23,7 @@ from rich.table import Table
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.core.redaction import redacted, redacted_arguments, redacted_text, secret_arguments, secrets_of
 from slos_serve.core.slo import SLOClass
+from slos_serve.files.engine_identity import describe
 from slos_serve.files.profile_file import Profile, default_profile_path, find_profile, save_profile
 from slos_serve.launch.cpu_engine import cpu_model_args, set_cpu_environment
 from slos_serve.launch.endpoint import Endpoint
@@ -292,9 +293,10 @@ def _profile(
 
 
 def _warn_of_differences(console: Console, profile: Profile, engine: EngineIdentity, allow: bool) -> None:
-    for difference in profile.check_matches(engine, allow_mismatch=allow):
-        kind = "the profile was measured on something else" if difference.far else "the profile fits approximately"
-        console.print(f"warning: {kind}: {difference}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    found = profile.check_matches(engine, allow_mismatch=allow)
+    if found:
+        said = f"warning: {describe(found)}"
+        console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
 def _progress(console: Console) -> Progress:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,14 @@ class Difference:
             known, where = (self.here, "here") if self.there is None else (self.there, "in the profile")
             return f"{self.field} is {known!r} {where} and unknown {'in the profile' if where == 'here' else 'here'}"
         return f"{self.field} is {self.here!r} here and {self.there!r} in the profile"
+
+
+def describe(found: Sequence[Difference]) -> str:
+    """One sentence about a profile that is used in spite of these differences."""
+    far = any(one.far for one in found)
+    kind = "the profile was measured on something else" if far else "the profile fits approximately"
+    ordered = sorted(found, key=lambda one: not one.far)
+    return f"{kind}: {'; '.join(map(str, ordered))}. Planned step times follow measured ones while serving."
 
 
 def differences(here: EngineIdentity, there: EngineIdentity) -> list[Difference]:

@@ -11,7 +11,7 @@ from typing import Any
 import vllm
 from vllm.platforms import current_platform
 
-from slos_serve.files.engine_identity import NONE, EngineIdentity, model_label
+from slos_serve.files.engine_identity import NONE, EngineIdentity, describe, model_label
 from slos_serve.vllm_plugin.config import PluginConfig
 
 __all__ = ["EngineIdentity", "check_profile", "device_name", "identity_of"]
@@ -57,10 +57,9 @@ def check_profile(config: PluginConfig, vllm_config: Any) -> None:
     """
     if config.profile is None:
         return
-    for difference in config.profile.check_matches(
-        identity_of(vllm_config), allow_mismatch=config.allow_profile_mismatch
-    ):
-        _logger.warning("slos-serve: the profile fits approximately, online correction is on: %s", difference)
+    found = config.profile.check_matches(identity_of(vllm_config), allow_mismatch=config.allow_profile_mismatch)
+    if found:
+        _logger.warning("slos-serve: %s", describe(found))
 
 
 def device_name() -> str:
