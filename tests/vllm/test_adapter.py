@@ -227,3 +227,13 @@ def test_finish_kinds() -> None:
 def test_every_class_here_is_steered() -> None:
     assert issubclass(SLOScheduler, Steered)
     assert issubclass(SLOSyncScheduler, Steered)
+
+
+def test_a_slot_that_is_used_again_belongs_to_a_waiting_request(start: Start) -> None:
+    engine = start()
+    for number in range(4):  # one after the other, so that nobody runs between them
+        lengths[f"one{number}"] = ([5, 6, 7, number], 5)
+        engine.add(f"one{number}", *lengths[f"one{number}"], {"slo_class": "chat"})
+        engine.run()
+    assert_answers(engine)
+    assert engine.scheduler._slo.guard.counts == {}

@@ -30,7 +30,8 @@ from tests.vllm.hostile import MODEL, Hostile, hostile_requests
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[2]
-NUM_HOSTILE = 300
+EVENTS: dict[str, Path] = {}
+NUM_HOSTILE, NUM_STOPPED = 300, 50
 CONCURRENCY = 8
 
 
@@ -58,6 +59,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> Iterator
     )
     vllm_args = (*cpu_engine_args(), "--served-model-name", MODEL)
     with ServerProcess(cpu_model, vllm_args, plugin=plugin, environment=CPU_ENVIRONMENT) as running:
+        EVENTS[running.base_url] = folder / "events.jsonl"
         yield running
 
 
@@ -319,6 +321,64 @@ async def test_hostile_requests_get_a_4xx_or_their_answer_and_leave_nothing(
     assert now["vllm:num_requests_running"] == 0
     assert now["vllm:num_requests_waiting"] == 0
     assert now["vllm:kv_cache_usage_perc"] == 0
+
+
+# Stop strings -------------------------------------------------------------------------------------------------------
+
+
+def ended(server: ServerProcess) -> list[dict[str, Any]]:
+    lines = EVENTS[server.base_url].read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == "request"]
+
+
+async def cut_by_a_stop_string(client: httpx.AsyncClient, number: int) -> str:
+    """Ask for a text that repeats, cut after a number that is sure to come."""
+    body = {
+        "model": MODEL,
+        "prompt": f"{number} red, blue, red, blue, red, blue, red, blue, red,",
+        "max_tokens": 60,
+        "temperature": 0.0,
+        "stop": ["ue, r", " red, blue"],
+        "vllm_xargs": {"slo_class": "chat", "slo_ttft_ms": 60_000, "slo_tpot_ms": 5_000},
+    }
+    answer = await client.post("/v1/completions", json=body)
+    return str(answer.json()["choices"][0]["finish_reason"])
+
+
+async def test_an_answer_cut_by_a_stop_string_is_a_finished_answer(server: ServerProcess) -> None:
+    before = len(ended(server))
+    async with httpx.AsyncClient(base_url=server.base_url, timeout=300.0) as client:
+        room = asyncio.Semaphore(CONCURRENCY)
+
+        async def one(number: int) -> str:
+            async with room:
+                return await cut_by_a_stop_string(client, number)
+
+        reasons = await asyncio.gather(*(one(number) for number in range(NUM_STOPPED)))
+    assert set(reasons) == {"stop"}
+    for _ in range(100):
+        seen = ended(server)[before:]
+        if len(seen) >= NUM_STOPPED:
+            break
+        await asyncio.sleep(0.1)
+    assert [event["finished"] for event in seen] == ["stop"] * NUM_STOPPED
+    assert all(event["ttft_ok"] and event["tpot_ok"] for event in seen)
+    assert {event["verdict"] for event in seen} == {"admitted"}
+    assert all(event["output_tokens"] < 60 for event in seen)
+
+
+async def test_a_client_that_leaves_is_not_a_finished_answer(server: ServerProcess) -> None:
+    before = len(ended(server))
+    body = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True, "stop": ["\u2603"]}
+    with contextlib.suppress(httpx.ReadTimeout):
+        async with httpx.AsyncClient(base_url=server.base_url, timeout=1.5) as client:
+            await client.post("/v1/completions", json=body)
+    for _ in range(100):
+        seen = ended(server)[before:]
+        if seen:
+            break
+        await asyncio.sleep(0.1)
+    assert [event["finished"] for event in seen] == ["abort"]
 
 
 # Metrics ------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from slos_serve.cli.printed import stdout_console
 from slos_serve.core.errors import SlosServeError
+from slos_serve.launch.folders import prepare_folders
 
 if TYPE_CHECKING:
     from slos_serve.bench.demo import EngineSetup, Told
@@ -49,6 +50,7 @@ def demo(
     from slos_serve.bench.demo_report import claims, demo_json, demo_table
 
     console = Console(stderr=True)
+    prepare_folders(os.environ, lambda said: console.print(said, markup=False, soft_wrap=True))
     folder = Path(tempfile.mkdtemp(prefix="slos-serve-demo-"))
     began_s = time.monotonic()
     try:

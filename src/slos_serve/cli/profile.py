@@ -17,6 +17,7 @@ from rich.table import Table
 from slos_serve.cli.printed import stdout_console
 from slos_serve.core.errors import SlosServeError
 from slos_serve.files.profile_file import Profile, default_profile_path, samples_path, save_profile
+from slos_serve.launch.folders import prepare_folders
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.perf.residuals import FOLLOWED
 
@@ -57,6 +58,7 @@ def profile(
     """
     errors = Console(stderr=True)
     try:
+        prepare_folders(os.environ, lambda said: errors.print(said, markup=False, soft_wrap=True))
         run = _measure(errors, model, tuple(context.args), duration, seed)
         path = output or _default_path(run.profile)
         save_profile(run.profile, path, run.samples)

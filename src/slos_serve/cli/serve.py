@@ -27,7 +27,7 @@ from slos_serve.files.profile_file import Profile, default_profile_path, find_pr
 from slos_serve.launch.cpu_engine import cpu_model_args, set_cpu_environment
 from slos_serve.launch.endpoint import Endpoint
 from slos_serve.launch.folders import prepare_folders
-from slos_serve.launch.options import API_KEY, expanded, option_value, option_values, without_option
+from slos_serve.launch.options import API_KEY, expanded, option_value, option_values, with_config_apart, without_option
 from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.launch.server import (
     START_TIMEOUT_S,
@@ -50,7 +50,10 @@ _KILLED = 128
 DEFAULT_ORDER = Order.PREFIX.value
 _OURS = ("--scheduler-cls", "--model")
 # Settings without an option of their own; read from the environment and handed on.
-_FROM_ENVIRONMENT = ("plan_limit_ms", "ttft_margin_ms", "fault_limit", "max_body_mib", "publish_to", "publish_every_ms")
+_FROM_ENVIRONMENT = (
+    *("plan_limit_ms", "ttft_margin_ms", "fault_limit", "max_body_mib", "custom_numbers"),
+    *("publish_to", "publish_every_ms"),
+)
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,7 @@ def serve(
     Options that are not listed here go to vLLM as they are: slos-serve serve MODEL --max-model-len 8192
     """
     console = Console(stderr=True)
-    words = tuple(context.args)
+    words = tuple(with_config_apart(context.args))
     given = Given(
         model=model,
         words=words,

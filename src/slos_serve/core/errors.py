@@ -41,5 +41,5 @@ class UnsupportedEngineError(SlosServeError):
     """The installed vLLM is outside the supported range, or lacks a name that the plug-in steers by."""
 
 
-class PlanOverrunError(SlosServeError):
-    """A plan took longer than its time limit; the step falls back to the engine's own order."""
+class PlanMismatchError(SlosServeError):
+    """A plan does not agree with the engine's own lists; the step falls back to the engine's own order."""

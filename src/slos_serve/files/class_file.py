@@ -13,13 +13,15 @@
 A class without promises (``batch: {}``) is a name for best effort. ``tpot_ms`` of a class holds for each of its stages
 that gives none. ``when_full: reject`` has a router refuse what no replica can promise (``best_effort``, the default,
 serves it all the same); ``last_round: chat`` gives the call that a client marks as its session's last the promises of
-another class. Nothing is guessed: an unknown key, a key given twice or a number out of range is an error that names the
-file, the line, the field, what was given and what is allowed.
+another class. The section ``scheduler:`` sets the planner's settings (docs/settings.md). Nothing is guessed: an unknown
+key, a key given twice or a number out of range is an error that names the file, the line, the field, what was given and
+what is allowed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
@@ -38,11 +40,12 @@ from slos_serve.core.slo import (
     WhenFull,
     check_number,
 )
+from slos_serve.planning.settings import RANGES, WHOLE, PlannerSettings
 
 CUSTOM_CLASS = "custom"
 MAX_STAGES = 16
 MAX_STAGE_TOKENS = 10_000_000
-_TOP_KEYS = ("classes", "default_class", "max_stall_ms")
+_TOP_KEYS = ("classes", "default_class", "max_stall_ms", "scheduler")
 _CLASS_KEYS = (
     "ttft_ms",
     "ttft_slowdown",
@@ -58,7 +61,25 @@ _STAGE_KEYS = ("tpot_ms", "end_token_id", "max_tokens")
 _RESERVED = (NO_SLO_CLASS, CUSTOM_CLASS)
 
 
+@dataclass(frozen=True, slots=True)
+class ClassFile:
+    """What a class file says.
+
+    Attributes:
+        classes: promises by name.
+        scheduler: the planner's settings, defaults where the file has none.
+    """
+
+    classes: ClassSet
+    scheduler: PlannerSettings = field(default_factory=PlannerSettings)
+
+
 def load_classes(path: str | Path) -> ClassSet:
+    """The classes of a class file; see :func:`load_class_file`."""
+    return load_class_file(path).classes
+
+
+def load_class_file(path: str | Path) -> ClassFile:
     """Read a class file.
 
     Raises:
@@ -69,16 +90,21 @@ def load_classes(path: str | Path) -> ClassSet:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidFieldError("class file", str(path), f"a readable UTF-8 file ({error})") from error
-    return parse_classes(text, str(path))
+    return parse_class_file(text, str(path))
 
 
 def parse_classes(text: str, name: str) -> ClassSet:
+    """The classes of a class file's text; ``name`` is what errors call it."""
+    return parse_class_file(text, name).classes
+
+
+def parse_class_file(text: str, name: str) -> ClassFile:
     """Read the text of a class file; ``name`` is what errors call it."""
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise _syntax_error(error, name) from error
-    return _FileReader(name).class_set(root)
+    return _FileReader(name).class_file(root)
 
 
 class _FileReader:
@@ -88,10 +114,34 @@ class _FileReader:
         self._name = name
         self._scalars = yaml.constructor.SafeConstructor()
 
-    def class_set(self, root: yaml.Node | None) -> ClassSet:
+    def class_file(self, root: yaml.Node | None) -> ClassFile:
         if root is None:
             raise InvalidFieldError("class file", "", "a mapping with the key 'classes'", f"{self._name}:1")
         top = self._mapping(root, "class file", _TOP_KEYS)
+        classes = self._class_set(root, top)
+        return ClassFile(classes, self._scheduler(top["scheduler"]) if "scheduler" in top else PlannerSettings())
+
+    def _scheduler(self, node: yaml.Node) -> PlannerSettings:
+        """The planner's settings; a fault names the line of its own key."""
+        keys = self._mapping(node, "scheduler", tuple(RANGES))
+        given: dict[str, float | int] = {}
+        for key, (low, high, low_included) in RANGES.items():
+            if key in keys and key in WHOLE:
+                given[key] = self._whole_setting(keys[key], key, int(low), int(high))
+            elif key in keys:
+                value, where = self._scalar(keys[key]), self._where(keys[key])
+                given[key] = check_number(
+                    f"scheduler.{key}", value, low=low, high=high, low_included=low_included, where=where
+                )
+        return PlannerSettings(**given)  # type: ignore[arg-type]  # whole numbers where they must be
+
+    def _whole_setting(self, node: yaml.Node, key: str, low: int, high: int) -> int:
+        value = self._scalar(node)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise InvalidFieldError(f"scheduler.{key}", value, f"a whole number in [{low}, {high}]", self._where(node))
+        return value
+
+    def _class_set(self, root: yaml.Node, top: Mapping[str, yaml.Node]) -> ClassSet:
         if "classes" not in top:
             raise InvalidFieldError("classes", None, "at least one class", self._where(root))
         max_stall_ms = self._number(top, "", "max_stall_ms", MAX_LATENCY_MS) or DEFAULT_MAX_STALL_MS

@@ -82,6 +82,15 @@ def expanded(arguments: Sequence[str]) -> list[str]:
     return [*words, *without_option(arguments, CONFIG)]
 
 
+def with_config_apart(arguments: Sequence[str]) -> list[str]:
+    """``--config=FILE`` as two words: vLLM's parser reads the file only when it is given like that."""
+    words: list[str] = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        words += [name, value] if equals and name == CONFIG else [argument]
+    return words
+
+
 def option_words(name: str, value: object) -> list[str]:
     """``max_model_len``, 64 -> ``--max-model-len 64``; true is a flag, false is left out."""
     return _words(name.replace("_", "-"), value)

@@ -6,10 +6,11 @@ Two things are learnt from each executed step, both as the log of measured / pre
   surprise is clipped to a few times the usual spread, so a single stall counts for little more than an ordinary slow
   step. The signs of recent surprises are averaged: when nearly all lean to one side they are a change, not noise, and
   the share and the clip widen until the centre has caught up and the signs mix again.
-* a high quantile of what is left after the correction, over the last few steps together rather than one by one, by
-  stochastic approximation (the estimate goes up a little when a step is above it and down a little when below, in
-  proportions that balance at the quantile). A promise takes many steps: slow ones that come alone even out within it,
-  slow spells do not, and the time of a few steps in a row tells the two apart.
+* a high quantile of what is left after the correction, over the last few steps together rather than one by one: the
+  mean size of their running mean, times what a normal distribution has at that quantile. A promise takes many steps:
+  slow ones that come alone even out within it, slow spells do not, and the mean of a few steps in a row tells the two
+  apart. Each step is clipped to a few spreads before it counts, and what is known fades within seconds, so that one
+  stall of ten seconds costs the next plans a few per cent, and soon nothing.
 
 O(1), scalar floats only: it runs before every batch.
 """
@@ -17,6 +18,7 @@ O(1), scalar floats only: it runs before every batch.
 from __future__ import annotations
 
 import math
+from statistics import NormalDist
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.perf.batch_time import BatchShape
@@ -29,8 +31,14 @@ LEAN_STEPS = 8.0
 LEAN_OF_CHANGE = 0.6
 CATCH_UP_GAIN = 0.15
 CATCH_UP_CLIP = 0.7
-# Share of the newest step in the running time of "the last few": about fifteen of them.
+# Share of the newest step in the running mean of "the last few": about fifteen of them.
 RECENT_SHARE = 0.125
+# Spreads that one step is clipped to before it counts in that mean.
+TAIL_CLIP_SPREADS = 4.0
+# What is known of that mean's size fades over this much time of steps, and over this many steps at least.
+TAIL_OVER_S, TAIL_OVER_STEPS = 10.0, 50.0
+# A normal variable's standard deviation over its mean size.
+_SIGMA_OF_SIZE = math.sqrt(math.pi / 2.0)
 
 
 class OnlineCorrection:
@@ -49,12 +57,10 @@ class OnlineCorrection:
         "_high",
         "_lean",
         "_low",
-        "_quantile",
-        "_recent_measured_s",
-        "_recent_predicted_s",
-        "_recent_spread",
+        "_recent",
+        "_size",
         "_spread",
-        "_tail",
+        "_z",
         "factor",
         "num_steps",
     )
@@ -77,22 +83,22 @@ class OnlineCorrection:
         if not 0.0 < initial_ratio_quantile < math.inf:
             raise InvalidFieldError("initial_ratio_quantile", initial_ratio_quantile, "a finite number above 0")
         self._gain = 1.0 / time_constant_steps
-        self._quantile = quantile
+        self._z = max(NormalDist().inv_cdf(quantile), 0.0) * _SIGMA_OF_SIZE
         self._low = math.log(low)
         self._high = math.log(high)
         self._centre = 0.0
         self._spread = max(MIN_SPREAD, 0.5 * abs(math.log(initial_ratio_quantile)))
-        self._tail = math.log(initial_ratio_quantile)
-        self._recent_measured_s = self._recent_predicted_s = 0.0
-        self._recent_spread = self._spread
+        # Mean size of the running mean, from the margin to start with.
+        self._size = max(math.log(initial_ratio_quantile), 0.0) / self._z if self._z > 0.0 else 0.0
+        self._recent = 0.0
         self._lean = 0.0
         self.factor = 1.0
         self.num_steps = 0
 
     @property
     def ratio_quantile(self) -> float:
-        """Running quantile of measured / (factor * predicted), each summed over recent steps."""
-        return math.exp(self._tail)
+        """Running quantile of measured / (factor * predicted) over recent steps together."""
+        return math.exp(self._z * self._size)
 
     def observe(self, shape: BatchShape, predicted_s: float, measured_s: float) -> None:
         """Learn from one executed step.
@@ -104,8 +110,8 @@ class OnlineCorrection:
         """
         if shape.new_tokens <= 0 or not 0.0 < predicted_s < math.inf or not 0.0 < measured_s < math.inf:
             return
-        self._learn_tail(predicted_s * self.factor, measured_s)
         surprise = math.log(measured_s / predicted_s) - self._centre
+        self._learn_tail(surprise, predicted_s * self.factor)
         size = surprise if surprise >= 0.0 else -surprise
         limit = CLIP_SPREADS * self._spread
         gain, bound = self._pace(surprise, limit)
@@ -127,13 +133,9 @@ class OnlineCorrection:
         urgency = (lean - LEAN_OF_CHANGE) / (1.0 - LEAN_OF_CHANGE)
         return self._gain + urgency * (CATCH_UP_GAIN - self._gain), limit + urgency * CATCH_UP_CLIP
 
-    def _learn_tail(self, corrected_s: float, measured_s: float) -> None:
-        """Move the quantile by how the recent steps together compare with what was said of each before it ran."""
-        share = RECENT_SHARE if self.num_steps > 0 else 1.0
-        self._recent_measured_s += share * (measured_s - self._recent_measured_s)
-        self._recent_predicted_s += share * (corrected_s - self._recent_predicted_s)
-        ratio = math.log(self._recent_measured_s / self._recent_predicted_s)
-        size = min(abs(ratio), CLIP_SPREADS * self._recent_spread)
-        self._recent_spread = max(MIN_SPREAD, self._recent_spread + self._gain * (size - self._recent_spread))
-        step = 2.0 * self._gain * self._recent_spread
-        self._tail += step * self._quantile if ratio > self._tail else -step * (1.0 - self._quantile)
+    def _learn_tail(self, surprise: float, corrected_s: float) -> None:
+        """Learn how far the mean of recent steps strays; a step counts for its predicted time, a stall for no more."""
+        bound = TAIL_CLIP_SPREADS * self._spread
+        self._recent += RECENT_SHARE * (min(max(surprise, -bound), bound) - self._recent)
+        share = min(corrected_s / TAIL_OVER_S, 1.0 / TAIL_OVER_STEPS)
+        self._size += share * (abs(self._recent) - self._size)

@@ -17,12 +17,33 @@ from slos_serve.planning.drafting import DraftPlan, with_drafts
 from slos_serve.planning.memory import forecast, peaks
 from slos_serve.planning.settings import PlannerSettings
 from slos_serve.planning.state import FloatArray, State
-from slos_serve.planning.supply import MOMENT_TOKENS, Supply, decodes_by_tier, lend, pace_of_moments_s, tier_paces
+from slos_serve.planning.supply import (
+    MOMENT_TOKENS,
+    Supply,
+    decodes_by_tier,
+    kv_shortage,
+    lend,
+    pace_of_moments_s,
+    tier_paces,
+)
 
 # Fixed costs by which prefill begins late. Admission counts a fluid, steps are whole: the batch that ends a prompt is
-# cut short by its due time, and the one before it may be. Beside drafts, verifications may bring fewer tokens than their
-# mean.
+# cut short by its due time, and the one before it may be. Beside drafts, a step may bring fewer tokens than the mean.
 CUT_SHORT, CUT_SHORT_WITH_DRAFTS = 1.5, 3.0
+
+
+class Expected(NamedTuple):
+    """What the planner expects of the near future.
+
+    Attributes:
+        longest_s: longest a step of prompts may take, for the sake of those that arrive meanwhile.
+        load: float64 [SIZES], see :class:`slos_serve.planning.arrivals.Arrivals`.
+        survival: float64 [classes, bins + 1], see :meth:`slos_serve.planning.lengths.LengthForecast.survival`.
+    """
+
+    longest_s: float
+    load: FloatArray
+    survival: FloatArray
 
 
 class Asked(NamedTuple):
@@ -66,8 +87,7 @@ def admission_of(
     state: State,
     asking: SlotArray,
     settings: PlannerSettings,
-    survival: FloatArray,
-    longest_s: float,
+    expected: Expected,
     drafts: DraftPlan,
     total_blocks: int,
     by_peaks: bool,
@@ -76,14 +96,13 @@ def admission_of(
 
     Args:
         asking: waiting slots, see :func:`slos_serve.planning.demand.most_urgent`.
-        survival: float64 [classes, bins + 1], what answers have been like.
-        longest_s: longest a step of prompts may take.
         total_blocks: KV blocks less what is kept for others.
         by_peaks: count every request at its forecast peak.
     """
-    paces_s = tier_paces(state, asking)
-    demand = build_demand(state, asking, paces_s, settings.max_implied_ttft_s, settings.length_weight)
-    supply, in_tier = build_supply(state, asking, paces_s, longest_s, drafts)
+    paces_s, survival = tier_paces(state, asking), expected.survival
+    load = expected.load * (1.0 + kv_shortage(state))  # where KV is short, a prompt takes that of the next ones too
+    demand = build_demand(state, asking, paces_s, settings.max_implied_ttft_s, settings.length_weight, load)
+    supply, in_tier = build_supply(state, asking, paces_s, expected.longest_s, drafts)
     if by_peaks:
         blocks, room = peaks(state, demand, total_blocks)
     else:

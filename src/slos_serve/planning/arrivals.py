@@ -12,9 +12,8 @@ import numpy as np
 from numba import njit
 
 from slos_serve.core.request import SlotArray
-from slos_serve.perf.step_time import per_token_s
-from slos_serve.planning.demand import prompt_tokens_left
-from slos_serve.planning.state import BEST_EFFORT, State
+from slos_serve.planning.demand import SIZES, prompt_tokens_left, size_of
+from slos_serve.planning.state import BEST_EFFORT, FloatArray, State
 
 # The tightest TTFT known doubles within this time when nothing as tight arrives.
 DOUBLES_S = 30.0
@@ -29,16 +28,16 @@ class Arrivals(NamedTuple):
         newest: ``order`` of the last one counted.
         at_s: when these numbers were right.
         tightest_s: tightest TTFT asked for; inf before any.
-        load: share of the engine's time that promised prompts ask for.
+        load: float64 [SIZES], prefill tokens a second that requests of each size ask for.
     """
 
     newest: int
     at_s: float
     tightest_s: float
-    load: float
+    load: FloatArray
 
 
-NO_ARRIVALS = Arrivals(-1, 0.0, float(np.inf), 0.0)
+NO_ARRIVALS = Arrivals(-1, 0.0, float(np.inf), np.zeros(SIZES))
 
 
 @njit(cache=True)
@@ -56,6 +55,6 @@ def count_arrivals(state: State, waiting: SlotArray, known: Arrivals) -> Arrival
             continue
         ttft_s = state.rows["ttft_due_s"][slot] - state.rows["arrival_s"][slot]
         tightest_s = min(tightest_s, ttft_s)
-        own_s = prompt_tokens_left(state.rows, slot, state.coefficients) * per_token_s(state.coefficients)
-        load += own_s / LOAD_OVER_S
+        tokens = prompt_tokens_left(state.rows, slot, state.coefficients)
+        load[size_of(tokens / state.rows["weight"][slot])] += tokens / LOAD_OVER_S
     return Arrivals(newest, state.now_s, tightest_s, load)

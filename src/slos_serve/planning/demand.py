@@ -30,6 +30,8 @@ from slos_serve.planning.supply import tier_of
 
 # Waiting requests that admission looks at in one plan.
 MOST_ASKING = 256
+# Size classes of prompts, each twice as long as the one before.
+SIZES = 24
 # With weights by length, a prompt of this length weighs what its class says.
 UNIT_PROMPT_TOKENS = 1000.0
 
@@ -112,8 +114,19 @@ def prompt_tokens_left(rows: RequestArray, slot: int, coefficients: FloatArray) 
 
 
 @njit(cache=True)
+def size_of(tokens: float) -> int:
+    """Size class of a prompt: its tokens, for a unit of weight, to the next power of two."""
+    return int(min(max(np.ceil(np.log2(max(tokens, 1.0))), 0.0), SIZES - 1.0))
+
+
+@njit(cache=True)
 def build_demand(
-    state: State, asking: SlotArray, paces_s: FloatArray, max_implied_ttft_s: float, length_weight: float
+    state: State,
+    asking: SlotArray,
+    paces_s: FloatArray,
+    max_implied_ttft_s: float,
+    length_weight: float,
+    load: FloatArray,
 ) -> Demand:
     """Requests with prefill left among the running and the ``asking`` ones; ``blocks`` is left empty.
 
@@ -122,6 +135,9 @@ def build_demand(
         paces_s: float64 [L], see :func:`slos_serve.planning.supply.tier_paces`.
         max_implied_ttft_s: deadline of a request that has none of its own, after its arrival.
         length_weight: power of the prompt's length that weights are multiplied with.
+        load: float64 [SIZES], prefill tokens a second that recent arrivals of each size ask for. A request that is not
+            promised yet is charged for the cheaper ones that are to come before its deadline: they are worth more, and
+            a promise made now would take their time.
     """
     rows, most = state.rows, len(state.running) + len(asking)
     slots, tier = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
@@ -143,6 +159,8 @@ def build_demand(
             if length_weight > 0.0:
                 weight[n] *= (rows["prompt_tokens"][slot] / UNIT_PROMPT_TOKENS) ** length_weight
             promised[n] = state.status[slot] == ADMITTED
+            if not promised[n]:
+                tokens[n] += load[: size_of(tokens[n] / weight[n])].sum() * (due_s[n] - state.now_s)
             n += 1
     order = np.argsort(due_s[:n], kind="mergesort")
     return Demand(

@@ -52,12 +52,14 @@ class Rules(NamedTuple):
     Attributes:
         longest_s: longest step beside its decodes, so that a prompt that arrives meanwhile is still in time.
         lead_share: see :func:`slos_serve.planning.best_effort.ahead_enough`.
+        spare_s: time that promised prompts can wait for; decodes ahead of schedule use it.
         kept: slot that is preempted for nobody; -1 for none.
         turn: slot that computes something before any prompt; -1 for none.
     """
 
     longest_s: float
     lead_share: float
+    spare_s: float
     kept: int
     turn: int
 
@@ -221,6 +223,19 @@ def add_prompts(step: Step, work: Work, limit_s: float) -> float:
 
 
 @njit(cache=True)
+def use_spare_time(step: Step, work: Work, drafts: StepDrafts, first: int, limit_s: float, spare_s: float) -> int:
+    """Run decodes from position ``first`` on, which could wait, in the time that promised prompts can wait for; returns
+    how many decodes were looked at. They end sooner, and give back their KV."""
+    start_s = seconds(step)
+    for j in range(first, len(work.decodes)):
+        with_it_s = seconds_with(step, work.decodes[j], drafts.lengths[j])
+        if with_it_s > limit_s or with_it_s - start_s > spare_s or not has_room(step, work.decodes[j], 1):
+            return j
+        run_decode(step, work.decodes[j], drafts.lengths[j], DECODE_EARLY)
+    return len(work.decodes)
+
+
+@njit(cache=True)
 def add_early_decodes(step: Step, work: Work, drafts: StepDrafts, first: int, limit_s: float) -> None:
     """Run promised decodes from position ``first`` on, which could wait, while they fit; hold the others."""
     for j in range(first, len(work.decodes)):
@@ -300,6 +315,7 @@ def form(state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, pla
     limit_s = max(limit_s, seconds(step))
     if rules.turn != NOBODY:
         give_turn(step, rules.turn, limit_s)
+    first = use_spare_time(step, work, drafts, first, limit_s, rules.spare_s)
     limit_s = add_prompts(step, work, limit_s)
     add_early_decodes(step, work, drafts, first, limit_s)
     prompts = ahead_enough(state.rows, work.decodes, work.decode_due_s, state.now_s, rules.lead_share)

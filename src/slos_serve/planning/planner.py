@@ -17,18 +17,28 @@ import numpy as np
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.perf.step_time import roofline_s
-from slos_serve.planning.admission import Asked, admission_of
+from slos_serve.perf.step_time import per_token_s, roofline_s
+from slos_serve.planning.admission import Asked, Expected, admission_of
 from slos_serve.planning.algorithm1 import INFEASIBLE, STOPPED
 from slos_serve.planning.arrivals import NO_ARRIVALS, Arrivals, count_arrivals
 from slos_serve.planning.best_effort import NO_TURN, NOBODY, Turn, next_turn
 from slos_serve.planning.demand import give_up_lost, most_urgent
 from slos_serve.planning.drafting import Drafting, DraftPlan, Remembered
+from slos_serve.planning.feasible import slack_tokens
 from slos_serve.planning.form import PREFILL_DEADLINE, Rules, form
 from slos_serve.planning.lengths import LengthForecast, forecast_lengths
 from slos_serve.planning.settings import PlannerSettings
-from slos_serve.planning.state import ADMITTED, BEST_EFFORT, UNDECIDED, State, held_blocks, peak_blocks, state_of
+from slos_serve.planning.state import (
+    ADMITTED,
+    BEST_EFFORT,
+    UNDECIDED,
+    State,
+    held_blocks,
+    peak_blocks,
+    state_of,
+)
 from slos_serve.planning.step import ENTRIES, HELD, NO_MEMORY, PREEMPTED, Step, seconds
+from slos_serve.planning.supply import kv_shortage
 
 # A step of prompts takes at most this share of the tightest TTFT, so that a prompt that arrives meanwhile is in time by
 # a step of its own; and at least this many times a step's fixed cost, or fixed costs would take most of the time.
@@ -101,7 +111,9 @@ class Planner:
         turn = next_turn(state, self._turn, self.settings.aging_s)
         longest_s = self._longest_step_s(arrivals)
         seen, drafts = self.drafting.choose(state, asking, longest_s)
-        asked = self.admit(state, asking, longest_s, drafts, turn) if anyone_asks(state, asking) else None
+        asked = None
+        if anyone_asks(state, asking):
+            asked = self.admit(state, asking, self._expected(arrivals), drafts, turn)
         chosen, fitting = _NONE, _NONE
         if asked is not None:
             taken = asked.demand.slots[asked.admitted.taken]
@@ -109,7 +121,9 @@ class Planner:
             on_engine = state.rows["running"][taken] == 1
             chosen, fitting = taken[~on_engine], taken[on_engine]
             fitting = fitting[state.rows["status"][fitting] == UNDECIDED]
-        rules = Rules(longest_s, min(arrivals.load / FULL_LEAD_LOAD, 1.0), turn.kept, turn.slot_due)
+        load_share = float(arrivals.load.sum()) * per_token_s(self.coefficients)
+        spare_s = self._spare_s(state, asked, longest_s)
+        rules = Rules(longest_s, min(load_share / FULL_LEAD_LOAD, 1.0), spare_s, turn.kept, turn.slot_due)
         step, sacrificed = self._form(state, chosen, starting_order(state, chosen), rules, drafts)
         plan = step_plan(step, demoted, fitting, sacrificed, self.settings.max_draft_tokens > 0)
         self._pending = Pending(plan, turn, arrivals, seen, drafts, asked)
@@ -148,12 +162,11 @@ class Planner:
         forecast_lengths(view.table.rows, view.waiting, table)
 
     def admit(
-        self, state: State, asking: SlotArray, longest_s: float, drafts: DraftPlan, turn: Turn, peaks: bool = False
+        self, state: State, asking: SlotArray, expected: Expected, drafts: DraftPlan, turn: Turn, peaks: bool = False
     ) -> Asked:
         """Algorithm 1 on a state; ``peaks`` counts KV as the sum of forecast peaks, which is stricter and adds up."""
         kept = 0 if turn.kept == NOBODY else peak_blocks(state.rows, turn.kept, state.block_size)
-        room = state.total_blocks - int(kept)
-        return admission_of(state, asking, self.settings, self.lengths.survival(), longest_s, drafts, room, peaks)
+        return admission_of(state, asking, self.settings, expected, drafts, state.total_blocks - int(kept), peaks)
 
     def longest_step_s(self) -> float:
         """How long a step of prompts may last, as of the last plan."""
@@ -161,13 +174,25 @@ class Planner:
 
     def admission_now(self, state: State) -> Asked:
         """What admission would say of a state, for routers: with the lengths and the turn of the last plan."""
-        return self.admit(
-            state, most_urgent(state), self.longest_step_s(), self.drafting.present, self._turn, peaks=True
-        )
+        expected = self._expected(self._arrivals)
+        return self.admit(state, most_urgent(state), expected, self.drafting.present, self._turn, peaks=True)
+
+    def _expected(self, arrivals: Arrivals) -> Expected:
+        return Expected(self._longest_step_s(arrivals), arrivals.load, self.lengths.survival())
 
     def _longest_step_s(self, arrivals: Arrivals) -> float:
         least_s = LEAST_STEP_FIXED * roofline_s(self.coefficients, 0.0)
         return max(STEP_SHARE_OF_TTFT * arrivals.tightest_s, float(least_s))
+
+    def _spare_s(self, state: State, asked: Asked | None, longest_s: float) -> float:
+        """How long promised prompts can wait; a step is kept back, because prompts end within steps."""
+        if asked is None or asked.admitted.status == INFEASIBLE:
+            return 0.0
+        share = kv_shortage(state)
+        if share <= 0.0:
+            return 0.0
+        slack_s = slack_tokens(asked.admitted.taken, asked.demand, asked.supply) * per_token_s(self.coefficients)
+        return share * max(slack_s - longest_s, 0.0) if np.isfinite(slack_s) else 0.0
 
     def _form(
         self, state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, drafts: DraftPlan

@@ -40,8 +40,6 @@ class PlannerSettings:
     def __post_init__(self) -> None:
         for name, (low, high, low_included) in RANGES.items():
             check_number(name, getattr(self, name), low=low, high=high, low_included=low_included)
-        if int(self.max_draft_tokens) != self.max_draft_tokens:
-            check_number("max_draft_tokens", -1.0, low=0.0, high=MAX_DRAFT_TOKENS, low_included=True)
 
 
 # Name -> lowest value, highest value, whether the lowest itself is allowed.
@@ -56,3 +54,5 @@ RANGES = {
     "max_draft_tokens": (0.0, float(MAX_DRAFT_TOKENS), True),
     "acceptance_confidence": (0.0, 10.0, True),
 }
+# Of these only whole numbers.
+WHOLE = frozenset({"max_draft_tokens"})

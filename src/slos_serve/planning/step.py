@@ -28,7 +28,7 @@ from slos_serve.planning.state import (
 NO_ROOM, NO_MEMORY = int(Reason.NO_ROOM), int(Reason.NO_MEMORY)
 # Positions in Step.sums and Step.counts.
 TOKENS, REQUESTS_S, DRAFT_STEPS = range(3)
-FREE, SEATS, ENTRIES, HELD, PREEMPTED, CUT, STARTED, ADAPTERS = range(8)
+FREE, SEATS, ENTRIES, HELD, PREEMPTED, CUT, STARTED, ADAPTERS, CHUNKS = range(9)
 # No prefill chunk is smaller, unless it is the last one of its prompt: each chunk costs a request's fixed time.
 MIN_CHUNK_TOKENS = 16
 
@@ -39,8 +39,8 @@ class Step(NamedTuple):
     Attributes:
         state: the engine.
         sums: float64 [3], tokens, seconds of the requests beside the roofline part, longest draft.
-        counts: int64 [8], free KV blocks, running requests, entries, held, preempted, whether a chunk was cut (then
-            nothing follows it), whether a waiting request started, distinct adapters.
+        counts: int64 [9], free KV blocks, running requests, entries, held, preempted, whether a chunk was cut (then
+            nothing follows it), whether a waiting request started, distinct adapters, prefill chunks.
         entries: int64 [4, most], slots, tokens, reasons and drafts of the requests that run.
         held: int64 [2, running], slots and reasons of running requests that do not.
         victims: int64, who may be preempted, the first to go first.
@@ -61,7 +61,7 @@ class Step(NamedTuple):
 @njit(cache=True)
 def empty_step(state: State, most: int, victims: SlotArray) -> Step:
     """A batch with room for ``most`` entries."""
-    counts = np.zeros(8, dtype=np.int64)
+    counts = np.zeros(9, dtype=np.int64)
     counts[FREE], counts[SEATS] = state.free_blocks, len(state.running)
     step = Step(
         state,
@@ -181,6 +181,10 @@ def chunk_within(step: Step, slot: int, limit_s: float) -> tuple[int, bool]:
         chunk = (done + chunk) // multiple * multiple - done
     cut = chunk < most
     behind_a_start = rows["running"][slot] == 1 and counts[STARTED] == 1
+    piece = min(left, multiple - done % multiple)
+    if chunk <= 0 and multiple > 1 and counts[CHUNKS] == 0 and piece <= state.max_tokens - sums[TOKENS]:
+        # The engine cuts no smaller: the first piece runs though it outlasts the step, or it never would.
+        return (0, True) if behind_a_start and piece < left else (piece, True)
     if chunk <= 0 or (cut and (chunk < MIN_CHUNK_TOKENS or behind_a_start)):
         return 0, True
     return chunk, cut
@@ -210,6 +214,7 @@ def run(step: Step, slot: int, tokens: int, draft: int, reason: int) -> None:
 def run_chunk(step: Step, slot: int, chunk: int, cut: bool, reason: int) -> None:
     """Put what :func:`chunk_within` found into the batch."""
     run(step, slot, chunk, 0, reason)
+    step.counts[CHUNKS] += chunk > 1
     step.counts[CUT] = 1 if cut else 0
 
 

@@ -24,6 +24,16 @@ SAME_TIER = 1.05
 MOMENT_TOKENS = np.array([0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0])
 
 
+# Share of the KV in use from which on it begins to be short, and at which it is what limits the engine.
+KV_SHORT_FROM, KV_SHORT = 0.7, 0.9
+
+
+def kv_shortage(state: State) -> float:
+    """0 while KV is plenty, 1 where it is what limits the engine."""
+    used = 1.0 - state.free_blocks / max(state.total_blocks, 1)
+    return float(np.clip((used - KV_SHORT_FROM) / (KV_SHORT - KV_SHORT_FROM), 0.0, 1.0))
+
+
 class Supply(NamedTuple):
     """What is left for prompts.
 

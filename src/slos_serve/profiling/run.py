@@ -40,6 +40,7 @@ from slos_serve.core.errors import (
 from slos_serve.core.redaction import redacted_arguments, secrets_of
 from slos_serve.files.engine_identity import CONFIGURATION_FIELDS, model_label
 from slos_serve.files.profile_file import Profile
+from slos_serve.launch.options import without_option
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.perf.fit import HELD_OUT_EVERY, Sample, fit_held_out
 from slos_serve.perf.residuals import FOLLOWED, error_by_region, error_followed, ratio_quantiles
@@ -69,6 +70,8 @@ MOST_STRETCH = 3.0
 # An engine that has run no step for this long has died or hangs.
 SILENCE_S = 300.0
 REAP_S = 10.0
+# Of a server's arguments; they change nothing about batches.
+HTTP_OPTIONS = ("--host", "--port", "--uds", "--api-key", "--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certs")
 
 Progress = Callable[[str, float], None]
 
@@ -327,7 +330,9 @@ def _reap_engine() -> None:
 
 
 def _shown(vllm_args: Sequence[str]) -> str:
-    """The arguments as a profile may show them: it is a file to be shared."""
+    """The engine's arguments as a profile may show them: it is a file to be shared."""
+    for name in HTTP_OPTIONS:
+        vllm_args = without_option(vllm_args, name, None)
     return " ".join(redacted_arguments(vllm_args, secrets_of(os.environ))) or "none"
 
 

@@ -14,10 +14,9 @@ from typing import Any
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.routing.publication import Publication
+from slos_serve.vllm_plugin.publish import STEPS_KEY
 
 ADDRESS_KEY = "slos_serve_publications"
-# Of a publication, optional: steps that its engine has finished since its start.
-STEPS_KEY = "steps_done"
 _FRESH, _UNCHANGED = b"0", b"1"
 
 

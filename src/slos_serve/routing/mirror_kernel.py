@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from slos_serve.core.request import RequestArray
 from slos_serve.perf.step_time import decode_s, roofline_s
 from slos_serve.planning.admission import CUT_SHORT, CUT_SHORT_WITH_DRAFTS
-from slos_serve.planning.demand import Demand, build_demand, is_lost
+from slos_serve.planning.demand import SIZES, Demand, build_demand, is_lost
 from slos_serve.planning.feasible import TOLERANCE, first_missed
 from slos_serve.planning.lengths import forecast_lengths
 from slos_serve.planning.state import UNDECIDED, FloatArray, IntArray, State, peak_blocks
@@ -75,7 +75,7 @@ def demand(m: MirrorArrays, k: int, state: State) -> tuple[float, float, int, fl
     """What the request of a state asks of replica ``k``: due time, cost, tier, extra seconds, memory [K]."""
     row = state.rows
     tier = _tier_for(m, k, row["tpot_s"][0])
-    found = build_demand(state, state.waiting, m.pace_s[k], m.max_implied_ttft_s[k], 0.0)
+    found = build_demand(state, state.waiting, m.pace_s[k], m.max_implied_ttft_s[k], 0.0, np.zeros(SIZES))
     context = row["prompt_tokens"][0] + 0.5 * (row["output_tokens"][0] + row["expected_tokens"][0])
     memory = np.full(m.memory_left.shape[1], float(peak_blocks(row, 0, m.block_size[k])))
     return found.due_s[0], found.tokens[0], tier, decode_s(m.coefficients[k], 0.0, context), memory

@@ -285,6 +285,11 @@ def cannot_run_now(
     return cannot
 
 
+def all_running(requests: Iterable[Request]) -> bool:
+    """Whether vLLM counts all of these among its running requests."""
+    return all(request.status == RequestStatus.RUNNING for request in requests)
+
+
 def keep_drafts(request: Request, count: int) -> None:
     """Let a request verify only the first ``count`` of its drafts in the next step.
 

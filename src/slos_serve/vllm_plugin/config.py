@@ -9,6 +9,7 @@ reaches both processes. Files are opened when they are first asked for, once.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import ClassSet
-from slos_serve.files.class_file import load_classes
+from slos_serve.files.class_file import ClassFile, load_class_file
 from slos_serve.files.profile_file import Profile, load_profile
 from slos_serve.planning.settings import PlannerSettings
 from slos_serve.routing.settings import PUBLISH_EVERY_S
@@ -32,6 +33,7 @@ TTFT_MARGIN_ENV = "SLOS_SERVE_TTFT_MARGIN_MS"
 FAULT_LIMIT_ENV = "SLOS_SERVE_FAULT_LIMIT"
 ALLOW_MISMATCH_ENV = "SLOS_SERVE_ALLOW_PROFILE_MISMATCH"
 MAX_BODY_ENV = "SLOS_SERVE_MAX_BODY_MIB"
+CUSTOM_NUMBERS_ENV = "SLOS_SERVE_CUSTOM_NUMBERS"
 ENV_OF_FIELD: Mapping[str, str] = {
     "classes_path": CLASSES_ENV,
     "profile_path": PROFILE_ENV,
@@ -43,6 +45,7 @@ ENV_OF_FIELD: Mapping[str, str] = {
     "fault_limit": FAULT_LIMIT_ENV,
     "allow_profile_mismatch": ALLOW_MISMATCH_ENV,
     "max_body_mib": MAX_BODY_ENV,
+    "custom_numbers": CUSTOM_NUMBERS_ENV,
 }
 # Field of the plug-in's configuration -> its key in a Serve YAML.
 PLUGIN_KEYS: Mapping[str, str] = {
@@ -55,6 +58,7 @@ PLUGIN_KEYS: Mapping[str, str] = {
     "fault_limit": "fault_limit",
     "allow_profile_mismatch": "allow_profile_mismatch",
     "max_body_mib": "max_body_mib",
+    "custom_numbers": "custom_numbers",
 }
 _MILLISECONDS = "milliseconds, 0 to 60000"
 
@@ -69,10 +73,11 @@ class PluginConfig(BaseModel):
         publish_to: ZeroMQ address that the planner's state is published to, ``None`` for nowhere.
         publish_every_ms: age that a publication may reach.
         plan_limit_ms: processor time a plan may take before its step falls back to stock order.
-        ttft_margin_ms: subtracted from every TTFT deadline.
+        ttft_margin_ms: subtracted from every TTFT deadline; 0 leaves what the class file says.
         fault_limit: faults in a row after which the scheduler stays in stock order until restart.
         allow_profile_mismatch: warn instead of refusing when the profile was measured on something else.
         max_body_mib: largest request body that the middleware looks into, in MiB.
+        custom_numbers: requests may bring TTFT and TPOT of their own; else they may only name a class.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -87,6 +92,7 @@ class PluginConfig(BaseModel):
     fault_limit: int = Field(default=20, ge=1, le=1_000_000, description="a whole number, 1 to 1000000")
     allow_profile_mismatch: bool = Field(default=False, description="0 or 1")
     max_body_mib: float = Field(default=4.0, gt=0.0, le=1024.0, description="MiB, above 0, at most 1024")
+    custom_numbers: bool = Field(default=True, description="0 or 1")
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> Self:
@@ -117,12 +123,12 @@ class PluginConfig(BaseModel):
 
     @classmethod
     def of_middleware(cls, environment: Mapping[str, str]) -> Self:
-        """As :meth:`from_environment`, for the front end: it reads the classes and the body limit only.
+        """As :meth:`from_environment`, for the front end, which reads the classes and what requests may bring.
 
         Raises:
             InvalidFieldError: a variable or the class file cannot be used.
         """
-        read = ("classes_path", "max_body_mib")
+        read = ("classes_path", "max_body_mib", "custom_numbers")
         found = cls.of({field: environment.get(ENV_OF_FIELD[field]) for field in read}, ENV_OF_FIELD)
         _ = found.classes
         return found
@@ -141,9 +147,13 @@ class PluginConfig(BaseModel):
         return type(self)(**{**self.model_dump(exclude_unset=True), "profile_path": path})
 
     @cached_property
+    def _class_file(self) -> ClassFile:
+        return ClassFile(ClassSet()) if self.classes_path is None else load_class_file(self.classes_path)
+
+    @property
     def classes(self) -> ClassSet:
         """Promises by name; empty without a class file."""
-        return ClassSet() if self.classes_path is None else load_classes(self.classes_path)
+        return self._class_file.classes
 
     @cached_property
     def profile(self) -> Profile | None:
@@ -152,8 +162,9 @@ class PluginConfig(BaseModel):
 
     @property
     def planner(self) -> PlannerSettings:
-        """The planner's settings."""
-        return PlannerSettings(ttft_margin_s=self.ttft_margin_ms / 1000.0)
+        """The planner's settings: those of the class file; a TTFT margin in the environment counts over it."""
+        written = self._class_file.scheduler
+        return replace(written, ttft_margin_s=self.ttft_margin_ms / 1000.0) if self.ttft_margin_ms else written
 
     @property
     def plan_limit_s(self) -> float:

@@ -299,6 +299,8 @@ class StepController:
         """A step's tokens have come."""
         if not output.total_num_scheduled_tokens:
             return
+        if self.publisher is not None:
+            self.publisher.step_done()
         timed = self.learner.done(output, self._clock_s())
         if timed is not None:
             shape, duration_s = timed

@@ -79,6 +79,7 @@ class SLOMiddleware:
         config = PluginConfig.of_middleware(os.environ)
         self._classes = config.classes if classes is None else classes
         self._max_body_bytes = config.max_body_bytes if max_body_bytes is None else max_body_bytes
+        self._custom_numbers = config.custom_numbers
         self._paths = frozenset(path for path in SLO_PATHS if path != MESSAGES_PATH or _messages_take_xargs())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,7 +101,7 @@ class SLOMiddleware:
                 await self._pass_unread(scope, body, receive, send, given=slo_headers)
                 return
             fields = _fields(body.data, wanted=self._adds_to_body(slo_headers))
-            applied = self._applied(_checked(slo_headers, fields), scope["headers"])
+            applied = self._applied(self._checked(slo_headers, fields), scope["headers"])
         except InvalidFieldError as error:
             await _refuse(
                 send,
@@ -119,6 +120,17 @@ class SLOMiddleware:
     def _adds_to_body(self, slo_headers: dict[str, str | float]) -> bool:
         """A session alone matters only to a request that has an SLO, be it by default."""
         return _asks_for_slo(slo_headers) or (bool(slo_headers) and self._classes.default is not None)
+
+    def _checked(self, slo_headers: dict[str, str | float], fields: BodyFields | None) -> SloArgs:
+        """Headers over body. The body's own fields are checked even where a header overrides them."""
+        in_body = fields.xargs if fields is not None and isinstance(fields.xargs, dict) else {}
+        asked = [from_extra_args(in_body), from_extra_args({**in_body, **slo_headers})]
+        for args in asked:
+            numbers = {"slo_ttft_ms": args.ttft_ms, "slo_tpot_ms": args.tpot_ms}
+            for name, value in numbers.items():
+                if value is not None and not self._custom_numbers:
+                    raise InvalidFieldError(name, value, "the name of a class only; this server takes no other numbers")
+        return asked[-1]
 
     def _applied(self, args: SloArgs, headers: RawHeaders) -> SLOClass | None:
         try:
@@ -146,9 +158,10 @@ class SLOMiddleware:
         send: Send,
         given: dict[str, str | float],
     ) -> None:
-        """A body too large to look into: vLLM gets it whole, unless it would lose the SLO its headers ask for."""
-        if _asks_for_slo(given):
-            message = f"a request with SLO headers may hold at most {self._max_body_bytes} bytes"
+        """A body too large to look into: vLLM gets it whole, unless an SLO would be lost or bring its own numbers."""
+        if _asks_for_slo(given) or not self._custom_numbers:
+            what = "with SLO headers " if self._custom_numbers else ""
+            message = f"a request {what}may hold at most {self._max_body_bytes} bytes"
             await _refuse(send, 413, "body", message, anthropic=_path(scope) == MESSAGES_PATH)
             return
         await self._app(scope, _replay(body.data, receive, more_body=body.more), send)
@@ -203,13 +216,6 @@ def _fields(data: bytes, wanted: bool) -> BodyFields | None:
     if not wanted and b"slo_" not in data and b"\\u00" not in data:
         return None
     return body_fields(data)
-
-
-def _checked(slo_headers: dict[str, str | float], fields: BodyFields | None) -> SloArgs:
-    """Headers over body. The body's own fields are checked even where a header overrides them."""
-    in_body = fields.xargs if fields is not None and isinstance(fields.xargs, dict) else {}
-    from_extra_args(in_body)
-    return from_extra_args({**in_body, **slo_headers})
 
 
 def _with_length(headers: RawHeaders, length: int) -> RawHeaders:

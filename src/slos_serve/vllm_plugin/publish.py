@@ -29,6 +29,8 @@ from slos_serve.vllm_plugin.config import PluginConfig
 _logger = logging.getLogger("vllm.slos_serve")
 # A reader knows whose publications it reads; the engine core does not know what its replica is called.
 _UNNAMED = ""
+# Beside a publication's own fields: steps that the engine has finished. Left out by an engine that does not count them.
+STEPS_KEY = "steps_done"
 
 
 class EnginePublisher:
@@ -44,6 +46,7 @@ class EnginePublisher:
         self._policy = policy
         self._publisher = Publisher(_UNNAMED, policy.planner, policy.model, every_s)
         self._last_s = -np.inf
+        self._steps_done = 0
         self._failed = False
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.PUSH)
@@ -56,6 +59,10 @@ class EnginePublisher:
     def due(self, now_s: float) -> bool:
         """Whether the last publication is as old as it may become."""
         return now_s - self._last_s >= self._publisher.every_s
+
+    def step_done(self) -> None:
+        """A step has finished; its replica's health is judged by how many have."""
+        self._steps_done += 1
 
     def after_plan(self, now_s: float, view: EngineView, plan: StepPlan, seen_until_s: float) -> None:
         """Publish if the next plan would come too late for it; see :meth:`Publisher.after_plan`."""
@@ -75,7 +82,8 @@ class EnginePublisher:
     def deliver(self, publication: Publication) -> None:
         """Hand it to the transport, which keeps the newest."""
         with suppress(zmq.Again):
-            self._socket.send(json.dumps(publication.as_dict()).encode("ascii"), zmq.NOBLOCK)
+            counted = {STEPS_KEY: self._steps_done} if self._steps_done else {}
+            self._socket.send(json.dumps(publication.as_dict() | counted).encode("ascii"), zmq.NOBLOCK)
 
     def close(self) -> None:
         """Send no more."""

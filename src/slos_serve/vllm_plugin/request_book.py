@@ -41,7 +41,7 @@ class RequestBook:
         self.sessions: dict[int, Tracked] = {}
         self.num_slo = 0
         self._was_running: set[int] = set()
-        self._running_list: list[Request] = []
+        self._running_list: list[Request] | None = None
         self._running: list[Tracked] = []
         self._running_slots: SlotArray = np.empty(0, dtype=np.int64)
 
@@ -93,7 +93,7 @@ class RequestBook:
         tracked = self.by_id.pop(request_id, None)
         if tracked is not None:
             del self.by_slot[tracked.slot]
-            self._running_list = []
+            self._running_list = None
             self.sessions.pop(tracked.slot, None)
             self._was_running.discard(tracked.slot)
             self.table.remove(tracked.slot)
@@ -141,7 +141,7 @@ class RequestBook:
         slots = self._sync_at_rest(sessions, running=1)
         self._was_running.update(slots.tolist())
         self.table.rows["cached_tokens"][slots] = 0
-        self._running_list = []
+        self._running_list = None
         return slots
 
     def _sync_at_rest(self, several: Sequence[Tracked], running: int) -> SlotArray:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from slos_serve.core.errors import PlanMismatchError
 from slos_serve.core.plan import StepPlan
 from slos_serve.core.request import SlotArray
 from slos_serve.vllm_plugin import compat
@@ -60,6 +61,7 @@ def select(
 
     Raises:
         KeyError: the plan names a slot that holds no request.
+        PlanMismatchError: the table does not agree with vLLM's lists.
     """
     rows, by_slot = book.table.rows, book.by_slot
     chosen = Selection(preempt=[by_slot[slot].request for slot in plan.preempt.tolist()])
@@ -72,6 +74,8 @@ def select(
     inside = (rows["running"][slots] == 1) & ~np.isin(slots, limits.session_slots)
     runs = np.flatnonzero(inside & (rows["blocked"][slots] == 0) & ~np.isin(slots, plan.preempt))
     chosen.run = [by_slot[slot].request for slot in slots[runs].tolist()]
+    if not compat.all_running(chosen.run):
+        raise PlanMismatchError("the plan runs a request that waits")
     drafts = plan.draft_tokens[runs] if len(plan.draft_tokens) else np.zeros(len(runs), dtype=np.int64)
     limits.take_running(chosen.run, plan.tokens[runs], drafts)
     for position in np.flatnonzero(~inside).tolist() if starts else ():

@@ -156,7 +156,7 @@ def test_the_configuration_file_says_where(monkeypatch: pytest.MonkeyPatch, tmp_
     config = tmp_path / "vllm.yaml"
     port = free_port()
     config.write_text(f"port: {port}\nhost: 127.0.0.1\n")
-    status, output = serve("tiny", "--config", config)
+    status, output = serve("tiny", f"--config={config}")
     assert status == 0 and f"http://127.0.0.1:{port}" in output
     assert option_value(commands[0], "--config") == str(config)
     assert (option_value(commands[0], "--host"), option_value(commands[0], "--port")) == ("127.0.0.1", str(port))

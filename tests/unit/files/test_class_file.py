@@ -8,7 +8,8 @@ import pytest
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import SLO, Stage, WhenFull
-from slos_serve.files.class_file import load_classes, parse_classes
+from slos_serve.files.class_file import load_classes, parse_class_file, parse_classes
+from slos_serve.planning.settings import RANGES, WHOLE, PlannerSettings
 
 EXAMPLE = """\
 default_class: chat
@@ -128,3 +129,29 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | No
         path.write_bytes(content)
     with pytest.raises(InvalidFieldError, match=r"gone\.yaml"):
         load_classes(path)
+
+
+def test_every_setting_of_the_planner_can_be_written() -> None:
+    text = "classes: {chat: {ttft_ms: 900}}\nscheduler:\n"
+    given = {name: high if name in WHOLE else 0.5 * (low + high) for name, (low, high, _) in RANGES.items()}
+    text += "".join(f"  {name}: {int(value) if name in WHOLE else value}\n" for name, value in given.items())
+    assert parse_class_file(text, "c.yaml").scheduler == PlannerSettings(**given)  # type: ignore[arg-type]
+    assert parse_class_file("classes: {chat: {}}", "c.yaml").scheduler == PlannerSettings()
+
+
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        ("margin: 2", "scheduler.margin"),
+        ("margin: many", "scheduler.margin"),
+        ("max_draft_tokens: 1.5", "scheduler.max_draft_tokens"),
+        ("max_draft_tokens: 11", "scheduler.max_draft_tokens"),
+        ("max_labels: 3", "key of scheduler"),
+        ("aging_s: [1]", "scheduler.aging_s"),
+    ],
+)
+def test_a_setting_that_cannot_be_used_names_its_line(line: str, field: str) -> None:
+    with pytest.raises(InvalidFieldError) as found:
+        parse_class_file(f"classes: {{chat: {{}}}}\nscheduler:\n  {line}\n", "c.yaml")
+    assert found.value.field == field
+    assert found.value.where == "c.yaml:3"

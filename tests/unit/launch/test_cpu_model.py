@@ -13,6 +13,11 @@ from slos_serve.launch import cpu_model
 from slos_serve.launch.cpu_model import CpuModelError, convert_once, models_folder, resolve_model
 
 
+@pytest.fixture(autouse=True)
+def no_cache_of_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLOS_SERVE_CACHE", raising=False)
+
+
 def write_checkpoint(gguf_file: Path, folder: Path) -> None:
     folder.mkdir()
     (folder / "config.json").write_text(gguf_file.name)

@@ -25,6 +25,7 @@ from slos_serve.launch.cpu_model import models_folder
 from slos_serve.launch.folders import folder_variables, prepare_folders
 
 ROOT = Path(__file__).parents[3]
+KERNELS = Path("/dev/shm") / f"slos-serve-test-kernels-{os.getuid()}"
 
 # All that writes on the way from the command to a server that answers, then what a server's libraries write.
 PROGRAM = """
@@ -77,6 +78,9 @@ def program(tmp_path: Path) -> Path:
 def environment(**given: str) -> dict[str, str]:
     kept = ("PATH", "LD_LIBRARY_PATH", "LANG")
     found = {name: os.environ[name] for name in kept if name in os.environ}
+    # Where the package's own kernels go is settled when it is imported, before the launcher runs.
+    found["NUMBA_CACHE_DIR"] = str(KERNELS)
+    KERNELS.mkdir(exist_ok=True)
     return {**found, "PYTHONPATH": str(ROOT / "src"), "PYTHONDONTWRITEBYTECODE": "1", **given}
 
 
@@ -101,7 +105,8 @@ def test_a_read_only_file_system_starts(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stderr
     assert "served /dev/shm/slos-serve-0/profiles/" in ran.stdout
     assert "warning: the home cannot be written" in ran.stdout
-    shutil.rmtree("/dev/shm/slos-serve-0", ignore_errors=True)
+    for folder in (Path("/dev/shm/slos-serve-0"), KERNELS):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.mark.skipif(os.getuid() == 0 and shutil.which("setpriv") is None, reason="root writes everywhere")

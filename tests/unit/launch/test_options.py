@@ -8,7 +8,7 @@ import pytest
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.launch.endpoint import Endpoint
-from slos_serve.launch.options import expanded, option_value, option_values, without_option
+from slos_serve.launch.options import expanded, option_value, option_values, with_config_apart, without_option
 from slos_serve.launch.server import server_command, with_key_in_environment
 
 
@@ -43,6 +43,12 @@ def test_a_configuration_file_counts_before_the_command_line(tmp_path: Path) -> 
     ]
     assert Endpoint.of_arguments(given) == Endpoint(host="0.0.0.0", port=9002)
     assert Endpoint.of_arguments(given[:2]).port == 9001
+
+
+def test_a_configuration_file_is_given_in_two_words() -> None:
+    assert with_config_apart(["--config=a.yaml", "--x=1", "--config", "b"]) == [
+        *("--config", "a.yaml", "--x=1", "--config", "b")
+    ]
 
 
 @pytest.mark.parametrize("text", ["- a\n", "a: [", None])

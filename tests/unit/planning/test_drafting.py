@@ -10,7 +10,9 @@ import pytest
 from slos_serve.core.plan import Reason, StepPlan
 from slos_serve.core.request import Status
 from slos_serve.perf.batch_time import BatchShape
+from slos_serve.planning.admission import Expected
 from slos_serve.planning.best_effort import NO_TURN
+from slos_serve.planning.demand import SIZES
 from slos_serve.planning.drafting import NO_DRAFTS, PROBE_EVERY_S, PROBE_TOKENS, Drafting, DraftPlan
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
@@ -113,8 +115,9 @@ def test_drafts_leave_more_room_for_prompts() -> None:
     for k in range(30):
         engine.wait(700, due_in_s=1.0 + 0.1 * k)
     planner, state = planner_that_knows(), engine.state(model=DRAFTER)
+    expected = Expected(0.2, np.zeros(SIZES), planner.lengths.survival())
     lengths = (NO_DRAFTS, chosen(planner.drafting, engine))
-    asked = [planner.admit(state, state.waiting, 0.2, drafts, NO_TURN, peaks=True) for drafts in lengths]
+    asked = [planner.admit(state, state.waiting, expected, drafts, NO_TURN, peaks=True) for drafts in lengths]
     taken = [found.admitted.taken.sum() for found in asked]
     assert taken[1] > taken[0] > 0
 

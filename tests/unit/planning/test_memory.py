@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slos_serve.core.request import Status
-from slos_serve.planning.demand import Demand, build_demand
+from slos_serve.planning.demand import SIZES, Demand, build_demand
 from slos_serve.planning.lengths import LengthForecast
 from slos_serve.planning.memory import forecast, peaks
 from slos_serve.planning.planner import Planner
@@ -19,7 +19,7 @@ PACE_S = 0.1
 
 def demand_of(engine: EngineBuilder) -> tuple[State, Demand]:
     state = engine.state()
-    return state, build_demand(state, state.waiting, tier_paces(state, state.waiting), 30.0, 0.0)
+    return state, build_demand(state, state.waiting, tier_paces(state, state.waiting), 30.0, 0.0, np.zeros(SIZES))
 
 
 def survival() -> np.ndarray:

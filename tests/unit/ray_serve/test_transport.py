@@ -152,6 +152,17 @@ def test_a_failing_publication_costs_no_step(caplog: pytest.LogCaptureFixture, p
     assert len([record for record in caplog.records if "publication failed" in record.message]) == 1
 
 
+def test_an_engine_that_counts_its_steps_is_judged_by_them(publisher: EnginePublisher, relay: Relay) -> None:
+    publisher.step_done()
+    publisher.step_done()
+    publisher.unplanned(NOW_S, loaded(7).view())
+    for _ in range(PATIENCE):
+        if relay._last is not None:
+            break
+        threading.Event().wait(0.05)
+    assert relay._last is not None and Envelope(0.0, False, relay._last).steps_done() == 2
+
+
 @pytest.mark.parametrize(("payload", "steps"), [(b"{}", None), (b'{"steps_done": 12}', 12)])
 def test_steps_are_read_where_they_are_told(payload: bytes, steps: int | None) -> None:
     assert Envelope(0.0, False, payload).steps_done() == steps

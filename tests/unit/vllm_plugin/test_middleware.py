@@ -358,6 +358,27 @@ async def test_long_xargs_are_refused() -> None:
     assert (wire.status, wire.error["param"], engine.calls) == (400, "vllm_xargs", 0)
 
 
+@pytest.mark.parametrize(
+    ("headers", "xargs", "param"),
+    [
+        ({"x-slo-class": "chat"}, {"slo_ttft_ms": 1, "slo_tpot_ms": 5}, "slo_ttft_ms"),
+        ({"x-slo-class": "chat", "x-slo-tpot-ms": "5"}, None, "slo_tpot_ms"),
+        ({"x-slo-tpot-ms": "5"}, {"slo_ttft_ms": 1}, "slo_ttft_ms"),
+    ],
+)
+async def test_clients_can_be_kept_from_numbers_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, headers: dict[str, str], xargs: object, param: str
+) -> None:
+    monkeypatch.setenv("SLOS_SERVE_CUSTOM_NUMBERS", "0")
+    wire, engine = await post({"vllm_xargs": xargs}, headers)
+    assert (wire.status, wire.error["param"], engine.calls) == (400, param, 0)
+    assert "name of a class only" in wire.error["message"]
+    wire, _ = await post({"vllm_xargs": {"slo_class": "chat"}}, {"x-slo-class": "code"})
+    assert wire.headers["x-slo-class"] == "code"
+    wire, engine = await post({"prompt": "x" * 300}, max_body_bytes=100)
+    assert (wire.status, engine.calls) == (413, 0), "a body that is not looked into might bring numbers"
+
+
 async def test_the_body_limit_is_4_mib_or_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:
     large = b'{"prompt": "' + b"x" * 2**22 + b'"}'
     for given, status in (("", 413), ("5", 200)):
