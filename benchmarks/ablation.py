@@ -1,48 +1,49 @@
-"""Capacity with one idea of the planner off at a time: the ablation figure.
+"""Attained with one idea of the planner off at a time: each variant is a patch of one function or constant.
 
-python -m benchmarks.ablation [--output benchmarks/results] [--drafter opt-125m] [--acceptance 0.7]
+    python -m benchmarks.ablation [--requests 400] [--seeds 20 21]
 
-With a drafter in the engine every variant plans drafts but those that are about them.
+At the rates of ``benchmarks.heldout``; patches live here, the planner has no switches for them. Kernels are compiled
+anew for each variant, in a process of its own and without a cache.
 """
 
 from __future__ import annotations
 
-import json
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
 
-from benchmarks._sim_commands import options, run_command, sizes, speculation
-
+# Name -> statements that run before the planner's kernels are compiled.
 VARIANTS = {
-    "all ideas": "slos-serve",
-    "no DP admission": "slos-serve:dp_admission=false",
-    "fixed batch of 512": "slos-serve:dynamic_batch=false,fixed_budget=512",
-    "no holding": "slos-serve:hold_decodes=false",
-    "no best effort": "slos-serve:best_effort=false",
-}
-# Only where the engine has a drafter.
-DRAFT_VARIANTS = {
-    "no drafts": "slos-serve:max_draft_tokens=0",
-    "everyone drafts 4": "slos-serve:max_draft_tokens=4,adaptive_drafts=false",
+    "all ideas": "",
+    "greedy set, no program": "import slos_serve.planning.admission as m; m.MOST_WORK = 0",
+    "no lent time": "import numpy as np, slos_serve.planning.admission as m; "
+    "m.lend = lambda state, supply, *_: np.zeros(len(supply.moments_s))",
+    "no charge for those to come": "import slos_serve.planning.arrivals as m; m.LOAD_OVER_S = 1e12",
+    "no bound by TTFT": "import slos_serve.planning.planner as m; m.STEP_SHARE_OF_TTFT = 10.0",
+    "no lead for best effort": "import slos_serve.planning.best_effort as m; m.LEAD_OF_STALL = -1.0",
+    "no turns": "import slos_serve.planning.planner as m; m.next_turn = lambda state, last, every_s: m.NO_TURN",
 }
 
 
-def main() -> None:
-    """One search a variant; rows of all of them in one file, each with its variant."""
-    given = options(__doc__, replicas=1, drafters=True)
-    variants = VARIANTS if given.drafter == "none" else {**VARIANTS, **DRAFT_VARIANTS}
-    scenarios = [part for name in given.scenario for part in ("--scenario", name)]
-    rows = []
-    for name, policy in variants.items():
-        part = given.output / f"ablation-{name.replace(' ', '-')}.json"
-        common = [*scenarios, "--policy", policy, "--replicas", str(given.replicas), *speculation(given)]
-        common += sizes(given)
-        common += ["--resume", str(given.output / "answers.jsonl")]
-        run_command("capacity", *common, "--json", str(part))
-        rows += [{**row, "variant": name} for row in json.loads(part.read_text(encoding="utf-8"))]
-        part.unlink()
-    result = given.output / "ablation.json"
-    result.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    run_command("report", str(result))
+def main(arguments: Sequence[str] | None = None) -> int:
+    """One table a variant."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", default="400")
+    parser.add_argument("--seeds", nargs="+", default=["20", "21"])
+    given = parser.parse_args(arguments)
+    failed = 0
+    for name, patch in VARIANTS.items():
+        print(f"== {name}", flush=True)
+        code = f"{patch}\nimport sys\nfrom benchmarks.heldout import main\nsys.exit(main(sys.argv[1:]))"
+        command = [sys.executable, "-c", code, "--requests", given.requests, "--seeds", *given.seeds]
+        with tempfile.TemporaryDirectory() as folder:
+            done = subprocess.run(command, check=False, env={**os.environ, "NUMBA_CACHE_DIR": folder})
+        failed += done.returncode != 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

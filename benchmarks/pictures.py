@@ -17,13 +17,14 @@ from matplotlib.figure import Figure
 from slos_serve.bench.plots import STYLE
 from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.slo import SLO, single_stage
-from slos_serve.planning.admission import judge
-from slos_serve.planning.candidates import demote_lost
-from slos_serve.planning.lengths import EDGES, LengthForecast
-from slos_serve.planning.memory import CHECKPOINT_TOKENS, forecast, reserve
-from slos_serve.planning.prefill_rate import FloatArray, prefill_rate
+from slos_serve.planning.demand import SIZES, build_demand, is_lost
+from slos_serve.planning.lengths import EDGES, LengthForecast, forecast_lengths
+from slos_serve.planning.memory import forecast, peaks
+from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
 from slos_serve.planning.speculation import demand_by_length, rate_of
+from slos_serve.planning.state import FloatArray
+from slos_serve.planning.supply import MOMENT_TOKENS, rate_beside
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.sim.cluster import Cluster
 from slos_serve.sim.drafters import with_drafter
@@ -84,9 +85,8 @@ def _latest_s(coefficients: FloatArray, prompt_tokens: int, due_s: float) -> flo
         middle = 0.5 * (low + high)
         engine = EngineBuilder()
         slot = engine.wait(prompt_tokens, due_in_s=due_s)
-        given_up = demote_lost(
-            engine.table.rows, np.array([slot]), engine.now_s + middle, coefficients, np.empty(1, dtype=np.int64)
-        )
+        state = engine.state()._replace(now_s=engine.now_s + middle, coefficients=coefficients)
+        given_up = is_lost(state, slot)
         low, high = (low, middle) if given_up else (middle, high)
     return low
 
@@ -99,25 +99,22 @@ def admission(axes: Axes) -> None:
     for prompt, due_in_s in ((900, 0.4), (2600, 0.7), (700, 0.8), (500, 1.0), (1500, 1.2), (3000, 1.4), (800, 1.7)):
         engine.wait(prompt, due_in_s=due_in_s, max_tokens=400)
     model = find_profile(PROFILE).model
-    found = judge(
-        engine.view(), engine.now_s, model.coefficients, PlannerSettings(), LengthForecast(1), forecast_memory=True
-    )
-    counts = found.counts.copy()
+    planner, state = Planner(model, 1), engine.state(model=model)
+    demand, supply, found, _, _ = planner.admission_now(state)
+    counts = supply.counts.copy()
     at_s, spent = 0.0, 0.0
     budget, line = 0.0, [(0.0, 0.0)]
-    for number, slot in enumerate(found.slots):
-        rate = prefill_rate(
-            counts, found.periods_s, found.tokens_each, found.period_s_each, 0.0, model.coefficients, 2048.0
-        )
-        due_s = float(found.due_s[number]) - engine.now_s
+    for number, slot in enumerate(demand.slots):
+        rate = rate_beside(counts, supply)
+        due_s = float(demand.due_s[number]) - engine.now_s
         budget += rate * (due_s - at_s)
         at_s = due_s
         line.append((at_s, budget))
-        cost = float(found.cost_tokens[number])
+        cost = float(demand.tokens[number])
         if found.taken[number]:
             axes.bar(due_s, cost, 0.035, bottom=spent, color=OURS)
             spent += cost
-            counts[found.tier[number]] += 1.0
+            counts[demand.tier[number]] += 1.0
         else:
             axes.bar(due_s, cost, 0.035, bottom=spent, color="none", edgecolor=WARM, linestyle="--")
         text = f"{int(engine.table.rows['prompt_tokens'][slot])}"
@@ -129,7 +126,7 @@ def admission(axes: Axes) -> None:
     axes.set_ylabel("prefill tokens, attention counted in")
     axes.set_ylim(0, None)
     axes.legend(loc="upper left")
-    axes.set_title(f"{int(found.taken.sum())} of {len(found.slots)} prompts fit under the budget at every deadline")
+    axes.set_title(f"{int(found.taken.sum())} of {len(demand.slots)} prompts fit under the budget at every deadline")
 
 
 def memory(axes: Axes) -> None:
@@ -143,15 +140,14 @@ def memory(axes: Axes) -> None:
     for prompt, whole in zip(load["prompt_tokens"][:60], load["output_tokens"][:60], strict=True):
         engine.decode(prompt_tokens=int(prompt), output_tokens=int(1 + whole * random.random() * 0.9), max_tokens=1024)
     rows, running = engine.table.rows, np.array(engine.running)
-    for slot in running:
-        generated = float(rows["output_tokens"][slot])
-        rows["expected_tokens"][slot] = learnt.table()[0][np.searchsorted(EDGES, generated)]
-    none = np.empty(0, dtype=np.int64)
+    forecast_lengths(rows, running, learnt.table())
+    state = engine.state()
+    demand = build_demand(state, state.waiting, np.array([0.1]), 30.0, 0.0, np.zeros(SIZES))
     # With a cache of no size every moment is short of room, so all of them are answered.
-    _, room = forecast(rows, running, none, np.empty(0), engine.now_s, 0.1, learnt.survival(), EDGES, 0, 16)
-    _, left = reserve(rows, running, none, 0, 16)
+    _, room = forecast(state, demand, 0.1, learnt.survival(), 0)
+    _, left = peaks(state, demand, 0)
     held = sum(-(-int(rows["computed_tokens"][slot]) // 16) for slot in running)
-    at_s = 0.1 * np.array(CHECKPOINT_TOKENS)
+    at_s = 0.1 * MOMENT_TOKENS
     axes.plot(at_s, -room, color=OURS, marker="o", markersize=4, label="forecast, a standard deviation added")
     axes.axhline(-left[0], color=WARM, linewidth=1.0, label="sum of forecast peaks")
     axes.axhline(held, color=GREY, linewidth=1.0, linestyle=":", label="held now")
@@ -224,9 +220,7 @@ def drafts(axes: Axes) -> None:
     pace_s, extra_s = np.array([0.095]), np.array([model.k_ctx_s * 700.0 + model.k_seq_s])
     counts = np.array([40.0])
     for acceptance, color in ((0.9, GREEN), (0.7, OURS), (0.5, "#8fbce0"), (0.11, WARM)):
-        periods, tokens, extra = demand_by_length(
-            pace_s, extra_s, np.array([acceptance]), 10, PlannerSettings().longest_step_s, model.k_seq_s
-        )
+        periods, tokens, extra = demand_by_length(pace_s, extra_s, np.array([acceptance]), 10, 0.14, model.k_seq_s)
         rates = [
             rate_of(np.array([draft]), counts, periods, tokens, extra, model.coefficients, 2048.0)
             for draft in range(11)

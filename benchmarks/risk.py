@@ -1,4 +1,4 @@
-"""What planning at a higher quantile of step times costs and keeps: the curve behind ``attain_level``.
+"""What planning at a higher quantile of step times costs and keeps: the curve behind ``step_quantile``.
 
 OPT-13B on an A100 in the simulator, one replica, Poisson arrivals at a share of the fluid bound over 0.9, step times
 with log-normal noise. For each quantile: the share of admitted requests that attained, and that of all. Prints a
@@ -25,7 +25,7 @@ SCENARIOS = ("chat", "coding")
 
 def run(scenario: str, rate_rps: float, quantile: float, noise: float, requests: int, seeds: int) -> list[Answer]:
     """Answers of every seed with batches planned at ``quantile``."""
-    given = {"residual_quantile": quantile}
+    given = {"step_quantile": quantile}
     return [
         answer(Question(scenario, "slos-serve", given, PROFILE, "poisson", rate_rps, requests, seed, noise=noise))
         for seed in range(seeds)

@@ -21,9 +21,8 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from slos_serve.core.plan import EngineView, StepPlan
-from slos_serve.core.request import Status
+from slos_serve.core.request import SlotArray
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.planning.candidates import demote_lost
 from slos_serve.planning.planner import Planner
 from slos_serve.policies.base import IntArray, Policy
 from slos_serve.policies.slos_serve import SLOsServePolicy
@@ -199,16 +198,11 @@ def own_verdict(policy: SLOsServePolicy, view: EngineView, now_s: float, questio
             missed=asked.missed,
         )
         waiting = np.append(waiting, slot)
-    settings = policy.planner.settings
     coefficients = policy.model.coefficients * (policy.correction.factor * (1.0 + policy.planner.step_margin))
     seen = copy.copy(view)
     seen.table, seen.waiting = table, waiting
-    active = np.concatenate((seen.running, seen.waiting))
-    demote_lost(table.rows, active, now_s, coefficients, np.empty(len(active), dtype=np.int64))
-    if table.rows["status"][slot] == Status.BEST_EFFORT:
-        return False
-    found = own_admission(policy.planner, coefficients, seen, now_s, forecast_memory=settings.forecast_memory)
-    return bool(found.taken[found.slots == slot].any())
+    found = own_admission(policy.planner, coefficients, seen, now_s)
+    return bool(found.admitted.taken[found.demand.slots == slot].any())
 
 
 class Asked:
@@ -224,6 +218,10 @@ class Asked:
             self._tally.add(question.mirror, own_verdict(self.policy, view, now_s, question))
         self.questions.clear()
         return self._published.plan(now_s, view)
+
+    def commit(self, plan: StepPlan, view: EngineView, ran: SlotArray) -> None:
+        """Passed on."""
+        self._published.commit(plan, view, ran)
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
         """Passed on."""

@@ -34,8 +34,8 @@ from slos_serve.planning.state import BoolArray, FloatArray, IntArray
 from slos_serve.planning.supply import Supply, rate_beside
 
 EXACT, STOPPED, INFEASIBLE = 0, 1, 2
-# Work of one program: states made (four each), visited and compared with (one each); about 1 ms.
-MOST_WORK = 20_000
+# Work of one program: states made (four each), visited and compared with (one each). About half a millisecond.
+MOST_WORK = 6_000
 WORK_OF_A_STATE = 4
 _HASHES = 4096
 _FOR_EVER = 1 << 40

@@ -7,17 +7,14 @@ without a promise. With nothing to prefill every decode runs. A promised request
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 from numba import njit
 
 from slos_serve.core.plan import Reason
 from slos_serve.core.request import SlotArray
-from slos_serve.perf.step_time import batch_s, decode_s
 from slos_serve.planning.best_effort import NOBODY, TURN_TOKENS, ahead_enough
 from slos_serve.planning.drafting import DraftPlan, StepDrafts, cap_drafts, draft_of, step_drafts
-from slos_serve.planning.state import ADMITTED, FloatArray, IntArray, State, is_decode, next_due_s, tokens_left
+from slos_serve.planning.state import IntArray, State, blocks_needed, held_blocks, is_decode, peak_blocks, tokens_left
 from slos_serve.planning.step import (
     CUT,
     ENTRIES,
@@ -37,126 +34,16 @@ from slos_serve.planning.step import (
     seconds,
     seconds_with,
 )
+from slos_serve.planning.work import Rules, Work, any_prefill, split_by_promise, step_length_s
 
 DECODE_DUE, PREFILL_DEADLINE = int(Reason.DECODE_DUE), int(Reason.PREFILL_DEADLINE)
 DECODE_EARLY, BEST_EFFORT_ROOM = int(Reason.DECODE_EARLY), int(Reason.BEST_EFFORT)
 HELD_AHEAD = int(Reason.HELD_AHEAD)
 # When the due decodes alone overfill a step, those not due within this share of the next one are postponed.
 CROWDED_SHARE = 0.75
+# Share of the forecast growth of running requests that is kept free when best effort starts.
+GROWTH_HELD = 0.5
 _EPSILON_S = 1e-9
-
-
-class Rules(NamedTuple):
-    """What the planner decides for one step beside who is served.
-
-    Attributes:
-        longest_s: longest step beside its decodes, so that a prompt that arrives meanwhile is still in time.
-        lead_share: see :func:`slos_serve.planning.best_effort.ahead_enough`.
-        spare_s: time that promised prompts can wait for; decodes ahead of schedule use it.
-        kept: slot that is preempted for nobody; -1 for none.
-        turn: slot that computes something before any prompt; -1 for none.
-    """
-
-    longest_s: float
-    lead_share: float
-    spare_s: float
-    kept: int
-    turn: int
-
-
-class Work(NamedTuple):
-    """What there is to run, each part in the order of its due times.
-
-    Attributes:
-        decodes, decode_due_s: promised decodes.
-        prefills, prefill_due_s: promised prompts, running ones and those that admission serves.
-        others: running requests without a promise, oldest first.
-        starting: waiting requests without a promise, in the order they are to start.
-        pace_s: shortest time between two tokens of a promised decode, margin taken off.
-    """
-
-    decodes: SlotArray
-    decode_due_s: FloatArray
-    prefills: SlotArray
-    prefill_due_s: FloatArray
-    others: SlotArray
-    starting: SlotArray
-    pace_s: float
-
-
-@njit(cache=True)
-def by_due_time(state: State, slots: SlotArray) -> tuple[SlotArray, FloatArray]:
-    """``slots`` in the order of their due times, and these times."""
-    due_s = np.empty(len(slots))
-    for j in range(len(slots)):
-        due_s[j] = next_due_s(state.rows, slots[j], state.margin)
-    order = np.argsort(due_s, kind="mergesort")
-    return slots[order], due_s[order]
-
-
-@njit(cache=True)
-def split_by_promise(state: State, chosen: SlotArray, starting: SlotArray, turn: int) -> Work:
-    """Promised decodes, promised prompts and the rest; requests that cannot run now and ``turn`` are in none of them.
-
-    Args:
-        chosen: waiting slots that admission serves.
-        starting: waiting slots without a promise, in order.
-    """
-    rows, most = state.rows, len(state.running) + len(chosen)
-    decodes, prefills, others = np.empty((3, most), dtype=np.int64)
-    num_decodes, num_prefills, num_others, pace_s = 0, 0, 0, np.inf
-    for slot in state.running:
-        if slot == turn or rows["blocked"][slot] == 1 or tokens_left(rows, slot) == 0:
-            continue
-        if state.status[slot] != ADMITTED:
-            others[num_others] = slot
-            num_others += 1
-        elif is_decode(rows, slot):
-            decodes[num_decodes] = slot
-            pace_s = min(pace_s, rows["tpot_s"][slot] * (1.0 - state.margin))
-            num_decodes += 1
-        else:
-            prefills[num_prefills] = slot
-            num_prefills += 1
-    for slot in chosen:
-        if slot != turn and rows["blocked"][slot] == 0:
-            prefills[num_prefills] = slot
-            num_prefills += 1
-    rest = others[:num_others]
-    rest = rest[np.argsort(rows["order"][rest], kind="mergesort")]
-    return Work(
-        *by_due_time(state, decodes[:num_decodes]), *by_due_time(state, prefills[:num_prefills]), rest, starting, pace_s
-    )
-
-
-@njit(cache=True)
-def any_prefill(state: State, work: Work) -> bool:
-    """Whether anybody has more to compute than the next token."""
-    if len(work.prefills) + len(work.starting) > 0:
-        return True
-    found = False
-    for slot in work.others:
-        found = found or not is_decode(state.rows, slot)
-    return found
-
-
-@njit(cache=True)
-def step_length_s(state: State, work: Work, drafts: StepDrafts, rules: Rules) -> tuple[float, float]:
-    """How long the step may last, and how long the next one may: until the earliest due time, the longest step at most.
-
-    A step is never shorter than what the decodes take that are due, so the next one may last as long as all decodes.
-    """
-    own_s, tokens, longest = 0.0, 0.0, 0
-    for j in range(len(work.decodes)):
-        own_s += decode_s(state.coefficients, drafts.lengths[j], state.rows["computed_tokens"][work.decodes[j]])
-        tokens += 1.0 + drafts.lengths[j]
-        longest = max(longest, drafts.lengths[j])
-    all_decodes_s = batch_s(state.coefficients, tokens, own_s, longest)
-    most_s = rules.longest_s + own_s
-    limit_s = min(most_s, max(drafts.longest_s, all_decodes_s))
-    if len(work.decodes) > 0:
-        limit_s = min(limit_s, work.decode_due_s[0] - state.now_s)
-    return limit_s, max(min(drafts.ahead_s, most_s), all_decodes_s)
 
 
 @njit(cache=True)
@@ -276,18 +163,37 @@ def add_others(step: Step, work: Work, plan: DraftPlan, lengths: IntArray, promp
 
 @njit(cache=True)
 def start_others(step: Step, starting: SlotArray, turn: int, limit_s: float) -> None:
-    """Start waiting requests without a promise, each with its whole prompt in memory; the first that does not fit ends
-    it, so that a long one is not passed for ever."""
-    rows = step.state.rows
+    """Start waiting requests without a promise while their prompts and half of everybody's growth fit into memory.
+
+    The first that does not fit ends it, so that a long one is not passed for ever.
+    """
+    state, rows = step.state, step.state.rows
+    room = growth_room(step)
     for slot in starting:
         if slot == turn or rows["blocked"][slot] == 1:
             continue
         if step.counts[CUT] == 1 or step.counts[SEATS] >= step.state.max_num_seqs:
             return
         chunk, cut = chunk_within(step, slot, limit_s)
-        if chunk == 0 or not has_room(step, slot, tokens_left(rows, slot)):
+        left = tokens_left(rows, slot)
+        start = blocks_needed(rows, slot, left, state.block_size)
+        growth = GROWTH_HELD * (peak_blocks(rows, slot, state.block_size) - start)
+        alone = step.counts[SEATS] == 0
+        if chunk == 0 or not has_room(step, slot, left) or (start + growth > room and not alone):
             return
+        room -= start + growth
         run_chunk(step, slot, chunk, cut, BEST_EFFORT_ROOM)
+
+
+@njit(cache=True)
+def growth_room(step: Step) -> float:
+    """KV blocks left when everybody who runs has grown by half of what is forecast: answers end one after the other."""
+    state, room = step.state, float(step.state.total_blocks)
+    for slot in state.running:
+        if not step.gone[slot]:
+            held = held_blocks(state.rows, slot, state.block_size)
+            room -= held + GROWTH_HELD * max(peak_blocks(state.rows, slot, state.block_size) - held, 0)
+    return room
 
 
 @njit(cache=True)

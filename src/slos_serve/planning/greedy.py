@@ -15,7 +15,7 @@ from slos_serve.planning.state import BoolArray
 from slos_serve.planning.supply import Supply, rate_beside
 
 # Requests left out that the pass of swaps tries, cheapest first.
-MOST_SWAPS = 32
+MOST_SWAPS = 8
 
 
 @njit(cache=True)

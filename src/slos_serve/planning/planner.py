@@ -25,7 +25,7 @@ from slos_serve.planning.best_effort import NO_TURN, NOBODY, Turn, next_turn
 from slos_serve.planning.demand import give_up_lost, most_urgent
 from slos_serve.planning.drafting import Drafting, DraftPlan, Remembered
 from slos_serve.planning.feasible import slack_tokens
-from slos_serve.planning.form import PREFILL_DEADLINE, Rules, form
+from slos_serve.planning.form import PREFILL_DEADLINE, form
 from slos_serve.planning.lengths import LengthForecast, forecast_lengths
 from slos_serve.planning.settings import PlannerSettings
 from slos_serve.planning.state import (
@@ -39,6 +39,7 @@ from slos_serve.planning.state import (
 )
 from slos_serve.planning.step import ENTRIES, HELD, NO_MEMORY, PREEMPTED, Step, seconds
 from slos_serve.planning.supply import kv_shortage
+from slos_serve.planning.work import Rules
 
 # A step of prompts takes at most this share of the tightest TTFT, so that a prompt that arrives meanwhile is in time by
 # a step of its own; and at least this many times a step's fixed cost, or fixed costs would take most of the time.
@@ -154,6 +155,11 @@ class Planner:
             self.counters.labels += admitted.labels
             self.counters.greedy_answers += admitted.status == STOPPED
             self.counters.infeasible_musts += admitted.status == INFEASIBLE
+
+    @property
+    def newest_admission(self) -> Asked | None:
+        """What the newest plan asked Algorithm 1; ``None`` when nobody asked, or once it was committed."""
+        return self._pending.asked if self._pending is not None else None
 
     def forecast(self, view: EngineView) -> None:
         """Write ``expected_tokens`` of every request in the view."""

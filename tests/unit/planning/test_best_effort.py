@@ -1,0 +1,193 @@
+"""Requests without a promise: their room, and that each ends however long overload lasts."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from slos_serve.core.plan import Reason, StepPlan
+from slos_serve.core.request import Status
+from slos_serve.core.slo import SLO, single_stage
+from slos_serve.planning.best_effort import NO_TURN, NOBODY, Turn, ahead_enough, next_turn
+from slos_serve.planning.planner import Planner
+from slos_serve.planning.settings import PlannerSettings
+from slos_serve.sim.limits import EngineLimits
+from slos_serve.sim.recording import Recording
+from slos_serve.workload.calls import Workload
+from tests.builders import OPT_13B_A100, EngineBuilder, carried_out
+from tests.sim_builders import GPU, run, workload
+
+FREE = single_stage("free", SLO())
+LOW = single_stage("low", SLO(ttft_ms=4000.0, tpot_ms=100.0), weight=0.01)
+CHAT = single_stage("chat", SLO(ttft_ms=1000.0, tpot_ms=100.0))
+AGING_S = 5.0
+
+
+def full_engine() -> EngineBuilder:
+    """Promises leave no room in a step: decodes due at once, and a prompt that takes what is left."""
+    engine = EngineBuilder()
+    for _ in range(40):
+        engine.decode(prompt_tokens=1000, tpot_s=0.1, ahead_s=0.01)
+    engine.prefilling(3000, 100, due_in_s=5.0)
+    return engine
+
+
+def plan_at(planner: Planner, engine: EngineBuilder, after_s: float) -> StepPlan:
+    """A plan that much later, everything promised as due as it was."""
+    view = engine.view()
+    for name in ("stage_start_s", "last_token_s", "ttft_due_s"):
+        view.table.rows[name] += after_s
+    plan = carried_out(planner, engine.now_s + after_s, view)
+    for name in ("stage_start_s", "last_token_s", "ttft_due_s"):
+        view.table.rows[name] -= after_s
+    return plan
+
+
+def test_the_oldest_gets_a_turn_when_its_time_is_up() -> None:
+    engine = full_engine()
+    old, young = engine.best_effort(500), engine.best_effort(500)
+    planner = Planner(OPT_13B_A100, 2, PlannerSettings(aging_s=AGING_S))
+    assert old not in plan_at(planner, engine, 0.0).slots
+    assert old not in plan_at(planner, engine, 0.9 * AGING_S).slots
+    plan = plan_at(planner, engine, AGING_S)
+    assert plan.tokens[plan.slots == old].sum() >= 64
+    assert young not in plan.slots
+
+
+def test_a_turn_takes_no_decode_of_its_due_token() -> None:
+    engine = full_engine()
+    engine.best_effort(500)
+    planner = Planner(OPT_13B_A100, 2, PlannerSettings(aging_s=AGING_S))
+    first = plan_at(planner, engine, 0.0)
+    turn = plan_at(planner, engine, AGING_S)
+    due = set(first.slots[first.reasons == Reason.DECODE_DUE].tolist())
+    assert due
+    assert due <= set(turn.slots.tolist())
+
+
+def turns(engine: EngineBuilder, moments_s: tuple[float, ...], every_s: float = AGING_S) -> list[Turn]:
+    """Who has the turn at each moment, nothing else changing."""
+    found = [NO_TURN]
+    for after_s in moments_s:
+        found.append(next_turn(engine.state()._replace(now_s=engine.now_s + after_s), found[-1], every_s))
+    return found[1:]
+
+
+def test_the_oldest_is_kept_once_its_time_is_up() -> None:
+    engine = EngineBuilder()
+    slot = engine.decode(tpot_s=np.inf, status=Status.BEST_EFFORT)
+    first, early, last = turns(engine, (0.0, 0.9 * AGING_S, AGING_S))
+    assert (first.kept, early.kept, early.due) == (NOBODY, NOBODY, False)
+    assert (last.kept, last.due, last.slot_due) == (slot, True, slot)
+
+
+def test_progress_puts_the_turn_off() -> None:
+    engine = EngineBuilder()
+    slot = engine.decode(tpot_s=np.inf, status=Status.BEST_EFFORT)
+    turn = NO_TURN
+    for after_s in (0.0, 4.0, 8.0, 12.0):
+        turn = next_turn(engine.state()._replace(now_s=engine.now_s + after_s), turn, AGING_S)
+        assert not turn.due
+        engine.table.rows["output_tokens"][slot] += 1
+        engine.table.rows["computed_tokens"][slot] += 1
+
+
+def test_what_a_preemption_takes_is_no_progress() -> None:
+    engine = EngineBuilder()
+    slot = engine.decode(tpot_s=np.inf, status=Status.BEST_EFFORT)
+    computed, turn = int(engine.table.rows["computed_tokens"][slot]), NO_TURN
+    for after_s, tokens in ((0.0, computed), (2.0, 0), (4.0, computed), (AGING_S, computed)):
+        engine.table.rows["computed_tokens"][slot] = tokens
+        turn = next_turn(engine.state()._replace(now_s=engine.now_s + after_s), turn, AGING_S)
+    assert turn.due
+
+
+def test_a_kept_request_stays_the_one_though_an_older_one_loses_its_promise() -> None:
+    """Else the KV of its turns would be taken from it and computed again, without end."""
+    engine = EngineBuilder()
+    older = engine.decode(ahead_s=0.1)
+    slot = engine.decode(tpot_s=np.inf, status=Status.BEST_EFFORT)
+    kept = turns(engine, (0.0, AGING_S))[-1]
+    engine.table.rows["status"][older] = Status.BEST_EFFORT
+    assert next_turn(engine.state()._replace(now_s=engine.now_s + 6.0), kept, AGING_S).kept == slot
+
+
+def test_a_turn_is_not_begun_before_its_peak_fits_beside_the_promises() -> None:
+    engine = EngineBuilder(total_blocks=130)
+    for _ in range(3):
+        engine.decode(prompt_tokens=480, ahead_s=0.1, max_tokens=20)
+    engine.best_effort(800)
+    waits = turns(engine, (0.0, AGING_S))[-1]
+    assert waits.kept == engine.waiting[0] and not waits.due
+    engine.running.pop()
+    assert turns(engine, (0.0, AGING_S))[-1].due
+
+
+def test_the_rule_can_be_switched_off() -> None:
+    engine = full_engine()
+    engine.best_effort(500)
+    assert turns(engine, (0.0, 1e9), 0.0)[-1] == NO_TURN
+
+
+OVERLOAD_S = 90.0
+LIMITS = EngineLimits(kv_capacity_tokens=16 * 1000, max_num_batched_tokens=8192)
+
+
+def overload() -> Workload:
+    """Far more promised work than the engine can do, for a minute and a half; early on, one of each kind that loses."""
+    arrivals = np.sort(np.random.default_rng(0).uniform(0.0, OVERLOAD_S, 1100)).tolist()
+    count = len(arrivals)
+    kinds = [0] * count
+    kinds[20], kinds[30] = 1, 2
+    return workload(arrivals, [700] * count, [60] * count, (CHAT, FREE, LOW), kinds)
+
+
+def longest_gap_s(recording: Recording, call: int) -> float:
+    """Longest time a call went without a token while overload lasted, from its arrival on."""
+    first = int(recording.token_start[call])
+    own = recording.token_s[first : first + int(recording.workload.calls["output_tokens"][call])]
+    arrival_s = float(recording.calls["arrival_s"][call])
+    times = np.concatenate(([0.0], np.minimum(own, OVERLOAD_S - arrival_s)))
+    return float(np.diff(times).max())
+
+
+@pytest.mark.parametrize("aging_s", [3.0, 0.0])
+def test_everyone_ends_while_overload_lasts(aging_s: float) -> None:
+    load = overload()
+    parameters = {"aging_s": aging_s}
+    recording = run(load, "slos-serve", GPU, LIMITS, parameters=parameters)
+    calls = [int(np.flatnonzero(load.calls["class_index"] == kind)[0]) for kind in (1, 2)]
+    gaps = [longest_gap_s(recording, call) for call in calls]
+    done_s = [float(recording.calls["done_s"][call]) for call in calls]
+    if aging_s > 0.0:
+        assert max(done_s) < OVERLOAD_S
+    else:
+        assert max(done_s) > OVERLOAD_S  # else this test could not fail
+        assert max(gaps) > 30.0
+
+
+@pytest.mark.parametrize("aging_s", [10.0, 0.0])
+def test_long_prompts_are_not_computed_again_and_again(aging_s: float) -> None:
+    """Prompts of 1,000 to 60,000 tokens in overload: turns take no more recomputation than there is without them."""
+    rng = np.random.default_rng(3)
+    count = 120
+    prompts = np.clip(rng.lognormal(np.log(6000), 1.2, count), 1000, 60_000).astype(int).tolist()
+    outputs = np.clip(rng.lognormal(np.log(100), 0.6, count), 10, 400).astype(int).tolist()
+    arrivals = np.cumsum(rng.exponential(1.5, count)).tolist()
+    load = workload(arrivals, prompts, outputs, (single_stage("long", SLO(ttft_slowdown=5.0, tpot_ms=100.0)),))
+    limits = EngineLimits(kv_capacity_tokens=150_000, max_num_batched_tokens=8192)
+    recording = run(load, "slos-serve", GPU, limits, parameters={"aging_s": aging_s})
+    assert recording.completed.all()
+    needed = sum(prompts) + sum(outputs) - count
+    assert float(recording.steps.rows["new_tokens"].sum()) / needed - 1.0 < 0.06
+
+
+def test_prompts_without_a_promise_wait_while_promised_decodes_could_gain_lead() -> None:
+    engine = EngineBuilder()
+    slots = np.array([engine.decode(tpot_s=0.1, ahead_s=0.5)])
+    rows, due_s = engine.table.rows, np.array([engine.now_s + 0.5])
+    assert ahead_enough(rows, slots, due_s, engine.now_s, 0.2)
+    assert not ahead_enough(rows, slots, due_s, engine.now_s, 0.5)
+    assert ahead_enough(rows, slots, due_s + 1.5, engine.now_s, 1.0)
+    rows["tpot_s"][slots] = np.inf  # promised no pace: it keeps nobody waiting
+    assert ahead_enough(rows, slots, due_s, engine.now_s, 1.0)
