@@ -20,7 +20,7 @@ from slos_serve.vllm_plugin import compat, self_test
 from slos_serve.vllm_plugin.config import PROFILE_ENV, PUBLISH_ENV
 from slos_serve.vllm_plugin.kv_needs import KVNeeds, _Group, _most_blocks
 from slos_serve.vllm_plugin.scheduler import SLOScheduler, SLOSyncScheduler, Steered
-from slos_serve.vllm_plugin.steering import select, steered
+from slos_serve.vllm_plugin.steering import SteeredStep, select
 from tests.vllm.dry_load import Start, assert_answers, lengths, mixed_load, prompt
 
 
@@ -148,7 +148,7 @@ def test_steering_puts_everything_back_when_vllm_raises(start: Start) -> None:
     plan = control.policy.plan(engine.now_s, view)
     chosen = select(scheduler, plan, control.book, control.limits.needs, ())
     before = (list(scheduler.running), list(scheduler.waiting), scheduler.max_num_scheduled_tokens)
-    with pytest.raises(RuntimeError), steered(scheduler, chosen, 0.0, control.hidden):
+    with pytest.raises(RuntimeError), SteeredStep(scheduler, chosen, 0.0, control.hidden, control.guard.fault):
         raise RuntimeError("inside vLLM")
     assert (list(scheduler.running), list(scheduler.waiting), scheduler.max_num_scheduled_tokens) == before
     assert control.hidden.running == control.hidden.waiting == 0

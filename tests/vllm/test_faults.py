@@ -150,17 +150,14 @@ def test_a_fault_where_requests_come_and_go(start: Start, monkeypatch: pytest.Mo
     assert engine.scheduler.kv_cache_manager.usage == 0.0
 
 
-OPEN = pytest.mark.xfail(reason="a fault inside steered() is not undone, or escapes from its end", strict=False)
-
-
 @pytest.mark.parametrize(
     "name",
     [
         "preempt",
         "drop_placeholders",
         "first_queue_name",
-        pytest.param("queue_of", marks=OPEN),
-        pytest.param("loads_kv", marks=OPEN),
+        "queue_of",
+        "loads_kv",
     ],
 )
 def test_a_fault_while_vllms_lists_are_changed_leaves_them_whole(

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -391,12 +392,14 @@ def test_the_schedulers_metrics_show_beside_vllms(server: ServerProcess) -> None
         server,
         {"x-slo-class": "code", "x-slo-ttft-ms": "60000", "x-slo-tpot-ms": "60000"},
     ).is_success
-    after = metric_sums(server)
-    for name in (
-        "slos_serve:requests_total",
-        "slos_serve:attained_total",
-        "slos_serve:plan_seconds_count",
-    ):
+    names = ("slos_serve:requests_total", "slos_serve:attained_total", "slos_serve:plan_seconds_count")
+    for _ in range(50):  # metrics leave the scheduler by a thread of their own
+        after = metric_sums(server)
+        if all(after[name] > before[name] for name in names):
+            break
+        time.sleep(0.1)
+    for name in names:
         assert after[name] > before[name], name
+    assert after["slos_serve:armed"] == 1.0
     assert after["slos_serve:step_fallback_total"] == before["slos_serve:step_fallback_total"]
     assert "vllm:time_to_first_token_seconds_count" in after

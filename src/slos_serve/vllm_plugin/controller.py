@@ -27,7 +27,7 @@ from slos_serve.vllm_plugin.publish import EnginePublisher
 from slos_serve.vllm_plugin.queues import Queues
 from slos_serve.vllm_plugin.recorder import GAUGES_EVERY, QueueCounts, Recorder, StepRecord
 from slos_serve.vllm_plugin.request_book import RequestBook
-from slos_serve.vllm_plugin.steering import HiddenRequests, Selection, select, steered
+from slos_serve.vllm_plugin.steering import HiddenRequests, Selection, SteeredStep, select
 from slos_serve.vllm_plugin.telemetry import Telemetry
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ class StepController:
 
     def _steer(self, stack: ExitStack, proposal: Proposal) -> bool:
         """Enter the steered state; False when that failed and the lists are as they were."""
-        context = steered(self.scheduler, proposal.chosen, self._clock_s(), self.hidden)
+        context = SteeredStep(self.scheduler, proposal.chosen, self._clock_s(), self.hidden, self._steering_fault)
         try:
             stack.enter_context(context)
         except Exception as error:
@@ -193,6 +193,11 @@ class StepController:
             self._fallback = "steer"
             return False
         return True
+
+    def _steering_fault(self, kind: str, error: Exception) -> None:
+        """Putting vLLM's lists back failed; they were put together from the requests' states."""
+        self.guard.fault(kind, error)
+        self.queues.changed()
 
     def _commit(self, output: SchedulerOutput, proposal: Proposal | None, before_s: float, made_s: float) -> None:
         """Write down what the step was; the lists are vLLM's own again."""

@@ -177,6 +177,7 @@ class Steered(Scheduler):
         freed = super()._free_request(request, *args, **kwargs)
         if self._slo is not None and not self.requests:
             self._slo.guard.run("publish", self._slo.publish_idle)
+            self._slo.guard.run("publish", self._slo.post_gauges)
         return freed
 
     def shutdown(self) -> None:

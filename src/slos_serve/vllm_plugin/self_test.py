@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.controller import StepController
-from slos_serve.vllm_plugin.steering import select, steered
+from slos_serve.vllm_plugin.steering import SteeredStep, select
 from slos_serve.vllm_plugin.tracked import Promise
 
 if TYPE_CHECKING:
@@ -28,8 +28,11 @@ def dry_plan(scheduler: Scheduler, control: StepController) -> Exception | None:
         view = control.look(0.0)
         plan = control.policy.plan(0.0, view)
         chosen = select(scheduler, plan, book, control.limits.needs, ())
-        with steered(scheduler, chosen, 0.0, control.hidden):
+        faults: list[Exception] = []
+        with SteeredStep(scheduler, chosen, 0.0, control.hidden, lambda _, error: faults.append(error)):
             pass
+        if faults:
+            return faults[0]
     except Exception as error:
         return error
     finally:

@@ -8,8 +8,7 @@ put back right after, in the engine's own order, whatever happened in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,6 @@ from slos_serve.vllm_plugin.request_book import RequestBook
 from slos_serve.vllm_plugin.tracked import Tracked
 
 if TYPE_CHECKING:
-    from vllm.v1.core.sched.request_queue import RequestQueue
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
 
@@ -61,9 +59,11 @@ def select(
 
     Raises:
         KeyError: the plan names a slot that holds no request.
-        PlanMismatchError: the table does not agree with vLLM's lists.
+        PlanMismatchError: the plan names a request twice, or the table does not agree with vLLM's lists.
     """
     rows, by_slot = book.table.rows, book.by_slot
+    if len(np.unique(plan.slots)) < len(plan.slots):
+        raise PlanMismatchError("the plan names a request twice")
     chosen = Selection(preempt=[by_slot[slot].request for slot in plan.preempt.tolist()])
     slots, starts = plan.slots, True
     if chosen.preempt and not _give_back(scheduler, chosen.preempt):
@@ -185,58 +185,112 @@ def _loads_that_fit(
     return fitting
 
 
-@contextmanager
-def steered(scheduler: Scheduler, chosen: Selection, now_s: float, hidden: HiddenRequests) -> Iterator[None]:
-    """Within the block, ``schedule()`` makes the selected batch.
+@dataclass(slots=True)
+class HiddenRequests:
+    """How many requests :class:`SteeredStep` has set aside: what vLLM computes from its lists is to count them too."""
 
-    Afterwards ``chosen.started`` and ``chosen.preempted`` say who really started and who was preempted.
+    running: int = 0
+    waiting: int = 0
+
+
+class SteeredStep:
+    """``with SteeredStep(...):`` ``schedule()`` makes the selected batch within the block.
+
+    Entering changes vLLM's lists last, when nothing of ours can fail any more. Leaving puts them back; when something
+    of ours fails there, they are put together again from the requests' own states, and the fault is told to
+    ``on_fault``. Afterwards the selection says who really started and who was preempted.
     """
-    for request in chosen.preempt:
-        compat.preempt(scheduler, request, now_s)
-    first_name = compat.first_queue_name(scheduler)
-    limit_name = compat.active_limit_name(scheduler)
-    first, waiting = getattr(scheduler, first_name), scheduler.waiting
-    budget, limit = scheduler.max_num_scheduled_tokens, getattr(scheduler, limit_name)
-    running, run = scheduler.running, chosen.run
-    num_held = len(running) - len(run)
-    if scheduler.num_spec_tokens and num_held:
-        runs = {id(request) for request in run}
-        for request in running:
-            if id(request) not in runs:
-                compat.drop_placeholders(request)
-    scheduler.running = list(run)
-    setattr(scheduler, first_name, compat.queue_of((*chosen.loads, *chosen.start)))
-    scheduler.waiting = compat.queue_of(())
-    scheduler.max_num_scheduled_tokens = min(chosen.budget, budget)
-    setattr(scheduler, limit_name, limit - num_held)
-    shown = len(chosen.loads) + len(chosen.start)
-    hidden.running, hidden.waiting = num_held, len(first) + len(waiting) - shown
-    threshold = compat.cap_prefills(scheduler, chosen.most_tokens_each)
-    try:
-        yield
-    finally:
-        hidden.running = hidden.waiting = 0
-        scheduler.scheduler_config.long_prefill_token_threshold = threshold
-        setattr(scheduler, limit_name, limit)
-        scheduler.max_num_scheduled_tokens = budget
-        after, mixed = scheduler.running, scheduler.waiting
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        chosen: Selection,
+        now_s: float,
+        hidden: HiddenRequests,
+        on_fault: Callable[[str, Exception], None],
+    ) -> None:
+        self._scheduler = scheduler
+        self._chosen = chosen
+        self._now_s = now_s
+        self._hidden = hidden
+        self._on_fault = on_fault
+
+    def __enter__(self) -> None:
+        scheduler, chosen = self._scheduler, self._chosen
+        self._first_name = compat.first_queue_name(scheduler)
+        self._limit_name = compat.active_limit_name(scheduler)
+        for request in chosen.preempt:
+            compat.preempt(scheduler, request, self._now_s)
+        self._running, self._waiting = scheduler.running, scheduler.waiting
+        self._first = getattr(scheduler, self._first_name)
+        self._budget, self._limit = scheduler.max_num_scheduled_tokens, getattr(scheduler, self._limit_name)
+        num_held = len(self._running) - len(chosen.run)
+        if scheduler.num_spec_tokens and num_held:
+            runs = {id(request) for request in chosen.run}
+            for request in self._running:
+                if id(request) not in runs:
+                    compat.drop_placeholders(request)
+        starting, nobody = compat.queue_of((*chosen.loads, *chosen.start)), compat.queue_of(())
+        num_hidden = len(self._first) + len(self._waiting) - len(starting)
+        self._threshold = compat.cap_prefills(scheduler, chosen.most_tokens_each)
+        self._hidden.running, self._hidden.waiting = num_held, num_hidden
+        scheduler.running = list(chosen.run)
+        setattr(scheduler, self._first_name, starting)
+        scheduler.waiting = nobody
+        scheduler.max_num_scheduled_tokens = min(chosen.budget, self._budget)
+        setattr(scheduler, self._limit_name, self._limit - num_held)
+
+    def __exit__(self, *_: object) -> None:
+        scheduler = self._scheduler
+        self._hidden.running = self._hidden.waiting = 0
+        scheduler.scheduler_config.long_prefill_token_threshold = self._threshold
+        setattr(scheduler, self._limit_name, self._limit)
+        scheduler.max_num_scheduled_tokens = self._budget
+        after, mixed = scheduler.running, (*getattr(scheduler, self._first_name), *scheduler.waiting)
+        setattr(scheduler, self._first_name, self._first)
+        scheduler.waiting = self._waiting
+        try:
+            self._put_back(after, mixed)
+        except Exception as error:
+            self._put_together(after, mixed)
+            self._on_fault("steer", error)
+
+    def _put_back(self, after: list[Request], mixed: Sequence[Request]) -> None:
+        """The running list and the queues as stock order would have them."""
+        chosen, run, kept = self._chosen, self._chosen.run, self._running
         started = _behind(after, run)
-        kept = running
         if len(after) - len(started) < len(run):  # vLLM preempted some of those that were to run
             still = {id(request) for request in after}
-            lost = [request for request in run if id(request) not in still]
-            gone = {id(request) for request in lost}
-            kept = [request for request in running if id(request) not in gone]
-            lost_in_order = [request for request in mixed if id(request) in gone]
-            for request in reversed(lost_in_order):
-                waiting.prepend_request(request)
-            chosen.preempted += lost_in_order
-        scheduler.running = [*kept, *started]
-        setattr(scheduler, first_name, first)
-        scheduler.waiting = waiting
+            gone = {id(request) for request in run if id(request) not in still}
+            kept = [request for request in kept if id(request) not in gone]
+            lost = [request for request in mixed if id(request) in gone]
+            for request in reversed(lost):
+                self._waiting.prepend_request(request)
+            chosen.preempted += lost
+        self._scheduler.running = [*kept, *started]
         chosen.started = started
         chosen.preempted += chosen.preempt
-        _take_out(first, waiting, chosen)
+        chosen.loading = [request for request in (*chosen.loads, *chosen.start) if compat.loads_kv(request)]
+        moved = [*started, *chosen.loading]
+        if moved:
+            for queue in (self._first, self._waiting):
+                if queue:
+                    queue.remove_requests(moved)
+            for request in chosen.loading:
+                self._first.add_request(request)
+
+    def _put_together(self, after: list[Request], mixed: Sequence[Request]) -> None:
+        """Every request back where its own state says it belongs, in stock order as far as that is known."""
+        inside = list(dict.fromkeys((*self._running, *after)))
+        self._scheduler.running = [request for request in inside if request.status.name == "RUNNING"]
+        first, waiting = list(self._first), list(self._waiting)
+        known = {id(request) for request in (*first, *waiting)}
+        lost = [request for request in (*mixed, *inside) if id(request) not in known]
+        for queue, members in ((self._first, first), (self._waiting, [*dict.fromkeys(lost), *waiting])):
+            queue.clear()
+            for request in members:
+                if request.status.name in ("WAITING", "PREEMPTED") or request.status.name.startswith("WAITING_FOR"):
+                    queue.add_request(request)
 
 
 def _behind(after: list[Request], run: list[Request]) -> list[Request]:
@@ -247,24 +301,3 @@ def _behind(after: list[Request], run: list[Request]) -> list[Request]:
     while number < len(after) and number < len(run) and after[number] is run[number]:
         number += 1
     return after[number:]
-
-
-@dataclass(slots=True)
-class HiddenRequests:
-    """How many requests :func:`steered` has set aside: what vLLM computes from its lists is to count them too."""
-
-    running: int = 0
-    waiting: int = 0
-
-
-def _take_out(first: RequestQueue, waiting: RequestQueue, chosen: Selection) -> None:
-    """Take those that started out of the queues they stood in, and move loads that began to the first queue."""
-    loading = [request for request in (*chosen.loads, *chosen.start) if compat.loads_kv(request)]
-    gone = [*chosen.started, *loading]
-    if gone:
-        for queue in (first, waiting):
-            if queue:
-                queue.remove_requests(gone)
-        for request in loading:
-            first.add_request(request)
-    chosen.loading = loading
