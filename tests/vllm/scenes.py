@@ -181,6 +181,13 @@ def _loaded(play: Play) -> None:
         play.steps(3)
 
 
+def _all_promised(play: Play) -> None:
+    """As :func:`_loaded`; requests without a promise would wait for the planner's lead, whatever the pipeline."""
+    for number in range(24):
+        play.watch(f"r{number}", play.prompt(100 + 37 * number), 40)
+        play.steps(3)
+
+
 def _throttled(play: Play) -> None:
     play.streams()
     for number in range(4):
@@ -283,7 +290,7 @@ SCENES = (
     Scene("no async scheduling", _loaded, arguments={"async_scheduling": False}, counted=True),
     Scene(
         "pipeline parallel, async",
-        _loaded,
+        _all_promised,
         Setup(runner_v2=True),
         {"pipeline_parallel_size": 2},
         counted=True,
