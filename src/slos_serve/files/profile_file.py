@@ -174,8 +174,8 @@ def save_samples(samples: Sequence[Sample], path: Path) -> None:
     lines = [",".join(SAMPLE_COLUMNS)]
     for sample in samples:
         shape = sample.shape
-        counts = (shape.new_tokens, shape.context_tokens, shape.quad_tokens2, shape.num_seqs)
-        counts += (shape.draft_steps, shape.draft_tokens)
+        numbers = [shape.new_tokens, shape.context_tokens, shape.quad_tokens2, shape.num_seqs, shape.draft_steps]
+        counts = [*numbers, shape.draft_tokens]
         lines.append(",".join(map(str, counts)) + f",{sample.prefill_tokens},{sample.duration_s:.6f}")
     _write_atomically(path, "\n".join(lines) + "\n")
 
