@@ -148,7 +148,9 @@ def memory(axes: Axes) -> None:
     _, left = peaks(state, demand, 0)
     held = sum(-(-int(rows["computed_tokens"][slot]) // 16) for slot in running)
     at_s = 0.1 * MOMENT_TOKENS
-    axes.plot(at_s, -room, color=OURS, marker="o", markersize=4, label="forecast, a standard deviation added")
+    axes.plot(
+        at_s[: len(room)], -room, color=OURS, marker="o", markersize=4, label="forecast, a standard deviation added"
+    )
     axes.axhline(-left[0], color=WARM, linewidth=1.0, label="sum of forecast peaks")
     axes.axhline(held, color=GREY, linewidth=1.0, linestyle=":", label="held now")
     axes.set_xlabel("seconds from now, every decode at its TPOT of 100 ms")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slos_serve.perf.step_time import K_S
+from slos_serve.perf.formula import K_S
 from slos_serve.planning.speculation import best_drafts, demand_by_length, rate_of, tokens_each_verification
 from slos_serve.planning.supply import prefill_rate
 from tests.builders import OPT_13B_A100

@@ -102,6 +102,7 @@ class Scene:
         may_refuse: the plug-in may refuse this configuration at start, in one sentence.
         counted: requests compete, so the order may differ: the worst first token of a promised request and the mean of
             all are compared, not each.
+        most_steps_later: a first token may come so many steps after stock's.
         scarce: there is too little time, KV or adapters for all, so who waits is a choice: promises kept are compared.
     """
 
@@ -214,14 +215,14 @@ def _late(scene: Scene, stock: Outcome, ours: Outcome) -> str:
         if stock.first and (stock.worst() is None) is not (ours.worst() is None):
             return "a first token never came"
         worst, limit = ours.worst(ours.promised), stock.worst(stock.promised)
-        if worst is not None and limit is not None and worst[0] > limit[0] + MOST_STEPS_LATER:
+        if worst is not None and limit is not None and worst[0] > limit[0] + scene.most_steps_later:
             return f"worst promised first token after {worst[0]} steps, stock {limit[0]}"
-        if ours.mean_steps() > stock.mean_steps() + MOST_STEPS_LATER:
+        if ours.mean_steps() > stock.mean_steps() + scene.most_steps_later:
             return f"first tokens after {ours.mean_steps():.1f} steps on average, stock {stock.mean_steps():.1f}"
         return ""
     for name, theirs in stock.first.items():
         mine = ours.first[name]
-        if mine is None or (theirs is not None and mine[0] > theirs[0] + MOST_STEPS_LATER):
+        if mine is None or (theirs is not None and mine[0] > theirs[0] + scene.most_steps_later):
             return f"{name}: first token after {mine and mine[0]} steps, stock {theirs and theirs[0]}"
     return ""
 

@@ -97,7 +97,6 @@ def test_no_async_scheduling(no_worse_than_stock: Compare) -> None:
     no_worse_than_stock("no async scheduling")
 
 
-@pytest.mark.xfail(reason="requests without a promise wait longer than on stock", strict=False)
 def test_pipeline_cadence(no_worse_than_stock: Compare) -> None:
     no_worse_than_stock("pipeline parallel, async")
 

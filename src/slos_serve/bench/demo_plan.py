@@ -19,7 +19,7 @@ from slos_serve.bench.requests import BenchRequest
 from slos_serve.bench.workloads import Lengths, WorkloadPart, arrival_times, make_requests
 from slos_serve.core.slo import SLO, ClassSet, single_stage
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
-from slos_serve.perf.step_time import features_s
+from slos_serve.perf.formula import features_s
 
 # Context of a running request of the mix, for the decode step that promises are multiples of.
 _CONTEXT_TOKENS = 200
@@ -200,5 +200,5 @@ def _mean_step_s(model: BatchTimeModel, kinds: Sequence[_Kind], rate_per_s: floa
     new = sum(count * prompt for count, prompt in zip(arrived, prompts, strict=True)) + sum(decodes)
     context = sum(d * (p + a / 2.0) for d, p, a in zip(decodes, prompts, answers, strict=True))
     quad = sum(count * prompt * prompt for count, prompt in zip(arrived, prompts, strict=True))
-    shape = np.array([[new, context, quad, sum(decodes) + sum(arrived), 0.0]])
-    return float(features_s(model.coefficients, shape)[0])
+    sampled = sum(decodes) + sum(arrived)
+    return float(features_s(model.coefficients, new, context, quad, sampled, 0.0))

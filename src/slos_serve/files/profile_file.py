@@ -39,9 +39,11 @@ SAMPLE_COLUMNS = (
     "quad_tokens2",
     "num_seqs",
     "draft_steps",
+    "draft_tokens",
     "prefill_tokens",
     "duration_s",
 )
+_COLUMNS_WITHOUT_DRAFTS = tuple(name for name in SAMPLE_COLUMNS if name != "draft_tokens")
 _COEFFICIENTS = tuple(f.name for f in fields(BatchTimeModel))
 _TEXT_FIELDS = ("model", "device", "engine", "engine_version", "created", "dtype", "source")
 _COUNT_FIELDS = ("tensor_parallel", "kv_capacity_tokens", "block_size", "max_num_batched_tokens")
@@ -176,7 +178,8 @@ def save_samples(samples: Sequence[Sample], path: Path) -> None:
     lines = [",".join(SAMPLE_COLUMNS)]
     for sample in samples:
         shape = sample.shape
-        counts = (shape.new_tokens, shape.context_tokens, shape.quad_tokens2, shape.num_seqs, shape.draft_steps)
+        numbers = [shape.new_tokens, shape.context_tokens, shape.quad_tokens2, shape.num_seqs, shape.draft_steps]
+        counts = [*numbers, shape.draft_tokens]
         lines.append(",".join(map(str, counts)) + f",{sample.prefill_tokens},{sample.duration_s:.6f}")
     _write_atomically(path, "\n".join(lines) + "\n")
 
@@ -192,6 +195,9 @@ def load_samples(path: Path) -> list[Sample]:
             rows = list(csv.reader(file))
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidFieldError("samples file", str(path), f"a readable CSV file ({error})") from error
+    if rows and tuple(rows[0]) == _COLUMNS_WITHOUT_DRAFTS:  # written before drafts to verify were kept
+        at = SAMPLE_COLUMNS.index("draft_tokens")
+        rows = [list(SAMPLE_COLUMNS), *([*row[:at], "0", *row[at:]] for row in rows[1:])]
     if not rows or tuple(rows[0]) != SAMPLE_COLUMNS:
         raise InvalidFieldError("header", rows[0] if rows else "", ",".join(SAMPLE_COLUMNS), str(path))
     return [_sample(row, f"{path}, line {number}") for number, row in enumerate(rows[1:], start=2)]
@@ -317,7 +323,7 @@ def _sample(row: Sequence[str], where: str) -> Sample:
             raise InvalidFieldError(name, text, "a whole number, 0 or more", where)
         counts.append(int(text))
     try:
-        return Sample(BatchShape(*counts[:5]), float(row[-1]), prefill_tokens=counts[5])
+        return Sample(BatchShape(*counts[:6]), float(row[-1]), prefill_tokens=counts[6])
     except InvalidFieldError as error:
         raise InvalidFieldError(error.field, error.given, error.allowed, where) from error
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Scores one request from its token times (design section 1).
+"""Scores one request from its token times.
 
 Decides what "kept its promise" means, for the simulator and the load client alike. Assumes that all times of a request
 share one clock and that tokens which arrived together carry the same time: a token counts when its reader has it.

@@ -1,4 +1,4 @@
-"""How long a batch takes, and how many tokens fit in a given time (design section 3).
+"""How long a batch takes, and how many tokens fit in a given time.
 
     T(batch) = max(k_c * n + b_c, k_m * n + b_m) + k_ctx * ctx + k_q * quad + k_seq * (seqs + drafts) + k_s * s
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.perf.step_time import features_s
+from slos_serve.perf.formula import features_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class BatchShape:
 
     @property
     def features(self) -> NDArray[np.float64]:
-        """float64 [5]: what :func:`slos_serve.perf.step_time.features_s` takes."""
+        """float64 [5]: new tokens, context, attention units, sampled tokens (requests and drafts), draft steps."""
         sampled = self.num_seqs + self.draft_tokens
         return np.array(
             (self.new_tokens, self.context_tokens, self.quad_tokens2, sampled, self.draft_steps), dtype=np.float64
@@ -85,7 +85,7 @@ class BatchTimeModel:
 
     def step_s(self, shape: BatchShape) -> float:
         """Seconds the batch takes; 0 for an empty one."""
-        return float(features_s(self.coefficients, shape.features[None, :])[0])
+        return float(features_s(self.coefficients, *shape.features)) if shape.new_tokens > 0 else 0.0
 
     def zero_load_s(self, prompt_tokens: int) -> float:
         """Seconds from start to first token of a prompt alone on the engine, in one batch."""

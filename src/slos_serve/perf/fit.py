@@ -1,4 +1,4 @@
-"""Fits the batch-time model to measured batches and says how far off it is (design section 3).
+"""Fits the batch-time model to measured batches and says how far off it is.
 
 Relative error is what counts: a planner that is 5 ms off on a 40 ms decode step breaks promises, on a 4 s prefill it
 does not matter. Every coefficient is kept at 0 or above, so that more work never looks cheaper. The two branches make
@@ -18,7 +18,7 @@ from scipy.optimize import nnls
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
-from slos_serve.perf.step_time import B_C, B_M, K_C, K_CTX, K_M, K_Q, K_S, K_SEQ, NUM_COEFFICIENTS, features_s
+from slos_serve.perf.formula import B_C, B_M, K_C, K_CTX, K_M, K_Q, K_S, K_SEQ, NUM_COEFFICIENTS, features_s
 
 MIN_SAMPLES = 20
 HELD_OUT_EVERY = 4
@@ -96,7 +96,7 @@ def fit(samples: Sequence[Sample]) -> BatchTimeModel:
             "batches of at least 3 sizes, the largest at least twice the smallest",
         )
     candidates = [_fit_from(features, duration_s, compute) for compute in _starts(tokens)]
-    losses = [_loss(features_s(candidate, features), duration_s) for candidate in candidates]
+    losses = [_loss(features_s(candidate, *features.T), duration_s) for candidate in candidates]
     best = candidates[int(np.argmin(losses))]
     if max(best[K_C], best[K_M]) <= 0.0:
         raise InvalidFieldError("samples", f"{len(samples)} batches", "times that grow with the number of tokens")
@@ -106,7 +106,7 @@ def fit(samples: Sequence[Sample]) -> BatchTimeModel:
 def predict_s(model: BatchTimeModel, samples: Sequence[Sample]) -> FloatArray:
     """float64 [len(samples)], predicted seconds of each."""
     features, _ = _as_arrays(samples)
-    return features_s(model.coefficients, features)
+    return np.asarray(features_s(model.coefficients, *features.T))
 
 
 def _as_arrays(samples: Sequence[Sample]) -> tuple[FloatArray, FloatArray]:
@@ -128,7 +128,7 @@ def _fit_from(features: FloatArray, duration_s: FloatArray, compute: NDArray[np.
     best_loss = np.inf
     for _ in range(MAX_ROUNDS):
         coefficients = _solve(features, duration_s, compute, weight)
-        predicted_s = features_s(coefficients, features)
+        predicted_s = features_s(coefficients, *features.T)
         loss = _loss(predicted_s, duration_s)
         if loss < best_loss:
             best, best_loss = coefficients, loss

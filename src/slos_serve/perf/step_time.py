@@ -1,4 +1,4 @@
-"""The batch-time formula as kernels: the only place that writes it (docs/batch-time-model.md).
+"""The parts of the batch-time formula as kernels, and its inverse (docs/batch-time-model.md).
 
     batch = max(k_c * n + b_c, k_m * n + b_m) + sum over requests of request_s + k_s * longest draft
 
@@ -13,20 +13,18 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from slos_serve.perf.formula import B_C, B_M, K_C, K_CTX, K_M, K_Q, K_S, K_SEQ, features_s
+
 FloatArray = NDArray[np.float64]
-# Positions of the coefficients in the array that kernels take.
-K_C, B_C, K_M, B_M, K_CTX, K_Q, K_SEQ, K_S = range(8)
-NUM_COEFFICIENTS = 8
 # Tokens that a batch without a limit may hold.
 UNBOUNDED_TOKENS = 1e12
+_features_s = njit(cache=True)(features_s)
 
 
 @njit(cache=True)
 def roofline_s(coefficients: FloatArray, tokens: float) -> float:
     """Seconds of the part of a batch that depends on its number of new tokens alone."""
-    compute = coefficients[K_C] * tokens + coefficients[B_C]
-    memory = coefficients[K_M] * tokens + coefficients[B_M]
-    return float(max(compute, memory))
+    return float(_features_s(coefficients, tokens, 0.0, 0.0, 0.0, 0.0))
 
 
 @njit(cache=True)
@@ -74,17 +72,6 @@ def batch_s(coefficients: FloatArray, tokens: float, requests_s: float, draft_st
     if tokens <= 0.0:
         return 0.0
     return float(roofline_s(coefficients, tokens) + requests_s + coefficients[K_S] * draft_steps)
-
-
-@njit(cache=True)
-def features_s(coefficients: FloatArray, features: FloatArray) -> FloatArray:
-    """float64 [k]: seconds of batches given as rows of (new, context, attention units, sampled tokens, draft steps)."""
-    seconds = np.empty(len(features))
-    for j in range(len(features)):
-        tokens, context, units, sampled, draft_steps = features[j]
-        requests_s = coefficients[K_CTX] * context + coefficients[K_Q] * units + coefficients[K_SEQ] * sampled
-        seconds[j] = batch_s(coefficients, tokens, requests_s, draft_steps)
-    return seconds
 
 
 @njit(cache=True)

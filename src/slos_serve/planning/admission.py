@@ -10,7 +10,8 @@ from typing import NamedTuple
 from numba import njit
 
 from slos_serve.core.request import SlotArray
-from slos_serve.perf.step_time import K_S, K_SEQ, roofline_s, roofline_tokens
+from slos_serve.perf.formula import K_S, K_SEQ
+from slos_serve.perf.step_time import roofline_s, roofline_tokens
 from slos_serve.planning.algorithm1 import MOST_WORK, Admitted, admit
 from slos_serve.planning.demand import Demand, build_demand
 from slos_serve.planning.drafting import DraftPlan, with_drafts

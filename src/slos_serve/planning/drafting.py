@@ -13,7 +13,8 @@ from numba import njit
 
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.acceptance import AcceptanceEstimate
-from slos_serve.perf.step_time import K_SEQ, batch_s, decode_s, per_token_s
+from slos_serve.perf.formula import K_SEQ
+from slos_serve.perf.step_time import batch_s, decode_s, per_token_s
 from slos_serve.planning.speculation import (
     HYSTERESIS_SHARE,
     LEAST_GAIN_SHARE,

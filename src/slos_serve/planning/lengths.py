@@ -1,4 +1,4 @@
-"""How long answers will be, learnt per class while serving (design 4.4). No oracle: only finished requests are seen.
+"""How long answers will be, learnt per class while serving. No oracle: only finished requests are seen.
 
 Lengths fall into geometric bins; each class keeps decaying counts. The forecast for a request that has generated ``g``
 tokens is a quantile of the lengths beyond ``g`` (survival), capped by ``max_tokens``. A weak prior stands in until

@@ -12,7 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from slos_serve.perf.step_time import K_S, K_SEQ, batch_s
+from slos_serve.perf.formula import K_S, K_SEQ
+from slos_serve.perf.step_time import batch_s
 from slos_serve.planning.state import FloatArray, IntArray
 from slos_serve.planning.supply import prefill_rate
 

@@ -13,7 +13,8 @@ from numba import njit
 
 from slos_serve.core.plan import Reason
 from slos_serve.core.request import SlotArray
-from slos_serve.perf.step_time import K_S, K_SEQ, batch_s, decode_s, largest_chunk, request_s
+from slos_serve.perf.formula import K_S, K_SEQ
+from slos_serve.perf.step_time import batch_s, decode_s, largest_chunk, request_s
 from slos_serve.planning.state import (
     BoolArray,
     FloatArray,

@@ -15,7 +15,7 @@ import numpy as np
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.request import REQUEST_DTYPE, RequestArray, Status
-from slos_serve.perf.step_time import NUM_COEFFICIENTS
+from slos_serve.perf.formula import NUM_COEFFICIENTS
 from slos_serve.planning.supply import MOMENT_TOKENS
 from slos_serve.routing.mirror_arrays import TIERS, MirrorArrays, rate_beside
 from slos_serve.routing.mirror_kernel import BoolArray, enter

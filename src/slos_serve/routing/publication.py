@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.perf.step_time import NUM_COEFFICIENTS
+from slos_serve.perf.formula import NUM_COEFFICIENTS
 from slos_serve.planning.state import FloatArray, IntArray
 from slos_serve.planning.supply import MOMENT_TOKENS
 

@@ -16,7 +16,8 @@ from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.perf.step_time import K_C, K_CTX, K_M, K_Q, K_SEQ, roofline_tokens
+from slos_serve.perf.formula import K_C, K_CTX, K_M, K_Q, K_SEQ
+from slos_serve.perf.step_time import roofline_tokens
 from slos_serve.sim.limits import EngineLimits
 from slos_serve.workload.calls import Workload
 

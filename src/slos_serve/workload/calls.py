@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from slos_serve.core.slo import SLOClass
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.perf.step_time import features_s
+from slos_serve.perf.formula import features_s
 
 CALL_DTYPE = np.dtype(
     [
@@ -90,9 +90,7 @@ class Workload:
 def zero_load_seconds(prompt_tokens: NDArray[np.int64], batch_time: BatchTimeModel) -> NDArray[np.float64]:
     """float64 [n]: each prompt alone on the engine, in one batch; the array form of ``zero_load_s``."""
     tokens = prompt_tokens.astype(np.float64)
-    none = np.zeros_like(tokens)
-    rows = np.stack((tokens, none, tokens * tokens, none + 1.0, none), axis=1)
-    return features_s(batch_time.coefficients, rows)
+    return np.asarray(features_s(batch_time.coefficients, tokens, 0.0, tokens * tokens, 1.0, 0.0))
 
 
 def empty_calls(count: int) -> CallArray:

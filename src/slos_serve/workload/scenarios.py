@@ -1,4 +1,4 @@
-"""The six scenarios of the evaluation as workloads (design section 1), from shipped tables.
+"""The six scenarios of the evaluation as workloads, from shipped tables.
 
 A scenario fixes what is asked (lengths, rounds, stages) and what is promised; rate, arrivals and number of requests are
 the caller's. Lengths and arrivals draw from separate streams of one seed, so the same requests come at every rate.

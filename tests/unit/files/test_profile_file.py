@@ -181,10 +181,10 @@ def test_a_path_keeps_models_apart_and_stays_in_the_cache(tmp_path: Path, monkey
     ("line", "named"),
     [
         ("1,2,3", "columns"),
-        ("1,2,0,1,0,0,x", "duration_s"),
-        ("1,2,0,1,0,0,-1", "duration_s"),
-        ("1,-2,0,1,0,0,0.1", "context_tokens"),
-        ("0,2,0,1,0,0,0.1", "new_tokens"),
+        ("1,2,0,1,0,0,0,x", "duration_s"),
+        ("1,2,0,1,0,0,0,-1", "duration_s"),
+        ("1,-2,0,1,0,0,0,0.1", "context_tokens"),
+        ("0,2,0,1,0,0,0,0.1", "new_tokens"),
     ],
 )
 def test_a_bad_sample_is_named_with_its_line(tmp_path: Path, line: str, named: str) -> None:
@@ -202,3 +202,16 @@ def test_samples_with_another_header_or_no_file_are_refused(tmp_path: Path) -> N
         load_samples(path)
     with pytest.raises(InvalidFieldError, match="samples file"):
         load_samples(tmp_path / "absent.csv")
+
+
+def test_samples_keep_their_drafts_and_older_files_are_read(tmp_path: Path) -> None:
+    """Review, A5: samples lost their drafts, which cost a row of sampling each."""
+    samples = [
+        Sample(BatchShape(12, 900, 0, 3, 4, 9), 0.02),
+        Sample(BatchShape(50, 0, 2500, 1), 0.03, prefill_tokens=50),
+    ]
+    save_samples(samples, tmp_path / "new.csv")
+    assert load_samples(tmp_path / "new.csv") == samples
+    header = "new_tokens,context_tokens,quad_tokens2,num_seqs,draft_steps,prefill_tokens,duration_s"
+    (tmp_path / "old.csv").write_text(f"{header}\n50,0,2500,1,0,50,0.03\n", encoding="utf-8")
+    assert load_samples(tmp_path / "old.csv") == samples[1:]
