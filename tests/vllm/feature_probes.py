@@ -112,6 +112,7 @@ class Scene:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     may_refuse: bool = False
     counted: bool = False
+    most_steps_later: int = MOST_STEPS_LATER
     scarce: bool = False
 
 
