@@ -359,14 +359,17 @@ def local_hit(scheduler: Scheduler, request: Request) -> tuple[int, int]:
     manager = scheduler.kv_cache_manager
     if not getattr(manager, "enable_caching", False) or request.skip_reading_prefix_cache:
         return 0, 0
-    if len(scheduler.kv_cache_config.kv_cache_groups) == 1 and _hashes_blocks(scheduler):
+    if _hashes_blocks(scheduler):
         return _cached_prefix(scheduler, request)
     hit = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
-    return int(hit[1]), 0
+    replayed = int(getattr(scheduler, "prefix_replay_tokens", 0))  # computed anew after a hit
+    return max(int(hit[1]) - replayed, 0), 0
 
 
 def _hashes_blocks(scheduler: Scheduler) -> bool:
-    """Whether every hash of a request stands for one block of the engine."""
+    """Whether there is one group of layers, every hash stands for one of its blocks, and a hit is taken as it is."""
+    if len(scheduler.kv_cache_config.kv_cache_groups) > 1 or int(getattr(scheduler, "prefix_replay_tokens", 0)):
+        return False
     return bool(getattr(scheduler, "hash_block_size", scheduler.block_size) == scheduler.block_size)
 
 

@@ -64,6 +64,8 @@ class Queues:
 
     def preempted(self, several: Iterable[Tracked]) -> None:
         """Requests wait again, ahead of all others."""
+        several = list(several)
+        self._book.sync_waiting(several)
         for tracked in several:
             place = self.startable if compat.may_start(tracked.request) else self.blocked
             place.pop(tracked.slot, None)
@@ -93,9 +95,14 @@ class Queues:
         self.scans += 1
         self._stale, self._slots = False, None
         self.startable, self.blocked = {}, {}
-        for queue in (getattr(self._scheduler, self._first_name), self._scheduler.waiting):
-            for tracked in self._book.known_of(queue):
-                self.entered(tracked)
+        waiting = [*getattr(self._scheduler, self._first_name), *self._scheduler.waiting]
+        known = self._book.known_of(waiting)
+        # Rows of those that only came are right already; deep queues consist of them.
+        self._book.sync_waiting(
+            [one for one in known if one.request.num_preemptions or one.request.num_computed_tokens]
+        )
+        for tracked in known:
+            self.entered(tracked)
 
     def _is_ready(self, tracked: Tracked) -> bool:
         """Whether a request may start now, after vLLM's own promotion; a parked session has nothing to wait for."""

@@ -140,7 +140,6 @@ class RequestBook:
         """Bring the rows of sessions up to date that wait for a turn with their slot; int64 slots."""
         slots = self._sync_at_rest(sessions, running=1)
         self._was_running.update(slots.tolist())
-        self.table.rows["cached_tokens"][slots] = 0
         self._running_list = None
         return slots
 
@@ -149,8 +148,10 @@ class RequestBook:
         if len(slots):
             counted = compat.counters([tracked.request for tracked in several])
             self._write(several, slots, counted, speculates=True)
-            self.table.rows["running"][slots] = running
-            self.table.rows["blocked"][slots] = 0
+            rows = self.table.rows
+            rows["running"][slots], rows["blocked"][slots] = running, 0
+            # KV that a request holds is computed; what a cache had of it is part of that.
+            rows["cached_tokens"][slots[counted[0] > 0]] = 0
         return slots
 
     def _write(
