@@ -174,7 +174,7 @@ def classes_yaml(classes: ClassSet) -> str:
 
 
 def fluid_rate(model: BatchTimeModel, step_s: float, kinds: Sequence[_Kind] = _KINDS) -> float:
-    """Largest rate of the demo's mix at which steps of ``step_s`` carry all that arrives (design section 5).
+    """Largest rate of the demo's mix at which steps of ``step_s`` carry all that arrives (docs/simulator.md).
 
     No queueing and no waste: real systems stay below it.
     """

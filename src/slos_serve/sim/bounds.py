@@ -1,6 +1,6 @@
 """What no scheduler can beat: a fluid bound on the rate, and a clairvoyant bound on attainment over one trace.
 
-Fluid (design section 5): steps of length T <= the tightest TPOT carry ``rate * T`` arrivals' prefill and one token of
+Fluid (docs/simulator.md): steps of length T <= the tightest TPOT carry ``rate * T`` arrivals' prefill and one token of
 every decode; the batch must end within T and the mean KV must fit. Work that speculation saves or adds is counted with
 the expected number of accepted tokens. Clairvoyant: a linear program that knows every arrival and length and may serve
 fractions of requests in any order; it relaxes every rule of an engine but its speed and its memory.
