@@ -230,7 +230,9 @@ def adapter_of(request: Request) -> int:
 
 
 def defers_prefills(scheduler: Scheduler, throttle_prefills: bool) -> bool:
-    """Whether data-parallel balancing makes vLLM leave prompts out of this step."""
+    """Whether vLLM may leave prompts out of this step: data-parallel balancing, or its cadence on one engine (0.33)."""
+    if getattr(scheduler, "local_prefill_interval", 1) > 1:
+        return True
     return bool(throttle_prefills and not getattr(scheduler, "prefill_capacity_bound", False))
 
 
