@@ -142,7 +142,7 @@ def memory(axes: Axes) -> None:
     rows, running = engine.table.rows, np.array(engine.running)
     forecast_lengths(rows, running, learnt.table())
     state = engine.state()
-    demand = build_demand(state, state.waiting, np.array([0.1]), 30.0, 0.0, np.zeros(SIZES))
+    demand = build_demand(state, state.waiting, np.array([0.1]), 30.0, 0.0, np.zeros((2, SIZES)))
     # With a cache of no size every moment is short of room, so all of them are answered.
     _, room = forecast(state, demand, 0.1, learnt.survival(), 0)
     _, left = peaks(state, demand, 0)

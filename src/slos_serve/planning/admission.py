@@ -31,6 +31,8 @@ from slos_serve.planning.supply import (
 # Fixed costs by which prefill begins late. Admission counts a fluid, steps are whole: the batch that ends a prompt is
 # cut short by its due time, and the one before it may be. Beside drafts, a step may bring fewer tokens than the mean.
 CUT_SHORT, CUT_SHORT_WITH_DRAFTS = 1.5, 3.0
+# Times that cheaper requests to come are charged for: they come in bursts.
+TO_COME = 2.0
 
 
 class Expected(NamedTuple):
@@ -38,7 +40,7 @@ class Expected(NamedTuple):
 
     Attributes:
         longest_s: longest a step of prompts may take, for the sake of those that arrive meanwhile.
-        load: float64 [SIZES], see :class:`slos_serve.planning.arrivals.Arrivals`.
+        load: float64 [2, SIZES], see :class:`slos_serve.planning.arrivals.Arrivals`.
         survival: float64 [classes, bins + 1], see :meth:`slos_serve.planning.lengths.LengthForecast.survival`.
     """
 
@@ -101,7 +103,7 @@ def admission_of(
         by_peaks: count every request at its forecast peak.
     """
     paces_s, survival = tier_paces(state, asking), expected.survival
-    load = expected.load * (1.0 + kv_shortage(state))  # where KV is short, a prompt takes that of the next ones too
+    load = expected.load * TO_COME * (1.0 + kv_shortage(state))  # where KV is short, prompts take that of the next too
     demand = build_demand(state, asking, paces_s, settings.max_implied_ttft_s, settings.length_weight, load)
     supply, in_tier = build_supply(state, asking, paces_s, expected.longest_s, drafts)
     if by_peaks:

@@ -28,7 +28,8 @@ class Arrivals(NamedTuple):
         newest: ``order`` of the last one counted.
         at_s: when these numbers were right.
         tightest_s: tightest TTFT asked for; inf before any.
-        load: float64 [SIZES], prefill tokens a second that requests of each size ask for.
+        load: float64 [2, SIZES], prefill tokens a second that requests of each size ask for; and these times TTFT, the
+            tokens that have come and are not due yet.
     """
 
     newest: int
@@ -37,7 +38,7 @@ class Arrivals(NamedTuple):
     load: FloatArray
 
 
-NO_ARRIVALS = Arrivals(-1, 0.0, float(np.inf), np.zeros(SIZES))
+NO_ARRIVALS = Arrivals(-1, 0.0, float(np.inf), np.zeros((2, SIZES)))
 
 
 @njit(cache=True)
@@ -56,5 +57,7 @@ def count_arrivals(state: State, waiting: SlotArray, known: Arrivals) -> Arrival
         ttft_s = state.rows["ttft_due_s"][slot] - state.rows["arrival_s"][slot]
         tightest_s = min(tightest_s, ttft_s)
         tokens = prompt_tokens_left(state.rows, slot, state.coefficients)
-        load[size_of(tokens / state.rows["weight"][slot])] += tokens / LOAD_OVER_S
+        size = size_of(tokens / state.rows["weight"][slot])
+        load[0, size] += tokens / LOAD_OVER_S
+        load[1, size] += tokens / LOAD_OVER_S * ttft_s
     return Arrivals(newest, state.now_s, tightest_s, load)

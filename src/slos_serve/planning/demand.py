@@ -120,6 +120,15 @@ def size_of(tokens: float) -> int:
 
 
 @njit(cache=True)
+def due_before(load: FloatArray, size: int, span_s: float) -> float:
+    """Prefill tokens of requests smaller than ``size`` that are to arrive, and to be served, within ``span_s``."""
+    tokens = 0.0
+    for smaller in range(size):
+        tokens += max(load[0, smaller] * span_s - load[1, smaller], 0.0)
+    return tokens
+
+
+@njit(cache=True)
 def build_demand(
     state: State,
     asking: SlotArray,
@@ -135,9 +144,9 @@ def build_demand(
         paces_s: float64 [L], see :func:`slos_serve.planning.supply.tier_paces`.
         max_implied_ttft_s: deadline of a request that has none of its own, after its arrival.
         length_weight: power of the prompt's length that weights are multiplied with.
-        load: float64 [SIZES], prefill tokens a second that recent arrivals of each size ask for. A request that is not
-            promised yet is charged for the cheaper ones that are to come before its deadline: they are worth more, and
-            a promise made now would take their time.
+        load: float64 [2, SIZES], see :class:`slos_serve.planning.arrivals.Arrivals`. A request that is not promised yet
+            is charged for the cheaper ones that are to come and are due before its deadline: a promise made now would
+            take their time.
     """
     rows, most = state.rows, len(state.running) + len(asking)
     slots, tier = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
@@ -160,7 +169,7 @@ def build_demand(
                 weight[n] *= (rows["prompt_tokens"][slot] / UNIT_PROMPT_TOKENS) ** length_weight
             promised[n] = state.status[slot] == ADMITTED
             if not promised[n]:
-                tokens[n] += load[: size_of(tokens[n] / weight[n])].sum() * (due_s[n] - state.now_s)
+                tokens[n] += due_before(load, size_of(tokens[n] / weight[n]), due_s[n] - state.now_s)
             n += 1
     order = np.argsort(due_s[:n], kind="mergesort")
     return Demand(

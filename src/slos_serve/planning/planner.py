@@ -122,7 +122,7 @@ class Planner:
             on_engine = state.rows["running"][taken] == 1
             chosen, fitting = taken[~on_engine], taken[on_engine]
             fitting = fitting[state.rows["status"][fitting] == UNDECIDED]
-        load_share = float(arrivals.load.sum()) * per_token_s(self.coefficients)
+        load_share = float(arrivals.load[0].sum()) * per_token_s(self.coefficients)
         spare_s = self._spare_s(state, asked, longest_s)
         rules = Rules(longest_s, min(load_share / FULL_LEAD_LOAD, 1.0), spare_s, turn.kept, turn.slot_due)
         step, sacrificed = self._form(state, chosen, starting_order(state, chosen), rules, drafts)

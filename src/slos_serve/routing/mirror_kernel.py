@@ -75,7 +75,7 @@ def demand(m: MirrorArrays, k: int, state: State) -> tuple[float, float, int, fl
     """What the request of a state asks of replica ``k``: due time, cost, tier, extra seconds, memory [K]."""
     row = state.rows
     tier = _tier_for(m, k, row["tpot_s"][0])
-    found = build_demand(state, state.waiting, m.pace_s[k], m.max_implied_ttft_s[k], 0.0, np.zeros(SIZES))
+    found = build_demand(state, state.waiting, m.pace_s[k], m.max_implied_ttft_s[k], 0.0, np.zeros((2, SIZES)))
     context = row["prompt_tokens"][0] + 0.5 * (row["output_tokens"][0] + row["expected_tokens"][0])
     memory = np.full(m.memory_left.shape[1], float(peak_blocks(row, 0, m.block_size[k])))
     return found.due_s[0], found.tokens[0], tier, decode_s(m.coefficients[k], 0.0, context), memory

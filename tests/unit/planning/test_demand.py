@@ -41,13 +41,13 @@ def test_sizes_are_powers_of_two(tokens: float, size: int) -> None:
 def test_only_cheaper_requests_to_come_are_charged_and_only_before_the_promise() -> None:
     engine = EngineBuilder()
     short, long = engine.wait(100, due_in_s=2.0), engine.wait(2000, due_in_s=2.0)
-    load = np.zeros(SIZES)
-    load[9] = 300.0  # tokens a second of prompts of 256 to 512 tokens
+    load = np.zeros((2, SIZES))
+    load[:, 9] = 300.0, 150.0  # tokens a second of prompts of 256 to 512 tokens, due 0.5 s after they come
     found = {}
     for promised in (False, True):
         engine.table.rows["status"][long] = Status.ADMITTED if promised else Status.UNDECIDED
         state = engine.state()
         demand = build_demand(state, state.waiting, tier_paces(state, state.waiting), 30.0, 0.0, load)
         found[promised] = dict(zip(demand.slots.tolist(), demand.tokens.tolist(), strict=True))
-    assert found[False][long] == pytest.approx(found[True][long] + 600.0)
+    assert found[False][long] == pytest.approx(found[True][long] + 450.0)
     assert found[False][short] == found[True][short] < 200.0

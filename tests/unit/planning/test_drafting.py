@@ -115,7 +115,7 @@ def test_drafts_leave_more_room_for_prompts() -> None:
     for k in range(30):
         engine.wait(700, due_in_s=1.0 + 0.1 * k)
     planner, state = planner_that_knows(), engine.state(model=DRAFTER)
-    expected = Expected(0.2, np.zeros(SIZES), planner.lengths.survival())
+    expected = Expected(0.2, np.zeros((2, SIZES)), planner.lengths.survival())
     lengths = (NO_DRAFTS, chosen(planner.drafting, engine))
     asked = [planner.admit(state, state.waiting, expected, drafts, NO_TURN, peaks=True) for drafts in lengths]
     taken = [found.admitted.taken.sum() for found in asked]

@@ -19,7 +19,7 @@ PACE_S = 0.1
 
 def demand_of(engine: EngineBuilder) -> tuple[State, Demand]:
     state = engine.state()
-    return state, build_demand(state, state.waiting, tier_paces(state, state.waiting), 30.0, 0.0, np.zeros(SIZES))
+    return state, build_demand(state, state.waiting, tier_paces(state, state.waiting), 30.0, 0.0, np.zeros((2, SIZES)))
 
 
 def survival() -> np.ndarray:
