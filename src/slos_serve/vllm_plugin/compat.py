@@ -317,7 +317,12 @@ def sampled_tokens(output: ModelRunnerOutput, request_id: str) -> int:
 
 
 def can_preempt(scheduler: Scheduler, request: Request) -> bool:
-    """Whether preempting a running request gives its KV blocks back at once."""
+    """Whether preempting a running request gives its KV blocks back at once and loses nothing.
+
+    vLLM loses a streaming-input session whose turn ends with output that was in flight when it was preempted.
+    """
+    if request.resumable and request.num_output_placeholders:
+        return False
     check = getattr(scheduler, "_request_blocks_can_be_freed", None)
     if check is not None:
         return bool(check(request))
