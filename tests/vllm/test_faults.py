@@ -156,6 +156,8 @@ def test_a_fault_where_requests_come_and_go(start: Start, monkeypatch: pytest.Mo
         "preempt",
         "drop_placeholders",
         "first_queue_name",
+        "is_paused",
+        "note_waiting",
         "queue_of",
         "loads_kv",
     ],

@@ -110,7 +110,7 @@ class StepController:
         entered_s = time.perf_counter()
         self._fallback = None
         proposal = None
-        if self._may_plan(throttle_prefills):
+        if self.guard.run("propose", self._may_plan, throttle_prefills):
             proposal = self.guard.run("propose", self._propose)
             if proposal is None and self._fallback is None:
                 self._fallback = "propose"
@@ -121,7 +121,8 @@ class StepController:
             output = stock()
             made_s = time.perf_counter()
         if self.book.num_slo or proposal is not None:
-            self.guard.run("commit", self._commit, output, proposal, ready_s - entered_s, made_s)
+            if not self.guard.run("commit", self._commit, output, proposal, ready_s - entered_s, made_s):
+                self.queues.changed()  # what it was told of the step may be half of it
         elif self.publisher is not None:
             self.guard.run("publish", self._publish_when_due)
         if proposal is None:
@@ -199,8 +200,8 @@ class StepController:
         self.guard.fault(kind, error)
         self.queues.changed()
 
-    def _commit(self, output: SchedulerOutput, proposal: Proposal | None, before_s: float, made_s: float) -> None:
-        """Write down what the step was; the lists are vLLM's own again."""
+    def _commit(self, output: SchedulerOutput, proposal: Proposal | None, before_s: float, made_s: float) -> bool:
+        """Write down what the step was; the lists are vLLM's own again. True once all of it is written."""
         now_s = self._clock_s()
         shape, predicted_s = self.learner.scheduled(output, now_s, None if proposal is None else proposal.plan)
         if proposal is not None:
@@ -231,6 +232,7 @@ class StepController:
         self.telemetry.post(self.recorder.step, record, time.time())
         if self._steps % GAUGES_EVERY == 0:
             self.post_gauges()
+        return True
 
     def _commit_plan(self, proposal: Proposal, ran: SlotArray) -> None:
         """Make the promises of a plan, for what really ran."""

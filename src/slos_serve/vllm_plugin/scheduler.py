@@ -184,10 +184,11 @@ class Steered(Scheduler):
         """End with the engine."""
         super().shutdown()
         if self._slo is not None:
-            self._slo.telemetry.close()
-            self._slo.recorder.close()
-            if self._slo.publisher is not None:
-                self._slo.publisher.close()
+            control = self._slo
+            control.guard.run("shutdown", control.telemetry.close)
+            control.guard.run("shutdown", control.recorder.close)
+            if control.publisher is not None:
+                control.guard.run("shutdown", control.publisher.close)
 
 
 class SLOSyncScheduler(Steered):
