@@ -9,13 +9,12 @@ from __future__ import annotations
 import hashlib
 import importlib
 import os
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 VARIABLE = "NUMBA_CACHE_DIR"
-# Packages with kernels, or with constants that kernels take in when they are compiled.
-KERNEL_PACKAGES = ("core", "metrics", "perf", "planning", "policies", "routing", "sim", "workload")
 
 
 class KernelCache(NamedTuple):
@@ -30,12 +29,28 @@ class KernelCache(NamedTuple):
     reason: str
 
 
+def kernel_sources(package: Path) -> list[Path]:
+    """Files that kernels are compiled from: those with kernels, and the modules of the package that these import."""
+    found: set[Path] = set()
+    to_read = [path for path in package.glob("*/*.py") if "njit" in path.read_text(encoding="utf-8")]
+    while to_read:
+        path = to_read.pop()
+        if path in found:
+            continue
+        found.add(path)
+        imported = re.compile(rf"^from {package.name}\.([\w.]+) import", re.MULTILINE)
+        for name in imported.findall(path.read_text(encoding="utf-8")):
+            module = package / (name.replace(".", "/") + ".py")
+            if module.is_file():
+                to_read.append(module)
+    return sorted(found)
+
+
 def source_digest(package: Path) -> str:
     """Twelve hexadecimal digits over the sources that kernels come from."""
     digest = hashlib.blake2b(digest_size=6)
-    for name in KERNEL_PACKAGES:
-        for path in sorted((package / name).glob("*.py")):
-            digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in kernel_sources(package):
+        digest.update(str(path.relative_to(package)).encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()
 
 

@@ -46,6 +46,12 @@ def test_a_change_in_any_kernel_changes_the_folder(tmp_path: Path) -> None:
     assert source_digest(copy) != before
 
 
+def test_files_without_kernels_do_not_count() -> None:
+    names = {str(path.relative_to(PACKAGE)) for path in kernel_cache.kernel_sources(PACKAGE)}
+    assert {"planning/state.py", "core/request.py", "perf/formula.py"} <= names
+    assert "cli/main.py" not in names
+
+
 def test_kernels_run_where_no_folder_can_be_written() -> None:
     """As on a read-only file system without a home: numba refuses ``cache=True`` at import there."""
     code = (
