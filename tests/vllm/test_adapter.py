@@ -16,7 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from slos_serve.core.plan import StepPlan
 from slos_serve.testing.scheduler import make_scheduler
-from slos_serve.vllm_plugin import compat, self_test
+from slos_serve.vllm_plugin import compat, compat_kv, self_test
 from slos_serve.vllm_plugin import scheduler as scheduler_module
 from slos_serve.vllm_plugin.config import PROFILE_ENV, PUBLISH_ENV
 from slos_serve.vllm_plugin.kv_needs import KVNeeds, _Group, _most_blocks
@@ -195,7 +195,7 @@ def test_prefix_hits_are_found_by_bisection(start: Start) -> None:
         hit = engine.scheduler.kv_cache_manager.coordinator.find_longest_cache_hit(
             request.block_hashes, request.num_tokens - 1
         )
-        cached, in_use = compat.local_hit(engine.scheduler, request)
+        cached, in_use = compat_kv.local_hit(engine.scheduler, request)
         assert cached == hit[1]
         assert in_use == cached  # the first request runs and holds these blocks
 

@@ -175,6 +175,46 @@ def test_a_fault_while_vllms_lists_are_changed_leaves_them_whole(
     assert engine.scheduler.kv_cache_manager.usage == 0.0
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(("owner", "name"), [("steering", "_loads_that_fit"), ("compat", "queue_of")])
+def test_a_fault_after_drafts_were_limited_leaves_the_stock_step_all_drafts(
+    start: Start, monkeypatch: pytest.MonkeyPatch, owner: str, name: str, depth: int
+) -> None:
+    from slos_serve.vllm_plugin import compat, steering  # noqa: PLC0415 - after vLLM is known to be there
+
+    ngram = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+    engine = start(depth=depth, speculative_config=ngram)
+    control, schedule = engine.scheduler._slo, engine.scheduler.schedule
+    plan, planned = control.policy.plan, []
+
+    def one_draft_each(now_s: float, view: Any) -> Any:
+        found = plan(now_s, view)
+        short = np.minimum(found.draft_tokens, 1)
+        found.tokens, found.draft_tokens = found.tokens - found.draft_tokens + short, short
+        planned.append(now_s)
+        return found
+
+    monkeypatch.setattr(control.policy, "plan", one_draft_each)
+    place = {"steering": steering, "compat": compat}[owner]
+    monkeypatch.setattr(place, name, fail_every(3, getattr(place, name)))
+    compared = {"stock": 0, "planned": 0}
+
+    def checked() -> Any:
+        had = {one.request_id: len(one.spec_token_ids) for one in engine.scheduler.running}
+        plans = len(planned)
+        output = schedule()
+        drafts = {key: len(tokens) for key, tokens in output.scheduled_spec_decode_tokens.items()}
+        kind = "planned" if len(planned) > plans and control._fallback is None else "stock"
+        assert drafts == {key: had[key] if kind == "stock" else 1 for key in drafts}
+        compared[kind] += len(drafts)
+        return output
+
+    monkeypatch.setattr(engine.scheduler, "schedule", checked)
+    mixed_load(engine, count=COUNT)
+    assert_served(engine)
+    assert min(compared.values()) > 50, compared
+
+
 def test_after_faults_in_a_row_the_scheduler_disarms_itself(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FAULT_LIMIT_ENV, "5")
     engine = start()

@@ -1,13 +1,14 @@
 """Every private name of vLLM that the plug-in touches, and the check that they are there.
 
-vLLM's scheduler is not a public interface and changes every release. Nothing else in the plug-in reaches past a public
-name. :func:`missing_names` looks for each name at start; :mod:`slos_serve.vllm_plugin.capabilities` says what follows.
+vLLM's scheduler is not a public interface and changes every release. Only this file and
+:mod:`slos_serve.vllm_plugin.compat_kv` reach past a public name. :func:`missing_names` looks for each name at start;
+:mod:`slos_serve.vllm_plugin.capabilities` says what follows.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -331,91 +332,18 @@ def can_preempt(scheduler: Scheduler, request: Request) -> bool:
 
 def preempt(scheduler: Scheduler, request: Request, timestamp_s: float) -> None:
     """Take a running request's KV away; its generated tokens are kept and it waits again."""
-    scheduler.running.remove(request)
     if "drop_stale_output" in inspect.signature(scheduler._preempt_request).parameters:
         drop = bool(getattr(scheduler, "requires_kv_delivery", False))
         scheduler._preempt_request(request, timestamp_s, drop_stale_output=drop)
     else:
         scheduler._preempt_request(request, timestamp_s)
+    scheduler.running.remove(request)  # last: a preemption that fails leaves the request where it was
 
 
 def finish_kind(request: Request) -> str:
     """``stop``, ``length``, ``abort``, ``error`` or ``repetition``: how a finished request ended."""
     reason = request.get_finished_reason()
     return "error" if reason is None else str(reason)
-
-
-# KV cache -------------------------------------------------------------------------------------------------
-
-
-def free_pool_blocks(scheduler: Scheduler) -> int:
-    """KV blocks of the pool that can be had now, evictable prefix-cache blocks included."""
-    return int(scheduler.kv_cache_manager.block_pool.get_num_free_blocks())
-
-
-def total_pool_blocks(scheduler: Scheduler) -> int:
-    """KV blocks of the pool, its reserved null block left out."""
-    return int(scheduler.kv_cache_manager.block_pool.num_gpu_blocks) - 1
-
-
-def local_hit(scheduler: Scheduler, request: Request) -> tuple[int, int]:
-    """Prompt tokens that the engine's own prefix cache holds now, and how many of them running requests hold as well.
-
-    Blocks of the latter are shared: they take nothing from the pool. Leaves vLLM's hit statistics alone.
-    """
-    manager = scheduler.kv_cache_manager
-    if not getattr(manager, "enable_caching", False) or request.skip_reading_prefix_cache:
-        return 0, 0
-    if _hashes_blocks(scheduler):
-        return _cached_prefix(scheduler, request)
-    hit = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
-    replayed = int(getattr(scheduler, "prefix_replay_tokens", 0))  # computed anew after a hit
-    return max(int(hit[1]) - replayed, 0), 0
-
-
-def _hashes_blocks(scheduler: Scheduler) -> bool:
-    """Whether there is one group of layers, every hash stands for one of its blocks, and a hit is taken as it is."""
-    if len(scheduler.kv_cache_config.kv_cache_groups) > 1 or int(getattr(scheduler, "prefix_replay_tokens", 0)):
-        return False
-    return bool(getattr(scheduler, "hash_block_size", scheduler.block_size) == scheduler.block_size)
-
-
-def _cached_prefix(scheduler: Scheduler, request: Request) -> tuple[int, int]:
-    """Cached and shared prefix of a request by bisection: vLLM evicts a prefix from its end, so both are beginnings."""
-    cached, hashes = scheduler.kv_cache_manager.block_pool.get_cached_block, request.block_hashes
-    size = int(scheduler.block_size)
-
-    def found(count: int) -> bool:
-        return cached(hashes[count - 1], [0]) is not None
-
-    def shared(count: int) -> bool:
-        blocks = cached(hashes[count - 1], [0])
-        return blocks is not None and blocks[0].ref_cnt > 0
-
-    most = _largest(min(len(hashes), (request.num_tokens - 1) // size), found)
-    return most * size, _largest(most, shared) * size
-
-
-def _largest(high: int, holds: Callable[[int], bool]) -> int:
-    """Largest count in [0, high] for which ``holds``; it holds for every smaller count then, and for 0."""
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        if holds(middle):
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def external_hit(scheduler: Scheduler, request: Request, local_tokens: int) -> tuple[int | None, bool]:
-    """What the KV connector would load beyond ``local_tokens``, and whether it loads between steps.
-
-    ``None`` tokens: the connector does not know yet. vLLM's connectors are asked as often as a request is looked at.
-    """
-    aligned = local_tokens - local_tokens % scheduler.block_size
-    tokens, asynchronous = scheduler.connector.get_num_new_matched_tokens(request, aligned)
-    return tokens, bool(asynchronous)
 
 
 def prefill_threshold(scheduler: Scheduler) -> int:

@@ -56,6 +56,21 @@ class Proposal:
     busy_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Reporting:
+    """Where the controller tells what happened.
+
+    Attributes:
+        recorder: writes metrics and events, in the telemetry thread.
+        telemetry: that thread's queue.
+        publisher: tells routers; ``None`` without any.
+    """
+
+    recorder: Recorder
+    telemetry: Telemetry
+    publisher: EnginePublisher | None
+
+
 class StepController:
     """Steers one scheduler.
 
@@ -63,8 +78,7 @@ class StepController:
         scheduler: vLLM's.
         policy: plans steps.
         guard: counts faults.
-        recorder, telemetry: where metrics and events go.
-        publisher: tells routers; ``None`` without any.
+        reporting: where metrics, events and publications go.
         clock_s: the clock of every time that is compared.
         plan_limit_s: processor time that a plan may take.
     """
@@ -74,18 +88,16 @@ class StepController:
         scheduler: Scheduler,
         policy: SLOsServePolicy,
         guard: Guard,
-        recorder: Recorder,
-        telemetry: Telemetry,
-        publisher: EnginePublisher | None,
+        reporting: Reporting,
         clock_s: Callable[[], float],
         plan_limit_s: float,
     ) -> None:
         self.scheduler = scheduler
         self.policy = policy
         self.guard = guard
-        self.recorder = recorder
-        self.telemetry = telemetry
-        self.publisher = publisher
+        self.recorder = reporting.recorder
+        self.telemetry = reporting.telemetry
+        self.publisher = reporting.publisher
         self.book = RequestBook()
         self.queues = Queues(scheduler, self.book)
         self.hits = PrefixHits(scheduler)

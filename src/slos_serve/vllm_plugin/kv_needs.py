@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from slos_serve.vllm_plugin import compat
+from slos_serve.vllm_plugin import compat_kv
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -48,11 +48,11 @@ class KVNeeds:
 
     def free_blocks(self) -> int:
         """Growing blocks that can be had now; blocks whose freeing is deferred are not counted."""
-        return int(compat.free_pool_blocks(self._scheduler) / self.pool_blocks_each)
+        return int(compat_kv.free_pool_blocks(self._scheduler) / self.pool_blocks_each)
 
     def total_blocks(self) -> int:
         """Growing blocks in all."""
-        return int(compat.total_pool_blocks(self._scheduler) / self.pool_blocks_each)
+        return int(compat_kv.total_pool_blocks(self._scheduler) / self.pool_blocks_each)
 
     def fixed_blocks(self, num_tokens: int) -> int:
         """Growing blocks' worth of what a request of ``num_tokens`` takes in groups that do not grow."""

@@ -12,7 +12,7 @@ from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 from slos_serve.core.request import RequestArray
-from slos_serve.vllm_plugin import compat
+from slos_serve.vllm_plugin import compat, compat_kv
 from slos_serve.vllm_plugin.tracked import Tracked
 
 if TYPE_CHECKING:
@@ -74,11 +74,11 @@ class PrefixHits:
     def _look_up(self, tracked: Tracked, rows: RequestArray) -> None:
         """Write what is cached of one request."""
         scheduler, request = self._scheduler, tracked.request
-        cached, shared = compat.local_hit(scheduler, request)
+        cached, shared = compat_kv.local_hit(scheduler, request)
         rows["fixed_blocks"][tracked.slot] = tracked.fixed_blocks - shared // int(scheduler.block_size)
         self._loads.pop(tracked.slot, None)
         if scheduler.connector is not None and not request.skip_reading_prefix_cache:
-            external, asynchronous = compat.external_hit(scheduler, request, cached)
+            external, asynchronous = compat_kv.external_hit(scheduler, request, cached)
             if external is None:  # the connector does not know yet
                 self._asked.discard(tracked.slot)
                 return

@@ -21,9 +21,9 @@ from slos_serve.core.errors import UnsupportedEngineError
 from slos_serve.core.request import MAX_DRAFT_TOKENS
 from slos_serve.planning.warm_up import warm_up
 from slos_serve.policies.slos_serve import SLOsServePolicy
-from slos_serve.vllm_plugin import capabilities, compat
+from slos_serve.vllm_plugin import capabilities, compat, compat_kv
 from slos_serve.vllm_plugin.config import PROFILE_ENV, PluginConfig
-from slos_serve.vllm_plugin.controller import StepController
+from slos_serve.vllm_plugin.controller import Reporting, StepController
 from slos_serve.vllm_plugin.entry import RequestDesk
 from slos_serve.vllm_plugin.guard import Guard
 from slos_serve.vllm_plugin.identity import check_profile
@@ -97,9 +97,11 @@ class Steered(Scheduler):
             self,
             policy,
             Guard(settings.fault_limit),
-            Recorder(settings.classes, settings.events_path, stop_strings),
-            Telemetry(),
-            publisher_of(settings, policy),
+            Reporting(
+                Recorder(settings.classes, settings.events_path, stop_strings),
+                Telemetry(),
+                publisher_of(settings, policy),
+            ),
             lambda: self.slo_clock_s(),  # noqa: PLW0108  (tests replace the clock later)
             settings.plan_limit_s,
         )
@@ -124,7 +126,7 @@ class Steered(Scheduler):
             ", ".join(slo_class.name for slo_class in self._slo_settings.classes) or "none",
             self._slo_settings.classes.default or "none",
             min(compat.most_drafts(self), MAX_DRAFT_TOKENS),
-            compat.total_pool_blocks(self),
+            compat_kv.total_pool_blocks(self),
             self.block_size,
         )
 

@@ -38,6 +38,7 @@ class Selection:
         loads: waiting requests whose KV a connector is to load; they take no tokens.
         budget: tokens of the step.
         most_tokens_each: no request may get more tokens than this; 0 for no such limit.
+        drafts: drafts that each of ``run`` is to verify; empty without speculation.
         started, preempted, loading: after the step, who started, was preempted, and whose KV is being loaded.
     """
 
@@ -47,6 +48,7 @@ class Selection:
     loads: list[Request] = field(default_factory=list)
     budget: int = 0
     most_tokens_each: int = 0
+    drafts: list[int] = field(default_factory=list)
     started: list[Request] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     loading: list[Request] = field(default_factory=list)
@@ -76,8 +78,8 @@ def select(
     chosen.run = [by_slot[slot].request for slot in slots[runs].tolist()]
     if not compat.all_running(chosen.run):
         raise PlanMismatchError("the plan runs a request that waits")
-    drafts = plan.draft_tokens[runs] if len(plan.draft_tokens) else np.zeros(len(runs), dtype=np.int64)
-    limits.take_running(chosen.run, plan.tokens[runs], drafts)
+    planned = plan.draft_tokens[runs] if len(plan.draft_tokens) else np.zeros(len(runs), dtype=np.int64)
+    chosen.drafts = limits.take_running(chosen.run, plan.tokens[runs], planned)
     for position in np.flatnonzero(~inside).tolist() if starts else ():
         request, count = by_slot[int(slots[position])].request, int(plan.tokens[position])
         if compat.may_start(request) and limits.takes_start(request, count):
@@ -86,7 +88,7 @@ def select(
     chosen.loads = _loads_that_fit(scheduler, plan, book, needs, loads)
     if chosen.loads:
         # vLLM looks at waiting requests only while budget is left. One token more is enough, if no chunk takes it.
-        chosen.budget, chosen.most_tokens_each = limits.with_one_left(chosen.run), limits.largest
+        chosen.budget, chosen.most_tokens_each = limits.with_one_left(chosen), limits.largest
     return chosen
 
 
@@ -125,23 +127,27 @@ class _Room:
         self._inputs = 0
         self.tokens = self.largest = 0
 
-    def take_running(self, run: Sequence[Request], tokens: SlotArray, drafts: SlotArray) -> None:
-        """Count the running requests' tokens; each keeps only the drafts that it is to verify."""
+    def take_running(self, run: Sequence[Request], tokens: SlotArray, planned: SlotArray) -> list[int]:
+        """Count the running requests' tokens; returns the drafts that each verifies, empty without speculation."""
+        drafts: list[int] = []
         if self._speculates:
-            for request, draft in zip(run, drafts.tolist(), strict=True):
-                compat.keep_drafts(request, draft)
             # A request may have fewer drafts than planned; what they leave must not go to the last chunk.
-            have = np.array([len(request.spec_token_ids) for request in run], dtype=np.int64)
-            tokens = np.where(drafts > 0, tokens - drafts + have, tokens)
+            drafts = [min(len(one.spec_token_ids), most) for one, most in zip(run, planned.tolist(), strict=True)]
+            tokens = np.where(planned > 0, tokens - planned + np.array(drafts, dtype=np.int64), tokens)
             self._prefills = any(request.is_prefill_chunk for request in run)
         if len(run):
             self.tokens = min(int(tokens.sum()), self._most_tokens)
             self.largest = int(tokens.max())
             self._inputs = self.tokens + self._draft_slots * len(run)
+        return drafts
 
-    def with_one_left(self, run: Sequence[Request]) -> int:
+    def with_one_left(self, chosen: Selection) -> int:
         """A budget of which a token is left behind the running requests, each taking no more than ``largest``."""
-        taken = sum(min(compat.wanted_tokens(request), self.largest) for request in run)
+        wanted = [compat.wanted_tokens(request) for request in chosen.run]
+        if chosen.drafts:
+            unused = zip(wanted, chosen.run, chosen.drafts, strict=True)
+            wanted = [most - len(request.spec_token_ids) + drafts for most, request, drafts in unused]
+        taken = sum(min(most, self.largest) for most in wanted)
         return min(max(self.tokens, taken + 1), self._most_tokens)
 
     def takes_start(self, request: Request, count: int) -> bool:
@@ -196,7 +202,8 @@ class HiddenRequests:
 class SteeredStep:
     """``with SteeredStep(...):`` ``schedule()`` makes the selected batch within the block.
 
-    Entering changes vLLM's lists last, when nothing of ours can fail any more. Leaving puts them back; when something
+    Entering changes vLLM's lists last, when nothing of ours can fail any more; drafts that it took from requests come
+    back when something fails before that. Leaving puts them back; when something
     of ours fails there, they are put together again from the requests' own states, and the fault is told to
     ``on_fault``. Afterwards the selection says who really started and who was preempted.
     """
@@ -225,11 +232,29 @@ class SteeredStep:
         self._first = getattr(scheduler, self._first_name)
         self._budget, self._limit = scheduler.max_num_scheduled_tokens, getattr(scheduler, self._limit_name)
         num_held = len(self._running) - len(chosen.run)
-        if scheduler.num_spec_tokens and num_held:
-            runs = {id(request) for request in chosen.run}
-            for request in self._running:
-                if id(request) not in runs:
-                    compat.drop_placeholders(request)
+        drafting = [request for request in self._running if request.spec_token_ids] if scheduler.num_spec_tokens else []
+        before = [request.spec_token_ids for request in drafting]
+        try:
+            self._limit_drafts(drafting)
+            self._change_lists(num_held)
+        except Exception:
+            for request, drafts in zip(drafting, before, strict=True):
+                request.spec_token_ids = drafts
+            raise
+
+    def _limit_drafts(self, drafting: Sequence[Request]) -> None:
+        """Leave the drafts that are to be verified: as planned for those that run, real ones for those that wait."""
+        chosen = self._chosen
+        runs = {id(request) for request in chosen.run}
+        for request, most in zip(chosen.run, chosen.drafts, strict=False):
+            compat.keep_drafts(request, most)
+        for request in drafting:
+            if id(request) not in runs:
+                compat.drop_placeholders(request)
+
+    def _change_lists(self, num_held: int) -> None:
+        """Show vLLM what is chosen, and nothing else."""
+        scheduler, chosen = self._scheduler, self._chosen
         starting, nobody = compat.queue_of((*chosen.loads, *chosen.start)), compat.queue_of(())
         num_hidden = len(self._first) + len(self._waiting) - len(starting)
         self._threshold = compat.cap_prefills(scheduler, chosen.most_tokens_each)

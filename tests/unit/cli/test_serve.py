@@ -191,14 +191,14 @@ def test_a_broken_class_file_is_named_by_line(engine: Engine, classes: Path) -> 
 def test_an_interrupt_while_the_server_starts_ends_it(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
     deaf = "import os, signal; signal.signal(15, signal.SIG_IGN); os.kill(os.getppid(), 15); signal.pause()"
     monkeypatch.setattr(launch, "server_command", lambda *_, **__: [sys.executable, "-c", deaf])
-    monkeypatch.setattr("slos_serve.cli.serve.INTERRUPTED_STOP_S", 0.1)
+    monkeypatch.setattr("slos_serve.cli.serve_run.INTERRUPTED_STOP_S", 0.1)
     assert serve("tiny", "--port", free_port())[0] == 128 + 15, "ended by SIGTERM, as shells say it"
 
 
 FORWARDING = """
 import signal, sys
 from rich.console import Console
-from slos_serve.cli.serve import _forwarded_signals
+from slos_serve.cli.serve_run import _forwarded_signals
 class Server:
     def send_signal(self, number):
         print("got", number, flush=True)

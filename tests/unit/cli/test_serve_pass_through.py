@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from slos_serve.cli.serve import exit_status
+from slos_serve.cli.serve_run import exit_status
 from slos_serve.files.profile_file import save_profile
 from slos_serve.launch import server as launch
 from slos_serve.launch.endpoint import free_port
