@@ -8,17 +8,17 @@ Source: Zhong et al., OSDI 2024 (arXiv 2401.09670), sections 3 and 4.
 
 from __future__ import annotations
 
-import numpy as np
-
 from slos_serve.core.plan import EngineView, StepPlan
-from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.policies.base import StockPolicy
 from slos_serve.policies.queue_order import (
+    batch_plan,
     checked_draft_tokens,
+    checked_tokens,
     chunked,
     rest_of_prompt,
-    step_plan,
+    room_for,
+    room_of,
     whole_prompts,
 )
 
@@ -49,22 +49,10 @@ class DistServePrefill(StockPolicy):
         rest = rest_of_prompt(view)
         if rest is not None:
             return rest
-        size = len(view.waiting)
-        slots, tokens = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
-        count = whole_prompts(
-            view.table.rows,
-            view.waiting,
-            len(view.running),
-            min(self._token_budget, view.max_num_batched_tokens),
-            view.max_num_seqs,
-            view.free_blocks,
-            view.block_size,
-            0,
-            slots,
-            tokens,
-            view.max_num_batched_tokens,
-        )
-        return step_plan(slots[:count], tokens[:count])
+        out = room_for(view)
+        room = room_of(view, self._token_budget)
+        most = view.max_num_batched_tokens
+        return batch_plan(out, whole_prompts(view.table.rows, view.waiting, len(view.running), room, most, out))
 
 
 class DistServeDecode(StockPolicy):
@@ -77,24 +65,11 @@ class DistServeDecode(StockPolicy):
 
     def __init__(self, token_budget: int = 8192, draft_tokens: int = 0) -> None:
         self._draft_tokens = checked_draft_tokens(draft_tokens)
-        self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
+        self._token_budget = checked_tokens("token_budget", token_budget)
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Everything that runs, then what has arrived."""
-        size = len(view.running) + len(view.waiting)
-        slots, tokens, drafts = np.empty((3, size), dtype=np.int64)
-        count = chunked(
-            view.table.rows,
-            view.running,
-            view.waiting,
-            min(self._token_budget, view.max_num_batched_tokens),
-            view.max_num_seqs,
-            view.free_blocks,
-            view.block_size,
-            0,
-            slots,
-            tokens,
-            self._draft_tokens,
-            drafts,
-        )
-        return step_plan(slots[:count], tokens[:count], drafts=drafts[:count])
+        out = room_for(view)
+        room = room_of(view, self._token_budget)
+        count = chunked(view.table.rows, view.running, view.waiting, room, self._draft_tokens, out)
+        return batch_plan(out, count)

@@ -12,6 +12,7 @@ from slos_serve.planning.settings import PlannerSettings
 from slos_serve.policies.base import Policy
 from slos_serve.policies.distserve import DistServeDecode, DistServePrefill
 from slos_serve.policies.edf import EarliestDeadlineFirst
+from slos_serve.policies.qoserve import QoServe
 from slos_serve.policies.sarathi import Sarathi
 from slos_serve.policies.scorpio import Scorpio
 from slos_serve.policies.slos_serve import SLOsServePolicy
@@ -59,11 +60,14 @@ POLICIES: dict[str, PolicyEntry] = {
     "scorpio": PolicyEntry(
         lambda model, num_classes, given: Scorpio(model, num_classes, **given),
         tuple({"chunk_tokens": size} for size in (0, 512)),
-        fixed_drafts=False,
     ),
     "edf": PolicyEntry(
         _plain(EarliestDeadlineFirst),
-        tuple({"token_budget": size, "drop_late": late} for size in (2048, 512) for late in (False, True)),
+        tuple({"token_budget": size, "drop_late": True} for size in (512, 256, 1024, 2048)),
+    ),
+    "qoserve": PolicyEntry(
+        lambda model, num_classes, given: QoServe(model, num_classes, **given),
+        tuple({"alpha_ms": alpha} for alpha in (8.0, 1.0, 0.0)),
     ),
 }
 

@@ -12,9 +12,17 @@ from numba import njit
 
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestArray
-from slos_serve.core.slo import check_number
 from slos_serve.policies.base import StockPolicy
-from slos_serve.policies.queue_order import IntArray, checked_draft_tokens, chunked, step_plan, tokens_left
+from slos_serve.policies.queue_order import (
+    IntArray,
+    batch_plan,
+    checked_draft_tokens,
+    checked_tokens,
+    chunked,
+    room_for,
+    room_of,
+    tokens_left,
+)
 
 WATERMARK = 0.01
 
@@ -43,27 +51,12 @@ class Sarathi(StockPolicy):
 
     def __init__(self, chunk_tokens: int = 512, draft_tokens: int = 0) -> None:
         self._draft_tokens = checked_draft_tokens(draft_tokens)
-        self._chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, low=1, high=1e6, low_included=True))
+        self._chunk_tokens = checked_tokens("chunk_tokens", chunk_tokens)
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """All decodes, then chunks of running prompts, then new prompts."""
-        rows = view.table.rows
-        size = len(view.running) + len(view.waiting)
-        slots, tokens, drafts = np.empty((3, size), dtype=np.int64)
+        rows, out = view.table.rows, room_for(view)
         ordered = np.empty(len(view.running), dtype=np.int64)
         decodes_first(rows, view.running, ordered)
-        count = chunked(
-            rows,
-            ordered,
-            view.waiting,
-            min(self._chunk_tokens, view.max_num_batched_tokens),
-            view.max_num_seqs,
-            view.free_blocks,
-            view.block_size,
-            int(WATERMARK * view.total_blocks) if len(view.running) else 0,
-            slots,
-            tokens,
-            self._draft_tokens,
-            drafts,
-        )
-        return step_plan(slots[:count], tokens[:count], drafts=drafts[:count])
+        room = room_of(view, self._chunk_tokens, WATERMARK)
+        return batch_plan(out, chunked(rows, ordered, view.waiting, room, self._draft_tokens, out))

@@ -4,8 +4,13 @@ A waiting request is rejected once the prompts ahead of it in deadline order cou
 The rest start in deadline order while the step time predicted for the *virtual* batch size, the sum over running
 requests of (tightest TPOT / own TPOT), stays under the tightest TPOT. A looser request earns that ratio as credit in
 each decode step and takes part when it has a whole one, so it decodes just as fast as it was promised. Answer lengths
-are predicted; here by the class's mean of answers seen. The base engine is vLLM V0 (prefill first); ``chunk_tokens``
-gives the chunked variant. Source: Tang et al. 2025 (arXiv 2505.23022), sections 4.1 to 4.3.
+are predicted. The base engine is vLLM V0 (prefill first); ``chunk_tokens`` gives the chunked variant. Source: Tang et
+al. 2025 (arXiv 2505.23022), sections 4.1 to 4.3.
+
+Simplified against the paper: answer lengths are the class's mean of answers seen (the paper fine-tunes OPT-125M to sort
+each prompt into 100 length bins); step times come from the engine's batch-time model (the paper fits its own, linear in
+batch size and mean length). Added: fixed drafts. Since every decode then yields the same number of tokens a step in the
+mean, the TPOT guard compares the step with the tightest TPOT times that number, learnt; credits stay per step.
 """
 
 from __future__ import annotations
@@ -18,7 +23,18 @@ from slos_serve.core.request import RequestArray
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
 from slos_serve.policies.base import StockPolicy
-from slos_serve.policies.queue_order import IntArray, chunked, rest_of_prompt, step_plan, whole_prompts
+from slos_serve.policies.queue_order import (
+    IntArray,
+    batch_plan,
+    checked_draft_tokens,
+    checked_tokens,
+    chunked,
+    draft_all,
+    rest_of_prompt,
+    room_for,
+    room_of,
+    whole_prompts,
+)
 
 # Margins of the authors' implementation: seconds added to a predicted wait, and share of the TPOT that may be used.
 WAIT_MARGIN_S = 0.05
@@ -26,6 +42,8 @@ TPOT_SHARE = 0.99
 WATERMARK = 0.01
 # Without any answer seen, this many output tokens are assumed.
 PRIOR_OUTPUT_TOKENS = 256.0
+# Verifications after which an old one counts 1/e when the tokens of a decode step are learnt.
+VERIFICATIONS_KEPT = 1000.0
 
 
 class Scorpio(StockPolicy):
@@ -36,13 +54,21 @@ class Scorpio(StockPolicy):
         num_classes: classes whose answer lengths are learnt apart.
         token_budget: prompt tokens of a prefill step.
         chunk_tokens: above 0, the token budget of a chunked step that decodes and prefills together.
+        draft_tokens: drafts of every decode that takes part in a step, where the engine has a drafter.
     """
 
     def __init__(
-        self, model: BatchTimeModel, num_classes: int, token_budget: int = 8192, chunk_tokens: int = 0
+        self,
+        model: BatchTimeModel,
+        num_classes: int,
+        token_budget: int = 8192,
+        chunk_tokens: int = 0,
+        draft_tokens: int = 0,
     ) -> None:
         self._model = model
-        self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
+        self._token_budget = checked_tokens("token_budget", token_budget)
+        self._draft_tokens = checked_draft_tokens(draft_tokens)
+        self._tokens_a_step = 1.0
         self._chunk_tokens = int(check_number("chunk_tokens", chunk_tokens, low=0, high=1e6, low_included=True))
         self._credits = np.zeros(64, dtype=np.float64)
         self._owner = np.full(64, -1, dtype=np.int64)
@@ -58,10 +84,8 @@ class Scorpio(StockPolicy):
             prefills.rejected = rejected
             return prefills
         decodes = self._with_credit(rows, view.running)
-        if self._chunk_tokens:
-            plan = self._mixed(rows, view, decodes, admitted)
-        else:
-            plan = step_plan(decodes, np.ones(len(decodes), dtype=np.int64))
+        chunked_step = self._chunk_tokens > 0
+        plan = self._mixed(rows, view, decodes, admitted) if chunked_step else self._decode(rows, view, decodes)
         plan.rejected = rejected
         return plan
 
@@ -98,15 +122,19 @@ class Scorpio(StockPolicy):
             tightest = min(limits)
             virtual = float(np.sum(tightest / np.asarray(limits)))
             context = total_length / count + 0.5 * self._expected_output(int(rows["class_index"][slot]))
-            if self._decode_s(virtual, context) >= TPOT_SHARE * tightest and (i or len(view.running)):
+            allowed_s = TPOT_SHARE * tightest * self._tokens_a_step
+            if self._decode_s(virtual, context) >= allowed_s and (i or len(view.running)):
                 return ordered[:i]
         return ordered
 
     def _decode_s(self, virtual_batch: float, context_tokens: float) -> float:
+        size, drafts = max(round(virtual_batch), 1), self._draft_tokens
         shape = BatchShape(
-            new_tokens=max(round(virtual_batch), 1),
+            new_tokens=size * (1 + drafts),
             context_tokens=round(virtual_batch * context_tokens),
-            num_seqs=max(round(virtual_batch), 1),
+            num_seqs=size,
+            draft_steps=drafts,
+            draft_tokens=size * drafts,
         )
         return self._model.step_s(shape)
 
@@ -115,21 +143,14 @@ class Scorpio(StockPolicy):
         return float(total / count)
 
     def _start(self, rows: RequestArray, view: EngineView, admitted: IntArray) -> StepPlan:
-        slots, tokens = np.empty(len(admitted), dtype=np.int64), np.empty(len(admitted), dtype=np.int64)
-        count = whole_prompts(
-            rows,
-            admitted,
-            len(view.running),
-            min(self._token_budget, view.max_num_batched_tokens),
-            view.max_num_seqs,
-            view.free_blocks,
-            view.block_size,
-            int(WATERMARK * view.total_blocks) if len(view.running) else 0,
-            slots,
-            tokens,
-            view.max_num_batched_tokens,
-        )
-        return step_plan(slots[:count], tokens[:count])
+        out = room_for(view)
+        room = room_of(view, self._token_budget, WATERMARK)
+        return batch_plan(out, whole_prompts(rows, admitted, len(view.running), room, view.max_num_batched_tokens, out))
+
+    def _decode(self, rows: RequestArray, view: EngineView, decodes: IntArray) -> StepPlan:
+        """A step of decodes alone."""
+        drafts = draft_all(rows, decodes, self._draft_tokens, room_of(view, view.max_num_batched_tokens))
+        return batch_plan(np.stack((decodes, 1 + drafts, drafts)), len(decodes))
 
     def _with_credit(self, rows: RequestArray, running: IntArray) -> IntArray:
         """Running slots that decode in this step; spends and earns credits."""
@@ -163,25 +184,17 @@ class Scorpio(StockPolicy):
         prompts = view.running[left[view.running] > 1]
         decodes = decodes[left[decodes] == 1]
         ordered = np.concatenate((decodes, prompts))
-        size = len(ordered) + len(admitted)
-        slots, tokens, drafts = np.empty((3, size), dtype=np.int64)
+        out = room_for(view)
         # Held decodes stay in the engine: their places do not go to others.
-        places = view.max_num_seqs - (len(view.running) - len(ordered))
-        count = chunked(
-            rows,
-            ordered,
-            admitted,
-            min(self._chunk_tokens, view.max_num_batched_tokens),
-            places,
-            view.free_blocks,
-            view.block_size,
-            int(WATERMARK * view.total_blocks) if len(view.running) else 0,
-            slots,
-            tokens,
-            0,
-            drafts,
-        )
-        return step_plan(slots[:count], tokens[:count])
+        held = len(view.running) - len(ordered)
+        room = room_of(view, self._chunk_tokens, WATERMARK)._replace(seqs=view.max_num_seqs - held)
+        return batch_plan(out, chunked(rows, ordered, admitted, room, self._draft_tokens, out))
+
+    def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
+        """Learn how many tokens a decode yields in a step."""
+        share = -np.expm1(-len(accepted) / VERIFICATIONS_KEPT)
+        if len(accepted):
+            self._tokens_a_step += share * (1.0 + float(accepted.mean()) - self._tokens_a_step)
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
         """Learn the mean answer length of a class."""

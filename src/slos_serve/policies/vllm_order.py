@@ -6,12 +6,16 @@ of large ones. Source: vllm/v1/core/sched/scheduler.py of vLLM 0.32.
 
 from __future__ import annotations
 
-import numpy as np
-
 from slos_serve.core.plan import EngineView, StepPlan
-from slos_serve.core.slo import check_number
 from slos_serve.policies.base import StockPolicy
-from slos_serve.policies.queue_order import checked_draft_tokens, chunked, step_plan
+from slos_serve.policies.queue_order import (
+    batch_plan,
+    checked_draft_tokens,
+    checked_tokens,
+    chunked,
+    room_for,
+    room_of,
+)
 
 
 class VllmOrder(StockPolicy):
@@ -24,25 +28,11 @@ class VllmOrder(StockPolicy):
 
     def __init__(self, token_budget: int = 2048, draft_tokens: int = 0) -> None:
         self._draft_tokens = checked_draft_tokens(draft_tokens)
-        self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
+        self._token_budget = checked_tokens("token_budget", token_budget)
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Fill the budget in queue order."""
-        size = len(view.running) + len(view.waiting)
-        slots, tokens, drafts = np.empty((3, size), dtype=np.int64)
-        budget = min(self._token_budget, view.max_num_batched_tokens)
-        count = chunked(
-            view.table.rows,
-            view.running,
-            view.waiting,
-            budget,
-            view.max_num_seqs,
-            view.free_blocks,
-            view.block_size,
-            0,
-            slots,
-            tokens,
-            self._draft_tokens,
-            drafts,
-        )
-        return step_plan(slots[:count], tokens[:count], drafts=drafts[:count])
+        out = room_for(view)
+        room = room_of(view, self._token_budget)
+        count = chunked(view.table.rows, view.running, view.waiting, room, self._draft_tokens, out)
+        return batch_plan(out, count)

@@ -6,21 +6,20 @@ free when a prompt starts (the watermark). Source: ``_schedule_default`` of vllm
 
 from __future__ import annotations
 
-import numpy as np
-
 from slos_serve.core.plan import EngineView, StepPlan
-from slos_serve.core.slo import check_number
 from slos_serve.policies.base import StockPolicy
 from slos_serve.policies.queue_order import (
+    batch_plan,
     checked_draft_tokens,
+    checked_tokens,
     draft_all,
     rest_of_prompt,
-    step_plan,
+    room_for,
+    room_of,
     whole_prompts,
 )
 
 WATERMARK = 0.01
-_ANY_NUMBER = 1 << 62
 
 
 class VllmV0(StockPolicy):
@@ -33,36 +32,19 @@ class VllmV0(StockPolicy):
 
     def __init__(self, token_budget: int = 8192, draft_tokens: int = 0) -> None:
         self._draft_tokens = checked_draft_tokens(draft_tokens)
-        self._token_budget = int(check_number("token_budget", token_budget, low=1, high=1e6, low_included=True))
+        self._token_budget = checked_tokens("token_budget", token_budget)
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """A prefill step when a prompt can start, else a decode step."""
         rest = rest_of_prompt(view)
         if rest is not None:
             return rest
-        size = len(view.waiting)
-        slots, tokens = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
-        count = whole_prompts(
-            view.table.rows,
-            view.waiting,
-            len(view.running),
-            min(self._token_budget, view.max_num_batched_tokens),
-            view.max_num_seqs,
-            view.free_blocks,
-            view.block_size,
-            int(WATERMARK * view.total_blocks) if len(view.running) else 0,
-            slots,
-            tokens,
-            view.max_num_batched_tokens,
-        )
+        rows, out = view.table.rows, room_for(view)
+        room = room_of(view, self._token_budget, WATERMARK)
+        count = whole_prompts(rows, view.waiting, len(view.running), room, view.max_num_batched_tokens, out)
         if count:
-            return step_plan(slots[:count], tokens[:count])
-        drafts = draft_all(
-            view.table.rows,
-            view.running,
-            self._draft_tokens,
-            view.max_num_batched_tokens,
-            view.free_blocks,
-            view.block_size,
-        )
-        return step_plan(view.running.copy(), 1 + drafts, drafts=drafts)
+            return batch_plan(out, count)
+        count = len(view.running)
+        drafts = draft_all(rows, view.running, self._draft_tokens, room_of(view, view.max_num_batched_tokens))
+        out[:, :count] = view.running, 1 + drafts, drafts
+        return batch_plan(out, count)
