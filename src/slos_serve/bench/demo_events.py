@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 _OUR_ID = re.compile(r"(?:warm|calm|burst)-\d{5}")
-ADMITTED = "admitted"
 
 
 @dataclass(slots=True)
@@ -21,7 +20,7 @@ class SchedulerEvents:
     """What the scheduler wrote.
 
     Attributes:
-        verdicts: "admitted", "best_effort" or "none" by our request id.
+        verdicts: of :class:`slos_serve.core.verdict.Verdict`, by our request id.
         plan_ms, added_ms: of each planned step, by phase.
         fallbacks: steps that ran in stock order because planning failed, by phase.
         preemptions: requests' preemptions by our request id.

@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from slos_serve.bench.demo_events import ADMITTED, SchedulerEvents
+from slos_serve.bench.demo_events import SchedulerEvents
 from slos_serve.bench.demo_plan import DemoPlan
 from slos_serve.bench.record import write_record
 from slos_serve.bench.report import class_json, client_json, error_counts, throughput_json
 from slos_serve.bench.requests import LoadResult
 from slos_serve.bench.scoring import score_responses, targets_for
+from slos_serve.core.verdict import Verdict
 from slos_serve.metrics.summary import (
     TOTAL,
     Outcome,
@@ -191,7 +192,7 @@ def claims(result: Mapping[str, Any]) -> list[tuple[str, bool]]:
 
 
 def _admitted(events: SchedulerEvents | None, request_id: str) -> bool:
-    return events is None or events.verdicts.get(request_id) == ADMITTED
+    return events is None or events.verdicts.get(request_id) == Verdict.ADMITTED
 
 
 def _milliseconds(values_ms: Sequence[float]) -> Quantiles:

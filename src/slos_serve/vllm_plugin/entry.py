@@ -10,10 +10,10 @@ from vllm.logger import init_logger
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.request import Status
+from slos_serve.core.verdict import Verdict, Why
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.controller import StepController
-from slos_serve.vllm_plugin.metrics import Verdict
 from slos_serve.vllm_plugin.recorder import FINISHED, Outcome
 from slos_serve.vllm_plugin.request_book import class_index_of
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
@@ -149,8 +149,11 @@ class RequestDesk:
 
     def _outcome(self, tracked: Tracked, ended: str, now_s: float) -> Outcome:
         slo_class, request = tracked.promise.slo_class, tracked.request
-        verdict: Verdict = "none" if slo_class is None else "admitted" if tracked.was_admitted else "best_effort"
+        verdict = Verdict.NO_SLO
+        if slo_class is not None:
+            verdict = Verdict.ADMITTED if tracked.was_admitted else Verdict.BEST_EFFORT
         has_slo = slo_class is not None
+        lost = verdict is Verdict.ADMITTED and self._control.book.status(tracked) == Status.BEST_EFFORT
         kept = tracked.ttft_kept(now_s)
         if ended in FINISHED:
             kept = kept and tracked.first_token_s is not None
@@ -158,8 +161,8 @@ class RequestDesk:
             request_id=request.request_id,
             slo_class=slo_class.name if slo_class is not None else None,
             verdict=verdict,
-            lost=verdict == "admitted" and self._control.book.status(tracked) == Status.BEST_EFFORT,
-            reason=tracked.reason,
+            lost=lost,
+            reason=why(verdict, lost, tracked.reason),
             prompt_tokens=request.num_prompt_tokens,
             output_tokens=request.num_output_tokens,
             num_preemptions=request.num_preemptions,
@@ -167,4 +170,28 @@ class RequestDesk:
             finished=ended,
             ttft_ok=kept if has_slo else None,
             tpot_ok=tracked.tpot_kept() if has_slo else None,
+            ttft_s=rounded(tracked.ttft_s()),
+            tpot_s=rounded(tracked.tpot_s()),
+            ttft_ratio=rounded(tracked.ttft_ratio()) if has_slo else None,
+            tpot_ratio=rounded(tracked.tpot_ratio()) if has_slo else None,
+            forecast_tokens=self._forecast_tokens(tracked.promise),
         )
+
+    def _forecast_tokens(self, promise: Promise) -> float:
+        """Output tokens that the planner expects of a request that has not begun."""
+        expected = float(self._control.policy.planner.lengths.table()[promise.class_index, 0])
+        return min(promise.hint_tokens or expected, float(promise.max_tokens))
+
+
+def why(verdict: Verdict, lost: bool, given_up: str) -> Why:
+    """The reason of an engine's verdict; ``given_up`` is the promise that was, ``ttft`` or ``tpot``."""
+    if verdict is Verdict.NO_SLO:
+        return Why.NO_SLO
+    if verdict is Verdict.ADMITTED and not lost:
+        return Why.FITS
+    return {"ttft": Why.TTFT_TOO_LATE, "tpot": Why.DECODE_RATE}.get(given_up, Why.PASSED_OVER)
+
+
+def rounded(seconds: float | None) -> float | None:
+    """To a tenth of a millisecond, for events."""
+    return None if seconds is None else round(seconds, 4)

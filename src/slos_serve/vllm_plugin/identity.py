@@ -13,8 +13,9 @@ from vllm.platforms import current_platform
 
 from slos_serve.files.engine_identity import NONE, EngineIdentity, describe, model_label
 from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.metrics import EngineLabels
 
-__all__ = ["EngineIdentity", "check_profile", "device_name", "identity_of"]
+__all__ = ["EngineIdentity", "check_profile", "device_name", "engine_labels", "identity_of"]
 _logger = logging.getLogger("vllm.slos_serve")
 
 
@@ -47,6 +48,14 @@ def identity_of(vllm_config: Any) -> EngineIdentity:
         max_num_seqs=scheduling.max_num_seqs,
         async_scheduling=None if is_async is None else bool(is_async),
     )
+
+
+def engine_labels(vllm_config: Any) -> EngineLabels:
+    """The labels of an engine's metrics, as vLLM's own series have them."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    served = getattr(model, "served_model_name", None)
+    index = getattr(parallel, "data_parallel_index", getattr(parallel, "data_parallel_rank", 0))
+    return EngineLabels(str(served or model.model), str(index))
 
 
 def check_profile(config: PluginConfig, vllm_config: Any) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from slos_serve.core.slo import ClassSet
+from slos_serve.core.verdict import Verdict, Why
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.vllm_plugin.events import EventLog
-from slos_serve.vllm_plugin.metrics import FALLBACK_KINDS, SchedulerMetrics, Verdict
+from slos_serve.vllm_plugin.metrics import FALLBACK_KINDS, EngineLabels, Kept, SchedulerMetrics
 from slos_serve.vllm_plugin.stop_strings import StopStrings
 
 GAUGES_EVERY = 16
+# More than any pipeline has.
+STEPS_IN_FLIGHT = 32
 # Ends that the engine decided on; an abort is the client's, unless a stop string explains it.
 FINISHED = ("stop", "length", "repetition")
 
@@ -57,21 +61,23 @@ class Outcome:
     Attributes:
         request_id: vLLM's id.
         slo_class: name of its class; ``None`` without a promise.
-        verdict: what was decided.
+        verdict, reason: what was decided and why; for a promise that was given up later, why it was.
         lost: admitted, and its promise given up later.
-        reason: which promise was given up, when one was.
         prompt_tokens, output_tokens: lengths.
         num_preemptions: preemptions of any kind.
         engine_preemptions: those that vLLM decided on.
         finished: ``stop``, ``length``, ``repetition``, ``abort`` or ``error``.
         ttft_ok, tpot_ok: whether each promise was kept (for an abort: whether it was not broken yet); ``None`` without.
+        ttft_s, tpot_s: measured; ``None`` before the first and the second token.
+        ttft_ratio, tpot_ratio: measured over promised (of the slowest stage); ``None`` without a promise.
+        forecast_tokens: output tokens that the planner expected of it when it came.
     """
 
     request_id: str
     slo_class: str | None
     verdict: Verdict
     lost: bool
-    reason: str
+    reason: Why
     prompt_tokens: int
     output_tokens: int
     num_preemptions: int
@@ -79,6 +85,11 @@ class Outcome:
     finished: str
     ttft_ok: bool | None
     tpot_ok: bool | None
+    ttft_s: float | None
+    tpot_s: float | None
+    ttft_ratio: float | None
+    tpot_ratio: float | None
+    forecast_tokens: float
 
 
 class Recorder:
@@ -88,19 +99,29 @@ class Recorder:
         classes: classes served, for metric labels.
         events_path: where events are appended; ``None`` for nowhere.
         stop_strings: tells answers cut by a stop string from clients that left.
+        labels: of every series.
 
     Raises:
         OSError: the event file cannot be opened.
     """
 
-    def __init__(self, classes: ClassSet, events_path: Path | None, stop_strings: StopStrings) -> None:
-        self.metrics = SchedulerMetrics(slo_class.name for slo_class in classes)
+    def __init__(
+        self,
+        classes: ClassSet,
+        events_path: Path | None,
+        stop_strings: StopStrings,
+        labels: EngineLabels | None = None,
+    ) -> None:
+        self.metrics = SchedulerMetrics((slo_class.name for slo_class in classes), labels)
         self.events = EventLog(events_path)
         self._stop_strings = stop_strings
         self._told: dict[str, int] = {}
+        # Steps whose tokens have not come yet, with their predicted seconds.
+        self._made: deque[tuple[BatchShape, float]] = deque(maxlen=STEPS_IN_FLIGHT)
 
     def step(self, record: StepRecord, time_s: float) -> None:
         """A step was planned (or fell back) and made."""
+        self._made.append((record.shape, record.predicted_s))
         self.metrics.plan(record.plan_s)
         self.metrics.held(record.held)
         self.metrics.preempted("slo", record.preempted)
@@ -123,6 +144,8 @@ class Recorder:
     def step_done(self, shape: BatchShape, duration_s: float, factor: float, time_s: float) -> None:
         """An executed step was timed."""
         self.metrics.correction(factor)
+        predicted_s = next((predicted_s for made, predicted_s in self._made if made is shape), 0.0)
+        self.metrics.step_timed(duration_s, predicted_s)
         if self.events.enabled:
             self.events.write(
                 "step_done",
@@ -138,8 +161,11 @@ class Recorder:
         """A request left the engine."""
         self.metrics.preempted("engine", outcome.engine_preemptions)
         ttft_ok, tpot_ok = outcome.ttft_ok is not False, outcome.tpot_ok is not False
+        if outcome.finished in FINISHED:
+            self.metrics.answered(outcome.slo_class, outcome.output_tokens, outcome.forecast_tokens)
         if outcome.finished in FINISHED or (outcome.finished == "abort" and not (ttft_ok and tpot_ok)):
-            self.metrics.request_done(outcome.slo_class, outcome.verdict, ttft_ok, tpot_ok)
+            kept = Kept(ttft_ok, tpot_ok, outcome.ttft_ratio, outcome.tpot_ratio)
+            self.metrics.request_done(outcome.slo_class, outcome.verdict, kept)
         else:
             self.metrics.request_ended(outcome.slo_class, "error" if outcome.finished == "error" else "aborted")
         fields = asdict(outcome)

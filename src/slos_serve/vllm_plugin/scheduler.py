@@ -26,7 +26,7 @@ from slos_serve.vllm_plugin.config import PROFILE_ENV, PluginConfig
 from slos_serve.vllm_plugin.controller import Reporting, StepController
 from slos_serve.vllm_plugin.entry import RequestDesk
 from slos_serve.vllm_plugin.guard import Guard
-from slos_serve.vllm_plugin.identity import check_profile
+from slos_serve.vllm_plugin.identity import check_profile, engine_labels
 from slos_serve.vllm_plugin.orphan import end_with_parent
 from slos_serve.vllm_plugin.publish import publisher_of
 from slos_serve.vllm_plugin.recorder import Recorder
@@ -98,7 +98,7 @@ class Steered(Scheduler):
             policy,
             Guard(settings.fault_limit),
             Reporting(
-                Recorder(settings.classes, settings.events_path, stop_strings),
+                Recorder(settings.classes, settings.events_path, stop_strings, engine_labels(self.vllm_config)),
                 Telemetry(),
                 publisher_of(settings, policy),
             ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,7 +45,7 @@ class Tracked:
         slot: its row in the planner's table.
         promise: of its current turn.
         was_admitted: whether its promise was ever made.
-        reason: why it is best effort, when it is.
+        reason: which promise was given up, ``ttft`` or ``tpot``, when one was.
         planned_preemptions: preemptions that a plan asked for.
         stage: index of the current stage.
         stage_offset: output tokens that came before the current stage.
@@ -55,6 +56,7 @@ class Tracked:
         turn_prompt_tokens: prompt tokens with which the current turn began.
         first_in_time: False once a first token came late.
         stages_kept: False once a finished stage missed its TPOT.
+        slowest_stage: mean time per output token over its target, of the slowest finished stage.
         drafts_in_flight: drafts in steps whose tokens have not come yet.
         unserved_plans: plans in a row that had it in and whose step left it out.
         forbearance: such plans that are tolerated before a step is stock for it.
@@ -76,6 +78,7 @@ class Tracked:
     turn_prompt_tokens: int = 0
     first_in_time: bool = True
     stages_kept: bool = True
+    slowest_stage: float = 0.0
     drafts_in_flight: int = 0
     unserved_plans: int = 0
     forbearance: int = 2
@@ -91,6 +94,7 @@ class Tracked:
     def begin_turn(self, promise: Promise) -> None:
         """Judge the turn that ended and begin the next one."""
         self.stages_kept = self.tpot_kept()
+        self.slowest_stage = self.tpot_ratio() or 0.0
         self.promise = promise
         self.turn_prompt_tokens = int(self.request.num_prompt_tokens)
         self.stage = self.stage_offset = self.seen_tokens = 0
@@ -120,6 +124,34 @@ class Tracked:
         in_stage = self.seen_tokens - self.stage_offset
         return self.stages_kept and self._stage_kept(in_stage, self.last_token_s)
 
+    def ttft_s(self) -> float | None:
+        """Measured time to first token of the turn; ``None`` before it."""
+        return None if self.first_token_s is None else self.first_token_s - self.promise.arrival_s
+
+    def tpot_s(self) -> float | None:
+        """Measured mean time per output token of the turn; ``None`` before the second token."""
+        if self.first_token_s is None or self.last_token_s is None or self.seen_tokens < 2:
+            return None
+        return (self.last_token_s - self.first_token_s) / (self.seen_tokens - 1)
+
+    def ttft_ratio(self) -> float | None:
+        """Measured over promised time to first token; ``None`` where nothing is promised or measured."""
+        measured_s, target_s = self.ttft_s(), self.promise.ttft_due_s - self.promise.arrival_s
+        return measured_s / target_s if measured_s is not None and 0.0 < target_s < math.inf else None
+
+    def tpot_ratio(self) -> float | None:
+        """Measured over promised time per output token, of the slowest stage; ``None`` as :meth:`ttft_ratio`."""
+        slowest = self.slowest_stage
+        if self.stages and self.last_token_s is not None:
+            slowest = max(slowest, self._over_target(self.seen_tokens - self.stage_offset, self.last_token_s))
+        return slowest or None
+
+    def _over_target(self, num_tokens: int, end_s: float) -> float:
+        """The current stage's mean time per output token over its target; 0 where there is none."""
+        if num_tokens <= 1 or self.stage_start_s is None:
+            return 0.0
+        return (end_s - self.stage_start_s) / (num_tokens - 1) / self.stages[self.stage].slo.tpot_s
+
     def _cross_stages(self, total: int, now_s: float) -> None:
         """Move to the next stage when the current one ended with one of the new tokens.
 
@@ -135,12 +167,11 @@ class Tracked:
             if token != stage.end_token_id and in_stage != stage.max_tokens:
                 continue
             self.stages_kept &= self._stage_kept(in_stage, now_s)
+            self.slowest_stage = max(self.slowest_stage, self._over_target(in_stage, now_s))
             self.stage += 1
             self.stage_offset = position
             self.stage_start_s = now_s if position < total else None
 
     def _stage_kept(self, num_tokens: int, end_s: float) -> bool:
         """Whether the current stage's mean time per output token is at or under its target."""
-        if num_tokens <= 1 or self.stage_start_s is None:
-            return True
-        return (end_s - self.stage_start_s) / (num_tokens - 1) <= self.stages[self.stage].slo.tpot_s
+        return self._over_target(num_tokens, end_s) <= 1.0

@@ -25,7 +25,7 @@ FIELDS = {
 def sides_of(plan: DemoPlan, ours_slow_from: int = 12, stock_slow_from: int = 4) -> dict[str, SideRun]:
     """Stock misses from its 5th burst request on; ours from its 13th on, all of them best effort."""
     verdicts = {request.request_id: "admitted" for request in (*plan.calm, *plan.burst[:ours_slow_from])}
-    verdicts |= {request.request_id: "best_effort" for request in plan.burst[ours_slow_from:]}
+    verdicts |= {request.request_id: "best-effort" for request in plan.burst[ours_slow_from:]}
     events = SchedulerEvents(verdicts, plan_ms={"burst": [0.1, 0.2, 0.3]}, added_ms={"burst": [0.4]})
     return {
         STOCK: demo_side(plan, slow_from=stock_slow_from),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts import render_dashboard
 from slos_serve.files.class_file import load_classes, parse_classes
 from slos_serve.vllm_plugin.capabilities import CAPABILITIES, Support, as_markdown
 from slos_serve.vllm_plugin.metrics import SchedulerMetrics
@@ -49,10 +50,14 @@ def test_the_page_lists_every_field() -> None:
 
 
 def test_the_dashboard_asks_only_for_metrics_that_exist() -> None:
-    dashboard = json.loads((ROOT / "examples" / "grafana-dashboard.json").read_text(encoding="utf-8"))
+    dashboard = json.loads((ROOT / "deploy" / "grafana" / "slos-serve.json").read_text(encoding="utf-8"))
     queries = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
     asked = {name.removesuffix("_bucket") for name in re.findall(r"slos_serve:[a-z_]+", queries)}
     assert asked == series()
+
+
+def test_the_dashboard_is_the_one_that_its_script_writes() -> None:
+    assert render_dashboard.TARGET.read_text(encoding="utf-8") == render_dashboard.text()
 
 
 def test_the_page_shows_the_table_of_capabilities() -> None:
