@@ -16,13 +16,13 @@ def options(
     replicas: int,
     rate: float = 0.0,
     requests: int = 0,
-    seeds: int = 3,
+    seeds: int = 0,
     scenarios: Sequence[str] = ("all",),
     drafters: bool = False,
     counts: Sequence[int] = (),
 ) -> argparse.Namespace:
-    """``--output`` (made), ``--replicas``, ``--requests`` (0: as the command has it), ``--rate``, ``--seeds``,
-    ``--scenario``.
+    """``--output`` (made), ``--replicas``, ``--requests`` and ``--seeds`` (0: as the command has it),
+    ``--rate``, ``--scenario``.
 
     With ``counts``, ``--count``, which may be repeated, takes the place of ``--replicas``. With ``drafters`` also
     ``--drafter`` and ``--acceptance``, see :func:`speculation`.
@@ -54,8 +54,9 @@ def speculation(given: argparse.Namespace) -> list[str]:
 
 
 def sizes(given: argparse.Namespace) -> list[str]:
-    """``--requests``, where one was asked for, and ``--seeds``."""
-    return [*(["--requests", str(given.requests)] if given.requests else []), "--seeds", str(given.seeds)]
+    """``--requests`` and ``--seeds``, where they were asked for."""
+    asked = {"--requests": given.requests, "--seeds": given.seeds}
+    return [word for name, value in asked.items() if value for word in (name, str(value))]
 
 
 def run_command(*arguments: str) -> None:

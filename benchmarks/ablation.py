@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, patch in VARIANTS.items():
         print(f"== {name}", flush=True)
         code = f"{patch}\nimport sys\nfrom benchmarks.heldout import main\nsys.exit(main(sys.argv[1:]))"
-        command = [sys.executable, "-c", code, "--requests", given.requests, "--seeds", *given.seeds]
+        command = [sys.executable, "-c", code, "--tuning", "--requests", given.requests, "--seeds", *given.seeds]
         with tempfile.TemporaryDirectory() as folder:
             done = subprocess.run(command, check=False, env={**os.environ, "NUMBA_CACHE_DIR": folder})
         failed += done.returncode != 0

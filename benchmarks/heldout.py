@@ -1,9 +1,9 @@
 """Attained, every token in time and admitted that attain, on seeds that no constant was chosen on.
 
-    python -m benchmarks.heldout [--requests 600] [--seeds 22 23] [--noise 0.15] [--bias 1.1] [--profile opt-13b-a100]
+    python -m benchmarks.heldout [--requests 600] [--seeds 22 23] [--exact] [--noise 0.15] [--bias 1.1]
 
-Seeds 0 to 11 are for tuning; tables use others (benchmarks/README.md). Rates are those of OPT-13B on an A100, near the
-planner's capacity. ``recomputed`` is the share of tokens computed again after a preemption.
+Seeds of tuning are refused without ``--tuning``, those of tables with it (benchmarks/README.md). Rates are those of
+OPT-13B on an A100, near the planner's capacity. ``recomputed`` is the share of tokens computed again after a preemption.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from slos_serve.sim.capacity import COOL_DOWN_SHARE, WARM_UP_SHARE
+from slos_serve.sim.conditions import AS_SERVED, EXACT, Conditions
 from slos_serve.sim.engine import SimSettings, simulate
-from slos_serve.sim.model_error import ModelError
 from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.profiles import find_profile, kv_bytes_per_token, limits_of
+from slos_serve.sim.question import measured_part
+from slos_serve.sim.seeds import check_test, check_tuning
 from slos_serve.workload.scenarios import make_workload
 
 RATES_RPS = {"chat": 2.75, "coding": 0.29, "mixed": 1.58, "summarization": 1.06, "tool": 0.042, "reasoning": 0.21}
@@ -36,16 +37,15 @@ class Cell:
     recomputed: float
 
 
-def measure(scenario: str, seeds: Sequence[int], requests: int, profile_name: str, error: ModelError) -> Cell:
+def measure(scenario: str, seeds: Sequence[int], requests: int, profile_name: str, conditions: Conditions) -> Cell:
     """Simulate a scenario with every seed; half as many requests where answers are long."""
     profile, found = find_profile(profile_name), []
     for seed in seeds:
         count = requests // 2 if scenario in LONG else requests
         load = make_workload(scenario, RATES_RPS[scenario], count, seed)
-        settings = SimSettings(error=error, kv_bytes_per_token=kv_bytes_per_token(profile), seed=seed)
+        settings = conditions.on(SimSettings(kv_bytes_per_token=kv_bytes_per_token(profile), seed=seed))
         recording = simulate(load, profile.model, limits_of(profile), settings)
-        measured = np.zeros(load.num_requests, dtype=np.bool_)
-        measured[int(WARM_UP_SHARE * len(measured)) : int((1.0 - COOL_DOWN_SHARE) * len(measured))] = True
+        measured = measured_part(load.num_requests)
         outcome, calls = summarize_run(recording, measured), load.calls
         kept = recording.calls["output_tokens"] - 1 - recording.calls["cached_tokens"]
         needed = float((calls["prompt_tokens"] + kept)[recording.completed].sum())
@@ -66,16 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=600)
     parser.add_argument("--seeds", type=int, nargs="+", default=[22, 23])
-    parser.add_argument("--noise", type=float, default=0.0)
+    parser.add_argument("--exact", action="store_true", help="steps take exactly what the profile says")
+    parser.add_argument("--noise", type=float, help="coefficient of variation of step times")
     parser.add_argument("--bias", type=float, default=1.0)
     parser.add_argument("--profile", default="opt-13b-a100")
+    parser.add_argument("--tuning", action="store_true", help="the seeds are for choosing constants")
     given = parser.parse_args(arguments)
+    seeds = check_tuning(given.seeds) if given.tuning else check_test(given.seeds)
+    conditions = replace(EXACT if given.exact else AS_SERVED, bias=given.bias)
+    if given.noise is not None:
+        conditions = replace(conditions, noise=given.noise)
     print(
         "| scenario | attained, % | every token, % | admitted that attain, % | recomputed, % |\n|---|---|---|---|---|"
     )
     rows = []
     for scenario in RATES_RPS:
-        cell = measure(scenario, given.seeds, given.requests, given.profile, ModelError(given.bias, given.noise))
+        cell = measure(scenario, seeds, given.requests, given.profile, conditions)
         rows.append((cell.attained, cell.strict, cell.admitted_attained, cell.recomputed))
         print(f"| {scenario} | " + " | ".join(f"{100.0 * value:.1f}" for value in rows[-1]) + " |", flush=True)
     print("| mean | " + " | ".join(f"{100.0 * value:.1f}" for value in np.mean(rows, axis=0)) + " |")

@@ -14,8 +14,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from slos_serve.sim.bounds import fluid_bound
-from slos_serve.sim.capacity import Answer, Question, answer, bound_work
+from slos_serve.sim.conditions import Conditions
 from slos_serve.sim.profiles import find_profile, limits_of
+from slos_serve.sim.question import Answer, Question, answer
+from slos_serve.sim.search import bound_work
+from slos_serve.sim.seeds import tuning_seeds
 
 PROFILE = "opt-13b-a100"
 NOISES = (0.0, 0.1, 0.2)
@@ -27,8 +30,20 @@ def run(scenario: str, rate_rps: float, quantile: float, noise: float, requests:
     """Answers of every seed with batches planned at ``quantile``."""
     given = {"step_quantile": quantile}
     return [
-        answer(Question(scenario, "slos-serve", given, PROFILE, "poisson", rate_rps, requests, seed, noise=noise))
-        for seed in range(seeds)
+        answer(
+            Question(
+                scenario,
+                "slos-serve",
+                given,
+                PROFILE,
+                "poisson",
+                rate_rps,
+                requests,
+                seed,
+                conditions=Conditions(noise=noise),
+            )
+        )
+        for seed in tuning_seeds(seeds)
     ]
 
 

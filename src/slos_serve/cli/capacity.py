@@ -16,10 +16,12 @@ from slos_serve.cli.sim_options import (
     Acceptance,
     Arrivals,
     Drafter,
+    Exact,
     JsonFile,
     Oracle,
     ProfileName,
     Router,
+    conditions_of,
     console,
     fail,
     policy_names,
@@ -31,7 +33,8 @@ from slos_serve.cli.sim_options import (
 from slos_serve.core.errors import SlosServeError
 
 if TYPE_CHECKING:
-    from slos_serve.sim.capacity import Answer, Capacity, Question
+    from slos_serve.sim.question import Answer, Question
+    from slos_serve.sim.search import Capacity
 
 OURS = "slos-serve"
 # A simulation takes as long as its tokens: by default it has this many, within these numbers of requests.
@@ -51,11 +54,18 @@ def capacity(
             min=20, help="Requests of each simulation, times replicas. Default: 1500, fewer where answers are long."
         ),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, max=10, help="Seeds, for the confidence interval.")] = 3,
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, max=20, help="Seeds, each searched by itself. Default: 3, or 5 where arrivals are bursty."),
+    ] = None,
+    tuning: Annotated[
+        bool, typer.Option("--tuning", help="Use the seeds that constants may be chosen on, not those of tables.")
+    ] = False,
     attain: Annotated[float, typer.Option(min=0.01, max=0.999, help="Share of requests that must attain.")] = 0.9,
     oracle_lengths: Oracle = False,
     acceptance: Acceptance = 0.7,
     drafter: Drafter = "none",
+    exact: Exact = False,
     processes: Annotated[int, typer.Option(min=1, help="Simulations at once.")] = 2,
     cache_file: Annotated[
         Path | None, typer.Option("--resume", help="Keep every simulation here (JSON lines) and reuse what is there.")
@@ -63,14 +73,18 @@ def capacity(
     json_file: JsonFile = None,
 ) -> None:
     """Search the highest rate per GPU at which the share of requests attains; each policy at its best parameters."""
-    from slos_serve.sim.capacity import Question, search_capacity
     from slos_serve.sim.drafters import with_drafter
     from slos_serve.sim.profiles import find_profile
+    from slos_serve.sim.question import Question
+    from slos_serve.sim.search import search_capacity
+    from slos_serve.sim.seeds import check_tuning_engine
     from slos_serve.sim.sweep import AnswerFile, run_searches
     from slos_serve.workload.scenarios import make_workload
 
     try:
         with_drafter(find_profile(profile), drafter)
+        if tuning:
+            check_tuning_engine(profile)
         names = scenarios_of(scenario or ["all"])
         policies = [policy_of(text) for text in policy or policy_names()]
         make_workload(names[0], 1.0, 1, arrivals=arrivals)
@@ -93,8 +107,10 @@ def capacity(
                     oracle_lengths=oracle_lengths,
                     acceptance=acceptance,
                     drafter=drafter,
+                    conditions=conditions_of(exact),
                 )
-                searches.append((f"{name} {chosen}", search_capacity(base, seeds, attain, variants=not parameters)))
+                own_seeds = _seeds(name, arrivals, seeds, tuning)
+                searches.append((f"{name} {chosen}", search_capacity(base, own_seeds, attain, variants=not parameters)))
         began = time.perf_counter()
         counts = {"simulations": 0, "steps": 0}
         with progress_bar() as bar:
@@ -122,6 +138,15 @@ def capacity(
     write_json(json_file, [row.as_dict() for row in results])
 
 
+def _seeds(scenario: str, arrivals: str, count: int | None, tuning: bool) -> list[int]:
+    from slos_serve.sim.seeds import default_count, table_seeds, tuning_seeds
+    from slos_serve.workload.scenarios import scenario_named
+
+    process = scenario_named(scenario).arrivals if arrivals == "scenario" else arrivals
+    chosen = count or default_count(process)
+    return tuning_seeds(chosen) if tuning else table_seeds(chosen)
+
+
 def default_requests(scenario: str) -> int:
     """Requests of a simulation whose answers have about :data:`TOKENS` tokens together."""
     from slos_serve.workload.scenarios import make_workload
@@ -132,16 +157,16 @@ def default_requests(scenario: str) -> int:
 
 
 def tables(results: list[Capacity]) -> list[Table]:
-    """Capacity by scenario and policy; attainment by prompt quartile at it."""
-    capacities = Table(title="requests/s per GPU (95 % interval)")
+    """Capacity by scenario and policy, by mean and with every token in time; attainment by prompt quartile at it."""
+    capacities = Table(title="requests/s per GPU (95 % interval); second: with every token in time")
     quartiles = Table(title="attainment at capacity by prompt length quartile, short to long (%)")
     policies = list(dict.fromkeys(row.policy for row in results))
     for table in (capacities, quartiles):
         table.add_column("scenario")
         for name in policies:
             table.add_column(name, justify="right")
-    capacities.add_column("fluid bound / 0.9", justify="right")
-    capacities.add_column("with speculation", justify="right")
+    for bound in ("fluid bound / 0.9", "with speculation", "costliest tenth dropped"):
+        capacities.add_column(bound, justify="right")
     by_scenario: dict[str, dict[str, Capacity]] = defaultdict(dict)
     for row in results:
         by_scenario[row.scenario][row.policy] = row
@@ -152,13 +177,17 @@ def tables(results: list[Capacity]) -> list[Table]:
             *(_cell(rows.get(name)) for name in policies),
             f"{any_row.fluid_bound_rps_per_gpu / 0.9:.2f}",
             f"{any_row.fluid_bound_speculative_rps_per_gpu / 0.9:.2f}",
+            f"{any_row.fluid_bound_dropping_rps_per_gpu:.2f}",
         )
         quartiles.add_row(scenario, *(_quartiles(rows.get(name)) for name in policies))
     return [capacities, quartiles]
 
 
 def _cell(row: Capacity | None) -> str:
-    return "" if row is None else f"{row.capacity_rps_per_gpu:.2f}\n{row.ci[0]:.2f}-{row.ci[1]:.2f}"
+    if row is None:
+        return ""
+    by_mean = f"{row.capacity_rps_per_gpu:.2f} ({row.ci[0]:.2f}-{row.ci[1]:.2f})"
+    return f"{by_mean}\n{row.strict_rps_per_gpu:.2f} ({row.strict_ci[0]:.2f}-{row.strict_ci[1]:.2f})"
 
 
 def _quartiles(row: Capacity | None) -> str:

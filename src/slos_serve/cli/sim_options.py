@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -15,6 +15,9 @@ from slos_serve.cli.printed import stdout_console
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.policies.registry import POLICIES, policy_entry
 from slos_serve.workload.scenarios import SCENARIOS, scenario_named
+
+if TYPE_CHECKING:
+    from slos_serve.sim.conditions import Conditions
 
 ProfileName = Annotated[str, typer.Option("--profile", help="Shipped profile (opt-13b-a100, ...) or a profile file.")]
 Arrivals = Annotated[
@@ -34,6 +37,14 @@ Drafter = Annotated[
     str, typer.Option(help="What drafts tokens in the engine: none, ngram (costs nothing), opt-125m (a draft model).")
 ]
 
+Exact = Annotated[
+    bool,
+    typer.Option(
+        "--exact",
+        help="Steps take exactly what the profile says, are planned when they begin, and scheduling costs nothing.",
+    ),
+]
+
 console = stdout_console()
 errors = Console(stderr=True)
 
@@ -42,6 +53,13 @@ def fail(fault: SlosServeError) -> typer.Exit:
     """Print what is wrong; the exit code to raise."""
     errors.print(f"[red]error:[/red] {fault}", highlight=False, soft_wrap=True)
     return typer.Exit(2)
+
+
+def conditions_of(exact: bool) -> Conditions:
+    """The conditions of a command: those of a server unless ``--exact`` was given."""
+    from slos_serve.sim.conditions import AS_SERVED, EXACT
+
+    return EXACT if exact else AS_SERVED
 
 
 def scenarios_of(names: Sequence[str]) -> list[str]:

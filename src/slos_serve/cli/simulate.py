@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +14,13 @@ from slos_serve.cli.sim_options import (
     Acceptance,
     Arrivals,
     Drafter,
+    Exact,
     JsonFile,
     Oracle,
     ProfileName,
     Router,
     Seed,
+    conditions_of,
     console,
     fail,
     policy_of,
@@ -50,7 +53,10 @@ def simulate(
     oracle_lengths: Oracle = False,
     acceptance: Acceptance = 0.7,
     drafter: Drafter = "none",
-    noise: Annotated[float, typer.Option(help="Coefficient of variation of injected step-time noise.")] = 0.0,
+    exact: Exact = False,
+    noise: Annotated[
+        float | None, typer.Option(help="Coefficient of variation of step times; default 0.1, with --exact 0.")
+    ] = None,
     bias: Annotated[float, typer.Option(help="Steps take this multiple of what the profile says.")] = 1.0,
     stragglers: Annotated[float, typer.Option(help="Share of steps that take four times as long.")] = 0.0,
     kill: Annotated[
@@ -74,6 +80,9 @@ def simulate(
             parameters = dict(policy_entry(name).variants[0])
         measured = with_drafter(find_profile(profile), drafter)
         workload = _workload(scenario, trace, classes, rate, requests, seed, arrivals, acceptance)
+        conditions = replace(conditions_of(exact), bias=bias)
+        if noise is not None:
+            conditions = replace(conditions, noise=noise)
         settings = SimSettings(
             policy=name,
             parameters=parameters,
@@ -82,7 +91,7 @@ def simulate(
             router=router,
             routers=routers,
             oracle_lengths=oracle_lengths,
-            error=ModelError(bias=bias, noise=noise, straggler_probability=stragglers),
+            error=ModelError(straggler_probability=stragglers),
             deaths=[_death(text) for text in kill or []],
             kv_bytes_per_token=kv_bytes_per_token(measured),
             seed=seed,
@@ -97,7 +106,7 @@ def simulate(
             def advance(now_s: float) -> None:
                 bar.update(task, completed=min(round(now_s), round(last_s)))
 
-            recording = run(workload, measured.model, limits, settings, progress=advance)
+            recording = run(workload, measured.model, limits, conditions.on(settings), progress=advance)
         wall_s = time.perf_counter() - began
     except SlosServeError as fault:
         raise fail(fault) from fault
@@ -162,18 +171,26 @@ def _print(outcome: Outcome, title: str, speed: dict[str, Any]) -> None:
     if outcome.admitted:
         table.add_row("of the admitted", f"{outcome.admitted_attained} of {outcome.admitted}")
     for name, share in outcome.by_class.items():
-        table.add_row(f"class {name}", f"{100 * share:.1f} % of calls")
-    shares = " ".join(f"{100 * share:.1f}" for share in outcome.by_prompt_quartile)
-    table.add_row("by prompt quartile, short to long", f"{shares} %")
+        strict = 100 * outcome.strict_by_class[name]
+        table.add_row(f"class {name}", f"{100 * share:.1f} % of calls, every token in time {strict:.1f} %")
+    quartiles = (outcome.by_prompt_quartile, outcome.strict_by_prompt_quartile)
+    for title, values in zip(("by prompt quartile, short to long", "every token in time"), quartiles, strict=True):
+        table.add_row(title, " ".join(f"{100 * share:.1f}" for share in values) + " %")
     for name, quantiles in (("TTFT", outcome.ttft_ms), ("TPOT", outcome.tpot_ms)):
         if quantiles.p50 is not None:
             table.add_row(f"{name} p50 / p99", f"{quantiles.p50:.0f} / {quantiles.p99:.0f} ms")
+    free = outcome.unpromised
+    if free.calls and free.ttft_ms.p50 is not None and free.last_token_ms.p50 is not None:
+        table.add_row("calls without a promise", f"{free.calls}")
+        table.add_row("their first token p50 / p99", f"{free.ttft_ms.p50:.0f} / {free.ttft_ms.p99:.0f} ms")
+        table.add_row("their last token p50 / p99", f"{free.last_token_ms.p50:.0f} / {free.last_token_ms.p99:.0f} ms")
     table.add_row("rejected, unfinished", f"{outcome.rejected}, {outcome.unfinished}")
     table.add_row("preemptions", str(outcome.preemptions))
     if speed["drafted"]:
         share = 100.0 * speed["accepted"] / speed["drafted"]
         table.add_row("drafts right", f"{share:.1f} % of {speed['drafted']:,.0f}")
     table.add_row("virtual time", f"{outcome.duration_s:.0f} s, {outcome.output_tokens_per_s:.0f} output tokens/s")
+    table.add_row("tokens of requests that attained", f"{outcome.goodput_tokens_per_s:.0f} output tokens/s")
     rates = f"{speed['requests_per_s']:.0f} requests/s, {speed['steps_per_s']:.0f} steps/s"
     table.add_row("simulated in", f"{speed['wall_s']:.1f} s: {rates}")
     console.print(table)

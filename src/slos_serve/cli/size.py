@@ -9,9 +9,11 @@ import typer
 from rich.table import Table
 
 from slos_serve.cli.sim_options import (
+    Exact,
     JsonFile,
     ProfileName,
     Router,
+    conditions_of,
     console,
     fail,
     policy_of,
@@ -33,10 +35,12 @@ def size(
     requests: Annotated[int, typer.Option(min=1, help="Read at most this many requests.")] = 20_000,
     speed: Annotated[float, typer.Option(help="Replay the trace this many times faster.")] = 1.0,
     most: Annotated[int, typer.Option(min=1, help="Give up above this many replicas.")] = 256,
+    exact: Exact = False,
     json_file: JsonFile = None,
 ) -> None:
     """Find the fewest replicas that serve a trace with the share of requests attaining."""
     from slos_serve.files.class_file import load_classes
+    from slos_serve.sim.engine import SimSettings
     from slos_serve.sim.profiles import find_profile
     from slos_serve.sim.sizing import fewest_replicas
     from slos_serve.workload.scenarios import trace_workload
@@ -53,7 +57,8 @@ def size(
                 def tried(count: int, attainment: float, name: str = name) -> None:
                     bar.update(task, description=f"{name}: {100 * attainment:.1f} % on {count} replicas")
 
-                found = fewest_replicas(workload, measured, name, parameters or None, router, attain, most, tried)
+                fleet = conditions_of(exact).on(SimSettings(policy=name, parameters=parameters or None, router=router))
+                found = fewest_replicas(workload, measured, fleet, attain, most, tried)
                 rows.append({"policy": name, "parameters": parameters, **found})
     except SlosServeError as fault:
         raise fail(fault) from fault

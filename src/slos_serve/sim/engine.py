@@ -45,6 +45,7 @@ class SimSettings:
         kv_bytes_per_token, transfer_bytes_per_s: for the KV transfer between prefill and decode.
         seed: of injected errors and draft acceptance.
         plan_ahead: steps are planned one ahead, as with vLLM's async scheduling.
+        scheduling_s: added to every step.
         drafter: one of ``sim.drafters.DRAFTERS``; with one in the engine ``slos-serve`` plans drafts unless its
             parameters say how long they may be. What it costs is in the batch-time model (``with_drafter``).
     """
@@ -67,6 +68,7 @@ class SimSettings:
     transfer_bytes_per_s: float = KV_TRANSFER_BYTES_PER_S
     seed: int = 0
     plan_ahead: bool = False
+    scheduling_s: float = 0.0
     drafter: str = NO_DRAFTER
 
     @property
@@ -132,7 +134,9 @@ def _replica(
     policy = _policy(settings, batch_time, len(recording.workload.classes), decode)
     if isinstance(router, SloRouter):
         policy = router.watch(index, policy)
-    replica_settings = ReplicaSettings(settings.oracle_lengths, settings.error, settings.seed, settings.plan_ahead)
+    replica_settings = ReplicaSettings(
+        settings.oracle_lengths, settings.error, settings.seed, settings.plan_ahead, settings.scheduling_s
+    )
     return Replica(index, policy, batch_time, limits, recording, replica_settings, prefill_only)
 
 

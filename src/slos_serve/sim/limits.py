@@ -41,9 +41,11 @@ class ReplicaSettings:
         seed: of the error and of draft acceptance.
         plan_ahead: the next step is planned while one executes, as vLLM's async scheduling does: a request that arrives
             during a step is seen one step later.
+        scheduling_s: added to every step.
     """
 
     oracle_lengths: bool = False
     error: ModelError = field(default_factory=ModelError)
     seed: int = 0
     plan_ahead: bool = False
+    scheduling_s: float = 0.0

@@ -1,4 +1,4 @@
-"""How far real step times stray from the batch-time model: noise, bias, stragglers, a machine that is taken away."""
+"""How far real step times stray from the model: noise, bias, stragglers, slow spells, a machine that is taken away."""
 
 from __future__ import annotations
 
@@ -60,6 +60,8 @@ class ModelError:
         bias: every step takes this multiple of what the model says.
         noise: coefficient of variation of a log-normal factor on each step, mean 1.
         straggler_probability, straggler_factor: now and then a step takes this multiple.
+        spell_every_s, spell_s, spell_factor: a slow spell begins this often on average (0: never), lasts that long on
+            average, both exponential, and steps that begin in it take this multiple.
         interruptions: when the machine was elsewhere; the work of a step takes that much longer.
     """
 
@@ -67,6 +69,9 @@ class ModelError:
     noise: float = 0.0
     straggler_probability: float = 0.0
     straggler_factor: float = 4.0
+    spell_every_s: float = 0.0
+    spell_s: float = 0.0
+    spell_factor: float = 1.0
     interruptions: Interruptions | None = None
 
     def __post_init__(self) -> None:
@@ -74,11 +79,36 @@ class ModelError:
         check_number("noise", self.noise, low=0.0, high=5.0, low_included=True)
         check_number("straggler_probability", self.straggler_probability, low=0.0, high=1.0, low_included=True)
         check_number("straggler_factor", self.straggler_factor, low=0.0, high=1000.0)
+        check_number("spell_every_s", self.spell_every_s, low=0.0, high=1e9, low_included=True)
+        check_number("spell_s", self.spell_s, low=0.0, high=1e6, low_included=True)
+        check_number("spell_factor", self.spell_factor, low=0.0, high=1000.0)
 
     @property
     def exact(self) -> bool:
-        """The model is right about every step's work."""
+        """The model is right about every step's work, slow spells aside."""
         return self.bias == 1.0 and self.noise == 0.0 and self.straggler_probability == 0.0
+
+
+class Spells:
+    """Slow spells of one replica; they depend on time alone, so every policy meets the same ones."""
+
+    def __init__(self, error: ModelError, random: np.random.Generator) -> None:
+        self._error = error
+        self._random = random
+        self._begin_s = self._end_s = math.inf
+        if error.spell_every_s > 0.0 and error.spell_s > 0.0:
+            self._end_s = 0.0
+            self._next()
+
+    def _next(self) -> None:
+        self._begin_s = self._end_s + float(self._random.exponential(self._error.spell_every_s))
+        self._end_s = self._begin_s + float(self._random.exponential(self._error.spell_s))
+
+    def factor(self, start_s: float) -> float:
+        """Multiple of a step that begins at ``start_s``; calls come in order of time."""
+        while start_s >= self._end_s:
+            self._next()
+        return self._error.spell_factor if start_s >= self._begin_s else 1.0
 
 
 class StepFactors:
@@ -89,15 +119,11 @@ class StepFactors:
         self._random = np.random.default_rng((seed, replica, 0x5E7))
         self._block = np.empty(0)
         self._next = 0
-
-    @property
-    def exact(self) -> bool:
-        """Whether every step takes just what the model says."""
-        return self._error.exact and self._error.interruptions is None
+        self._spells = Spells(error, np.random.default_rng((seed, replica, 0x51)))
 
     def duration_s(self, start_s: float, predicted_s: float) -> float:
         """How long a step that begins at ``start_s`` and for which the model says ``predicted_s`` takes."""
-        work_s = predicted_s * self.draw()
+        work_s = predicted_s * self.draw() * self._spells.factor(start_s)
         gaps = self._error.interruptions
         return work_s if gaps is None else gaps.duration_s(start_s, work_s)
 

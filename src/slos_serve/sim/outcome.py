@@ -13,6 +13,21 @@ from slos_serve.sim.recording import Recording
 
 
 @dataclass(frozen=True)
+class Unpromised:
+    """Calls to which no promise was made; with a policy that promises nothing, all of them.
+
+    Attributes:
+        calls, rejected: counts; a rejected call got no token.
+        ttft_ms, last_token_ms: from arrival to the first and to the last token, p50 and p99 of those that completed.
+    """
+
+    calls: int
+    rejected: int
+    ttft_ms: Quantiles
+    last_token_ms: Quantiles
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A run in numbers; counts are of requests (sessions), times of completed calls.
 
@@ -20,13 +35,15 @@ class Outcome:
         requests, attained, admitted, admitted_attained, rejected, unfinished: counts.
         attainment, low, high: share attained and its Wilson 95 % interval.
         strict: share whose every token was in time.
-        by_class: class -> share of its calls that attained.
-        by_prompt_quartile: share attained by quartile of the first prompt's length, short to long.
+        by_class, strict_by_class: class -> share of its calls that attained, and with every token in time.
+        by_prompt_quartile, strict_by_prompt_quartile: the same by quartile of the first prompt's length, short to long.
+        unpromised: how calls without a promise fared.
         ttft_ms, tpot_ms: p50 and p99.
         demoted: requests whose promise was taken back.
         steps, preemptions, empty_plans: counts over all replicas.
         duration_s: virtual time.
         output_tokens_per_s: tokens of completed calls over virtual time.
+        goodput_tokens_per_s: of them, those of requests that attained.
     """
 
     requests: int
@@ -41,7 +58,10 @@ class Outcome:
     high: float
     strict: float
     by_class: dict[str, float]
+    strict_by_class: dict[str, float]
     by_prompt_quartile: list[float]
+    strict_by_prompt_quartile: list[float]
+    unpromised: Unpromised
     ttft_ms: Quantiles
     tpot_ms: Quantiles
     steps: int
@@ -49,6 +69,7 @@ class Outcome:
     empty_plans: int
     duration_s: float
     output_tokens_per_s: float
+    goodput_tokens_per_s: float
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -97,8 +118,11 @@ def summarize_run(recording: Recording, measured: NDArray[np.bool_] | None = Non
         low=low,
         high=high,
         strict=float(strict[chosen].mean()) if chosen.any() else float("nan"),
-        by_class=_by_class(recording, scores, chosen[session]),
+        by_class=_by_class(recording, scores.attained, chosen[session]),
+        strict_by_class=_by_class(recording, scores.strict, chosen[session]),
         by_prompt_quartile=attained_by_quartile(attained[chosen], prompts[chosen]),
+        strict_by_prompt_quartile=attained_by_quartile(strict[chosen], prompts[chosen]),
+        unpromised=_unpromised(recording, scores, chosen[session]),
         ttft_ms=quantiles_ms(scores.ttft_s[done]),
         tpot_ms=quantiles_ms(scores.tpot_s[done]),
         steps=recording.num_steps,
@@ -106,14 +130,27 @@ def summarize_run(recording: Recording, measured: NDArray[np.bool_] | None = Non
         empty_plans=recording.num_empty_plans,
         duration_s=recording.end_s,
         output_tokens_per_s=float(calls["output_tokens"][done].sum()) / max(recording.end_s, 1e-9),
+        goodput_tokens_per_s=float(calls["output_tokens"][done & attained[session]].sum()) / max(recording.end_s, 1e-9),
     )
 
 
-def _by_class(recording: Recording, scores: CallScores, chosen: NDArray[np.bool_]) -> dict[str, float]:
+def _unpromised(recording: Recording, scores: CallScores, chosen: NDArray[np.bool_]) -> Unpromised:
+    records = recording.calls
+    came = chosen & np.isfinite(records["arrival_s"]) & (records["admitted"] == 0)
+    done = came & scores.completed
+    return Unpromised(
+        calls=int(came.sum()),
+        rejected=int((came & recording.rejected).sum()),
+        ttft_ms=quantiles_ms(scores.ttft_s[done]),
+        last_token_ms=quantiles_ms((records["done_s"] - records["arrival_s"])[done]),
+    )
+
+
+def _by_class(recording: Recording, met: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> dict[str, float]:
     class_index = recording.workload.calls["class_index"]
     rates = {}
     for index, slo_class in enumerate(recording.workload.classes):
         own = (class_index == index) & chosen
         if own.any():
-            rates[slo_class.name] = float(scores.attained[own].mean())
+            rates[slo_class.name] = float(met[own].mean())
     return rates

@@ -226,7 +226,7 @@ class Replica:
         return self._begin(now_s, shape, plan.predicted_s)
 
     def _begin(self, now_s: float, shape: BatchShape, predicted_s: float) -> float:
-        duration_s = self._factors.duration_s(now_s, self._batch_time.step_s(shape))
+        duration_s = self._factors.duration_s(now_s, self._batch_time.step_s(shape)) + self._settings.scheduling_s
         self._step_shape = shape
         self._step_start_s = now_s
         self.busy = True

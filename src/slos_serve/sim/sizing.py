@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from slos_serve.files.profile_file import Profile
-from slos_serve.policies.registry import Parameters
 from slos_serve.sim.engine import SimSettings, simulate
 from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.profiles import kv_bytes_per_token, limits_of
@@ -16,9 +16,7 @@ from slos_serve.workload.calls import Workload
 def fewest_replicas(
     workload: Workload,
     profile: Profile,
-    policy: str,
-    parameters: Parameters | None,
-    router: str,
+    settings: SimSettings,
     target: float,
     most: int,
     tried: Callable[[int, float], None],
@@ -28,7 +26,7 @@ def fewest_replicas(
     Args:
         workload: what arrives.
         profile: of every replica.
-        policy, parameters, router: as in :class:`slos_serve.sim.engine.SimSettings`.
+        settings: everything but the number of replicas.
         target: share of requests that must attain.
         most: give up above this many.
         tried: told (replicas, attainment) of every simulation.
@@ -40,11 +38,11 @@ def fewest_replicas(
 
     def enough(count: int) -> bool:
         if count not in known:
-            known[count] = _attainment(workload, profile, policy, parameters, router, count)
+            known[count] = _attainment(workload, profile, settings, count)
             tried(count, known[count])
         return known[count] >= target
 
-    least = 2 if SimSettings(policy=policy).disaggregated else 1
+    least = 2 if settings.disaggregated else 1
     low, high = least - 1, least
     while not enough(high):
         if high >= most:
@@ -59,18 +57,14 @@ def fewest_replicas(
     return _result(high, known, high)
 
 
-def _attainment(
-    workload: Workload, profile: Profile, policy: str, parameters: Parameters | None, router: str, replicas: int
-) -> float:
-    settings = SimSettings(
-        policy=policy,
-        parameters=parameters,
+def _attainment(workload: Workload, profile: Profile, settings: SimSettings, replicas: int) -> float:
+    fleet = replace(
+        settings,
         replicas=replicas,
         prefill_replicas=max(replicas // 2, 1),
-        router=router,
         kv_bytes_per_token=kv_bytes_per_token(profile),
     )
-    return summarize_run(simulate(workload, profile.model, limits_of(profile), settings)).attainment
+    return summarize_run(simulate(workload, profile.model, limits_of(profile), fleet)).attainment
 
 
 def _result(replicas: int, known: dict[int, float], last: int) -> dict[str, Any]:

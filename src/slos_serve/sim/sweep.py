@@ -15,7 +15,8 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
-from slos_serve.sim.capacity import Answer, Capacity, Question, Search, answer
+from slos_serve.sim.question import Answer, Question, answer
+from slos_serve.sim.search import Capacity, Search
 
 # Whatever these packages hold can change an answer.
 _DECIDING = ("core", "perf", "planning", "policies", "routing", "metrics", "workload", "sim")
@@ -46,7 +47,7 @@ class AnswerFile:
         try:
             row = json.loads(line)
             if row["code"] == source_digest():
-                self._known[row["question"]] = Answer(**row["answer"])
+                self._known[row["question"]] = Answer.from_json(row["answer"])
         except (ValueError, KeyError, TypeError):
             return  # the end of a line that an interrupted run left half written
 

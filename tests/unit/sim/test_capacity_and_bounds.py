@@ -9,10 +9,12 @@ import pytest
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.sim.bounds import cheapest_share_bound, clairvoyant_attainment, fluid_bound, work_of
-from slos_serve.sim.capacity import Answer, Capacity, EarlyStop, Question, answer, search_capacity
+from slos_serve.sim.engine import SimSettings
 from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.profiles import find_profile, limits_of, profile_names
+from slos_serve.sim.question import Answer, EarlyStop, Question, answer
 from slos_serve.sim.recording import Recording
+from slos_serve.sim.search import Bisection, Capacity, search_capacity
 from slos_serve.sim.sizing import fewest_replicas
 from slos_serve.sim.sweep import AnswerFile, run_searches
 from slos_serve.workload.scenarios import SCENARIOS, make_workload
@@ -24,15 +26,18 @@ BASE = Question("chat", "vllm", {}, "opt-13b-a100", "poisson", 1.0, 60, 0)
 
 def _drive(question: Question, knee_rps: float) -> Capacity:
     """Feed a search from a curve that falls through 90 % at the knee, later for larger budgets and by seed."""
-    search = search_capacity(question, seeds=3)
+    search = search_capacity(question, seeds=[30, 31, 32])
     asked = next(search)
     try:
         while True:
             found = []
             for one in asked:
-                knee = knee_rps * (1.2 if one.parameters.get("token_budget") == 8192 else 1.0) * (1.0 + 0.02 * one.seed)
-                attainment = float(np.clip(0.9 + 0.3 * (knee - one.rate_rps) / knee, 0.0, 1.0))
-                found.append(Answer(attainment, 1.0, [attainment] * 4, attainment, 1, False))
+                knee = knee_rps * (1.2 if one.parameters.get("token_budget") == 8192 else 1.0)
+                knee *= 1.0 + 0.02 * max(one.seed - 30, 0)
+                shares = [
+                    float(np.clip(0.9 + 0.3 * (own - one.rate_rps) / own, 0.0, 1.0)) for own in (knee, 0.5 * knee)
+                ]
+                found.append(Answer(shares[0], shares[1], 1.0, tuple(shares[:1] * 4), tuple(shares[1:] * 4)))
             asked = search.send(found)
     except StopIteration as end:
         result: Capacity = end.value
@@ -43,10 +48,25 @@ def _drive(question: Question, knee_rps: float) -> Capacity:
 def test_search_finds_the_crossing_of_the_best_parameters(knee_rps: float) -> None:
     found = _drive(BASE, knee_rps)
     assert found.capacity_rps_per_gpu == pytest.approx(1.2 * 1.02 * knee_rps, rel=0.01)
+    assert found.by_seed == pytest.approx([1.2 * knee_rps * (1.0 + 0.02 * i) for i in range(3)], rel=0.011)
+    assert found.strict_rps_per_gpu == pytest.approx(0.5 * 1.2 * 1.02 * knee_rps, rel=0.01)
+    assert found.fluid_bound_dropping_rps_per_gpu > found.fluid_bound_rps_per_gpu
     assert found.parameters == {"token_budget": 8192}
     assert found.ci[0] < found.capacity_rps_per_gpu < found.ci[1]
     assert found.attainment == pytest.approx(0.9, abs=0.01)
     assert [row["parameters"]["token_budget"] for row in found.tried] == [2048, 8192]
+
+
+def test_a_bisection_ends_between_two_rates_that_it_tried() -> None:
+    search = Bisection(start=1.0, tolerance=0.02)
+    tried = []
+    while (rate := search.next_rate()) is not None:
+        tried.append(rate)
+        search.tell(rate, rate <= 7.0)
+    assert search.low <= 7.0 < search.high <= 1.02 * search.low
+    assert search.low in tried and search.high in tried
+    search.tell(20.0, good=True)  # contradicts what is known already
+    assert search.high < 8.0
 
 
 def test_distserve_tries_every_split() -> None:
@@ -69,7 +89,7 @@ def test_a_sweep_runs_in_this_process() -> None:
     question = Question("coding", "vllm", {"token_budget": 8192}, "opt-13b-a100", "poisson", 1.0, 60, 0)
     asked: list[str] = []
     (found,) = run_searches(
-        [("one", search_capacity(question, 1, variants=False))],
+        [("one", search_capacity(question, [30], variants=False))],
         AnswerFile(None),
         1,
         lambda name, _question, _answer: asked.append(name),
@@ -115,10 +135,11 @@ def test_clairvoyant_bound_falls_with_the_rate_and_is_a_bound() -> None:
 
 def test_sizing_finds_the_fewest_replicas() -> None:
     load = make_workload("chat", 6.0, 300, arrivals="poisson")
-    found = fewest_replicas(load, PROFILE, "vllm", {"token_budget": 8192}, "least-loaded", 0.9, 16, lambda *_: None)
+    fleet = SimSettings(policy="vllm", parameters={"token_budget": 8192})
+    found = fewest_replicas(load, PROFILE, fleet, 0.9, 16, lambda *_: None)
     assert 3 <= found["replicas"] <= 8
     assert found["attainment"] >= 0.9 > found["attainment_with_one_fewer"]
-    none = fewest_replicas(load, PROFILE, "vllm", {"token_budget": 8192}, "least-loaded", 0.9, 1, lambda *_: None)
+    none = fewest_replicas(load, PROFILE, fleet, 0.9, 1, lambda *_: None)
     assert none["replicas"] == 0
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.sim.capacity import FIXED_DRAFTS, Answer, Question, search_capacity
 from slos_serve.sim.drafters import with_drafter
 from slos_serve.sim.profiles import find_profile
+from slos_serve.sim.question import Answer, Question
+from slos_serve.sim.search import FIXED_DRAFTS, search_capacity
 from tests.sim_builders import run, workload
 
 
@@ -40,14 +41,14 @@ def test_one_fixed_length_is_tuned_for_those_that_take_one() -> None:
     tried: dict[str, list[int]] = {}
     for drafter in ("none", "ngram"):
         base = Question("chat", "vllm", {}, "opt-13b-a100", "poisson", 1.0, 100, 0, drafter=drafter)
-        search = search_capacity(base, seeds=1)
+        search = search_capacity(base, seeds=[30])
         asked: set[int] = set()
         questions = next(search)
         try:
             while True:
                 asked |= {int(question.parameters.get("draft_tokens", 0)) for question in questions}
                 answers = [
-                    Answer(0.95 if question.rate_rps < 2.0 else 0.5, None, [0.9] * 4, 0.9, 1, False)
+                    Answer(0.95 if question.rate_rps < 2.0 else 0.5, 0.9 if question.rate_rps < 2.0 else 0.5)
                     for question in questions
                 ]
                 questions = search.send(answers)

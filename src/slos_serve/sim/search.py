@@ -1,0 +1,313 @@
+"""Capacity: the highest rate per GPU at which a target share of requests attains, with a confidence interval.
+
+The same seeded requests come at every rate (common random numbers), so attainment falls smoothly with the rate. Each
+seed is bisected by itself until two rates 2 % apart bracket its crossing; the capacity is the mean of the seeds'
+crossings and the interval comes from their spread. Nothing is interpolated, so a run that ended early decides only on
+which side of the crossing its rate is. A second search does the same for requests with every token in time.
+
+Parameters of a policy are compared on a tuning seed; the best of them is then searched on the seeds of the table.
+Searches are generators that ask for evaluations and get results: whoever drives them decides on processes, caching and
+progress.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from slos_serve.policies.registry import policy_entry
+from slos_serve.sim.bounds import DRAFT_STEP_S, Work, cheapest_share_bound, fluid_bound, work_of
+from slos_serve.sim.drafters import NO_DRAFTER, with_drafter
+from slos_serve.sim.interval import seed_interval
+from slos_serve.sim.profiles import find_profile, limits_of
+from slos_serve.sim.question import Answer, Question
+from slos_serve.sim.seeds import tuning_seeds
+from slos_serve.workload.scenarios import make_workload
+
+# A run stops when this much below the target is certain: its exact value would not matter.
+STOP_MARGIN = 0.10
+# Fixed draft lengths that a policy without its own is tried with, on the best of its other parameters.
+FIXED_DRAFTS = (2, 4)
+COARSE_STEP, COARSE_TOLERANCE, FINE_TOLERANCE = 1.3, 0.08, 0.02
+MAX_BRACKET_STEPS = 14
+METRICS = ("attainment", "strict")
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Result of a search.
+
+    Attributes:
+        capacity_rps_per_gpu, ci, by_seed: highest rate with the target attainment over GPUs: mean of the seeds' own,
+            its 95 % interval, and each.
+        strict_rps_per_gpu, strict_ci, strict_by_seed: the same for requests with every token in time.
+        attainment: mean of the seeds at the highest rate tried below their crossing.
+        fluid_bound_rps_per_gpu, fluid_bound_speculative_rps_per_gpu: no policy that serves all can carry more.
+        fluid_bound_dropping_rps_per_gpu: when the costliest tenth of the requests is dropped for free.
+        parameters: the best ones tried; tried: the capacity of each on the tuning seed.
+        curve: (rate per GPU, attainment) of the best on the first seed, rising rates.
+        at_capacity: further means over the seeds at the rate of ``attainment``.
+    """
+
+    scenario: str
+    policy: str
+    profile: str
+    replicas: int
+    arrivals: str
+    capacity_rps_per_gpu: float
+    ci: tuple[float, float]
+    by_seed: list[float]
+    strict_rps_per_gpu: float
+    strict_ci: tuple[float, float]
+    strict_by_seed: list[float]
+    attainment: float
+    fluid_bound_rps_per_gpu: float
+    fluid_bound_speculative_rps_per_gpu: float
+    fluid_bound_dropping_rps_per_gpu: float
+    parameters: dict[str, Any]
+    tried: list[dict[str, Any]]
+    curve: list[tuple[float, float]]
+    admitted_attained: float | None
+    by_prompt_quartile: list[float]
+    strict: float
+    at_capacity: dict[str, Any]
+    num_requests: int
+    seeds: list[int]
+    oracle_lengths: bool
+    conditions: dict[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+Search = Generator[list[Question], list[Answer], Capacity]
+Found = dict[float, Answer]
+RateSearch = Generator[list[Question], list[Answer], dict[int, tuple[float, Found]]]
+
+
+class Bisection:
+    """Rates to try, one after the other, until two bracket the crossing.
+
+    Attributes:
+        low, high: highest rate known to be good (0: none) and lowest known to be bad (inf: none).
+    """
+
+    def __init__(self, start: float, tolerance: float) -> None:
+        self._start = start
+        self._tolerance = tolerance
+        self._step = COARSE_STEP if tolerance > FINE_TOLERANCE else 1.0 + 4.0 * tolerance
+        self._steps_left = MAX_BRACKET_STEPS
+        self.low, self.high = 0.0, math.inf
+
+    def next_rate(self) -> float | None:
+        """The rate to try; ``None`` when the search has ended."""
+        if self.low == 0.0 and self.high == math.inf:
+            return self._start
+        if self.low > 0.0 and self.high < math.inf:
+            narrow = self.high / self.low <= 1.0 + self._tolerance
+            return None if narrow else math.sqrt(self.low * self.high)
+        if self._steps_left == 0:
+            return None
+        self._steps_left -= 1
+        rate = self.low * self._step if self.low > 0.0 else self.high / self._step
+        self._step = min(self._step * 1.3, 3.0)
+        return rate
+
+    def tell(self, rate: float, good: bool) -> None:
+        """What was found at a rate; what contradicts an earlier answer is left out."""
+        if good and rate < self.high:
+            self.low = max(self.low, rate)
+        elif not good and rate > self.low:
+            self.high = min(self.high, rate)
+
+    @property
+    def crossing(self) -> float:
+        """The middle of the bracket; 0 when no rate was good."""
+        return self.low if self.high == math.inf else math.sqrt(self.low * self.high)
+
+
+def search_capacity(base: Question, seeds: Sequence[int], target: float = 0.9, variants: bool = True) -> Search:
+    """Search one (scenario, policy): best parameters on a tuning seed, then each seed's own crossings.
+
+    Args:
+        base: everything but rate, seed and parameters.
+        seeds: of the table.
+        target: attainment asked for.
+        variants: try the policy's parameter sets; else only the one in ``base``.
+    """
+    bounds = _bounds(base)
+    tried: list[tuple[float, Question]] = []
+    best, start = yield from _best_parameters(base, target, 0.6 * bounds[0] * base.replicas, variants, tried)
+    found = yield from _crossings(best, seeds, dict.fromkeys(seeds, start), target, FINE_TOLERANCE, "attainment", {})
+    starts = {seed: max(crossing, 0.05 * bounds[0]) for seed, (crossing, _) in found.items()}
+    known = {seed: answers for seed, (_, answers) in found.items()}
+    strict = yield from _crossings(best, seeds, starts, target, FINE_TOLERANCE, "strict", known)
+    return _result(best, seeds, bounds, tried, found, strict)
+
+
+Crossings = Mapping[int, tuple[float, Found]]
+
+
+def _result(
+    best: Question,
+    seeds: Sequence[int],
+    bounds: tuple[float, float, float],
+    tried: Sequence[tuple[float, Question]],
+    found: Crossings,
+    strict: Crossings,
+) -> Capacity:
+    """The capacity of the best parameters from each seed's crossings."""
+    tensor_parallel = find_profile(best.profile).tensor_parallel
+    gpus = best.replicas * tensor_parallel
+    at = [_nearest_below(answers, crossing) for crossing, answers in found.values()]
+    own = [crossing / gpus for crossing, _ in found.values()]
+    own_strict = [crossing / gpus for crossing, _ in strict.values()]
+    return Capacity(
+        scenario=best.scenario,
+        policy=best.policy,
+        profile=best.profile,
+        replicas=best.replicas,
+        arrivals=best.arrivals,
+        capacity_rps_per_gpu=float(np.mean(own)),
+        ci=seed_interval(own),
+        by_seed=own,
+        strict_rps_per_gpu=float(np.mean(own_strict)),
+        strict_ci=seed_interval(own_strict),
+        strict_by_seed=own_strict,
+        attainment=float(np.mean([one.attainment for one in at])),
+        fluid_bound_rps_per_gpu=bounds[0] / tensor_parallel,
+        fluid_bound_speculative_rps_per_gpu=bounds[1] / tensor_parallel,
+        fluid_bound_dropping_rps_per_gpu=bounds[2] / tensor_parallel,
+        parameters={**best.parameters, **_split_of(best)},
+        tried=[
+            {"parameters": {**question.parameters, **_split_of(question)}, "rps_per_gpu": rate / gpus}
+            for rate, question in tried
+        ],
+        curve=[(rate / gpus, one.attainment) for rate, one in sorted(found[seeds[0]][1].items())],
+        admitted_attained=mean_of([one.admitted_attained for one in at]),
+        by_prompt_quartile=[float(x) for x in np.mean([one.by_prompt_quartile for one in at], axis=0)],
+        strict=float(np.mean([one.strict for one in at])),
+        at_capacity=_at_capacity(at),
+        num_requests=best.num_requests,
+        seeds=list(seeds),
+        oracle_lengths=best.oracle_lengths,
+        conditions=asdict(best.conditions),
+    )
+
+
+def _bounds(base: Question) -> tuple[float, float, float]:
+    """Fluid bounds of one replica in requests/s: of all requests, with drafts, and with the costliest tenth dropped."""
+    work = bound_work(base)
+    profile = find_profile(base.profile)
+    limits = limits_of(profile)
+    drafting = with_drafter(profile, base.drafter)
+    draft_step_s = drafting.model.k_s_s if base.drafter != NO_DRAFTER else DRAFT_STEP_S
+    speculative = fluid_bound(work, drafting.model, limits_of(drafting), base.acceptance, draft_step_s)
+    return (
+        fluid_bound(work, profile.model, limits),
+        speculative,
+        cheapest_share_bound(work, profile.model, limits),
+    )
+
+
+def bound_work(base: Question, sample: int = 20_000) -> Work:
+    """Work of a large sample of a question's requests."""
+    profile = find_profile(base.profile)
+    return work_of(make_workload(base.scenario, 1.0, sample, 0, "poisson").bound(profile.model))
+
+
+def _best_parameters(
+    base: Question, target: float, start: float, variants: bool, tried: list[tuple[float, Question]]
+) -> Generator[list[Question], list[Answer], tuple[Question, float]]:
+    """The best parameter set on a tuning seed and its crossing, or ``start`` where there is only one set."""
+    candidates = _candidates(base) if variants else [base]
+    lengths = FIXED_DRAFTS if variants and base.drafter != NO_DRAFTER and policy_entry(base.policy).fixed_drafts else ()
+    if len(candidates) + len(lengths) == 1:
+        return candidates[0], start
+    least = start / 12.0
+    (seed,) = tuning_seeds(1)
+
+    def try_one(candidate: Question, begin: float) -> Generator[list[Question], list[Answer], float]:
+        found = yield from _crossings(candidate, [seed], {seed: begin}, target, COARSE_TOLERANCE, "attainment", {})
+        tried.append((found[seed][0], candidate))
+        return max(found[seed][0], least)
+
+    for candidate in candidates:
+        start = yield from try_one(candidate, start)
+    _, best = max(tried, key=lambda pair: pair[0])
+    for length in lengths:
+        longer = replace(best, parameters={**best.parameters, "draft_tokens": length})
+        start = yield from try_one(longer, start)
+    rate, best = max(tried, key=lambda pair: pair[0])
+    return best, max(rate, least)
+
+
+def _candidates(base: Question) -> list[Question]:
+    entry = policy_entry(base.policy)
+    splits = range(1, base.replicas) if entry.make_decode is not None else (base.prefill_replicas,)
+    return [
+        replace(base, parameters=dict(parameters), prefill_replicas=split)
+        for parameters in entry.variants
+        for split in splits
+    ]
+
+
+def _split_of(question: Question) -> dict[str, int]:
+    apart = policy_entry(question.policy).make_decode is not None
+    return {"prefill_replicas": question.prefill_replicas} if apart else {}
+
+
+def _crossings(
+    base: Question,
+    seeds: Sequence[int],
+    starts: Mapping[int, float],
+    target: float,
+    tolerance: float,
+    metric: str,
+    known: Mapping[int, Found],
+) -> RateSearch:
+    """Each seed's own crossing of the target and every answer that led to it; ``known`` answers are used first."""
+    searches = {seed: Bisection(starts[seed], tolerance) for seed in seeds}
+    found: dict[int, Found] = {seed: dict(known.get(seed, {})) for seed in seeds}
+    for seed, search in searches.items():
+        for known_rate, one in sorted(found[seed].items()):
+            search.tell(known_rate, getattr(one, metric) >= target)
+    while True:
+        wanted = {seed: rate for seed in seeds if (rate := searches[seed].next_rate()) is not None}
+        if not wanted:
+            break
+        answers = yield [base.at(rate, seed, target - STOP_MARGIN) for seed, rate in wanted.items()]
+        for (seed, rate), one in zip(wanted.items(), answers, strict=True):
+            found[seed][rate] = one
+            searches[seed].tell(rate, getattr(one, metric) >= target)
+    return {seed: (searches[seed].crossing, found[seed]) for seed in seeds}
+
+
+def _nearest_below(answers: Found, rate: float) -> Answer:
+    below = [tried for tried in answers if tried <= rate * (1.0 + 1e-9)]
+    return answers[max(below)] if below else answers[min(answers)]
+
+
+def mean_of(values: Sequence[float | None]) -> float | None:
+    """Mean of what is known."""
+    some = [value for value in values if value is not None]
+    return float(np.mean(some)) if some else None
+
+
+def _at_capacity(at: Sequence[Answer]) -> dict[str, Any]:
+    classes = sorted({name for one in at for name in one.by_class or {}})
+    shares: dict[str, Any] = {
+        metric: {name: mean_of([(getattr(one, metric) or {}).get(name) for one in at]) for name in classes}
+        for metric in ("by_class", "strict_by_class")
+    }
+    columns = ("tokens_per_s", "goodput_tokens_per_s")
+    shares |= {name: float(np.mean([getattr(one, name) for one in at])) for name in columns}
+    shares["strict_by_prompt_quartile"] = [float(x) for x in np.mean([one.strict_by_prompt_quartile for one in at], 0)]
+    for name in ("unpromised_ttft_ms", "unpromised_last_ms"):
+        shares[name] = [mean_of([getattr(one, name)[i] for one in at]) for i in range(2)]
+    return shares
