@@ -3,7 +3,7 @@
     python -m benchmarks.heldout [--requests 600] [--seeds 22 23] [--exact] [--noise 0.15] [--bias 1.1]
 
 Seeds of tuning are refused without ``--tuning``, those of tables with it (benchmarks/README.md). Rates are those of
-OPT-13B on an A100, near the planner's capacity. ``recomputed`` is the share of tokens computed again after a preemption.
+OPT-13B on an A100, near the planner's capacity. ``recomputed``: share of tokens computed again after a preemption.
 """
 
 from __future__ import annotations
