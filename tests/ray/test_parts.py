@@ -29,8 +29,9 @@ from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.launch.endpoint import Endpoint
 from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.ray_serve import compat
+from slos_serve.ray_serve.answers import answer_headers, refusal, retry_after
 from slos_serve.ray_serve.app import KEYS, AppConfig, build_app, fastapi_app_with, llm_config_of
-from slos_serve.ray_serve.ingress import MAX_ATTEMPTS, SLOIngress, answer_headers, events, is_loss, refusal, retry_after
+from slos_serve.ray_serve.ingress import MAX_ATTEMPTS, SLOIngress, events, is_loss
 from slos_serve.ray_serve.router import SLORequestRouter
 from slos_serve.ray_serve.run import app_args, check_endpoint, http_options
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
@@ -220,7 +221,7 @@ def test_clients_come_back_one_by_one() -> None:
     waits = {int(retry_after(20.0)["retry-after"]) for _ in range(200)}
     assert min(waits) >= 20 and max(waits) <= 30 and len(waits) > 5
     assert retry_after(float("inf"), lambda low, _: low) == {"retry-after": "1"}
-    assert retry_after(0.0) == {"retry-after": "1"}
+    assert {int(retry_after(0.0)["retry-after"]) for _ in range(200)} == {1, 2}
 
 
 def test_a_dead_engine_is_told_from_other_errors() -> None:
@@ -363,11 +364,12 @@ def test_a_cluster_whose_endpoint_is_another_is_refused() -> None:
 def test_the_application_asks_for_a_key_before_it_reads_a_body() -> None:
     body = b'{"vllm_xargs": {"slo_class": "no such class"}}'
     for keys, wanted in ((("sk-1",), 401), ((), 400)):
-        client = TestClient(fastapi_app_with(keys))
+        client = TestClient(fastapi_app_with(keys, AppConfig(llm_config={}, max_request_mib=0.001)))
         headers = {"content-type": "application/json"}
         assert client.post("/v1/completions", content=body, headers=headers).status_code == wanted
         headers["authorization"] = "Bearer sk-1"
         assert client.post("/v1/completions", content=body, headers=headers).status_code == 400
+        assert client.post("/v1/completions", content=b" " * 2000, headers=headers).status_code == 413
 
 
 def test_the_example_and_the_page_agree_with_the_code(monkeypatch: pytest.MonkeyPatch) -> None:

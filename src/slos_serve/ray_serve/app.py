@@ -26,9 +26,11 @@ from slos_serve.launch.server import SCHEDULER_CLS
 from slos_serve.ray_serve import compat
 from slos_serve.ray_serve.api_keys import ApiKeyRequired, KeyDigests, take_keys
 from slos_serve.ray_serve.arguments import engine_arguments
+from slos_serve.ray_serve.bounds import MAX_REQUEST_MIB, MAX_REQUESTS, Bounds
 from slos_serve.ray_serve.engine import NothingToDownload
 from slos_serve.ray_serve.ingress import SLOIngress
 from slos_serve.ray_serve.json_only import JsonOnly
+from slos_serve.ray_serve.ports import DEFAULT_PORTS, PORTS_ENV, PortRange
 from slos_serve.ray_serve.server import HANG_AFTER_S, HANG_ENV, SLOServer
 from slos_serve.routing.settings import STALE_AFTER_S, Order
 from slos_serve.vllm_plugin.config import PLUGIN_KEYS, PluginConfig, invalid_field
@@ -52,6 +54,9 @@ class AppConfig(BaseModel):
         stale_after_ms: a replica that has not published for this long counts as full.
         hang_after_s: a replica whose requests wait this long for a step is replaced.
         ingress_replicas: endpoints; each routes by its own picture of the replicas.
+        publish_ports: range that each replica takes the port from that routers hear it at.
+        max_request_mib: largest body of any request, in MiB.
+        max_requests: requests in progress at one endpoint; more are answered 503.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -64,6 +69,9 @@ class AppConfig(BaseModel):
     )
     hang_after_s: float = Field(default=HANG_AFTER_S, gt=0.0, le=_DAY_MS, description="seconds, above 0")
     ingress_replicas: int = Field(default=1, ge=1, le=10_000, description="a whole number, 1 to 10000")
+    publish_ports: str = Field(default=DEFAULT_PORTS, description="a range of ports such as 29500-29999")
+    max_request_mib: float = Field(default=MAX_REQUEST_MIB, gt=0.0, le=4096.0, description="MiB, above 0")
+    max_requests: int = Field(default=MAX_REQUESTS, ge=1, le=MOST_ONGOING, description="a whole number, at least 1")
 
     @classmethod
     def of_args(cls, args: Mapping[str, Any]) -> Self:
@@ -104,13 +112,18 @@ def build_app(args: dict[str, Any], api_keys: Sequence[str] | None = None) -> Ap
         InvalidFieldError: an argument, the class file or the profile cannot be used.
     """
     config = AppConfig.of_args(args)
+    PortRange.of_text(config.publish_ports)
     _ = config.plugin.classes, config.plugin.profile  # unusable files are refused here and not by each replica
     keys = take_keys(os.environ) if api_keys is None else tuple(api_keys)
-    environment = {**config.plugin.environment(), HANG_ENV: f"{config.hang_after_s:g}"}
+    environment = {
+        **config.plugin.environment(),
+        HANG_ENV: f"{config.hang_after_s:g}",
+        PORTS_ENV: config.publish_ports,
+    }
     llm = LLMConfig(**llm_config_of(config, len(config.plugin.classes) + 2, environment))
     engine = build_llm_deployment(llm)
     ingress = serve.deployment(
-        make_fastapi_ingress(SLOIngress, endpoint_map=ENDPOINTS, app=fastapi_app_with(keys)),
+        make_fastapi_ingress(SLOIngress, endpoint_map=ENDPOINTS, app=fastapi_app_with(keys, config)),
         name="SLOIngress",
         num_replicas=config.ingress_replicas,
         max_ongoing_requests=MOST_ONGOING,
@@ -126,11 +139,12 @@ def build_app(args: dict[str, Any], api_keys: Sequence[str] | None = None) -> Ap
     )
 
 
-def fastapi_app_with(keys: Sequence[str]) -> Any:
+def fastapi_app_with(keys: Sequence[str], config: AppConfig) -> Any:
     """Ray's FastAPI application in our middleware; the one added last is asked first."""
     app = compat.fastapi_app()
     app.add_middleware(SLOMiddleware)
     app.add_middleware(JsonOnly)
+    app.add_middleware(Bounds, max_bytes=int(config.max_request_mib * 2**20), max_requests=config.max_requests)
     if keys:
         app.add_middleware(ApiKeyRequired, keys=KeyDigests.of(keys))
     return app

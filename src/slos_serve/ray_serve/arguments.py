@@ -60,6 +60,9 @@ REFUSED: Mapping[str, str] = {
     "lora_modules": "the endpoint knows one model name; serve adapters with a single server",
     "ssl_cert_reqs": "Ray Serve decides by --ssl-ca-certs alone",
 }
+# Engines that share one scheduler's replica would publish over each other: a replica is one engine.
+_DATA_PARALLEL = "data_parallel"
+_ONE_ENGINE = "each replica is one engine; ask for more replicas instead"
 _FRONT_END = "it belongs to the HTTP side of vLLM's own server, which --replicas does not start"
 
 
@@ -76,7 +79,7 @@ def engine_arguments(given: Mapping[str, Any], where: str = "--replicas") -> dic
     allowed = engine_fields() | PROMPT_ARGUMENTS
     found = {}
     for name, value in given.items():
-        if name in REFUSED or name not in allowed:
+        if name in REFUSED or name not in allowed or name.startswith(_DATA_PARALLEL):
             raise refused(name, where)
         found[name] = value
     return found
@@ -91,9 +94,8 @@ def engine_fields() -> frozenset[str]:
 
 def refused(name: str, where: str) -> InvalidFieldError:
     """The error for an argument that replicas do not take; its value may be a secret and is not shown."""
-    return InvalidFieldError(
-        f"--{name.replace('_', '-')}", "a value", f"not with {where}: {REFUSED.get(name, _FRONT_END)}"
-    )
+    why = _ONE_ENGINE if name.startswith(_DATA_PARALLEL) else REFUSED.get(name, _FRONT_END)
+    return InvalidFieldError(f"--{name.replace('_', '-')}", "a value", f"not with {where}: {why}")
 
 
 def refuse_early(options: Iterable[str]) -> None:
@@ -105,5 +107,5 @@ def refuse_early(options: Iterable[str]) -> None:
     for word in options:
         name = word.partition("=")[0]
         field = name[2:].replace("-", "_") if name.startswith("--") else ""
-        if field in REFUSED and field not in ENDPOINT_ARGUMENTS:
+        if (field in REFUSED and field not in ENDPOINT_ARGUMENTS) or field.startswith(_DATA_PARALLEL):
             raise refused(field, "--replicas")

@@ -18,6 +18,7 @@ OLDEST = (2, 60)
 ENGINE_DEAD = ("EngineDead", "EngineCore")
 
 try:
+    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
     from ray.llm._internal.common.callbacks.base import CallbackBase
     from ray.llm._internal.serve.constants import DEFAULT_LLM_ROUTER_HTTP_TIMEOUT as HTTP_TIMEOUT_S
     from ray.llm._internal.serve.core.configs.openai_api_models import (
@@ -48,6 +49,7 @@ __all__ = [
     "NON_STREAMING_RESPONSE_TYPES",
     "CallbackBase",
     "ChatCompletionRequest",
+    "ClusterStore",
     "ErrorResponse",
     "OpenAIHTTPException",
     "RawRequestInfo",
@@ -60,6 +62,19 @@ __all__ = [
     "server_sent",
     "to_model_metadata",
 ]
+
+
+class ClusterStore:
+    """Ray's key-value store of the cluster that this process belongs to."""
+
+    def get(self, key: bytes) -> bytes | None:
+        """The value, ``None`` without one."""
+        found: bytes | None = _internal_kv_get(key)
+        return found
+
+    def put_new(self, key: bytes, value: bytes) -> None:
+        """Store a value where there is none yet."""
+        _internal_kv_put(key, value, overwrite=False)
 
 
 def endpoint_options() -> Any:

@@ -5,12 +5,10 @@ promised.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import math
 import os
-import random
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import Request
@@ -22,6 +20,15 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import NO_SLO_CLASS
 from slos_serve.ray_serve import compat
+from slos_serve.ray_serve.answers import (
+    LOST,
+    answer_headers,
+    error_response,
+    lost_event,
+    lost_message,
+    refusal,
+    retry_after,
+)
 from slos_serve.ray_serve.prompts import PromptCounter, context_tokens
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
 from slos_serve.ray_serve.ticket_office import TicketOffice, session_of
@@ -31,11 +38,10 @@ from slos_serve.vllm_plugin.config import PluginConfig
 MAX_ATTEMPTS = 3
 HEALTH_TIMEOUT_S = 1.5
 GENERATING = ("chat", "completions")
-REJECTED = "rejected-saturated"
-LOST = "replica_lost"
-# Ray needs some seconds to notice and replace a replica; refused clients come back spread over half of their wait.
+# Ray needs some seconds to notice and replace a replica.
 UNAVAILABLE_RETRY_S = 4.0
-RETRY_SPREAD = 1.5
+# Tokenizers compute outside Python's lock, so threads keep a long prompt from holding up every stream.
+TOKENIZER_THREADS = 4
 _logger = logging.getLogger("slos_serve.ray_serve")
 
 
@@ -58,6 +64,7 @@ class SLOIngress(OpenAiIngress):
         prompts = PromptCounter.of_model(tokenizer, trust_remote_code)
         longest = max_model_len or context_tokens(tokenizer, trust_remote_code)
         self._office = TicketOffice(settings, prompts, longest)
+        self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, "slos-serve tokenizer")
         self._routed = metrics.Counter(
             "slos_serve_routed", "Requests by class and what became of them.", tag_keys=("slo_class", "verdict")
         )
@@ -78,7 +85,7 @@ class SLOIngress(OpenAiIngress):
             answer: Response = await super()._process_llm_request(body, call_method, raw_request)
             return answer
         try:
-            ticket = self._office.ticket(body, session_of(raw_request.headers))
+            ticket = await self._ticket(body, session_of(raw_request.headers))
         except InvalidFieldError as error:
             return error_response(400, str(error), "invalid_request_error", error.field)
         async with compat.router_request_timeout(compat.HTTP_TIMEOUT_S):
@@ -101,6 +108,12 @@ class SLOIngress(OpenAiIngress):
             return JSONResponse(first.model_dump(), headers=answer_headers(ticket))
         stream = events(first, rest, ticket)
         return StreamingResponse(stream, media_type="text/event-stream", headers=answer_headers(ticket))
+
+    async def _ticket(self, body: Any, session: str | None) -> Ticket:
+        """Made in a thread; the time that it takes counts against the request's promise."""
+        arrival_s = self._office.now_s()
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._tokenizers, self._office.ticket, body, session, arrival_s)
 
     def _count(self, ticket: Ticket) -> None:
         verdict = answer_headers(ticket).get("x-slo-verdict", NO_SLO_CLASS)
@@ -160,65 +173,6 @@ async def events(first: Any, rest: AsyncIterator[Any], ticket: Ticket) -> AsyncG
         yield lost_event(ticket, type(fault).__name__)
     if not done:
         yield "data: [DONE]\n\n"
-
-
-def answer_headers(ticket: Ticket) -> dict[str, str]:
-    """What became of the request; the class and its numbers are added by the middleware."""
-    decision = ticket.decision
-    if decision is None:
-        return {}
-    verdict = str(decision.verdict) if ticket.asked.has_slo else NO_SLO_CLASS
-    found = {"x-slo-verdict": verdict, "x-slo-reason": str(decision.reason), "x-slo-attempts": str(ticket.attempts)}
-    return found if decision.replica is None else {**found, "x-slo-replica": decision.replica}
-
-
-def refusal(refused: RequestRefusedError, ticket: Ticket) -> JSONResponse:
-    """429 in the OpenAI shape, with when to ask again."""
-    asked = ticket.asked
-    told = retry_after(refused.retry_after_s)
-    wait_s = told["retry-after"]
-    due_ms = (asked.ttft_due_s - asked.arrival_s) * 1000.0
-    promise = ", ".join(
-        f"{name} {value:.0f} ms" for name, value in (("TTFT", due_ms), ("TPOT", asked.tpot_s * 1e3)) if value < math.inf
-    )
-    message = (
-        f"class {ticket.slo_class or 'custom'!r} ({promise}; {asked.prompt_tokens} prompt tokens) cannot be attained "
-        f"now: {refused.reason}. Retryable; ask again in {wait_s} s."
-    )
-    headers = {
-        **told,
-        "x-llm-d-request-dropped-reason": REJECTED,
-        "x-slo-class": ticket.slo_class or "custom",
-        "x-slo-verdict": "reject",
-        "x-slo-reason": refused.reason,
-    }
-    return error_response(429, message, "rate_limit_error", "slo_class", headers)
-
-
-def retry_after(least_s: float, uniform: Callable[[float, float], float] = random.uniform) -> dict[str, str]:
-    """When to ask again: not before ``least_s``, and not all at the same moment."""
-    least_s = least_s if math.isfinite(least_s) else 1.0
-    return {"retry-after": str(max(math.ceil(uniform(least_s, RETRY_SPREAD * least_s)), 1))}
-
-
-def error_response(
-    status: int, message: str, kind: str, field: str | None = None, headers: dict[str, str] | None = None
-) -> JSONResponse:
-    """An error as the OpenAI API shapes it."""
-    error = {"message": message, "type": kind, "param": field, "code": status}
-    return JSONResponse({"error": error}, status, headers=headers)
-
-
-def lost_event(ticket: Ticket, fault: str) -> str:
-    """The last event but one of a stream that was cut off."""
-    error = {"message": lost_message(ticket, fault), "type": LOST, "param": None, "code": 502}
-    return f"data: {json.dumps({'error': error})}\n\n"
-
-
-def lost_message(ticket: Ticket, fault: str) -> str:
-    """What a client is told when its replica is lost and its request cannot be repeated."""
-    where = "before the first token" if ticket.output_tokens == 0 else f"after {ticket.output_tokens} tokens"
-    return f"the replica that served this request was lost {where} ({fault}); ask again"
 
 
 def is_lost_replica(error: BaseException) -> bool:

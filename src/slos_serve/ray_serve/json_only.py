@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from slos_serve.ray_serve.ingress import error_response
+from slos_serve.ray_serve.answers import error_response
 from slos_serve.vllm_plugin.middleware import SLO_PATHS
 
 JSON = "application/json"

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from ray.serve import metrics
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from slos_serve.ray_serve.compat import ClusterStore
+from slos_serve.ray_serve.curve import shared_keys
 from slos_serve.ray_serve.dispatch import Dispatcher
 from slos_serve.ray_serve.inbox import Inbox
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
@@ -21,7 +24,11 @@ class SLORequestRouter(RequestRouter):
 
     def initialize_state(self, **settings: Any) -> None:
         """Take ``request_router_kwargs``: the arguments of :class:`Dispatcher` but the mailbox."""
-        self._dispatcher = Dispatcher(Inbox(), **settings)
+        dropped = metrics.Counter(
+            "slos_serve_publications_dropped", "Publications and peers not believed.", tag_keys=("reason",)
+        )
+        inbox = Inbox(lambda: shared_keys(ClusterStore()), dropped=lambda reason: dropped.inc(tags={"reason": reason}))
+        self._dispatcher = Dispatcher(inbox, **settings)
         self._tickets: dict[str, Ticket] = {}
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:

@@ -17,8 +17,11 @@ from ray.serve import metrics
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
+from slos_serve.ray_serve.compat import ClusterStore
+from slos_serve.ray_serve.curve import shared_keys
 from slos_serve.ray_serve.demand import FULLNESS, HEADROOM, Demand
 from slos_serve.ray_serve.engine import SLOEngine
+from slos_serve.ray_serve.ports import DEFAULT_PORTS, PORTS_ENV, PortRange
 from slos_serve.ray_serve.pulse import Pulse
 from slos_serve.ray_serve.relay import Relay
 from slos_serve.ray_serve.ticket import Ticket
@@ -37,7 +40,13 @@ class SLOServer(LLMServer):
     async def __init__(self, llm_config: LLMConfig, **options: Any) -> None:  # type: ignore[misc]  # Ray awaits it
         settings = PluginConfig.from_environment(os.environ)
         self._pulse = Pulse()
-        self._relay = Relay(ray.util.get_node_ip_address(), self._pulse, settings.publish_every_s)
+        self._relay = Relay(
+            ray.util.get_node_ip_address(),
+            self._pulse,
+            shared_keys(ClusterStore()),
+            PortRange.of_text(os.environ.get(PORTS_ENV, DEFAULT_PORTS)),
+            settings.publish_every_s,
+        )
         self._hang_after_s = float(os.environ.get(HANG_ENV, HANG_AFTER_S))
         self._demand = Demand()
         # vLLM starts its engine core with this process's environment.
@@ -80,8 +89,10 @@ class SLOServer(LLMServer):
         room = metrics.Gauge(
             "slos_serve_headroom", "Typical requests of a class that could still be promised.", tag_keys=("slo_class",)
         )
+        refused = metrics.Gauge("slos_serve_refused_peers", "Connections to the publications' port that were refused.")
         while True:
             await asyncio.sleep(METRICS_EVERY_S)
+            refused.set(self._relay.refused_peers)
             try:
                 stats = await self.record_autoscaling_stats()
             except Exception:

@@ -42,17 +42,22 @@ class TicketOffice:
         self._clock_s = clock_s
         self._indices = {slo_class.name: index for index, slo_class in enumerate(settings.classes)}
 
-    def ticket(self, body: Any, session: str | None = None) -> Ticket:
-        """The ticket of an OpenAI request.
+    def now_s(self) -> float:
+        """The router's clock."""
+        return self._clock_s()
+
+    def ticket(self, body: Any, session: str | None = None, arrival_s: float | None = None) -> Ticket:
+        """The ticket of an OpenAI request. Safe to be called from several threads.
 
         Args:
             body: the parsed request, headers merged into its ``vllm_xargs`` as the middleware does.
             session: from the header, for a request whose body was left as it came.
+            arrival_s: when it came; ``None`` for now.
 
         Raises:
             InvalidFieldError: an SLO field cannot be used.
         """
-        arrival_s = self._clock_s()
+        arrival_s = self._clock_s() if arrival_s is None else arrival_s
         asked = from_extra_args(getattr(body, "vllm_xargs", None))
         slo_class = asked.applied(self._settings.classes)
         prompt_tokens = self._prompts.prompt_tokens(body)

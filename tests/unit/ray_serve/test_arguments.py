@@ -29,6 +29,7 @@ def test_arguments_of_the_engine_and_of_prompts_pass() -> None:
     [
         *("allowed_origins", "allow_credentials", "root_path", "uds", "middleware", "headless", "hf_token"),
         *("ssl_cert_reqs", "enable_ssl_refresh", "disable_fastapi_docs", "api_server_count", "lora_modules"),
+        *("data_parallel_size", "data_parallel_rank", "data_parallel_external_lb"),
         *("enable_request_id_headers", "scheduler_cls", "api_key", "ssl_keyfile", "no_such_argument"),
     ],
 )
@@ -57,3 +58,5 @@ def test_what_is_known_by_name_is_refused_before_vllm_is_imported() -> None:
     refuse_early(["--api-key", "k", "--port", "1", "--max-model-len", "--", "root-path"])
     with pytest.raises(InvalidFieldError, match="--root-path"):
         refuse_early(["--port", "1", "--root_path=/x"])
+    with pytest.raises(InvalidFieldError, match="more replicas instead"):
+        refuse_early(["--data-parallel-size", "2"])

@@ -13,27 +13,30 @@ pytest.importorskip("zmq")
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.policies.slos_serve import SLOsServePolicy
+from slos_serve.ray_serve.curve import CurveKeys, Doorkeeper
 from slos_serve.ray_serve.inbox import Inbox
 from slos_serve.ray_serve.pulse import Pulse
 from slos_serve.ray_serve.relay import Relay
 from slos_serve.ray_serve.wire import Envelope
 from slos_serve.vllm_plugin.publish import EnginePublisher
 from tests.builders import OPT_13B_A100
+from tests.unit.ray_serve.ports import PORTS
 from tests.unit.routing.fleet import NOW_S, loaded
 
+KEYS = CurveKeys.make()
 PATIENCE = 200  # polls of 50 ms
 
 
 @pytest.fixture
 def relay() -> Iterator[Relay]:
-    relay = Relay("127.0.0.1", Pulse(), every_s=0.01)
+    relay = Relay("127.0.0.1", Pulse(), KEYS, PORTS, every_s=0.01)
     yield relay
     relay.close()
 
 
 @pytest.fixture
 def inbox() -> Iterator[Inbox]:
-    inbox = Inbox()
+    inbox = Inbox(lambda: KEYS)
     yield inbox
     inbox.close()
 
@@ -90,7 +93,7 @@ def test_an_inbox_that_listens_to_nobody_rests(monkeypatch: pytest.MonkeyPatch) 
         return []
 
     monkeypatch.setattr(zmq.Poller, "poll", poll)
-    inbox = Inbox()
+    inbox = Inbox(lambda: KEYS)
     threading.Event().wait(0.2)
     own = inbox._thread.ident
     inbox.close()
@@ -106,6 +109,9 @@ def test_addresses_and_messages_that_are_none_end_nothing(
     for number, address in enumerate(BAD_ADDRESSES):
         inbox.listen(f"bad{number}", address)  # type: ignore[arg-type]
     with zmq.Context() as context, context.socket(zmq.PUB) as garbage:
+        doorkeeper = Doorkeeper(context, KEYS.router_public)
+        threading.Thread(target=doorkeeper.answer, daemon=True).start()
+        KEYS.guard_replica(garbage)
         port = garbage.bind_to_random_port("tcp://127.0.0.1")
         inbox.listen("garbage", f"tcp://127.0.0.1:{port}")
         inbox.listen("r1", relay.address)
@@ -120,6 +126,7 @@ def test_addresses_and_messages_that_are_none_end_nothing(
             threading.Event().wait(0.05)
         else:
             raise AssertionError("the thread has ended")
+        doorkeeper.socket.close(linger=0)
     assert inbox._thread.is_alive()
 
 
