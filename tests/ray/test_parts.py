@@ -31,6 +31,7 @@ from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.ray_serve import compat
 from slos_serve.ray_serve.answers import answer_headers, refusal, retry_after
 from slos_serve.ray_serve.app import KEYS, AppConfig, build_app, fastapi_app_with, llm_config_of
+from slos_serve.ray_serve.curve import CurveKeys
 from slos_serve.ray_serve.ingress import MAX_ATTEMPTS, SLOIngress, events, is_loss
 from slos_serve.ray_serve.router import SLORequestRouter
 from slos_serve.ray_serve.run import app_args, check_endpoint, http_options
@@ -43,6 +44,7 @@ from tests.builders import OPT_13B_A100
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[2]
+KEYS_OF_CLUSTER = CurveKeys.make()
 DEPLOYMENT = DeploymentID(name="engine", app_name="app")
 
 
@@ -77,13 +79,15 @@ def a_ticket(*, reject: bool = False, session: str | None = None) -> Ticket:
 
 
 @pytest.fixture
-async def router() -> SLORequestRouter:
+async def router(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[SLORequestRouter]:
+    monkeypatch.setattr("slos_serve.ray_serve.router.shared_keys", lambda _: KEYS_OF_CLUSTER)
     router = SLORequestRouter(
         deployment_id=DEPLOYMENT, handle_source=DeploymentHandleSource.REPLICA, use_replica_queue_len_cache=True
     )
     router.initialize_state(num_classes=3, order="spread")
     router.update_replicas([Replica("a"), Replica("b", replica_metadata={ADDRESS_KEY: "tcp://127.0.0.1:9"})])
-    return router
+    yield router
+    router.close()
 
 
 async def test_a_request_goes_where_the_dispatcher_says(router: SLORequestRouter) -> None:

@@ -27,9 +27,15 @@ class SLORequestRouter(RequestRouter):
         dropped = metrics.Counter(
             "slos_serve_publications_dropped", "Publications and peers not believed.", tag_keys=("reason",)
         )
-        inbox = Inbox(lambda: shared_keys(ClusterStore()), dropped=lambda reason: dropped.inc(tags={"reason": reason}))
-        self._dispatcher = Dispatcher(inbox, **settings)
+        self._inbox = Inbox(
+            lambda: shared_keys(ClusterStore()), dropped=lambda reason: dropped.inc(tags={"reason": reason})
+        )
+        self._dispatcher = Dispatcher(self._inbox, **settings)
         self._tickets: dict[str, Ticket] = {}
+
+    def close(self) -> None:
+        """Hear publications no longer."""
+        self._inbox.close()
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """The replicas that Ray knows of now."""

@@ -61,14 +61,31 @@ def eventually(holds: Callable[[], object]) -> bool:
     return False
 
 
-def hears(address: str, keys: CurveKeys, dropped: Counter[str]) -> Callable[[], bool]:
-    """Whether an inbox with these keys hears the address; it is closed with the process."""
-    inbox = Inbox(lambda: keys, dropped=lambda reason: dropped.update([reason]))
-    inbox.listen("r1", address)
-    return lambda: "r1" in inbox.take()
+@pytest.fixture
+def inboxes() -> Iterator[list[Inbox]]:
+    opened: list[Inbox] = []
+    yield opened
+    for inbox in opened:
+        inbox.close()
 
 
-def test_only_a_router_of_the_cluster_hears(relay: Relay) -> None:
+Hears = Callable[[str, CurveKeys, Counter[str]], Callable[[], bool]]
+
+
+@pytest.fixture
+def hears(inboxes: list[Inbox]) -> Hears:
+    """Makes an inbox with these keys; what it returns says whether it has heard the address."""
+
+    def listening(address: str, keys: CurveKeys, dropped: Counter[str]) -> Callable[[], bool]:
+        inbox = Inbox(lambda: keys, dropped=lambda reason: dropped.update([reason]))
+        inboxes.append(inbox)
+        inbox.listen("r1", address)
+        return lambda: "r1" in inbox.take()
+
+    return listening
+
+
+def test_only_a_router_of_the_cluster_hears(relay: Relay, hears: Hears) -> None:
     other, dropped = CurveKeys.make(), Counter[str]()
     stranger = replace(KEYS, router_public=other.router_public, router_secret=other.router_secret)
     strange = hears(relay.address, stranger, dropped)
@@ -77,7 +94,7 @@ def test_only_a_router_of_the_cluster_hears(relay: Relay) -> None:
     assert not strange() and dropped["peer"]
 
 
-def test_an_impostor_is_not_believed() -> None:
+def test_an_impostor_is_not_believed(hears: Hears) -> None:
     other, dropped = CurveKeys.make(), Counter[str]()
     impostor = Relay("127.0.0.1", Pulse(), replace(other, router_public=KEYS.router_public), PORTS, every_s=0.01)
     publisher = EnginePublisher(impostor.engine_address, SLOsServePolicy(OPT_13B_A100, 1), every_s=0.1)
@@ -92,7 +109,7 @@ def test_an_impostor_is_not_believed() -> None:
 @pytest.mark.parametrize(
     "said", [b"GET / HTTP/1.1\r\n\r\n", b"\xff" * 4096, b"\xff\x00\x00\x00\x00\x00\x00\x00\x01\x7f\x03"]
 )
-def test_bytes_that_are_no_peer_change_nothing(relay: Relay, said: bytes) -> None:
+def test_bytes_that_are_no_peer_change_nothing(relay: Relay, hears: Hears, said: bytes) -> None:
     host, port = relay.address.removeprefix("tcp://").split(":")
     for _ in range(3):
         with sockets.create_connection((host, int(port))) as garbage:
