@@ -20,10 +20,14 @@ NAME = "DryConnector"
 
 @dataclass
 class DryMetadata(KVConnectorMetadata):
-    """What one step starts: loads with their steps and whether they fail, and steps for sends of finished requests."""
+    """What one step starts: loads with their steps and whether they fail, and steps for sends of finished requests.
+
+    ``tokens_within`` are those that are loaded within the step.
+    """
 
     loads: dict[str, tuple[int, bool]] = field(default_factory=dict)
     sends: dict[str, int] = field(default_factory=dict)
+    tokens_within: int = 0
 
 
 class DryConnector(KVConnectorBase_V1):
@@ -58,6 +62,8 @@ class DryConnector(KVConnectorBase_V1):
         self._loaded.add(request.request_id)
         if load[1]:
             self._meta.loads[request.request_id] = (load[2], bool(load[4]))
+        else:
+            self._meta.tokens_within += num_external_tokens
 
     def build_connector_meta(self, scheduler_output: Any) -> KVConnectorMetadata:
         """What the step starts; forgets it."""

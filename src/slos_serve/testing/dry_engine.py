@@ -34,6 +34,7 @@ class DryEngine:
 
     Attributes:
         depth: batches in flight, 2 as under async scheduling, 1 as without, ``None`` for what vLLM would have.
+        load_s_each: seconds that a step takes longer for each token whose KV a connector loads within it.
         device: the imaginary workers; ``acceptance`` and ``hit_share`` of its drafts are set there.
         answers: tokens delivered to each request.
         token_times_s: when each came.
@@ -47,6 +48,7 @@ class DryEngine:
     model: BatchTimeModel
     depth: int | None = 2
     now_s: float = 0.0
+    load_s_each: float = 0.0
     answers: dict[str, list[int]] = field(default_factory=dict)
     token_times_s: dict[str, list[float]] = field(default_factory=dict)
     token_steps: dict[str, list[int]] = field(default_factory=dict)
@@ -133,6 +135,7 @@ class DryEngine:
         seconds, result = self.device.execute(output)
         if self._transfers is not None:
             result.kv_connector_output = self._transfers.step(output.kv_connector_metadata)
+            seconds += self.load_s_each * getattr(output.kv_connector_metadata, "tokens_within", 0)
         waits_for_token = getattr(output, "pending_structured_output_tokens", False)
         if not waits_for_token:
             self.scheduler.get_grammar_bitmask(output)

@@ -17,10 +17,12 @@ import numpy as np
 
 from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.request import SlotArray
+from slos_serve.perf.step_time import alone_s
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.engine_view import EngineLimits
 from slos_serve.vllm_plugin.guard import Guard
+from slos_serve.vllm_plugin.kv_loads import KVLoads
 from slos_serve.vllm_plugin.learning import StepLearner
 from slos_serve.vllm_plugin.prefix_hits import PrefixHits
 from slos_serve.vllm_plugin.publish import EnginePublisher
@@ -29,6 +31,7 @@ from slos_serve.vllm_plugin.recorder import GAUGES_EVERY, QueueCounts, Recorder,
 from slos_serve.vllm_plugin.request_book import RequestBook
 from slos_serve.vllm_plugin.steering import HiddenRequests, Selection, SteeredStep, select
 from slos_serve.vllm_plugin.telemetry import Telemetry
+from slos_serve.vllm_plugin.tracked import Tracked
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -101,6 +104,7 @@ class StepController:
         self.book = RequestBook()
         self.queues = Queues(scheduler, self.book)
         self.hits = PrefixHits(scheduler)
+        self.loads = KVLoads(self.book, lambda tokens, done: alone_s(policy.planner.coefficients, tokens, done))
         self.limits = EngineLimits(scheduler)
         self.learner = StepLearner(policy, self.book)
         self.hidden = HiddenRequests()
@@ -182,6 +186,7 @@ class StepController:
     def look(self, start_s: float) -> EngineView:
         """Bring the table up to date with vLLM's counters and look at the engine."""
         book, queues = self.book, self.queues
+        self.loads.withdraw()
         running = book.sync_running(self.scheduler, start_s)
         waiting = queues.look()
         self.hits.refresh(book.table.rows, queues.startable)
@@ -192,9 +197,20 @@ class StepController:
             running = np.concatenate((running, slots))
             waiting = waiting[~np.isin(waiting, slots)]
         if self.scheduler.connector is not None:
-            asked = [slot for slot in waiting.tolist() if not self.hits.is_unasked(queues.startable[slot])]
-            waiting = np.array(asked, dtype=np.int64)
+            waiting = np.concatenate((self._asked(waiting), self._loading(start_s)))
         return self.limits.view(book.table, running, waiting)
+
+    def _asked(self, waiting: SlotArray) -> SlotArray:
+        """Those of ``waiting`` that may start without a load and of which the connector has been asked."""
+        hits, startable = self.hits, self.queues.startable
+        return np.array([slot for slot in waiting.tolist() if not hits.is_unasked(startable[slot])], dtype=np.int64)
+
+    def _loading(self, start_s: float) -> SlotArray:
+        """Promised requests whose KV a connector loads, or is to load, before they can start."""
+        now_s = self._clock_s()
+        self.loads.learn(self.queues.blocked.values(), now_s)
+        within, each_s = self.hits.loads_within_step(), self.learner.loaded_s_each
+        return self.loads.show(self.hits.loads(), within, each_s, start_s, now_s)
 
     def _steer(self, stack: ExitStack, proposal: Proposal) -> bool:
         """Enter the steered state; False when that failed and the lists are as they were."""
@@ -218,7 +234,7 @@ class StepController:
         shape, predicted_s = self.learner.scheduled(output, now_s, None if proposal is None else proposal.plan)
         if proposal is not None:
             compat.note_waiting(self.scheduler)
-            self._note_moves(proposal.chosen)
+            self._note_moves(proposal.chosen, now_s)
             ran = self.book.slots_of(output.num_scheduled_tokens)
             self._commit_plan(proposal, ran)
             self._note_unserved(proposal.chosen, output)
@@ -251,15 +267,17 @@ class StepController:
         self.book.note(proposal.plan, ran)
         self.policy.commit(proposal.plan, proposal.view, ran)
 
-    def _note_moves(self, chosen: Selection) -> None:
+    def _note_moves(self, chosen: Selection, now_s: float) -> None:
         """Tell the queues who started, whose KV is being loaded and who was preempted."""
         book = self.book
         for tracked in book.known_of(chosen.started):
             self.queues.left(tracked)
             self.hits.forget(tracked)
-        for tracked in book.known_of(chosen.loading):
+        loading = book.known_of(chosen.loading)
+        for tracked in loading:
             self.queues.left(tracked)
             self.queues.entered(tracked)
+        self.loads.begun(loading, now_s)
         if chosen.preempted:
             several = book.known_of(chosen.preempted)
             self.queues.preempted(several)
@@ -268,11 +286,11 @@ class StepController:
     def _note_unserved(self, chosen: Selection, output: SchedulerOutput) -> None:
         """A request that is planned again and again and never scheduled gets a step in the engine's own order."""
         ran, book = output.num_scheduled_tokens, self.book
-        if len(ran) == len(chosen.run) + len(chosen.start):
+        if len(ran) == len(chosen.run) + len(chosen.start) and len(chosen.loading) >= len(chosen.loads):
             if self._passed_over:
                 self._passed_over = {key for key in self._passed_over if key not in ran and key in book.by_id}
             return
-        for tracked in book.known_of((*chosen.run, *chosen.start)):
+        for tracked in book.known_of((*chosen.run, *chosen.start, *chosen.loads)):
             request = tracked.request
             if request.request_id in ran or not (request.status.name == "RUNNING" or compat.may_start(request)):
                 self._passed_over.discard(request.request_id)
@@ -286,6 +304,12 @@ class StepController:
                 tracked.unserved_plans = 0
                 tracked.forbearance = min(2 * tracked.forbearance, MOST_FORBEARANCE)
                 self._owes_stock_step = True
+
+    def forget(self, tracked: Tracked) -> None:
+        """A request has left the engine."""
+        self.hits.forget(tracked)
+        self.queues.left(tracked)
+        self.loads.forget(tracked)
 
     # Beside steps ---------------------------------------------------------------------------------------------
 

@@ -124,8 +124,7 @@ class RequestDesk:
             ended = "stop"  # a session that its client has closed after an answer
         outcome = self._outcome(tracked, ended, now_s)
         book.remove(request.request_id)
-        control.hits.forget(tracked)
-        control.queues.left(tracked)
+        control.forget(tracked)
         stop = stop_strings_of(request)
         lengths = (tracked.promise.class_index, request.num_prompt_tokens, request.num_output_tokens)
         if ended == "abort" and stop and request.num_output_tokens:

@@ -1,7 +1,8 @@
-"""What executed steps teach: how long batches take, which drafts are right, what an encoder costs."""
+"""What executed steps teach: how long batches take, which drafts are right, what encoders and loads of KV cost."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +17,16 @@ from slos_serve.vllm_plugin.step_clock import StepClock
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
-# Weight of one more step in the mean encoder time.
-_ENCODER_WEIGHT = 0.1
+# Weight of one more step in the mean time of what runs beside batches.
+_BESIDE_WEIGHT = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """What a step does beside its batch: encoder embeddings to compute, tokens whose KV is loaded within the step."""
+
+    embeds: int
+    loaded: int
 
 
 class StepLearner:
@@ -25,15 +34,16 @@ class StepLearner:
 
     Attributes:
         encoder_s_each: seconds that one encoder embedding adds to a step; 0 until one was seen.
+        loaded_s_each: seconds that a token whose KV a connector loads within the step adds to it.
     """
 
     def __init__(self, policy: SLOsServePolicy, book: RequestBook) -> None:
-        self.encoder_s_each = 0.0
+        self.encoder_s_each = self.loaded_s_each = 0.0
         self._policy = policy
         self._book = book
         self._clock = StepClock()
         self._drafting: set[int] = set()
-        self._encoding: dict[int, int] = {}
+        self._beside: dict[int, _Beside] = {}
 
     def next_start_s(self, now_s: float) -> float:
         """When a step scheduled now will start."""
@@ -49,28 +59,26 @@ class StepLearner:
             self._note_missing_drafts(plan, drafts)
         shape = self._book.shape(output.num_scheduled_tokens, drafts)
         predicted_s = self._policy.model.step_s(shape) * self._policy.correction.factor
-        embeds = self._encoder_embeds(output)
-        predicted_s += embeds * self.encoder_s_each
+        beside = _Beside(self._encoder_embeds(output), self._loaded_tokens(output))
+        predicted_s += beside.embeds * self.encoder_s_each + beside.loaded * self.loaded_s_each
         if shape.new_tokens > 0:
             self._clock.scheduled(output, shape, now_s, predicted_s)
-            if embeds:
-                self._encoding[id(output)] = embeds
+            if beside.embeds or beside.loaded:
+                self._beside[id(output)] = beside
         return shape, predicted_s
 
     def done(self, output: SchedulerOutput, now_s: float) -> tuple[BatchShape, float] | None:
         """The step's tokens have come: its shape and seconds; ``None`` if it was not timed."""
-        embeds = self._encoding.pop(id(output), 0)
+        beside = self._beside.pop(id(output), None)
         if self._book.num_slo:
             self._book.tokens_came(output.num_scheduled_tokens, now_s)
         timed = self._clock.done(output, now_s)
         if timed is None:
             return None
         shape, duration_s = timed
-        if embeds:  # an encoder ran beside the batch: not a sample of the batch-time model
+        if beside is not None:  # not a sample of the batch-time model
             over_s = duration_s - self._policy.model.step_s(shape) * self._policy.correction.factor
-            seen_s = max(over_s, 0.0) / embeds
-            weight = _ENCODER_WEIGHT if self.encoder_s_each else 1.0
-            self.encoder_s_each += weight * (seen_s - self.encoder_s_each)
+            self._learn_beside(beside, max(over_s, 0.0))
             return None
         self._policy.on_step_done(shape, duration_s)
         return timed
@@ -106,6 +114,23 @@ class StepLearner:
         ones = np.ones(len(none), dtype=np.int64)
         self._policy.on_verified(classes, ones, 0 * ones)
 
+    def _learn_beside(self, beside: _Beside, over_s: float) -> None:
+        """Learn from the seconds that a step took beyond its batch; both at once cannot be told apart."""
+        if not beside.loaded:
+            self.encoder_s_each = _mean(self.encoder_s_each, over_s / beside.embeds)
+        elif not beside.embeds:
+            self.loaded_s_each = _mean(self.loaded_s_each, over_s / beside.loaded)
+
+    def _loaded_tokens(self, output: SchedulerOutput) -> int:
+        """Tokens whose KV a connector loads within a step: of the requests that it starts."""
+        by_id, total = self._book.by_id, 0
+        for data in output.scheduled_new_reqs:
+            tracked = by_id.get(data.req_id)
+            if tracked is not None:
+                total += tracked.external_tokens
+                tracked.external_tokens = 0
+        return total
+
     def _encoder_embeds(self, output: SchedulerOutput) -> int:
         """Encoder embeddings that a step computes."""
         total = 0
@@ -114,3 +139,8 @@ class StepLearner:
             if tracked is not None:
                 total += sum(tracked.request.get_num_encoder_embeds(index) for index in inputs)
         return total
+
+
+def _mean(before: float, seen: float) -> float:
+    """A running mean with one more value; the first one counts whole."""
+    return before + (_BESIDE_WEIGHT if before else 1.0) * (seen - before)

@@ -31,6 +31,7 @@ class PrefixHits:
         self._known: deque[Tracked] = deque()
         self._asked: set[int] = set()
         self._loads: dict[int, Tracked] = {}
+        self._within: dict[int, Tracked] = {}
         caches = getattr(scheduler.kv_cache_manager, "enable_caching", False)
         self._needed = bool(caches or scheduler.connector is not None)
 
@@ -45,13 +46,15 @@ class PrefixHits:
         """The request has started or left."""
         self._asked.discard(tracked.slot)
         self._loads.pop(tracked.slot, None)
+        self._within.pop(tracked.slot, None)
 
     def loads(self) -> list[Tracked]:
         """Requests whose KV a connector would load between steps: vLLM is to see them, they take no tokens."""
-        for tracked in list(self._loads.values()):
-            if tracked.request.num_computed_tokens or not compat.may_start(tracked.request):
-                del self._loads[tracked.slot]  # the load has begun
-        return list(self._loads.values())
+        return _not_begun(self._loads)
+
+    def loads_within_step(self) -> list[Tracked]:
+        """Requests whose KV a connector would load within the step that starts them."""
+        return _not_begun(self._within)
 
     def is_unasked(self, tracked: Tracked) -> bool:
         """Whether a connector must be asked before the request can be planned."""
@@ -77,13 +80,24 @@ class PrefixHits:
         cached, shared = compat_kv.local_hit(scheduler, request)
         rows["fixed_blocks"][tracked.slot] = tracked.fixed_blocks - shared // int(scheduler.block_size)
         self._loads.pop(tracked.slot, None)
+        self._within.pop(tracked.slot, None)
+        tracked.external_tokens = 0
         if scheduler.connector is not None and not request.skip_reading_prefix_cache:
             external, asynchronous = compat_kv.external_hit(scheduler, request, cached)
             if external is None:  # the connector does not know yet
                 self._asked.discard(tracked.slot)
                 return
-            if asynchronous and external > 0:
-                self._loads[tracked.slot] = tracked
+            if external > 0:
+                (self._loads if asynchronous else self._within)[tracked.slot] = tracked
+            tracked.external_tokens = external
             cached += external
         self._asked.add(tracked.slot)
         rows["cached_tokens"][tracked.slot] = min(cached, request.num_tokens - 1)
+
+
+def _not_begun(found: dict[int, Tracked]) -> list[Tracked]:
+    """Those that have not started or begun to load; forgets the others."""
+    for tracked in list(found.values()):
+        if tracked.request.num_computed_tokens or not compat.may_start(tracked.request):
+            del found[tracked.slot]
+    return list(found.values())

@@ -39,6 +39,6 @@ def dry_plan(scheduler: Scheduler, control: StepController) -> Exception | None:
         scheduler.waiting = queue
         tracked = book.remove(probe.request_id)
         if tracked is not None:
-            control.hits.forget(tracked)
+            control.forget(tracked)
         control.queues.changed()
     return None

@@ -80,9 +80,11 @@ def select(
         raise PlanMismatchError("the plan runs a request that waits")
     planned = plan.draft_tokens[runs] if len(plan.draft_tokens) else np.zeros(len(runs), dtype=np.int64)
     chosen.drafts = limits.take_running(chosen.run, plan.tokens[runs], planned)
+    to_load = {tracked.slot for tracked in loads}
     for position in np.flatnonzero(~inside).tolist() if starts else ():
-        request, count = by_slot[int(slots[position])].request, int(plan.tokens[position])
-        if compat.may_start(request) and limits.takes_start(request, count):
+        slot, count = int(slots[position]), int(plan.tokens[position])
+        request = by_slot[slot].request
+        if slot not in to_load and compat.may_start(request) and limits.takes_start(request, count):
             chosen.start.append(request)
     chosen.budget = limits.tokens
     chosen.loads = _loads_that_fit(scheduler, plan, book, needs, loads)
@@ -174,16 +176,22 @@ class _Room:
 def _loads_that_fit(
     scheduler: Scheduler, plan: StepPlan, book: RequestBook, needs: KVNeeds, loads: Sequence[Tracked]
 ) -> list[Request]:
-    """Loads whose blocks are free beside those of the plan: vLLM ends its scan at the first that does not fit."""
+    """Loads whose blocks are free beside those of the plan: vLLM ends its scan at the first that does not fit.
+
+    Requests that the plan would start come first; in this step only their loads begin.
+    """
     if not loads or compat.most_running(scheduler) <= len(scheduler.running):
         return []
     free = needs.free_blocks()
     rows = book.table.rows
+    to_load = {tracked.slot for tracked in loads}
     for slot, tokens in zip(plan.slots.tolist(), plan.tokens.tolist(), strict=True):
+        if slot in to_load:
+            continue
         whole = tokens if rows["running"][slot] else rows["prompt_tokens"][slot] + rows["output_tokens"][slot]
         free -= -(-int(whole) // needs.block_size) + 1 + int(rows["fixed_blocks"][slot]) * (not rows["running"][slot])
-    fitting = []
-    for tracked in loads:
+    fitting, planned = [], set(plan.slots.tolist())
+    for tracked in sorted(loads, key=lambda one: one.slot not in planned):
         free -= needs.load_blocks(tracked.request)
         if free < 0:
             break

@@ -58,6 +58,7 @@ class Tracked:
         stages_kept: False once a finished stage missed its TPOT.
         slowest_stage: mean time per output token over its target, of the slowest finished stage.
         drafts_in_flight: drafts in steps whose tokens have not come yet.
+        external_tokens: prompt tokens whose KV a connector is to load before it starts, or as it starts.
         unserved_plans: plans in a row that had it in and whose step left it out.
         forbearance: such plans that are tolerated before a step is stock for it.
     """
@@ -80,6 +81,7 @@ class Tracked:
     stages_kept: bool = True
     slowest_stage: float = 0.0
     drafts_in_flight: int = 0
+    external_tokens: int = 0
     unserved_plans: int = 0
     forbearance: int = 2
 
