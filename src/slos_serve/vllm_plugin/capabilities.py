@@ -132,7 +132,8 @@ CAPABILITIES: tuple[Capability, ...] = (
         "KV connector, consumer side (P/D decode, NIXL, LMCache)",
         "--kv-transfer-config",
         STEERED,
-        "KV that a connector supplies counts as computed; loads begin as in stock order; their time is learnt, and room is kept for a promise meanwhile",
+        "KV that a connector supplies counts as computed; loads begin as in stock order; their time is learnt, and "
+        "room is kept for a promise meanwhile",
         _kv_role("kv_consumer", "kv_both"),
         _features("test_remote_kv_first_token"),
     ),
