@@ -40,7 +40,10 @@ from slos_serve.policies.queue_order import (
     decodes_then,
     room_for,
     room_of,
+    tokens_done_of,
+    tokens_left_of,
 )
+from slos_serve.policies.slot_marks import SlotMarks
 
 FloatArray = NDArray[np.float64]
 SMALLEST_STEP, GRID_STEP, LARGEST_STEP = 128, 256, 2552
@@ -95,17 +98,17 @@ class QoServe(StockPolicy):
         self._pace_s = check_number("ttlt_pace_s", ttlt_pace_s, low=0.0, high=60.0)
         self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._answers = np.tile([1.0, PRIOR_OUTPUT_TOKENS, PRIOR_OUTPUT_TOKENS**2], (num_classes, 1))
-        self._relegated = np.full(64, -1, dtype=np.int64)  # by slot: order of the request that was relegated
+        self._relegated = SlotMarks()
         self._prefill_tokens = 0
         self._tokens_per_s = LARGEST_STEP / model.step_s(BatchShape(LARGEST_STEP))
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Relegate, order, and size the step."""
         rows = view.table.rows
-        decoding = _left(rows, view.running) == 1
+        decoding = tokens_left_of(rows, view.running) == 1
         decodes, prompts = view.running[decoding], np.concatenate((view.running[~decoding], view.waiting))
-        due_s, left = self.first_due_s(rows, prompts), _left(rows, prompts)
-        relegated = self._is_relegated(rows, prompts)
+        due_s, left = self.first_due_s(rows, prompts), tokens_left_of(rows, prompts)
+        relegated = self._relegated.of(rows, prompts)
         fresh = (rows["running"][prompts] == 0) & (rows["output_tokens"][prompts] == 0) & ~relegated
         lost = fresh & np.isfinite(due_s) & (now_s + left / self._tokens_per_s > due_s)
         key_s = due_s + self._alpha_s * left
@@ -120,11 +123,7 @@ class QoServe(StockPolicy):
 
     def commit(self, plan: StepPlan, view: EngineView, ran: SlotArray) -> None:
         """Remember who was relegated and how many prompt tokens run."""
-        rows = view.table.rows
-        if len(self._relegated) < len(rows):
-            more = np.full(len(rows) - len(self._relegated), -1, dtype=np.int64)
-            self._relegated = np.concatenate((self._relegated, more))
-        self._relegated[plan.demoted] = rows["order"][plan.demoted]
+        self._relegated.add(view.table.rows, plan.demoted)
         prompts = (plan.reasons == Reason.PREFILL_DEADLINE) & np.isin(plan.slots, ran)
         self._prefill_tokens = int(plan.tokens[prompts].sum())
 
@@ -157,13 +156,8 @@ class QoServe(StockPolicy):
             paced_s = np.where(tokens > 0, start_s + tokens * tpot_s, last_s + tpot_s)
         left = np.maximum(self._longest_likely(rows, decodes) - rows["output_tokens"][decodes], 1.0)
         tier_s = rows["arrival_s"][decodes] + self._ttlt_s[rows["class_index"][decodes]] - left * self._pace_s
-        counts = (rows["missed"][decodes] == 0) & ~self._is_relegated(rows, decodes)
+        counts = (rows["missed"][decodes] == 0) & ~self._relegated.of(rows, decodes)
         return np.asarray(np.where(counts, np.minimum(paced_s, tier_s), np.inf))
-
-    def _is_relegated(self, rows: RequestArray, slots: SlotArray) -> NDArray[np.bool_]:
-        known = slots < len(self._relegated)
-        marks = self._relegated[np.where(known, slots, 0)]
-        return np.asarray(known & (marks == rows["order"][slots]))
 
     def _step_tokens(self, now_s: float, rows: RequestArray, decodes: SlotArray, ordered: SlotArray) -> int:
         """The largest step of the grid that the decodes' slack allows, at least the smallest."""
@@ -177,10 +171,10 @@ class QoServe(StockPolicy):
         """float64 [sizes]: predicted time of the step of each size, not falling."""
         count, drafts = len(decodes), self._draft_tokens
         budgets = np.maximum(self._sizes - count * (1 + drafts), 0)
-        left = _left(rows, ordered)
+        left = tokens_left_of(rows, ordered)
         before = np.concatenate(([0], np.cumsum(left)))[:-1]
         reached = int(np.searchsorted(before, budgets[-1]))
-        before, left, done = before[:reached], left[:reached], _done(rows, ordered[:reached])
+        before, left, done = before[:reached], left[:reached], tokens_done_of(rows, ordered[:reached])
         chunks = np.clip(budgets[:, None] - before, 0, left)
         seqs = count + (chunks > 0).sum(axis=1)
         tokens = count * (1 + drafts) + chunks.sum(axis=1)
@@ -188,15 +182,3 @@ class QoServe(StockPolicy):
         units = (chunks * (chunks + 2 * done)).sum(axis=1)
         times_s = features_s(self._coefficients, tokens, context, units, seqs + count * drafts, drafts)
         return np.asarray(np.maximum.accumulate(times_s))
-
-
-def _done(rows: RequestArray, slots: SlotArray) -> IntArray:
-    """Tokens with KV, a cached prefix counted."""
-    return np.asarray(
-        np.where(rows["running"][slots] == 1, rows["computed_tokens"][slots], rows["cached_tokens"][slots])
-    )
-
-
-def _left(rows: RequestArray, slots: SlotArray) -> IntArray:
-    """Tokens to compute before the next output token."""
-    return np.asarray(rows["prompt_tokens"][slots] + rows["output_tokens"][slots] - _done(rows, slots))

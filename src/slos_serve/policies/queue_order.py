@@ -214,6 +214,17 @@ def decodes_then(
     return count
 
 
+def tokens_done_of(rows: RequestArray, slots: IntArray) -> IntArray:
+    """int64 [n]: tokens with KV, a cached prefix counted."""
+    running = rows["running"][slots] == 1
+    return np.asarray(np.where(running, rows["computed_tokens"][slots], rows["cached_tokens"][slots]))
+
+
+def tokens_left_of(rows: RequestArray, slots: IntArray) -> IntArray:
+    """int64 [n]: :func:`tokens_left` of each."""
+    return np.asarray(rows["prompt_tokens"][slots] + rows["output_tokens"][slots] - tokens_done_of(rows, slots))
+
+
 def rest_of_prompt(view: EngineView) -> StepPlan | None:
     """For engines without chunks: a step that goes on with what was longer than any batch, ``None`` without such.
 

@@ -12,6 +12,7 @@ from slos_serve.planning.settings import PlannerSettings
 from slos_serve.policies.base import Policy
 from slos_serve.policies.distserve import DistServeDecode, DistServePrefill
 from slos_serve.policies.edf import EarliestDeadlineFirst
+from slos_serve.policies.jitserve import JitServe
 from slos_serve.policies.qoserve import QoServe
 from slos_serve.policies.sarathi import Sarathi
 from slos_serve.policies.scorpio import Scorpio
@@ -32,12 +33,14 @@ class PolicyEntry:
         variants: parameter sets that a fair comparison tries; the first one is the default.
         make_decode: set when prefill and decode are apart; then ``make`` is for prefill replicas.
         fixed_drafts: takes ``draft_tokens``, one draft length for every decode; to be tuned where there is a drafter.
+        true_lengths: the engine tells it the true output lengths, which no real engine could.
     """
 
     make: Factory
     variants: tuple[Parameters, ...] = field(default=({},))
     make_decode: Factory | None = None
     fixed_drafts: bool = True
+    true_lengths: bool = False
 
 
 def _plain(policy: Callable[..., Policy]) -> Factory:
@@ -48,6 +51,14 @@ def _plain(policy: Callable[..., Policy]) -> Factory:
 def _slos_serve(model: BatchTimeModel, num_classes: int, given: Parameters) -> Policy:
     return SLOsServePolicy(model, num_classes, PlannerSettings(**given))
 
+
+def _jitserve(_model: BatchTimeModel, num_classes: int, given: Parameters) -> Policy:
+    return JitServe(num_classes, **given)
+
+
+_JITSERVE_VARIANTS = tuple(
+    {"token_budget": size, "lateness_power": power} for size in (512, 256) for power in (1.0, 8.0)
+)
 
 POLICIES: dict[str, PolicyEntry] = {
     "slos-serve": PolicyEntry(_slos_serve, fixed_drafts=False),
@@ -69,6 +80,8 @@ POLICIES: dict[str, PolicyEntry] = {
         lambda model, num_classes, given: QoServe(model, num_classes, **given),
         tuple({"alpha_ms": alpha} for alpha in (8.0, 1.0, 0.0)),
     ),
+    "jitserve": PolicyEntry(_jitserve, _JITSERVE_VARIANTS),
+    "jitserve-oracle": PolicyEntry(_jitserve, _JITSERVE_VARIANTS, true_lengths=True),
 }
 
 

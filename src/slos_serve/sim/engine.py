@@ -134,8 +134,9 @@ def _replica(
     policy = _policy(settings, batch_time, len(recording.workload.classes), decode)
     if isinstance(router, SloRouter):
         policy = router.watch(index, policy)
+    true_lengths = settings.oracle_lengths or policy_entry(settings.policy).true_lengths
     replica_settings = ReplicaSettings(
-        settings.oracle_lengths, settings.error, settings.seed, settings.plan_ahead, settings.scheduling_s
+        true_lengths, settings.error, settings.seed, settings.plan_ahead, settings.scheduling_s
     )
     return Replica(index, policy, batch_time, limits, recording, replica_settings, prefill_only)
 
