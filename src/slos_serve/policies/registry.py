@@ -56,8 +56,10 @@ def _jitserve(_model: BatchTimeModel, num_classes: int, given: Parameters) -> Po
     return JitServe(num_classes, **given)
 
 
-_JITSERVE_VARIANTS = tuple(
-    {"token_budget": size, "lateness_power": power} for size in (512, 256) for power in (1.0, 8.0)
+# The paper drops what is late after 5 s; at once, with shorter frames, attains more here.
+_JITSERVE_VARIANTS = (
+    *({"token_budget": size, "frame_steps": 10, "lateness_power": 8.0, "drop_after_s": 0.0} for size in (2048, 512)),
+    {},
 )
 
 POLICIES: dict[str, PolicyEntry] = {

@@ -217,8 +217,9 @@ def test_answers_are_taken_for_as_long_as_a_high_quantile_of_those_seen() -> Non
 def test_the_oracle_is_told_true_lengths_and_the_other_is_not() -> None:
     load = workload([0.0, 0.0], [400, 400], [300, 3])
     limits = EngineLimits(kv_capacity_tokens=16_000, max_num_batched_tokens=8192)
-    first = {name: run(load, name, PLAIN, limits).token_s for name in ("jitserve", "jitserve-oracle")}
-    start = run(load, "jitserve", PLAIN, limits).token_start
+    small = {"token_budget": 512}
+    first = {name: run(load, name, PLAIN, limits, parameters=small).token_s for name in ("jitserve", "jitserve-oracle")}
+    start = run(load, "jitserve", PLAIN, limits, parameters=small).token_start
     assert first["jitserve-oracle"][start[1]] < first["jitserve-oracle"][start[0]]
     assert first["jitserve"][start[1]] >= first["jitserve"][start[0]]
     assert POLICIES["jitserve-oracle"].true_lengths
