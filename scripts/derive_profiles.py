@@ -55,6 +55,17 @@ LLAMA_7B = shape_of(
         "vocab_size": 32000,
     }
 )
+LLAMA_8B = shape_of(
+    {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+    }
+)
 OPT_13B, OPT_66B = opt(40, 5120, 40), opt(64, 9216, 72)
 OPT_6_7B, OPT_30B = opt(32, 4096, 32), opt(48, 7168, 56)
 
@@ -104,6 +115,7 @@ def main() -> None:
         ("opt-6.7b", "facebook/opt-6.7b", OPT_6_7B, 1),
         ("opt-30b", "facebook/opt-30b", OPT_30B, 2),
         ("toolllama-7b", "ToolBench/ToolLLaMA-2-7b-v2", LLAMA_7B, 1),
+        ("llama-3.1-8b", "meta-llama/Llama-3.1-8B", LLAMA_8B, 1),
     ):
         for key, device in DEVICES.items():
             suffix = "" if parallel == 1 else f"-tp{parallel}"

@@ -2,8 +2,9 @@
 
     python scripts/derive_workloads.py --data FOLDER
 
-FOLDER holds azure_llm_2023_conv.csv, azure_llm_2023_code.csv, arxiv_summarization_lengths.csv and
-servegen_deepseek_r1_draws.csv; docs/workloads.md says where each is published. Writes one JSON file a table to
+FOLDER holds azure_llm_2023_conv.csv, azure_llm_2023_code.csv, arxiv_summarization_lengths.csv,
+servegen_deepseek_r1_draws.csv and servegen_deepseek_r1_arrivals.csv; docs/workloads.md says where each is published.
+Writes one JSON file a table to
 src/slos_serve/workload/tables/.
 """
 
@@ -48,6 +49,10 @@ def main() -> None:
     source = f"DeepSeek-R1 requests drawn with ServeGen (Apache-2.0), {len(rows)} rows"
     columns = {"prompt_tokens": rows[:, 0], "reasoning_tokens": rows[:, 1], "answer_tokens": rows[:, 2]}
     write("reasoning_lengths", lengths(source, **{name: np.maximum(column, 1) for name, column in columns.items()}))
+    rates = read_columns(data / "servegen_deepseek_r1_arrivals.csv", "total_rate_rps")[:, 0]
+    source = f"DeepSeek-R1 requests of ServeGen (Apache-2.0): rate in {len(rates)} windows of ten minutes"
+    relative = [round(float(rate), 4) for rate in rates / rates.mean()]
+    write("day_arrivals", {"source": source, "mean_rps": round(float(rates.mean()), 3), "relative_rate": relative})
 
 
 def lengths(source: str, **columns: Floats) -> dict[str, object]:

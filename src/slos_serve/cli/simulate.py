@@ -185,7 +185,8 @@ def _print(outcome: Outcome, title: str, speed: dict[str, Any]) -> None:
         table.add_row("their first token p50 / p99", f"{free.ttft_ms.p50:.0f} / {free.ttft_ms.p99:.0f} ms")
         table.add_row("their last token p50 / p99", f"{free.last_token_ms.p50:.0f} / {free.last_token_ms.p99:.0f} ms")
     table.add_row("rejected, unfinished", f"{outcome.rejected}, {outcome.unfinished}")
-    table.add_row("preemptions", str(outcome.preemptions))
+    recomputed = f"{100 * outcome.recomputed:.1f} % of the tokens computed again"
+    table.add_row("preemptions", f"{outcome.preemptions}, {recomputed}")
     if speed["drafted"]:
         share = 100.0 * speed["accepted"] / speed["drafted"]
         table.add_row("drafts right", f"{share:.1f} % of {speed['drafted']:,.0f}")

@@ -20,6 +20,7 @@ from slos_serve.perf.formula import K_C, K_CTX, K_M, K_Q, K_SEQ
 from slos_serve.perf.step_time import roofline_tokens
 from slos_serve.sim.limits import EngineLimits
 from slos_serve.workload.calls import Workload
+from slos_serve.workload.prefixes import cached_at_best
 
 Floats = NDArray[np.float64]
 MAX_DRAFT = 10
@@ -57,11 +58,7 @@ def work_of(workload: Workload, block_size: int = 16, prefix_cache: bool = True)
     calls = workload.calls
     cached = np.zeros(len(calls), dtype=np.int64)
     if prefix_cache:
-        before = np.flatnonzero(calls["next_call"] >= 0)
-        held = calls["prompt_tokens"][before] + calls["output_tokens"][before] - 1
-        after = calls["next_call"][before]
-        usable = np.minimum(held, calls["prompt_tokens"][after] - 1)
-        cached[after] = usable // block_size * block_size
+        cached = cached_at_best(workload.prefixes, calls["prompt_tokens"], block_size)
     new = (calls["prompt_tokens"] - cached).astype(np.float64)
     decodes = (calls["output_tokens"] - 1).astype(np.float64)
     context = decodes * (calls["prompt_tokens"] + 0.5 * calls["output_tokens"])

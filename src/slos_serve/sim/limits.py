@@ -16,7 +16,7 @@ class EngineLimits:
         block_size: tokens a block.
         max_num_seqs: most running requests.
         max_num_batched_tokens: most tokens in a step.
-        prefix_cache: keep the KV of ended calls for the next call of their session.
+        prefix_cache: keep KV that nobody uses for prompts that begin alike.
     """
 
     kv_capacity_tokens: int

@@ -44,6 +44,7 @@ class Outcome:
         duration_s: virtual time.
         output_tokens_per_s: tokens of completed calls over virtual time.
         goodput_tokens_per_s: of them, those of requests that attained.
+        recomputed: share of all computed tokens that were computed again after a preemption.
     """
 
     requests: int
@@ -70,6 +71,7 @@ class Outcome:
     duration_s: float
     output_tokens_per_s: float
     goodput_tokens_per_s: float
+    recomputed: float
 
     def as_dict(self) -> dict[str, object]:
         """For JSON."""
@@ -131,6 +133,7 @@ def summarize_run(recording: Recording, measured: NDArray[np.bool_] | None = Non
         duration_s=recording.end_s,
         output_tokens_per_s=float(calls["output_tokens"][done].sum()) / max(recording.end_s, 1e-9),
         goodput_tokens_per_s=float(calls["output_tokens"][done & attained[session]].sum()) / max(recording.end_s, 1e-9),
+        recomputed=recording.num_recomputed / max(int(recording.steps.rows["new_tokens"].sum()), 1),
     )
 
 

@@ -16,6 +16,7 @@ KV_BYTES_PER_TOKEN = {
     "facebook/opt-30b": 1_376_256.0,
     "facebook/opt-66b": 2_359_296.0,
     "meta-llama/Llama-2-7b-hf": 524_288.0,
+    "meta-llama/Llama-3.1-8B": 131_072.0,
     "ToolBench/ToolLLaMA-2-7b-v2": 524_288.0,
     "smollm2-135m-instruct-0.1.2-c1": 46_080.0,
 }

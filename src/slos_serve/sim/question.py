@@ -68,6 +68,7 @@ class Answer:
         admitted_attained: share of the admitted ones that attained; ``None`` for a policy that admits nobody.
         by_prompt_quartile, strict_by_prompt_quartile, by_class, strict_by_class: shares.
         tokens_per_s, goodput_tokens_per_s: output tokens of all, and of requests that attained.
+        recomputed: share of the computed tokens that were computed again after a preemption.
         unpromised_ttft_ms, unpromised_last_ms: p50 and p99 of the calls without a promise.
         steps: engine steps simulated.
         stopped_early: the run was cut short.
@@ -82,6 +83,7 @@ class Answer:
     strict_by_class: Mapping[str, float] | None = None
     tokens_per_s: float = 0.0
     goodput_tokens_per_s: float = 0.0
+    recomputed: float = 0.0
     unpromised_ttft_ms: tuple[float | None, float | None] = (None, None)
     unpromised_last_ms: tuple[float | None, float | None] = (None, None)
     steps: int = 0
@@ -101,6 +103,7 @@ class Answer:
             strict_by_class=outcome.strict_by_class,
             tokens_per_s=outcome.output_tokens_per_s,
             goodput_tokens_per_s=outcome.goodput_tokens_per_s,
+            recomputed=outcome.recomputed,
             unpromised_ttft_ms=(free.ttft_ms.p50, free.ttft_ms.p99),
             unpromised_last_ms=(free.last_token_ms.p50, free.last_token_ms.p99),
             steps=outcome.steps,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from slos_serve.sim.step import COMPLETED, REJECTED
 from slos_serve.workload.calls import Workload
+from slos_serve.workload.prefixes import Prefixes
 
 CALL_RECORD_DTYPE = np.dtype(
     [
@@ -72,6 +74,7 @@ class Recording:
         steps: every step of every replica.
         end_s: virtual time at the end.
         num_steps, num_preemptions, num_empty_plans, num_no_room: counts over all replicas.
+        num_recomputed: tokens computed again after a preemption.
         num_drafted, num_accepted: draft tokens verified, and those that were right; verifications that ended an answer
             are left out.
         stopped_early: the run was cut short because its attainment could no longer reach what was asked.
@@ -87,9 +90,20 @@ class Recording:
     num_preemptions: int = 0
     num_empty_plans: int = 0
     num_no_room: int = 0
+    num_recomputed: int = 0
     num_drafted: int = 0
     num_accepted: int = 0
     stopped_early: bool = False
+
+    @cached_property
+    def prefixes(self) -> Prefixes:
+        """Which prompts begin alike."""
+        return self.workload.prefixes
+
+    @cached_property
+    def longest_path(self) -> int:
+        """Most nodes that a prompt begins with."""
+        return int(np.diff(self.prefixes.path_start).max(initial=0))
 
     @classmethod
     def of(cls, workload: Workload) -> Recording:

@@ -2,7 +2,7 @@
 
 Assumes what a real engine gives a scheduler: it is asked for the next step when the last one ended, sees every token
 produced so far, and does not know how long an answer will be. Output lengths stay in the workload; the request table
-holds only ``max_tokens`` and a forecast. Who runs and who waits is :mod:`slos_serve.sim.occupancy`'s.
+holds only ``max_tokens`` and a forecast. Who runs and who waits is :mod:`slos_serve.sim.engine_state`'s.
 """
 
 from __future__ import annotations
@@ -12,21 +12,12 @@ from slos_serve.core.request import SlotArray, Status
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
 from slos_serve.policies.base import Policy
 from slos_serve.sim import step as rules
+from slos_serve.sim.engine_state import EngineState
 from slos_serve.sim.faults import PlanFaultError, StuckError
 from slos_serve.sim.limits import EngineLimits, ReplicaSettings
 from slos_serve.sim.model_error import StepFactors
-from slos_serve.sim.occupancy import Occupancy
 from slos_serve.sim.recording import Recording
 
-_FAULTS = {
-    rules.TOO_MANY_TOKENS: "more tokens than max_num_batched_tokens",
-    rules.NO_TOKENS: "an entry without tokens",
-    rules.BEYOND_END: "more tokens than the request has left to compute",
-    rules.TWICE: "a slot twice",
-    rules.TOO_MANY_SEQS: "more running requests than max_num_seqs",
-    rules.UNKNOWN_SLOT: "a slot that holds no request",
-    rules.WRONG_DRAFT: "draft tokens for a request that is not decoding",
-}
 # A replica that plans nothing is asked again after this long, this often at most before the run is called stuck.
 IDLE_TICK_S = 0.005
 MAX_EMPTY_PLANS = 2_000
@@ -61,7 +52,7 @@ class Replica:
         self._limits = limits
         self._recording = recording
         self._settings = settings
-        self._occupancy = Occupancy(limits, recording, prefill_only, settings.oracle_lengths)
+        self._state = EngineState(limits, recording, prefill_only, settings.oracle_lengths)
         self._factors = StepFactors(settings.error, settings.seed, index)
         self._empty_plans = 0
         self._unseen: list[int] = []
@@ -74,7 +65,7 @@ class Replica:
     @property
     def view(self) -> EngineView:
         """What the policy sees."""
-        return self._occupancy.view
+        return self._state.view
 
     @property
     def num_requests(self) -> int:
@@ -84,12 +75,12 @@ class Replica:
     @property
     def num_running(self) -> int:
         """Requests that hold KV."""
-        return self._occupancy.num_running
+        return self._state.num_running
 
     @property
     def num_waiting(self) -> int:
         """Requests that hold none, as far as the policy has seen them."""
-        return self._occupancy.num_waiting
+        return self._state.num_waiting
 
     def fits(self, call: int) -> bool:
         """Whether the call's longest form could ever be held."""
@@ -99,7 +90,7 @@ class Replica:
 
     def cached_tokens(self, call: int) -> int:
         """Prompt tokens that this replica's prefix cache would supply now."""
-        return self._occupancy.cached_tokens(call)
+        return self._state.cached_tokens(call)
 
     def add(self, call: int, arrival_s: float, tokens_done: int = 0, output_tokens: int = 0) -> int:
         """Enter a call that arrived at ``arrival_s``; returns its slot.
@@ -110,11 +101,11 @@ class Replica:
             tokens_done: prompt tokens whose KV comes from another replica (disaggregated prefill).
             output_tokens: tokens it already has from there.
         """
-        slot = self._occupancy.enter(call, arrival_s, tokens_done, output_tokens)
+        slot = self._state.enter(call, arrival_s, tokens_done, output_tokens)
         if self._settings.plan_ahead and self.busy:
             self._unseen.append(slot)
         else:
-            self._occupancy.wait(slot)
+            self._state.wait(slot)
         record = self._recording.calls[call]
         record["arrival_s"] = arrival_s
         record["replica"] = self.index
@@ -135,29 +126,33 @@ class Replica:
         unseen, self._unseen = self._unseen, []
         end_s = self._plan_step(now_s)
         for slot in unseen:
-            self._occupancy.wait(slot)
+            self._state.wait(slot)
         return end_s
 
     def _plan_step(self, now_s: float) -> float | None:
-        occupancy = self._occupancy
-        if occupancy.num_running + occupancy.num_waiting == 0:
+        state = self._state
+        if state.num_running + state.num_waiting == 0:
             return None
-        plan = self.policy.plan(now_s, occupancy.show())
+        plan = self.policy.plan(now_s, state.show())
         try:
             if len(plan.preempt):
-                occupancy.preempt(plan.preempt)
+                state.preempt(plan.preempt)
             if len(plan.rejected):
-                occupancy.reject(plan.rejected)
+                state.reject(plan.rejected)
         except PlanFaultError as error:
-            where = f"replica {self.index} at {now_s:.3f} s"
-            raise PlanFaultError(f"{where}: {type(self.policy).__name__} {error}") from error
+            raise self._fault(now_s, str(error)) from error
         if len(plan.slots) == 0:
             self._commit(plan, plan.slots)
             self._idle(now_s)
             return None
-        self._check(now_s, plan)
+        broken = state.check(plan)
+        if broken:
+            raise self._fault(now_s, f"planned {broken}")
         duration_s = self._execute(now_s, plan)
         return None if duration_s is None else now_s + duration_s
+
+    def _fault(self, now_s: float, what: str) -> PlanFaultError:
+        return PlanFaultError(f"replica {self.index} at {now_s:.3f} s: {type(self.policy).__name__} {what}")
 
     def _idle(self, now_s: float) -> None:
         if self.num_requests:
@@ -169,48 +164,13 @@ class Replica:
                     f"{MAX_EMPTY_PLANS} times running, with {self.num_running} running and {self.num_waiting} waiting"
                 )
 
-    def _check(self, now_s: float, plan: StepPlan) -> None:
-        limits, occupancy = self._limits, self._occupancy
-        fault, where = rules.check_plan(
-            occupancy.view.table.rows,
-            occupancy.slots.present,
-            plan.slots,
-            plan.tokens,
-            plan.draft_tokens,
-            occupancy.num_running,
-            limits.max_num_seqs,
-            limits.max_num_batched_tokens,
-            occupancy.slots.seen,
-        )
-        if fault != rules.NO_FAULT:
-            entry = f" (entry {where}: slot {plan.slots[where]}, {plan.tokens[where]} tokens)" if where >= 0 else ""
-            name = type(self.policy).__name__
-            raise PlanFaultError(f"replica {self.index} at {now_s:.3f} s: {name} planned {_FAULTS[fault]}{entry}")
-
     def _execute(self, now_s: float, plan: StepPlan) -> float | None:
         """Give blocks, start requests, and compute how long the step takes; ``None`` when nothing could run."""
-        occupancy = self._occupancy
-        slots, view = occupancy.slots, occupancy.view
-        totals = rules.start_step(
-            view.table.rows,
-            slots.held_blocks,
-            occupancy.running,
-            occupancy.num_running,
-            plan.slots,
-            plan.tokens,
-            plan.draft_tokens,
-            view.free_blocks,
-            self._limits.block_size,
-            slots.step_slots,
-            slots.step_tokens,
-            slots.step_drafts,
-            slots.scratch,
-        )
-        num_running, num_preempted = int(totals[rules.NUM_RUNNING]), int(totals[rules.NUM_PREEMPTED])
-        occupancy.after_start(plan.slots, num_running, num_preempted, int(totals[rules.FREE_BLOCKS]))
+        totals = self._state.start(plan)
         self._recording.num_no_room += int(totals[rules.NO_ROOM])
+        self._recording.num_recomputed += int(totals[rules.RECOMPUTED])
         self._step_count = int(totals[rules.NUM_SEQS])
-        self._commit(plan, slots.step_slots[: self._step_count])
+        self._commit(plan, self._state.slots.step_slots[: self._step_count])
         if self._step_count == 0:
             self._idle(now_s)
             return None
@@ -249,33 +209,16 @@ class Replica:
 
     def finish_step(self, now_s: float) -> list[int]:
         """End the step that runs; returns the calls that finished in it."""
-        occupancy, recording = self._occupancy, self._recording
-        slots = occupancy.slots
-        num_finished = rules.finish_step(
-            occupancy.view.table.rows,
-            slots.call_of,
-            occupancy.calls,
-            occupancy.arrivals_s,
-            slots.step_slots,
-            slots.step_tokens,
-            slots.step_drafts,
-            self._step_count,
-            now_s,
-            self._settings.seed,
-            recording.token_s,
-            recording.token_start,
-            slots.scratch,
-            slots.step_accepted,
-        )
+        finished = self._state.advance(self._step_count, now_s, self._settings.seed)
         self.busy = False
         if self._step_shape.draft_steps:
             self._tell_verified()
         self.policy.on_step_done(self._step_shape, now_s - self._step_start_s)
-        return [self._finish(int(slot), now_s) for slot in slots.scratch[:num_finished].copy()]
+        return [self._finish(slot, now_s) for slot in finished]
 
     def _tell_verified(self) -> None:
         """Let the policy learn from the drafts of the step that ended."""
-        arrays, count = self._occupancy.slots, self._step_count
+        arrays, count = self._state.slots, self._step_count
         accepted = arrays.step_accepted[:count]
         known = accepted >= 0
         drafted, accepted = arrays.step_drafts[:count][known], accepted[known]
@@ -285,15 +228,15 @@ class Replica:
         self.policy.on_verified(self.view.table.rows["class_index"][slots], drafted, accepted)
 
     def _finish(self, slot: int, now_s: float) -> int:
-        call, whole = self._occupancy.finish(slot, now_s)
+        call, whole = self._state.finish(slot, now_s)
         if whole:
-            row = self._occupancy.calls[call]
+            row = self._state.calls[call]
             self.policy.on_request_done(int(row["class_index"]), int(row["prompt_tokens"]), int(row["output_tokens"]))
         return call
 
     def _commit(self, plan: StepPlan, ran: SlotArray) -> None:
         """Let the policy make its promises, and record them."""
-        calls, call_of, status = self._recording.calls, self._occupancy.slots.call_of, self.view.table.rows["status"]
+        calls, call_of, status = self._recording.calls, self._state.slots.call_of, self.view.table.rows["status"]
         self.policy.commit(plan, self.view, ran)
         promised = plan.admitted[status[plan.admitted] == Status.ADMITTED]
         calls["admitted"][call_of[promised]] = 1
@@ -304,4 +247,4 @@ class Replica:
         self.alive = False
         self.busy = False
         unseen, self._unseen = self._unseen, []
-        return self._occupancy.lose_all(unseen)
+        return self._state.lose_all(unseen)

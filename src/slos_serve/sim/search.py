@@ -305,7 +305,7 @@ def _at_capacity(at: Sequence[Answer]) -> dict[str, Any]:
         metric: {name: mean_of([(getattr(one, metric) or {}).get(name) for one in at]) for name in classes}
         for metric in ("by_class", "strict_by_class")
     }
-    columns = ("tokens_per_s", "goodput_tokens_per_s")
+    columns = ("tokens_per_s", "goodput_tokens_per_s", "recomputed")
     shares |= {name: float(np.mean([getattr(one, name) for one in at])) for name in columns}
     shares["strict_by_prompt_quartile"] = [float(x) for x in np.mean([one.strict_by_prompt_quartile for one in at], 0)]
     for name in ("unpromised_ttft_ms", "unpromised_last_ms"):

@@ -1,59 +1,54 @@
-"""What a replica knows of each row of its request table beyond what the policy sees."""
+"""What an engine knows of each row of its request table beyond what the policy sees, as arrays for kernels."""
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-_Item = TypeVar("_Item", np.int64, np.bool_)
+IntArray = NDArray[np.int64]
 
 
-class Slots:
+class Slots(NamedTuple):
     """Arrays with one entry a table row, [slots]; those of the step that executes have one entry a request in it.
 
     Attributes:
-        held_blocks: KV blocks of the request.
         call_of: row of the workload; -1 where there is no request.
-        present: there is a request.
-        seen: false between two checks of a plan.
+        held: KV blocks of the request.
+        referred: of them, those that belong to the prefix cache.
+        nodes: nodes of its path that it holds by reference.
+        brought: prompt tokens whose KV comes from another replica.
+        hit: prompt tokens that the prefix cache supplied when it first started.
+        lost: tokens that it had computed when it was preempted; 0 once it runs again.
+        seen: 0 between two checks of a plan.
         step_slots, step_tokens, step_drafts: the step that executes.
         step_accepted: drafts that were right; -1 where none were verified.
         scratch: slots that a rule of the engine returns.
     """
 
-    def __init__(self, size: int) -> None:
-        self.held_blocks, self.call_of = np.zeros(size, dtype=np.int64), np.full(size, -1, dtype=np.int64)
-        self.present, self.seen = np.zeros(size, dtype=np.bool_), np.zeros(size, dtype=np.bool_)
-        self.step_slots, self.step_tokens = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-        self.step_drafts, self.step_accepted = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-        self.scratch = np.zeros(size, dtype=np.int64)
-
-    def fit(self, size: int) -> None:
-        """One entry a table row; a step may be executing, so entries are kept."""
-        before = len(self.present)
-        if size == before:
-            return
-        for name, array in vars(self).items():
-            setattr(self, name, _grown(array, size))
-        self.call_of[before:] = -1
-
-    def enter(self, slot: int, call: int) -> None:
-        """A request enters."""
-        self.call_of[slot] = call
-        self.present[slot] = True
-
-    def leave(self, slot: int) -> int:
-        """A request leaves; returns its call."""
-        call = int(self.call_of[slot])
-        self.present[slot] = False
-        self.call_of[slot] = -1
-        return call
+    call_of: IntArray
+    held: IntArray
+    referred: IntArray
+    nodes: IntArray
+    brought: IntArray
+    hit: IntArray
+    lost: IntArray
+    seen: IntArray
+    step_slots: IntArray
+    step_tokens: IntArray
+    step_drafts: IntArray
+    step_accepted: IntArray
+    scratch: IntArray
 
 
-def _grown(old: NDArray[_Item], size: int) -> NDArray[_Item]:
-    """``old`` with zeros appended up to ``size``."""
-    new = np.zeros(size, dtype=old.dtype)
-    new[: len(old)] = old
-    return new
+def grown(slots: Slots | None, size: int) -> Slots:
+    """Slots with one entry a table row, those that are there kept: a step may be executing."""
+    old = len(slots.call_of) if slots is not None else 0
+    if slots is not None and old == size:
+        return slots
+    arrays = np.zeros((len(Slots._fields), size), dtype=np.int64)
+    arrays[0] = -1
+    if slots is not None:
+        arrays[:, :old] = slots
+    return Slots(*arrays)

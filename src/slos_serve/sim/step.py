@@ -12,6 +12,8 @@ from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.core.request import RequestArray
+from slos_serve.sim.block_cache import LOOK_UPS, BlockCache, evict, keep_computed, leave, look_up, referred_blocks, take
+from slos_serve.sim.slots import Slots
 from slos_serve.workload.calls import CallArray
 
 IntArray = NDArray[np.int64]
@@ -21,8 +23,8 @@ NO_FAULT, TOO_MANY_TOKENS, NO_TOKENS, BEYOND_END, TWICE, TOO_MANY_SEQS, UNKNOWN_
 
 # Positions in the totals that start_step returns.
 NEW_TOKENS, CONTEXT_TOKENS, QUAD_TOKENS2, NUM_SEQS, DRAFT_STEPS, NUM_PREEMPTED, FREE_BLOCKS, NUM_RUNNING = range(8)
-NO_ROOM, DRAFT_TOKENS = 8, 9
-NUM_TOTALS = 10
+NO_ROOM, DRAFT_TOKENS, RECOMPUTED = 8, 9, 10
+NUM_TOTALS = 11
 
 # Outcomes of a call.
 PENDING, COMPLETED, REJECTED, LOST = range(4)
@@ -31,8 +33,10 @@ _ROUNDING_S = _ROUNDING_SHARE = 1e-6
 
 
 @njit(cache=True)
-def release(rows: RequestArray, held_blocks: IntArray, running: IntArray, num_running: int, slot: int) -> int:
-    """Take a slot out of the running list and give its blocks back; returns how many."""
+def release(
+    rows: RequestArray, slots: Slots, cache: BlockCache, running: IntArray, num_running: int, slot: int, block_size: int
+) -> int:
+    """Take a slot out of the running list and give its blocks back; returns how many can be had now."""
     place = 0
     for i in range(num_running):
         if running[i] == slot:
@@ -40,30 +44,59 @@ def release(rows: RequestArray, held_blocks: IntArray, running: IntArray, num_ru
             break
     for i in range(place, num_running - 1):
         running[i] = running[i + 1]
-    blocks = held_blocks[slot]
-    held_blocks[slot] = 0
+    blocks = slots.held[slot] - slots.referred[slot]
+    blocks += leave(cache, slots.call_of[slot], slots.nodes[slot], rows["computed_tokens"][slot], block_size)
+    slots.held[slot] = slots.referred[slot] = slots.nodes[slot] = 0
     rows["running"][slot] = 0
     return int(blocks)
 
 
 @njit(cache=True)
+def preempt(
+    rows: RequestArray, slots: Slots, cache: BlockCache, running: IntArray, num_running: int, slot: int, block_size: int
+) -> int:
+    """Take the KV of a running request away; returns the blocks that can be had now."""
+    slots.lost[slot] = rows["computed_tokens"][slot]
+    slots.brought[slot] = 0
+    blocks = release(rows, slots, cache, running, num_running, slot, block_size)
+    rows["computed_tokens"][slot] = 0
+    rows["cached_tokens"][slot] = 0
+    rows["fixed_blocks"][slot] = 0
+    return blocks
+
+
+@njit(cache=True)
+def look_up_waiting(rows: RequestArray, slots: Slots, cache: BlockCache, waiting: IntArray, block_size: int) -> None:
+    """Write what is cached of the first waiting requests into their rows.
+
+    ``fixed_blocks`` becomes minus the blocks that others hold already: a request that starts on them takes none.
+    """
+    for slot in waiting[:LOOK_UPS]:
+        if slots.brought[slot] > 0:
+            continue
+        most = rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - 1
+        tokens, _, unused = look_up(cache, slots.call_of[slot], most, block_size)
+        rows["cached_tokens"][slot] = tokens
+        rows["fixed_blocks"][slot] = min(unused - tokens // block_size, 0)
+
+
+@njit(cache=True)
 def check_plan(
     rows: RequestArray,
-    present: NDArray[np.bool_],
+    known: Slots,
     slots: IntArray,
     tokens: IntArray,
     drafts: IntArray,
     num_running: int,
     max_num_seqs: int,
     max_num_batched_tokens: int,
-    seen: NDArray[np.bool_],
 ) -> tuple[int, int]:
     """First fault of a plan and its position; ``(NO_FAULT, -1)`` when it keeps every rule."""
     total, starting, fault, where = 0, 0, NO_FAULT, -1
     checked = 0
     for i in range(len(slots)):
         slot = slots[i]
-        if slot < 0 or slot >= len(rows) or not present[slot]:
+        if slot < 0 or slot >= len(rows) or known.call_of[slot] < 0:
             return UNKNOWN_SLOT, i
         checked = i + 1
         draft = drafts[i] if len(drafts) > 0 else 0
@@ -74,7 +107,7 @@ def check_plan(
         left = rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - done
         decoding = rows["output_tokens"][slot] > 0 and left == 1
         total += tokens[i]
-        if seen[slot]:
+        if known.seen[slot]:
             fault = TWICE
         elif tokens[i] <= 0:
             fault = NO_TOKENS
@@ -82,12 +115,12 @@ def check_plan(
             fault = WRONG_DRAFT
         elif tokens[i] > left + draft or (draft > 0 and tokens[i] != 1 + draft):
             fault = BEYOND_END
-        seen[slot] = True
+        known.seen[slot] = 1
         if fault != NO_FAULT:
             where = i
             break
     for i in range(checked):
-        seen[slots[i]] = False
+        known.seen[slots[i]] = 0
     if fault != NO_FAULT:
         return fault, where
     if total > max_num_batched_tokens:
@@ -100,27 +133,29 @@ def check_plan(
 @njit(cache=True)
 def start_step(
     rows: RequestArray,
-    held_blocks: IntArray,
+    known: Slots,
+    cache: BlockCache,
     running: IntArray,
     num_running: int,
-    slots: IntArray,
-    tokens: IntArray,
-    drafts: IntArray,
+    plan: tuple[IntArray, IntArray, IntArray],
     free_blocks: int,
     block_size: int,
-    step_slots: IntArray,
-    step_tokens: IntArray,
-    step_drafts: IntArray,
-    preempted: IntArray,
 ) -> IntArray:
-    """Give blocks to a checked plan and start what is waiting; fills ``step_*`` and ``preempted``.
+    """Give blocks to a checked plan and start what is waiting; fills ``known.step_*`` and ``known.scratch``.
 
     ``computed_tokens`` of a slot that starts becomes its cached prefix; of a preempted slot, 0. Everything else of a
     row changes in :func:`finish_step`.
 
+    Args:
+        running: slots that hold KV; its first ``num_running`` entries, changed.
+        plan: slots, tokens and drafts (empty: none) of each entry.
+        free_blocks: blocks that can be had, unused cached ones counted in.
+
     Returns:
-        int64 [NUM_TOTALS]: shape of the batch and what happened to blocks and lists.
+        int64 [NUM_TOTALS]: shape of the batch and what happened to blocks and lists; ``known.scratch`` begins with the
+        slots that were preempted.
     """
+    slots, tokens, drafts = plan
     totals = np.zeros(NUM_TOTALS, dtype=np.int64)
     count = 0
     num_preempted = 0
@@ -129,60 +164,99 @@ def start_step(
         starts = rows["running"][slot] == 0
         if starts and num_preempted > 0:
             continue  # nothing starts in a step that preempted; a victim may itself stand later in the plan
-        done = rows["cached_tokens"][slot] if starts else rows["computed_tokens"][slot]
-        need = (done + tokens[i] + block_size - 1) // block_size - held_blocks[slot]
-        if starts and need > free_blocks:
-            totals[NO_ROOM] += 1
-            break
+        chunk, nodes = tokens[i], 0
+        if starts:
+            done, nodes, unused = _found(rows, known, cache, slot, block_size)
+            chunk = min(chunk, rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - done)
+            referred = done // block_size if nodes > 0 else 0
+            need = _blocks_of(done + chunk, block_size) - referred + unused
+            if need > free_blocks:
+                totals[NO_ROOM] += 1
+                break
+        else:
+            done = rows["computed_tokens"][slot]
+            need = _blocks_of(done + chunk, block_size) - known.held[slot]
         lost = False
         while need > free_blocks:
             victim = running[num_running - 1]
-            free_blocks += release(rows, held_blocks, running, num_running, victim)
+            free_blocks += preempt(rows, known, cache, running, num_running, victim, block_size)
             num_running -= 1
-            rows["computed_tokens"][victim] = 0
-            rows["cached_tokens"][victim] = 0
-            preempted[num_preempted] = victim
+            known.scratch[num_preempted] = victim
             num_preempted += 1
-            for j in range(count):
-                if step_slots[j] == victim:
-                    for k in range(j, count - 1):
-                        step_slots[k] = step_slots[k + 1]
-                        step_tokens[k] = step_tokens[k + 1]
-                        step_drafts[k] = step_drafts[k + 1]
-                    count -= 1
-                    break
+            count = _dropped(known, count, victim)
             if victim == slot:
                 lost = True
                 break
         if lost:
             continue
-        if need > 0:
-            free_blocks -= need
-            held_blocks[slot] += need
         if starts:
+            take(cache, known.call_of[slot], nodes)
+            known.nodes[slot], known.referred[slot] = nodes, referred
+            known.held[slot] = referred - unused
+            if known.lost[slot] == 0:
+                known.hit[slot] = done if nodes > 0 else 0
+            totals[RECOMPUTED] += max(known.lost[slot] - done, 0)
+            known.lost[slot] = 0
             rows["running"][slot] = 1
-            rows["computed_tokens"][slot] = done
+            rows["computed_tokens"][slot] = rows["cached_tokens"][slot] = done
             running[num_running] = slot
             num_running += 1
-        step_slots[count] = slot
-        step_tokens[count] = tokens[i]
-        step_drafts[count] = drafts[i] if len(drafts) > 0 else 0
+        if need > 0:
+            free_blocks -= need
+            known.held[slot] += need
+            evict(cache, free_blocks)
+        known.step_slots[count] = slot
+        known.step_tokens[count] = chunk
+        known.step_drafts[count] = drafts[i] if len(drafts) > 0 else 0
         count += 1
-    for i in range(count):
-        slot = step_slots[i]
-        done = rows["computed_tokens"][slot]
-        left = rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - done
-        totals[NEW_TOKENS] += step_tokens[i]
-        totals[CONTEXT_TOKENS] += done
-        if rows["output_tokens"][slot] == 0 or left > 1:
-            totals[QUAD_TOKENS2] += step_tokens[i] * (step_tokens[i] + 2 * done)
-        totals[DRAFT_STEPS] = max(totals[DRAFT_STEPS], step_drafts[i])
-        totals[DRAFT_TOKENS] += step_drafts[i]
-    totals[NUM_SEQS] = count
+    _add_up(rows, known, count, totals)
     totals[NUM_PREEMPTED] = num_preempted
     totals[FREE_BLOCKS] = free_blocks
     totals[NUM_RUNNING] = num_running
     return totals
+
+
+@njit(cache=True)
+def _blocks_of(tokens: int, block_size: int) -> int:
+    return (tokens + block_size - 1) // block_size
+
+
+@njit(cache=True)
+def _found(rows: RequestArray, known: Slots, cache: BlockCache, slot: int, block_size: int) -> tuple[int, int, int]:
+    """Tokens that a slot has when it starts, the nodes they lie in, and how many of their blocks nobody uses."""
+    if known.brought[slot] > 0:
+        return int(known.brought[slot]), 0, 0
+    most = rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - 1
+    return look_up(cache, known.call_of[slot], most, block_size)
+
+
+@njit(cache=True)
+def _dropped(known: Slots, count: int, victim: int) -> int:
+    """Take a preempted slot out of the step again; returns the entries that are left."""
+    for j in range(count):
+        if known.step_slots[j] == victim:
+            for k in range(j, count - 1):
+                known.step_slots[k] = known.step_slots[k + 1]
+                known.step_tokens[k] = known.step_tokens[k + 1]
+                known.step_drafts[k] = known.step_drafts[k + 1]
+            return count - 1
+    return count
+
+
+@njit(cache=True)
+def _add_up(rows: RequestArray, known: Slots, count: int, totals: IntArray) -> None:
+    """Shape of the batch."""
+    for i in range(count):
+        slot, tokens = known.step_slots[i], known.step_tokens[i]
+        done = rows["computed_tokens"][slot]
+        left = rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - done
+        totals[NEW_TOKENS] += tokens
+        totals[CONTEXT_TOKENS] += done
+        if rows["output_tokens"][slot] == 0 or left > 1:
+            totals[QUAD_TOKENS2] += tokens * (tokens + 2 * done)
+        totals[DRAFT_STEPS] = max(totals[DRAFT_STEPS], known.step_drafts[i])
+        totals[DRAFT_TOKENS] += known.step_drafts[i]
+    totals[NUM_SEQS] = count
 
 
 @njit(cache=True)
@@ -205,41 +279,39 @@ def _later(took_s: float, promised_s: float) -> bool:
 @njit(cache=True)
 def finish_step(
     rows: RequestArray,
-    call_of: IntArray,
+    known: Slots,
+    cache: BlockCache,
     calls: CallArray,
     arrivals_s: NDArray[np.float64],
-    step_slots: IntArray,
-    step_tokens: IntArray,
-    step_drafts: IntArray,
     count: int,
     end_s: float,
     seed: int,
     token_s: NDArray[np.float32],
     token_start: IntArray,
-    finished: IntArray,
-    accepted: IntArray,
+    block_size: int,
 ) -> int:
-    """Advance every request of the step to its end; returns how many finished (their slots in ``finished``).
+    """Advance every request of the step to its end; returns how many finished (their slots in ``known.scratch``).
 
-    ``token_s[token_start[call] + k]`` becomes the time of token ``k`` after the call's arrival. At the end of the first
-    of two stages the promise changes; the new stage begins with the next token. ``missed`` becomes 1 with a promise
-    that is broken for good: what scores the run (``metrics.bulk``) decides the same. ``accepted`` becomes how many
-    drafts of each entry were right; -1 where nothing was drafted or the answer ended.
+    ``token_s[token_start[call] + k]`` becomes the time of token ``k`` after the call's arrival. ``known.step_accepted``
+    becomes how many drafts of each entry were right; -1 where nothing was drafted or the answer ended.
     """
     num_finished = 0
     for i in range(count):
-        slot = step_slots[i]
+        slot, drafts = known.step_slots[i], known.step_drafts[i]
+        call = known.call_of[slot]
         before = rows["output_tokens"][slot]
         total = rows["prompt_tokens"][slot] + before
-        done = rows["computed_tokens"][slot] + step_tokens[i] - step_drafts[i]
-        accepted[i] = -1
+        done = rows["computed_tokens"][slot] + known.step_tokens[i] - drafts
+        known.step_accepted[i] = -1
+        if known.step_tokens[i] > 1 + drafts or before == 0:
+            known.nodes[slot] = keep_computed(cache, call, known.nodes[slot], done, block_size)
+            known.referred[slot] = referred_blocks(cache, call, known.nodes[slot], block_size)
         if done < total:
             rows["computed_tokens"][slot] = done
             continue
-        call = call_of[slot]
         target = calls["output_tokens"][call]
         new_tokens = 1
-        while new_tokens <= step_drafts[i] and before + new_tokens < target:
+        while new_tokens <= drafts and before + new_tokens < target:
             if uniform(seed, call, before + new_tokens) >= calls["acceptance"][call]:
                 break
             new_tokens += 1
@@ -248,25 +320,37 @@ def finish_step(
         rows["last_token_s"][slot] = end_s
         for k in range(before, before + new_tokens):
             token_s[token_start[call] + k] = end_s - arrivals_s[call]
-            if k == 0 and _later(end_s - rows["arrival_s"][slot], rows["ttft_due_s"][slot] - rows["arrival_s"][slot]):
-                rows["missed"][slot] = 1
-            if rows["stage_tokens"][slot] == 0:
-                rows["stage_start_s"][slot] = end_s
-            rows["stage_tokens"][slot] += 1
-            if k + 1 == calls["first_stage_tokens"][call] or k + 1 == target:
-                gaps = rows["stage_tokens"][slot] - 1
-                if gaps > 0 and _later(end_s - rows["stage_start_s"][slot], gaps * rows["tpot_s"][slot]):
-                    rows["missed"][slot] = 1
-            if k + 1 == calls["first_stage_tokens"][call] and k + 1 < target:
-                rows["tpot_s"][slot] = calls["next_tpot_s"][call]
-                rows["stage_start_s"][slot] = np.nan
-                rows["stage_tokens"][slot] = 0
+            _count_token(rows, slot, calls, call, k, target, end_s)
         if before + new_tokens >= target:
-            finished[num_finished] = slot
+            known.scratch[num_finished] = slot
             num_finished += 1
-        elif step_drafts[i] > 0:
-            accepted[i] = new_tokens - 1
+        elif drafts > 0:
+            known.step_accepted[i] = new_tokens - 1
     return num_finished
+
+
+@njit(cache=True)
+def _count_token(
+    rows: RequestArray, slot: int, calls: CallArray, call: int, position: int, target: int, end_s: float
+) -> None:
+    """Note token ``position`` of an answer of ``target`` tokens in its row.
+
+    At the end of the first of two stages the promise changes; the new stage begins with the next token. ``missed``
+    becomes 1 with a promise that is broken for good: what scores the run (``metrics.bulk``) decides the same.
+    """
+    if position == 0 and _later(end_s - rows["arrival_s"][slot], rows["ttft_due_s"][slot] - rows["arrival_s"][slot]):
+        rows["missed"][slot] = 1
+    if rows["stage_tokens"][slot] == 0:
+        rows["stage_start_s"][slot] = end_s
+    rows["stage_tokens"][slot] += 1
+    if position + 1 == calls["first_stage_tokens"][call] or position + 1 == target:
+        gaps = rows["stage_tokens"][slot] - 1
+        if gaps > 0 and _later(end_s - rows["stage_start_s"][slot], gaps * rows["tpot_s"][slot]):
+            rows["missed"][slot] = 1
+    if position + 1 == calls["first_stage_tokens"][call] and position + 1 < target:
+        rows["tpot_s"][slot] = calls["next_tpot_s"][call]
+        rows["stage_start_s"][slot] = np.nan
+        rows["stage_tokens"][slot] = 0
 
 
 @njit(cache=True)

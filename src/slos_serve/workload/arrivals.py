@@ -1,10 +1,11 @@
-"""When requests arrive: ``poisson``, ``gamma:CV``, ``burst:FACTOR``, and two fitted to Azure's production traces.
+"""When requests arrive: ``poisson``, ``gamma:CV``, ``burst:FACTOR``, ``day``, and two fitted to Azure's traces.
 
 ``azure-code`` alternates bursts and silences: size, speed and following silence come from a table of the trace's
 bursts, drawn in short runs because neighbours resemble each other; gaps within a burst come from quantiles.
 ``azure-conv`` is a Poisson process whose rate drifts (an Ornstein-Uhlenbeck process in the logarithm). A rate other
 than the trace's stretches or shrinks its clock, as replaying a trace faster does: the CV stays, and peaks are the
-trace's at its own time scale. The mean rate of a sample is exactly the rate asked for.
+trace's at its own time scale. ``day`` is a Poisson process whose rate follows a whole day of a production service over
+the run, however long that is. The mean rate of a sample is exactly the rate asked for.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from slos_serve.workload.lengths import PROBABILITIES, load_table
 Floats = NDArray[np.float64]
 DRIFT_STEP_S = 1.0
 BURSTS_A_RUN = 8
-ARRIVAL_NAMES = ("poisson", "azure-conv", "azure-code", "gamma:CV", "burst:FACTOR")
+ARRIVAL_NAMES = ("poisson", "azure-conv", "azure-code", "gamma:CV", "burst:FACTOR", "day")
 # Where in a run of ``burst:FACTOR`` the burst begins and ends, as parts of its time.
 BURST_FROM, BURST_TO = 0.4, 0.6
 
@@ -57,6 +58,8 @@ def _process(name: str) -> Callable[[int, Generator], Floats]:
         return partial(_gamma, _parameter(name, parameter, "CV", 0.0, 100.0))
     if kind == "burst":
         return partial(_one_burst, _parameter(name, parameter, "FACTOR", 1.0, 10_000.0))
+    if name == "day":
+        return partial(_day, np.asarray(load_table("day_arrivals")["relative_rate"]))
     if name in ("azure-conv", "azure-code"):
         table = load_table(name.replace("-", "_") + "_arrivals")
         return partial(_bursts if table["process"] == "on-off" else _drift, table)
@@ -76,8 +79,19 @@ def _one_burst(factor: float, count: int, random: Generator) -> Floats:
     """A Poisson process whose rate is ``factor`` times as high for a fifth of its time."""
     expected = np.array([0.0, BURST_FROM, BURST_FROM + factor * (BURST_TO - BURST_FROM), 0.0])
     expected[-1] = expected[-2] + 1.0 - BURST_TO
+    return _poisson(expected, np.array([0.0, BURST_FROM, BURST_TO, 1.0]), count, random)
+
+
+def _day(relative_rate: Floats, count: int, random: Generator) -> Floats:
+    """A Poisson process whose rate is that of each window of a day, the day taking all of the run."""
+    expected = np.concatenate((np.zeros(1), np.cumsum(relative_rate)))
+    return _poisson(expected, np.linspace(0.0, 1.0, len(expected)), count, random)
+
+
+def _poisson(expected: Floats, at: Floats, count: int, random: Generator) -> Floats:
+    """A Poisson process of which ``expected`` (in any unit) have come up to each moment ``at``."""
     came = np.cumsum(random.exponential(size=count))
-    return np.asarray(np.interp(came / came[-1] * expected[-1], expected, [0.0, BURST_FROM, BURST_TO, 1.0]))
+    return np.asarray(np.interp(came / came[-1] * expected[-1], expected, at))
 
 
 def _gamma(cv: float, count: int, random: Generator) -> Floats:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from slos_serve.core.slo import SLOClass
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.perf.formula import features_s
+from slos_serve.workload.prefixes import Prefixes, prefixes_of_sessions
 
 CALL_DTYPE = np.dtype(
     [
@@ -47,11 +48,18 @@ class Workload:
         name: scenario or trace, for reports.
         classes: ``class_index`` counts into it.
         calls: :data:`CALL_DTYPE`; first calls in order of arrival. Rounds of a session are linked by ``next_call``.
+        shared: which prompts begin alike, where that is more than rounds of a session.
     """
 
     name: str
     classes: tuple[SLOClass, ...]
     calls: CallArray
+    shared: Prefixes | None = None
+
+    @property
+    def prefixes(self) -> Prefixes:
+        """Which prompts begin alike."""
+        return self.shared if self.shared is not None else prefixes_of_sessions(self.calls)
 
     @property
     def num_requests(self) -> int:

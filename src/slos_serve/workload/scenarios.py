@@ -1,4 +1,4 @@
-"""The six scenarios of the evaluation as workloads, from shipped tables.
+"""The scenarios of the evaluation as workloads: six from shipped tables, and one of long contexts.
 
 A scenario fixes what is asked (lengths, rounds, stages) and what is promised; rate, arrivals and number of requests are
 the caller's. Lengths and arrivals draw from separate streams of one seed, so the same requests come at every rate.
@@ -19,7 +19,9 @@ from slos_serve.core.slo import SLO, ClassSet, SLOClass, Stage, single_stage
 from slos_serve.workload.arrivals import arrival_times
 from slos_serve.workload.calls import CallArray, Workload, empty_calls
 from slos_serve.workload.lengths import length_table
-from slos_serve.workload.trace_files import TraceRequest, read_trace
+from slos_serve.workload.long_context import continue_turns, first_turns
+from slos_serve.workload.prefixes import Prefixes, prefixes_of_blocks, prefixes_of_turns
+from slos_serve.workload.trace_files import MOONCAKE_BLOCK_TOKENS, TraceRequest, read_trace
 
 TIGHT_TPOT_MS, LOOSE_TPOT_MS = 50.0, 100.0
 TIGHT_SLOWDOWN, LOOSE_SLOWDOWN = 3.0, 5.0
@@ -45,6 +47,8 @@ REASONING = SLOClass(
     ),
 )
 
+LONG_CONTEXT = single_stage("long-context", SLO(ttft_slowdown=LOOSE_SLOWDOWN, tpot_ms=LOOSE_TPOT_MS))
+
 Builder = Callable[[int, Generator], CallArray]
 
 
@@ -56,11 +60,14 @@ class Scenario:
         classes: ``class_index`` of the calls counts into it.
         build: (requests, randomness) -> their calls, without arrivals.
         arrivals: the process that ``scenario`` arrivals mean.
+        share: (calls, randomness) -> which prompts begin alike, where that is more than rounds of a session; changes
+            lengths to fit.
     """
 
     classes: tuple[SLOClass, ...]
     build: Builder
     arrivals: str = "azure-conv"
+    share: Callable[[CallArray, Generator], Prefixes] | None = None
 
 
 def make_workload(
@@ -88,12 +95,13 @@ def make_workload(
     if num_requests < 1:
         raise InvalidFieldError("num_requests", num_requests, "a whole number, 1 or more")
     calls = chosen.build(num_requests, np.random.default_rng((seed, 1)))
+    shared = chosen.share(calls, np.random.default_rng((seed, 3))) if chosen.share is not None else None
     process = chosen.arrivals if arrivals == "scenario" else arrivals
     times = arrival_times(process, rate_rps, num_requests, np.random.default_rng((seed, 2)))
     first = np.isfinite(calls["arrival_s"])
     calls["arrival_s"][first] = times
     calls["acceptance"] = acceptance
-    return Workload(scenario, chosen.classes, calls)
+    return Workload(scenario, chosen.classes, calls, shared)
 
 
 def scenario_named(name: str) -> Scenario:
@@ -184,6 +192,15 @@ def mixed(*parts: Builder) -> Builder:
     return build
 
 
+def _long_context(count: int, random: Generator) -> CallArray:
+    """First turns and their answers; what turns continue is decided by ``share``."""
+    calls = empty_calls(count)
+    calls["prompt_tokens"], calls["output_tokens"] = first_turns(count, random)
+    calls["first_stage_tokens"] = calls["output_tokens"]
+    calls["max_tokens"] = MAX_ANSWER_TOKENS
+    return calls
+
+
 SCENARIOS: dict[str, Scenario] = {
     "summarization": Scenario((SUMMARIZATION,), from_table("arxiv_lengths", 2048)),
     "coding": Scenario((CODING,), from_table("azure_code_lengths", 2048), "azure-code"),
@@ -198,6 +215,7 @@ SCENARIOS: dict[str, Scenario] = {
             from_table("azure_conv_lengths", 1024, 2),
         ),
     ),
+    "long": Scenario((LONG_CONTEXT,), _long_context, share=continue_turns),
 }
 
 
@@ -231,7 +249,23 @@ def trace_workload(
     for name in ("ttft_ms", "tpot_ms"):
         values: Sequence[float | None] = [getattr(request, name) for request in requests]
         calls[f"own_{name}"] = [np.nan if value is None else value for value in values]
-    return Workload(path.name, tuple(by_name[name] for name in names), calls)
+    return Workload(path.name, tuple(by_name[name] for name in names), calls, _shared_by(requests, calls))
+
+
+def _shared_by(requests: Sequence[TraceRequest], calls: CallArray) -> Prefixes | None:
+    """Which prompts of a trace begin alike: by its hashes, or else by its sessions, whose prompts only grow."""
+    prompts, outputs = calls["prompt_tokens"], calls["output_tokens"]
+    if any(request.block_ids for request in requests):
+        return prefixes_of_blocks(prompts, outputs, [request.block_ids for request in requests], MOONCAKE_BLOCK_TOKENS)
+    if not any(request.session for request in requests):
+        return None
+    before = np.full(len(requests), -1, dtype=np.int64)
+    last: dict[str, int] = {}
+    for call, request in enumerate(requests):
+        if request.session:
+            before[call] = last.get(request.session, -1)
+            last[request.session] = call
+    return prefixes_of_turns(prompts, outputs, before)
 
 
 def _class_of(request: TraceRequest, classes: ClassSet, path: Path) -> SLOClass:

@@ -37,7 +37,8 @@ class TraceRequest:
         slo_class: class named by the file, if any.
         ttft_ms, tpot_ms: promises given by the file, if any.
         session: conversation it belongs to, if the file says so.
-        shared_prefix_tokens: leading tokens whose blocks an earlier request of the file had too (Mooncake).
+        block_ids: hash of each block of :data:`MOONCAKE_BLOCK_TOKENS` prompt tokens and all before it (Mooncake): equal
+            ids mean equal beginnings.
     """
 
     arrival_s: float
@@ -47,7 +48,7 @@ class TraceRequest:
     ttft_ms: float | None = None
     tpot_ms: float | None = None
     session: str | None = None
-    shared_prefix_tokens: int = 0
+    block_ids: tuple[int, ...] = ()
 
 
 def read_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
@@ -121,20 +122,18 @@ def _read_mooncake(path: Path) -> Iterator[TraceRequest]:
         in_tick[stamp] = in_tick.get(stamp, 0) + 1
     ticked = len(rows) > 1 and all((1000 * stamp) % (1000 * MOONCAKE_TICK_S) == 0 for stamp in in_tick)
     position: dict[float, int] = {}
-    seen: set[int] = set()
     for _, row, where in rows:
         stamp = _plain_seconds(row.get("timestamp"), where) / 1000.0
         place = position.get(stamp, 0)
         position[stamp] = place + 1
         prompt_tokens = _count("input_length", row.get("input_length"), where, least=1)
         spread_s = MOONCAKE_TICK_S * (place + 0.5) / in_tick[stamp] if ticked else 0.0
-        shared = _shared_prefix(row.get("hash_ids"), seen, where)
         request = TraceRequest(
             arrival_s=stamp + spread_s,
             prompt_tokens=prompt_tokens,
             output_tokens=_count("output_length", row.get("output_length"), where, least=1),
             session=str(row["session_id"]) if "session_id" in row else None,
-            shared_prefix_tokens=min(shared, prompt_tokens - 1),
+            block_ids=_block_ids(row.get("hash_ids"), where),
         )
         yield _with_promise(request, row, where)
 
@@ -157,19 +156,12 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object], str]]:
             yield number, row, where
 
 
-def _shared_prefix(hash_ids: object, seen: set[int], where: str) -> int:
-    """Tokens of the leading blocks that occurred before; enters all of them into ``seen``."""
+def _block_ids(hash_ids: object, where: str) -> tuple[int, ...]:
     if hash_ids is None:
-        return 0
+        return ()
     if not isinstance(hash_ids, list) or not all(isinstance(item, int) for item in hash_ids):
         raise InvalidFieldError("hash_ids", hash_ids, "a list of whole numbers", where)
-    shared = 0
-    for item in hash_ids:
-        if item not in seen:
-            break
-        shared += 1
-    seen.update(hash_ids)
-    return shared * MOONCAKE_BLOCK_TOKENS
+    return tuple(hash_ids)
 
 
 def _with_promise(request: TraceRequest, fields: Mapping[str, object], where: str) -> TraceRequest:

@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.workload.arrivals import arrival_times
+from slos_serve.workload.lengths import load_table
 
 # Of the recorded hour: requests, requests/s, CV of gaps, peak-to-mean of counts in windows of 1, 10 and 60 s.
 AZURE = {
@@ -66,3 +67,11 @@ def test_unknown_processes_are_named(name: str) -> None:
 def test_rate_out_of_range() -> None:
     with pytest.raises(InvalidFieldError, match="rate"):
         arrival_times("poisson", 0.0, 10, np.random.default_rng(0))
+
+
+def test_a_day_follows_its_curve_over_any_run() -> None:
+    relative = np.asarray(load_table("day_arrivals")["relative_rate"])
+    times = arrival_times("day", 5.0, 40_000, np.random.default_rng(1))
+    counts = np.histogram(times, np.linspace(0.0, 40_000 / 5.0, 25))[0] / (40_000 / 24)
+    np.testing.assert_allclose(counts, relative.reshape(24, 6).mean(1), rtol=0.12)
+    assert counts.max() > 2.5 * counts.min()

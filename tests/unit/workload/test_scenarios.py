@@ -11,6 +11,7 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import SLO, ClassSet, single_stage
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.workload.lengths import length_table, load_table
+from slos_serve.workload.prefixes import cached_at_best
 from slos_serve.workload.scenarios import SCENARIOS, make_workload, trace_workload
 
 MODEL = BatchTimeModel(k_c_s=1e-4, b_c_s=8e-3, k_m_s=4e-5, b_m_s=20e-3, k_q_s=7e-9)
@@ -83,3 +84,29 @@ def test_unknown_names_come_with_the_list(tmp_path: Path) -> None:
     file.write_text("Timestamp,Request tokens,Response tokens,slo_class\n0,10,5,gold\n")
     with pytest.raises(InvalidFieldError, match="gold"):
         trace_workload(file)
+
+
+def test_long_contexts_are_those_of_the_published_trace() -> None:
+    """Mooncake's conversations: 12,035 and 343 tokens, 40 % of the prompt tokens cached at best."""
+    prompts, outputs, cached = [], [], []
+    for seed in range(3):
+        load = make_workload("long", 1.0, 12_000, seed)
+        prompts.append(load.calls["prompt_tokens"])
+        outputs.append(load.calls["output_tokens"])
+        cached.append(cached_at_best(load.prefixes, load.calls["prompt_tokens"], 16).sum())
+    assert np.mean(prompts) == pytest.approx(12_035, rel=0.05)
+    assert np.mean(outputs) == pytest.approx(343, rel=0.05)
+    assert np.sum(cached) / np.sum(prompts) == pytest.approx(0.40, rel=0.05)
+    assert np.min(prompts) >= 1000 and 100_000 < np.max(prompts) <= 128_000
+
+
+def test_a_trace_shares_by_its_hashes_or_else_by_its_sessions(tmp_path: Path) -> None:
+    file = tmp_path / "trace.jsonl"
+    row = '{"timestamp": %d, "input_length": %d, "output_length": 5%s}\n'
+    hashes = [f', "hash_ids": {ids}' for ids in ([1, 2], [1, 3])]
+    file.write_text(row % (1, 1000, hashes[0]) + row % (2, 1000, hashes[1]))
+    assert trace_workload(file).prefixes.path(1).tolist() == [0]
+    sessions = [', "session_id": "a"', ', "session_id": "b"', ', "session_id": "a"']
+    file.write_text("".join(row % (i, 100 * i, session) for i, session in enumerate(sessions, start=1)))
+    prefixes = trace_workload(file).prefixes
+    assert [prefixes.path(call).tolist() for call in range(3)] == [[], [], [0]]

@@ -79,7 +79,7 @@ def test_mooncake_ticks_are_spread_the_same_way_every_time(tmp_path: Path) -> No
     assert arrivals == sorted(set(arrivals))
     assert arrivals == [request.arrival_s for request in read_trace(file)]
     assert arrivals[-1] < 6.0
-    assert [request.shared_prefix_tokens for request in requests] == [0, 512, 512, 512, 512]
+    assert [request.block_ids for request in requests] == [(0, number) for number in range(5)]
 
 
 def test_mooncake_errors_name_the_line(tmp_path: Path) -> None:
