@@ -229,11 +229,12 @@ class Case:
     drafter: str
     acceptance: float
     margin: float
+    profile: str = PROFILE
 
 
 def promised_share(case: Case, draft: int, rate_rps: float, seed: int) -> float:
     """Share of the requests in the middle of one run that are promised and kept."""
-    profile = with_drafter(find_profile(PROFILE), case.drafter)
+    profile = with_drafter(find_profile(case.profile), case.drafter)
     made = make_workload(case.scenario, rate_rps, case.requests, seed, case.arrivals, case.acceptance)
     calls = made.bound(profile.model).calls
     if np.any(calls["next_call"] >= 0):
@@ -257,7 +258,7 @@ def promised_share(case: Case, draft: int, rate_rps: float, seed: int) -> float:
 
 def search(case: Case) -> dict[str, Any]:
     """Highest rate a GPU, mean over the seeds, each at the best draft length."""
-    profile = with_drafter(find_profile(PROFILE), case.drafter)
+    profile = with_drafter(find_profile(case.profile), case.drafter)
     drafts = range(MAX_DRAFT + 1) if case.drafter != NO_DRAFTER else range(1)
     sample = make_workload(case.scenario, 1.0, 20_000, 0, "poisson", case.acceptance).bound(profile.model)
     acceptance = case.acceptance if case.drafter != NO_DRAFTER else None

@@ -8,15 +8,17 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from slos_serve.sim.question import Answer, Question, answer
-from slos_serve.sim.search import Capacity, Search
+
+Result = TypeVar("Result")
 
 # Whatever these packages hold can change an answer.
 _DECIDING = ("core", "perf", "planning", "policies", "routing", "metrics", "workload", "sim")
@@ -67,11 +69,11 @@ class AnswerFile:
 
 
 @dataclass
-class _Running:
+class _Running(Generic[Result]):
     """A search and what it waits for."""
 
     name: str
-    search: Search
+    search: Generator[list[Question], list[Answer], Result]
     questions: list[Question] = field(default_factory=list)
     answers: dict[str, Answer] = field(default_factory=dict)
 
@@ -94,12 +96,12 @@ def _end_with_parent() -> None:
 
 
 def run_searches(
-    searches: Sequence[tuple[str, Search]],
+    searches: Sequence[tuple[str, Generator[list[Question], list[Answer], Result]]],
     answers: AnswerFile,
     processes: int,
     on_answer: Callable[[str, Question, Answer], None],
-    on_done: Callable[[str, Capacity], None],
-) -> list[Capacity]:
+    on_done: Callable[[str, Result], None],
+) -> list[Result]:
     """Run searches side by side; results in the order of ``searches``.
 
     Args:
@@ -109,7 +111,7 @@ def run_searches(
         on_answer: told of every evaluation.
         on_done: told of every finished search.
     """
-    results: dict[str, Capacity] = {}
+    results: dict[str, Result] = {}
     if processes <= 1:
         for name, search in searches:
             results[name] = _run_here(name, search, answers, on_answer)
@@ -125,8 +127,11 @@ def run_searches(
 
 
 def _run_here(
-    name: str, search: Search, answers: AnswerFile, on_answer: Callable[[str, Question, Answer], None]
-) -> Capacity:
+    name: str,
+    search: Generator[list[Question], list[Answer], Result],
+    answers: AnswerFile,
+    on_answer: Callable[[str, Question, Answer], None],
+) -> Result:
     try:
         questions = next(search)
         while True:
@@ -140,24 +145,24 @@ def _run_here(
                 found.append(known)
             questions = search.send(found)
     except StopIteration as end:
-        result: Capacity = end.value
+        result: Result = end.value
         return result
 
 
 def _run_in_pool(
-    waiting: list[tuple[str, Search]],
+    waiting: list[tuple[str, Generator[list[Question], list[Answer], Result]]],
     answers: AnswerFile,
     pool: ProcessPoolExecutor,
     processes: int,
-    results: dict[str, Capacity],
+    results: dict[str, Result],
     on_answer: Callable[[str, Question, Answer], None],
-    on_done: Callable[[str, Capacity], None],
+    on_done: Callable[[str, Result], None],
 ) -> None:
     """Keep about two searches a process under way, so that no process waits for a bisection."""
-    pending: dict[Future[Answer], tuple[_Running, Question]] = {}
+    pending: dict[Future[Answer], tuple[_Running[Result], Question]] = {}
     active = 0
 
-    def advance(running: _Running) -> bool:
+    def advance(running: _Running[Result]) -> bool:
         """Feed a search while its answers are known; False when it ended."""
         while all(question.key() in running.answers for question in running.questions):
             given = [running.answers[question.key()] for question in running.questions]
@@ -182,7 +187,7 @@ def _run_in_pool(
             name, search = waiting.pop(0)
             active += advance(_Running(name, search))
         done: Iterable[Future[Answer]] = wait(pending, return_when=FIRST_COMPLETED).done if pending else ()
-        touched: list[_Running] = []
+        touched: list[_Running[Result]] = []
         for future in done:
             running, question = pending.pop(future)
             found = future.result()

@@ -1,0 +1,239 @@
+"""Every engine, scenario and arrival process: SLOs-Serve over the best rival of each cell.
+
+    python -m benchmarks.matrix [--engine opt-13b-a100] [--scenario chat] [--arrivals poisson] [--policy edf] [--quick]
+
+Capacity at 90 % attained, by the mean of each stage and with every token in time. In each cell every rival of the
+registry is first compared on a tuning seed, with all of its parameters; the best three of them and SLOs-Serve are then
+searched on the seeds of tables. Every simulation is kept in ``answers.jsonl`` beside the result, so that a run goes on
+where it was interrupted; rows of finished cells are in ``matrix.json`` at any time. Cells below 1.0 are printed first.
+``--quick`` takes 100 requests and two seeds: to see that it runs, not to publish.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from benchmarks._sim_commands import RESULTS
+from slos_serve.bench.charts import Chart, Series, png_bytes
+from slos_serve.policies.registry import POLICIES
+from slos_serve.sim.conditions import AS_SERVED, EXACT
+from slos_serve.sim.interval import ratio_interval
+from slos_serve.sim.question import Answer, Question
+from slos_serve.sim.search import Capacity, screen, search_seeds
+from slos_serve.sim.seeds import default_count, table_seeds
+from slos_serve.sim.sweep import AnswerFile, run_searches
+from slos_serve.workload.scenarios import SCENARIOS, scenario_named
+
+ENGINES = ("opt-13b-a100", "llama-2-7b-h100", "opt-66b-a100-tp4", "llama-3.1-8b-h100")
+ARRIVALS = ("poisson", "gamma:3", "scenario")
+OURS = "slos-serve"
+FINALISTS = 3
+# Requests of a simulation; fewer where answers are long.
+REQUESTS = {"tool": 200, "reasoning": 200}
+MOST_REQUESTS, QUICK_REQUESTS, QUICK_SEEDS = 400, 100, 2
+Row = dict[str, Any]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One engine under one scenario and arrival process."""
+
+    engine: str
+    scenario: str
+    arrivals: str
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return f"{self.engine} {self.scenario} {self.arrivals}"
+
+    @property
+    def num_seeds(self) -> int:
+        """Five where arrivals are bursty."""
+        own = scenario_named(self.scenario).arrivals if self.arrivals == "scenario" else self.arrivals
+        return default_count(own)
+
+
+Found = tuple[Capacity, list[Capacity], dict[str, float]]
+
+
+def search_cell(
+    cell: Cell, policies: Sequence[str], requests: int, seeds: Sequence[int], exact: bool
+) -> Generator[list[Question], list[Answer], Found]:
+    """Ours and the best rivals on the seeds of tables, and what every rival carried on a tuning seed."""
+
+    def base(policy: str) -> Question:
+        replicas = 2 if POLICIES[policy].make_decode is not None else 1
+        return Question(
+            cell.scenario,
+            policy,
+            dict(POLICIES[policy].variants[0]),
+            cell.engine,
+            cell.arrivals,
+            1.0,
+            requests * replicas,
+            0,
+            replicas=replicas,
+            conditions=EXACT if exact else AS_SERVED,
+        )
+
+    screened = yield from _each(screen(base(policy)) for policy in policies)
+    each = {one.best.policy: one.rate_rps / one.best.replicas for one in screened}
+    screened.sort(key=lambda one: -one.rate_rps / one.best.replicas)
+    ours = yield from search_seeds((yield from screen(base(OURS))), seeds)
+    rivals = yield from _each(search_seeds(one, seeds) for one in screened[:FINALISTS])
+    return ours, rivals, each
+
+
+def _each(
+    searches: Iterable[Generator[list[Question], list[Answer], Result]],
+) -> Generator[list[Question], list[Answer], list[Result]]:
+    """Searches one after the other; their results."""
+    results: list[Result] = []
+    for search in searches:
+        found = yield from search
+        results.append(found)
+    return results
+
+
+def row_of(cell: Cell, found: Found) -> Row:
+    """A cell's result: capacities of all, and ours over the best rival by each metric."""
+    ours, rivals, each = found
+    row: Row = {"engine": cell.engine, "scenario": cell.scenario, "arrivals": cell.arrivals, "screened": each}
+    for metric, seeds_of in (("mean", "by_seed"), ("strict", "strict_by_seed")):
+        best = max(rivals, key=lambda one: sum(getattr(one, seeds_of)))
+        over, low, high = ratio_interval(getattr(ours, seeds_of), getattr(best, seeds_of))
+        row[metric] = {"rival": best.policy, "over": over, "low": low, "high": high}
+    bound = ours.fluid_bound_dropping_rps_per_gpu
+    row["of_possible"] = ours.capacity_rps_per_gpu / bound
+    row["capacities"] = [one.as_dict() for one in (ours, *rivals)]
+    return row
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    """Of ratios."""
+    return math.exp(sum(math.log(max(value, 1e-9)) for value in values) / len(values)) if values else math.nan
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown, cells in which ours is behind by either metric first."""
+    head = (
+        "| engine | scenario | arrivals | by mean | rival | every token | rival | ours, req/s per GPU | of possible |"
+    )
+    lines = [head, "|" + "---|" * 9]
+    behind = sorted(rows, key=lambda row: min(row["mean"]["over"], row["strict"]["over"], 1.0))
+    for row in behind:
+        cells = [row["engine"], row["scenario"], row["arrivals"]]
+        for metric in ("mean", "strict"):
+            one = row[metric]
+            cells += [f"{one['over']:.2f} ({one['low']:.2f}-{one['high']:.2f})", one["rival"]]
+        ours = row["capacities"][0]
+        cells += [f"{ours['capacity_rps_per_gpu']:.3g}", f"{row['of_possible']:.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    means = [geometric_mean([row[metric]["over"] for row in rows]) for metric in ("mean", "strict")]
+    below = sum(min(row["mean"]["over"], row["strict"]["over"]) < 1.0 for row in rows)
+    lines.append(
+        f"\n{len(rows)} cells, {below} of them below 1.0. "
+        f"Geometric mean: {means[0]:.2f} by mean, {means[1]:.2f} with every token in time."
+    )
+    return "\n".join(lines)
+
+
+def charts(rows: Sequence[Row]) -> list[Chart]:
+    """Ours over the best rival of each cell, a chart an engine."""
+    made = []
+    for engine in dict.fromkeys(row["engine"] for row in rows):
+        own = [row for row in rows if row["engine"] == engine]
+        names = [f"{row['scenario']}\n{row['arrivals']}" for row in own]
+        series = [
+            Series(
+                label,
+                names,
+                [row[metric]["over"] for row in own],
+                [row[metric]["low"] for row in own],
+                [row[metric]["high"] for row in own],
+            )
+            for metric, label in (("mean", "by the mean"), ("strict", "every token in time"))
+        ]
+        title = f"{engine}: capacity over the best rival's"
+        made.append(Chart(f"matrix-{engine}", title, "", "times", series, kind="bars", marks=(("1", 1.0),)))
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Search every cell, keep what is found, and print the table."""
+    given = _options(arguments)
+    cells = [
+        Cell(engine, name, arrivals)
+        for engine in given.engine
+        for name in given.scenario
+        for arrivals in given.arrivals
+    ]
+    searches = []
+    for cell in cells:
+        most = QUICK_REQUESTS if given.quick else MOST_REQUESTS
+        requests = given.requests or min(REQUESTS.get(cell.scenario, most), most)
+        seeds = table_seeds(given.seeds or (QUICK_SEEDS if given.quick else cell.num_seeds))
+        searches.append((cell.name, search_cell(cell, given.policy, requests, seeds, given.exact)))
+    file = given.output / "matrix.json"
+    given.output.mkdir(parents=True, exist_ok=True)
+    by_name = {cell.name: cell for cell in cells}
+    rows: dict[str, Row] = {}
+    began, simulations = time.monotonic(), 0
+
+    def on_answer(_name: str, _question: Question, _found: Answer) -> None:
+        nonlocal simulations
+        simulations += 1
+        if simulations % 50 == 0:
+            spent = (time.monotonic() - began) / 60.0
+            print(f"{spent:.0f} min, {len(rows)} of {len(cells)} cells, {simulations} simulations", file=sys.stderr)
+
+    def on_done(name: str, found: Found) -> None:
+        rows[name] = row_of(by_name[name], found)
+        file.write_text(json.dumps([rows[one] for one in by_name if one in rows], indent=1) + "\n", encoding="utf-8")
+        one = rows[name]
+        print(f"{name}: {one['mean']['over']:.2f} over {one['mean']['rival']}, every token {one['strict']['over']:.2f}",
+              file=sys.stderr, flush=True)  # fmt: skip
+
+    run_searches(searches, AnswerFile(given.output / "answers.jsonl"), given.processes, on_answer, on_done)
+    found = [rows[cell.name] for cell in cells]
+    print(table(found))
+    for chart in charts(found):
+        (given.output / f"{chart.key}.png").write_bytes(png_bytes(chart))
+    return 0
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", action="append", help=f"profile; default: {', '.join(ENGINES)}")
+    parser.add_argument("--scenario", action="append", choices=list(SCENARIOS), help="default: all")
+    parser.add_argument("--arrivals", action="append", help=f"default: {', '.join(ARRIVALS)}")
+    parser.add_argument(
+        "--policy", action="append", help="rival; default: all of the registry that know no true lengths"
+    )
+    parser.add_argument("--requests", type=int, default=0, help="of each simulation")
+    parser.add_argument("--seeds", type=int, default=0, help="default: 3, or 5 where arrivals are bursty")
+    parser.add_argument("--quick", action="store_true", help="100 requests, 2 seeds")
+    parser.add_argument("--exact", action="store_true", help="steps take exactly what the profile says")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    given = parser.parse_args(arguments)
+    given.engine = given.engine or list(ENGINES)
+    given.scenario = given.scenario or list(SCENARIOS)
+    given.arrivals = given.arrivals or list(ARRIVALS)
+    honest = [name for name, entry in POLICIES.items() if name != OURS and not entry.true_lengths]
+    given.policy = given.policy or honest
+    return given
+
+
+if __name__ == "__main__":
+    sys.exit(main())
