@@ -10,7 +10,6 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import IntEnum
 
 import numpy as np
 
@@ -19,15 +18,8 @@ from slos_serve.sim.replica import IDLE_TICK_S, Replica
 from slos_serve.sim.routers import LoadRouter, Router
 from slos_serve.sim.step import LOST, REJECTED
 
-
-class Event(IntEnum):
-    """Kinds of events; the value is the priority at equal times."""
-
-    STEP_END = 0
-    DEATH = 1
-    ARRIVAL = 2
-    HANDOVER = 3
-    PLAN = 4
+# Kinds of events; the value is the priority at equal times.
+STEP_END, DEATH, ARRIVAL, HANDOVER, PLAN = range(5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +69,25 @@ class Cluster:
         order = np.argsort(arrivals, kind="stable")
         order = order[np.isfinite(arrivals[order])]
         for at_s, replica in self.deaths:
-            self._push(at_s, Event.DEATH, replica)
+            self._push(at_s, DEATH, replica)
         next_first = 0
         if len(order):
-            self._push(float(arrivals[order[0]]), Event.ARRIVAL, int(order[0]))
+            self._push(float(arrivals[order[0]]), ARRIVAL, int(order[0]))
         check_s = self.check_every_s
         while self._heap:
             now_s, kind, _, subject = heapq.heappop(self._heap)
-            if kind == Event.STEP_END:
+            if kind == STEP_END:
                 self._end_step(now_s, self.replicas[subject])
-            elif kind == Event.PLAN:
+            elif kind == PLAN:
                 self._plan(now_s, self.replicas[subject])
-            elif kind == Event.ARRIVAL:
+            elif kind == ARRIVAL:
                 if next_first < len(order) and subject == order[next_first]:
                     next_first += 1
                     if next_first < len(order):
                         following = int(order[next_first])
-                        self._push(float(arrivals[following]), Event.ARRIVAL, following)
+                        self._push(float(arrivals[following]), ARRIVAL, following)
                 self._arrive(now_s, subject)
-            elif kind == Event.HANDOVER:
+            elif kind == HANDOVER:
                 self._take_over(now_s, subject)
             else:
                 self._kill(now_s, self.replicas[subject])
@@ -109,15 +101,15 @@ class Cluster:
                     break
         return recording
 
-    def _push(self, at_s: float, kind: Event, subject: int) -> None:
+    def _push(self, at_s: float, kind: int, subject: int) -> None:
         self._sequence += 1
-        heapq.heappush(self._heap, (at_s, int(kind), self._sequence, subject))
+        heapq.heappush(self._heap, (at_s, kind, self._sequence, subject))
 
     def _ask(self, at_s: float, replica: Replica) -> None:
         """Let a replica plan at ``at_s``, unless it will before."""
         if self._next_plan_s.get(replica.index, math.inf) > at_s:
             self._next_plan_s[replica.index] = at_s
-            self._push(at_s, Event.PLAN, replica.index)
+            self._push(at_s, PLAN, replica.index)
 
     def _plan(self, now_s: float, replica: Replica) -> None:
         if self._next_plan_s.get(replica.index) != now_s:
@@ -127,7 +119,7 @@ class Cluster:
             return
         end_s = replica.start_step(now_s)
         if end_s is not None:
-            self._push(end_s, Event.STEP_END, replica.index)
+            self._push(end_s, STEP_END, replica.index)
         elif replica.num_requests:
             self._ask(now_s + IDLE_TICK_S, replica)
 
@@ -145,11 +137,11 @@ class Cluster:
         calls = self.recording.workload.calls
         if replica.prefill_only and calls["output_tokens"][call] > 1 and self.handover is not None:
             moved_s = self.handover.seconds_per_token * float(calls["prompt_tokens"][call])
-            self._push(now_s + moved_s, Event.HANDOVER, call)
+            self._push(now_s + moved_s, HANDOVER, call)
             return
         following = int(calls["next_call"][call])
         if following >= 0:
-            self._push(now_s + float(calls["tool_s"][following]), Event.ARRIVAL, following)
+            self._push(now_s + float(calls["tool_s"][following]), ARRIVAL, following)
 
     def _arrive(self, now_s: float, call: int) -> None:
         sent_s = float(self.recording.calls["arrival_s"][call])
@@ -189,7 +181,7 @@ class Cluster:
             return
         again, _ = replica.die()
         for call in again:
-            self._push(now_s, Event.ARRIVAL, call)
+            self._push(now_s, ARRIVAL, call)
 
     def _session(self, call: int) -> int:
         return int(self.recording.workload.calls["session"][call])

@@ -58,6 +58,7 @@ class EngineState:
         table = RequestTable(64)
         self.slots = grown(None, len(table.rows))
         self.cache = empty_cache(recording.prefixes, limits.prefix_cache)
+        self._make_room()
         self.view = EngineView(
             table=table,
             running=self._running[:0],
@@ -141,7 +142,6 @@ class EngineState:
             PlanFaultError: one of them holds none.
         """
         rows, view = self.view.table.rows, self.view
-        self.cache = with_room(self.cache, self._path_entries(len(slots)))
         for slot in slots:
             if not rows["running"][slot]:
                 raise PlanFaultError(f"preempts slot {slot}, which holds no KV")
@@ -151,12 +151,13 @@ class EngineState:
             self.num_running -= 1
         self._requeue(slots)
 
-    def _path_entries(self, requests: int) -> int:
-        """Most entries that so many requests add to the cache's queue when they leave."""
-        return requests * (self._recording.longest_path + 1)
+    def _make_room(self) -> None:
+        """Give the cache's queue room for all running requests to leave; called when some have left."""
+        self.cache = with_room(self.cache, len(self._running) * (self._recording.longest_path + 1))
 
     def _requeue(self, slots: SlotArray) -> None:
         """Put preempted requests at the head of the waiting list, the last victim first, as vLLM does."""
+        self._make_room()
         self._recording.num_preemptions += len(slots)
         self._recording.calls["preemptions"][self.slots.call_of[slots]] += 1
         queue = np.concatenate((slots[::-1], self._waiting[: self.num_waiting]))
@@ -203,11 +204,10 @@ class EngineState:
         entry = f" (entry {where}: slot {plan.slots[where]}, {plan.tokens[where]} tokens)" if where >= 0 else ""
         return f"{_FAULTS[fault]}{entry}"
 
-    def start(self, plan: StepPlan) -> SlotArray:
+    def start(self, plan: StepPlan) -> list[int]:
         """Give blocks to a checked plan and start what is waiting; the totals of :func:`step.start_step`."""
         view = self.view
-        self.cache = with_room(self.cache, self._path_entries(self.num_running))
-        totals: SlotArray = rules.start_step(
+        totals: list[int] = rules.start_step(
             view.table.rows,
             self.slots,
             self.cache,
@@ -216,11 +216,11 @@ class EngineState:
             (plan.slots, plan.tokens, plan.draft_tokens),
             view.free_blocks,
             view.block_size,
-        )
-        num_running, num_preempted = int(totals[rules.NUM_RUNNING]), int(totals[rules.NUM_PREEMPTED])
+        ).tolist()
+        num_running, num_preempted = totals[rules.NUM_RUNNING], totals[rules.NUM_PREEMPTED]
         started = num_running + num_preempted - self.num_running
         self.num_running = num_running
-        view.free_blocks = int(totals[rules.FREE_BLOCKS])
+        view.free_blocks = totals[rules.FREE_BLOCKS]
         if started > 0:
             self.num_waiting = rules.keep_waiting(view.table.rows, self._waiting, self.num_waiting)
         if num_preempted:
@@ -250,11 +250,11 @@ class EngineState:
     def finish(self, slot: int, now_s: float) -> tuple[int, bool]:
         """A running request leaves; returns its call and whether the whole answer is there."""
         rows, view = self.view.table.rows, self.view
-        self.cache = with_room(self.cache, self._path_entries(1))
         view.free_blocks += rules.release(
             rows, self.slots, self.cache, self._running, self.num_running, slot, view.block_size
         )
         self.num_running -= 1
+        self._make_room()
         call = int(self.slots.call_of[slot])
         output = int(rows["output_tokens"][slot])
         record = self._recording.calls[call]

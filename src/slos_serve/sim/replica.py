@@ -167,21 +167,21 @@ class Replica:
     def _execute(self, now_s: float, plan: StepPlan) -> float | None:
         """Give blocks, start requests, and compute how long the step takes; ``None`` when nothing could run."""
         totals = self._state.start(plan)
-        self._recording.num_no_room += int(totals[rules.NO_ROOM])
-        self._recording.num_recomputed += int(totals[rules.RECOMPUTED])
-        self._step_count = int(totals[rules.NUM_SEQS])
+        self._recording.num_no_room += totals[rules.NO_ROOM]
+        self._recording.num_recomputed += totals[rules.RECOMPUTED]
+        self._step_count = totals[rules.NUM_SEQS]
         self._commit(plan, self._state.slots.step_slots[: self._step_count])
         if self._step_count == 0:
             self._idle(now_s)
             return None
         self._empty_plans = 0
         shape = BatchShape(
-            int(totals[rules.NEW_TOKENS]),
-            int(totals[rules.CONTEXT_TOKENS]),
-            int(totals[rules.QUAD_TOKENS2]),
+            totals[rules.NEW_TOKENS],
+            totals[rules.CONTEXT_TOKENS],
+            totals[rules.QUAD_TOKENS2],
             self._step_count,
-            int(totals[rules.DRAFT_STEPS]),
-            int(totals[rules.DRAFT_TOKENS]),
+            totals[rules.DRAFT_STEPS],
+            totals[rules.DRAFT_TOKENS],
         )
         return self._begin(now_s, shape, plan.predicted_s)
 
@@ -236,8 +236,10 @@ class Replica:
 
     def _commit(self, plan: StepPlan, ran: SlotArray) -> None:
         """Let the policy make its promises, and record them."""
-        calls, call_of, status = self._recording.calls, self._state.slots.call_of, self.view.table.rows["status"]
         self.policy.commit(plan, self.view, ran)
+        if not len(plan.admitted) and not len(plan.demoted):
+            return
+        calls, call_of, status = self._recording.calls, self._state.slots.call_of, self.view.table.rows["status"]
         promised = plan.admitted[status[plan.admitted] == Status.ADMITTED]
         calls["admitted"][call_of[promised]] = 1
         calls["demoted"][call_of[plan.demoted]] = 1
