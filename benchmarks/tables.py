@@ -182,6 +182,20 @@ def scale(rows: Rows) -> str:
     )
 
 
+def matrix(rows: Rows) -> str:
+    """Ours over the best rival of each cell."""
+    from benchmarks.matrix import table as matrix_table
+
+    return matrix_table(rows)
+
+
+def overload(rows: Rows) -> str:
+    """Long overload beside stock."""
+    from benchmarks.overload import HEAD, Row, line
+
+    return table(HEAD, [line(Row(**row)) for row in rows])
+
+
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "capacity": ("capacity.json", capacity),
     "speculation": ("speculation.json", speculation),
@@ -194,6 +208,8 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "burst10": ("burst10.json", burst),
     "burst-azure": ("burst-azure.json", burst),
     "scale": ("scale.json", scale),
+    "matrix": ("matrix.json", matrix),
+    "overload": ("overload-opt-13b-a100.json", overload),
 }
 
 
