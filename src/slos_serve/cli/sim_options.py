@@ -29,7 +29,11 @@ Oracle = Annotated[
     bool, typer.Option("--oracle-lengths", help="Tell policies the true output lengths, to see what that would add.")
 ]
 Router = Annotated[
-    str, typer.Option(help="round-robin, least-loaded, or slo: asks mirrors of the planners (slo-pack, slo-spread).")
+    str,
+    typer.Option(
+        help="round-robin, least-loaded, lmetric, class-preferring, tpot-bins, or slo: asks mirrors of the planners "
+        "(slo-pack, slo-spread)."
+    ),
 ]
 Acceptance = Annotated[float, typer.Option(min=0.0, max=0.999, help="Probability that a draft token is right.")]
 

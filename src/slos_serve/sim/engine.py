@@ -17,6 +17,7 @@ from slos_serve.sim.limits import EngineLimits, ReplicaSettings
 from slos_serve.sim.model_error import ModelError
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.replica import Replica
+from slos_serve.sim.rival_routers import RIVAL_ROUTERS
 from slos_serve.sim.routers import SLO_ORDERS, Router, make_router
 from slos_serve.sim.slo_router import SloRouter, SloRouting
 from slos_serve.workload.calls import Workload
@@ -33,7 +34,8 @@ class SimSettings:
         parameters: of the policy; ``None`` for its default.
         replicas: how many.
         prefill_replicas: of them, when the policy keeps prefill and decode apart.
-        router: ``round-robin``, ``least-loaded``, or one of ``SLO_ORDERS`` that asks mirrors of the planners.
+        router: ``round-robin``, ``least-loaded``, one of ``RIVAL_ROUTERS``, or one of ``SLO_ORDERS``, which ask mirrors
+            of the planners.
         sticky_sessions: later rounds of a session go where its prefix is cached, whatever the load there (those that
             ask mirrors decide by themselves).
         publish_every_s, publish_delay_s: age of what an ``slo`` router sees of the replicas, and time to reach it.
@@ -93,7 +95,7 @@ def simulate(
     """
     _check_split(settings)
     recording = Recording.of(workload.bound(batch_time))
-    router = _router(recording, limits, settings)
+    router = _router(recording, batch_time, limits, settings)
     replicas = [_replica(index, recording, batch_time, limits, settings, router) for index in range(settings.replicas)]
     handover = None
     if settings.disaggregated:
@@ -103,7 +105,9 @@ def simulate(
     return cluster.run()
 
 
-def _router(recording: Recording, limits: EngineLimits, settings: SimSettings) -> Router:
+def _router(recording: Recording, batch_time: BatchTimeModel, limits: EngineLimits, settings: SimSettings) -> Router:
+    if settings.router in RIVAL_ROUTERS:
+        return RIVAL_ROUTERS[settings.router](recording, batch_time)
     if settings.router not in SLO_ORDERS:
         return make_router(settings.router, settings.sticky_sessions and not settings.disaggregated)
     routing = SloRouting(

@@ -7,6 +7,8 @@ holds only ``max_tokens`` and a forecast. Who runs and who waits is :mod:`slos_s
 
 from __future__ import annotations
 
+import numpy as np
+
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import SlotArray, Status
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
@@ -81,6 +83,11 @@ class Replica:
     def num_waiting(self) -> int:
         """Requests that hold none, as far as the policy has seen them."""
         return self._state.num_waiting
+
+    @property
+    def slots(self) -> SlotArray:
+        """Slots of all its requests, those that the policy has not seen included."""
+        return np.flatnonzero(self._occupancy.slots.present)
 
     def fits(self, call: int) -> bool:
         """Whether the call's longest form could ever be held."""

@@ -8,6 +8,7 @@ from typing import Protocol
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.routing.settings import Order
 from slos_serve.sim.replica import Replica
+from slos_serve.sim.rival_routers import RIVAL_ROUTERS
 
 # vLLM's data-parallel coordinator weighs a waiting request like this many running ones.
 WAITING_WEIGHT = 4
@@ -96,6 +97,6 @@ def make_router(name: str, sticky: bool = True) -> LoadRouter:
         InvalidFieldError: no router of that name.
     """
     if name not in ROUTERS:
-        raise InvalidFieldError("router", name, f"one of {sorted([*ROUTERS, *SLO_ORDERS])}")
+        raise InvalidFieldError("router", name, f"one of {sorted([*ROUTERS, *SLO_ORDERS, *RIVAL_ROUTERS])}")
     router = ROUTERS[name]()
     return StickySessions(router) if sticky else router
