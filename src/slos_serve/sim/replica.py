@@ -87,7 +87,7 @@ class Replica:
     @property
     def slots(self) -> SlotArray:
         """Slots of all its requests, those that the policy has not seen included."""
-        return np.flatnonzero(self._occupancy.slots.present)
+        return np.flatnonzero(self._state.slots.call_of >= 0)
 
     def fits(self, call: int) -> bool:
         """Whether the call's longest form could ever be held."""

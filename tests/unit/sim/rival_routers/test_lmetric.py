@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from slos_serve.sim.rival_routers.lmetric import LMetric
 from slos_serve.workload.calls import Workload
 from tests.sim_builders import PLAIN
@@ -28,12 +26,12 @@ def test_decodes_count_in_the_batch_and_not_in_the_tokens() -> None:
 
 def test_a_cached_prefix_is_not_new() -> None:
     load = calls((400, LOOSE), (800, LOOSE), (100, LOOSE), (100, LOOSE), answer=1)
-    load.calls["session"] = [0, 0, 1, 2]
+    load.calls["next_call"][0] = 1
     recording, replicas = fleet(load, [[], [0]])  # the session's first call ended on replica 1
     replicas[0].add(2, 0.0)
     replicas[1].add(3, 0.0)
     assert LMetric(recording, PLAIN).choose(0.0, 1, 0, replicas).index == 1
-    load.calls["session"] = np.arange(4)
+    load.calls["next_call"][0] = -1
     recording, replicas = fleet(load, [[], [0]])
     replicas[0].add(2, 0.0)
     replicas[1].add(3, 0.0)
@@ -42,6 +40,6 @@ def test_a_cached_prefix_is_not_new() -> None:
 
 def test_empty_replicas_are_told_apart_by_their_caches() -> None:
     load = calls((400, LOOSE), (800, LOOSE), answer=1)
-    load.calls["session"] = 0
+    load.calls["next_call"][0] = 1
     recording, replicas = fleet(load, [[], [0]])
     assert LMetric(recording, PLAIN).choose(0.0, 1, 0, replicas).index == 1
