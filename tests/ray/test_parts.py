@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import pickle
 import re
@@ -115,6 +116,23 @@ async def test_a_replica_found_dead_gets_nothing_more(router: SLORequestRouter) 
     router.on_replica_actor_died(Replica("b").replica_id)
     sent = {(await router._choose_replica_for_request(pending(a_ticket()))).name for _ in range(4)}
     assert sent == {"a"}
+
+
+async def test_the_replica_that_took_the_request_is_named(router: SLORequestRouter) -> None:
+    ticket = a_ticket()
+    request = pending(ticket)
+    chosen = await router._choose_replica_for_request(request)
+    other = Replica("b" if chosen.name == "a" else "a")
+    router.on_request_routed(request, other.replica_id, None)
+    assert ticket.decision is not None and ticket.decision.replica == other.name
+    assert ticket.decision.reason is Why.OUT_OF_REACH
+    router.on_request_routed(pending(None), other.replica_id, None)
+
+
+async def test_a_request_that_is_given_up_leaves_nothing_behind(router: SLORequestRouter) -> None:
+    await router._choose_replica_for_request(pending(a_ticket(session="s")))
+    gc.collect()
+    assert not len(router._tickets)
 
 
 async def test_a_request_that_ended_leaves_nothing_behind(router: SLORequestRouter) -> None:

@@ -20,11 +20,13 @@ def headroom_policy(context: Any) -> tuple[float, dict[str, Any]]:
         context: :class:`ray.serve.config.AutoscalingContext`.
 
     Returns:
-        Wanted number of replicas, and no state. As many as now until replicas have reported.
+        Wanted number of replicas, and no state. As many as now until replicas have reported; at least one while a
+        request is there, so that an application that was scaled to zero wakes.
     """
+    least = 1.0 if context.total_num_requests > 0 else 0.0
     reported = (context.aggregated_metrics or {}).get(_FULLNESS) or {}
     fullness = [float(value) for value in reported.values() if value is not None]
     if not fullness:
-        return context.current_num_replicas, {}
+        return max(float(context.current_num_replicas), least), {}
     mean = sum(fullness) / len(fullness)
-    return context.current_num_replicas * mean / TARGET_FULLNESS, {}
+    return max(context.current_num_replicas * mean / TARGET_FULLNESS, least), {}

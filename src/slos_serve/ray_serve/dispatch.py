@@ -18,7 +18,7 @@ from slos_serve.ray_serve.wire import Envelope
 from slos_serve.routing.clock_offset import ClockOffset
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.retry_after import retry_after_s
-from slos_serve.routing.router import RouterSettings, RoutingDecision, Verdict, Why, route
+from slos_serve.routing.router import RouterSettings, RoutingDecision, Verdict, Why, route, unpromised
 from slos_serve.routing.sessions import Sessions
 from slos_serve.routing.settings import STALE_AFTER_S, Order
 
@@ -101,21 +101,46 @@ class Dispatcher:
 
     def decide(self, ticket: Ticket) -> RoutingDecision:
         """Decide and reserve; the decision is written into the ticket, and when to ask again if it is a no."""
-        now_s = max(self._clock_s(), self._now_s)
-        self._now_s = now_s
+        now_s = self._later()
         self._receive()
+        self._withdraw(ticket)
         asked = ticket.asked
         if ticket.session is not None:
             asked = ticket.with_cached(self._sessions.cached(ticket.session, asked.prompt_tokens))
         decision = route(now_s, asked, self.mirrors, self._settings)
         ticket.decision = decision
         ticket.attempts += 1
+        if decision.replica is not None:
+            ticket.reservation = decision.replica, self.mirrors.newest(decision.replica)
         self.decisions[decision.verdict, decision.reason] += 1
         if decision.verdict is Verdict.REJECT:
             ticket.retry_after_s = retry_after_s(now_s, asked.class_index, self.mirrors, self._settings.stale_after_s)
         elif decision.replica is not None and ticket.session is not None and not ticket.last_round:
             self._sessions.sent(ticket.session, decision.replica, asked.prompt_tokens)
         return decision
+
+    def routed(self, ticket: Ticket, replica: str) -> None:
+        """A request got to a replica, which need not be the one decided on: that one may have been out of reach."""
+        decision = ticket.decision
+        if decision is None or decision.replica == replica or replica not in self.mirrors:
+            return
+        self._withdraw(ticket)
+        verdict = Verdict.BEST_EFFORT if ticket.asked.has_slo else decision.verdict
+        ticket.decision = RoutingDecision(replica, verdict, Why.OUT_OF_REACH)
+        self.mirrors.send(self.mirrors.position(replica), unpromised(self._later(), ticket.asked))
+        ticket.reservation = replica, self.mirrors.newest(replica)
+        self.decisions[verdict, Why.OUT_OF_REACH] += 1
+
+    def _later(self) -> float:
+        """The present time; never before an earlier one."""
+        self._now_s = max(self._clock_s(), self._now_s)
+        return self._now_s
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        """Give back what an earlier decision on the same request holds."""
+        held, ticket.reservation = ticket.reservation, None
+        if held is not None:
+            self.mirrors.withdraw(*held)
 
     def ended(self, ticket: Ticket) -> None:
         """A request is over: its session's next round finds its answer cached too."""

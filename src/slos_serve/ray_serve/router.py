@@ -6,6 +6,7 @@ Ray pickles this module by value, so it holds nothing but the class; see :mod:`s
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ray.serve import metrics
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
@@ -31,7 +32,8 @@ class SLORequestRouter(RequestRouter):
             lambda: shared_keys(ClusterStore()), dropped=lambda reason: dropped.inc(tags={"reason": reason})
         )
         self._dispatcher = Dispatcher(self._inbox, **settings)
-        self._tickets: dict[str, Ticket] = {}
+        # A ticket lives as long as its request; one that is given up while it waits here leaves nothing behind.
+        self._tickets: WeakValueDictionary[str, Ticket] = WeakValueDictionary()
 
     def close(self) -> None:
         """Hear publications no longer."""
@@ -73,6 +75,12 @@ class SLORequestRouter(RequestRouter):
             # when the answer is late. The decision knows better.
             self.on_new_queue_len_info(chosen[0].replica_id, 0)
         return [chosen, others] if chosen else [others]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """A replica took the request."""
+        ticket = self._tickets.get(pending_request.metadata.internal_request_id)
+        if ticket is not None:
+            self._dispatcher.routed(ticket, replica_id.unique_id)
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
         """A request is over, however it ended."""

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,9 @@ from slos_serve.vllm_plugin.config import PLUGIN_KEYS
 
 APPLICATION = "slos-serve"
 _LOOK_EVERY_S = 1.0
-_DRAIN_S = 15.0
+# As long as Kubernetes waits by default, less what the end itself takes.
+_DRAIN_S = 25.0
+_END_S = 15.0
 # Ray's own metrics agent and log files stay; what it would report to its makers does not. On a machine that engines
 # keep busy, Ray's processes take longer to start than the 30 s that it gives them.
 _ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "300"}
@@ -118,9 +120,16 @@ def _serve(args: dict[str, Any], options: dict[str, Any], keys: Sequence[str], e
                 return 1
         return 0
     finally:
-        drained = threading.Thread(target=serve.shutdown, daemon=True)
-        drained.start()
-        drained.join(_DRAIN_S)
+        # The endpoint stays while requests in progress end; new ones are answered 404 by Ray's proxy meanwhile.
+        _within(_DRAIN_S, lambda: serve.delete(APPLICATION))
+        _within(_END_S, serve.shutdown)
+
+
+def _within(limit_s: float, work: Callable[[], object]) -> None:
+    """Do it, and wait no longer than that."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit_s)
 
 
 def check_endpoint(wanted: Mapping[str, Any], running: Any) -> None:

@@ -7,13 +7,15 @@ decision which it writes into the ticket is read there; the replica gets a copy.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from slos_serve.core.errors import SlosServeError
+from slos_serve.routing.mirrors import Sent
 from slos_serve.routing.router import RoutingDecision, RoutingRequest, Verdict
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class Ticket:
     """One request on its way to a replica.
 
@@ -26,6 +28,8 @@ class Ticket:
         retry_after_s: for a rejected request, when to ask again.
         output_tokens: of the answer, as far as it has come.
         attempts: how often it was sent.
+        tried: replicas that were lost under it.
+        reservation: replica and room that its router holds for it there; stays with the router.
     """
 
     asked: RoutingRequest
@@ -37,6 +41,16 @@ class Ticket:
     output_tokens: int = 0
     attempts: int = 0
     tried: list[str] = field(default_factory=list)
+    reservation: tuple[str, Sent] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a replica gets of it."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "reservation"}
+
+    def __setstate__(self, given: dict[str, Any]) -> None:
+        for name, value in given.items():
+            setattr(self, name, value)
+        self.reservation = None
 
     def again(self) -> None:
         """It has to be routed anew: its replica is lost."""

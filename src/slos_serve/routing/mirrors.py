@@ -48,6 +48,8 @@ class _Replica:
     name: str
     sequence: int = -1
     in_flight: list[Sent] = field(default_factory=list)
+    last: Publication | None = None
+    offset_s: float = 0.0
 
 
 class Mirrors:
@@ -139,6 +141,7 @@ class Mirrors:
             return False
         publication.check()
         replica.sequence = publication.sequence
+        replica.last, replica.offset_s = publication, offset_s
         self._load(k, publication, offset_s)
         self._fresh_s[k] = max(publication.time_s, publication.ready_s) + offset_s
         seen_s = publication.seen_until_s + offset_s - self._transit_s
@@ -163,6 +166,30 @@ class Mirrors:
         """Count a request as sent to the replica at position ``k``."""
         self._at(k).in_flight.append(sent)
         self._enter(k, sent)
+
+    def newest(self, name: str) -> Sent:
+        """The request that was sent to a replica last and that no publication has shown yet."""
+        return self._at(self._index[name]).in_flight[-1]
+
+    def withdraw(self, name: str, sent: Sent) -> None:
+        """Give back the room of a request that did not get to its replica. No-op when it is no longer in flight."""
+        k = self._index.get(name)
+        if k is None:
+            return
+        replica = self._at(k)
+        left = [other for other in replica.in_flight if other is not sent]
+        if len(left) == len(replica.in_flight):
+            return
+        replica.in_flight = left
+        if replica.last is None:
+            if not sent.promised:
+                self.arrays.num_unpromised[k] -= 1
+            return
+        fresh_s = self._fresh_s[k]
+        self._load(k, replica.last, replica.offset_s)
+        self._fresh_s[k] = fresh_s
+        for other in left:
+            self._enter(k, other)
 
     def _at(self, k: int) -> _Replica:
         replica = self._replicas[k]

@@ -45,6 +45,7 @@ class Why(StrEnum):
     ALL_FULL = "no replica attains it"
     ALL_STALE = "no replica has published lately"
     NO_REPLICA = "there is no replica"
+    OUT_OF_REACH = "the replica decided on could not be reached"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +167,11 @@ def verdicts(
             tokens = min(request.cached.get(name, 0), request.prompt_tokens - 1)
             found[name] = request.has_slo and kernel.ask(m, k, row, tokens)[0] != kernel.NO
     return found
+
+
+def unpromised(now_s: float, request: RoutingRequest) -> Sent:
+    """The request as one that goes to a replica without a promise."""
+    return Sent(now_s, _row_of(request), 0, promised=False)
 
 
 def _row_of(request: RoutingRequest) -> RequestArray:

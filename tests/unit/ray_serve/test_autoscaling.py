@@ -10,9 +10,11 @@ from slos_serve.ray_serve.autoscaling import TARGET_FULLNESS, headroom_policy
 from slos_serve.ray_serve.demand import FULLNESS
 
 
-def wanted(replicas: int, *fullness: float) -> float:
+def wanted(replicas: int, *fullness: float, requests: float = 0.0) -> float:
     metrics = {FULLNESS: dict(enumerate(fullness))} if fullness else {}
-    found, state = headroom_policy(SimpleNamespace(current_num_replicas=replicas, aggregated_metrics=metrics))
+    found, state = headroom_policy(
+        SimpleNamespace(current_num_replicas=replicas, aggregated_metrics=metrics, total_num_requests=requests)
+    )
     assert state == {}
     return found
 
@@ -25,8 +27,17 @@ def test_holds_the_mean_at_the_target() -> None:
 
 def test_stays_until_replicas_have_reported() -> None:
     assert wanted(3) == 3
-    assert headroom_policy(SimpleNamespace(current_num_replicas=2, aggregated_metrics=None)) == (2, {})
+    assert headroom_policy(
+        SimpleNamespace(current_num_replicas=2, aggregated_metrics=None, total_num_requests=0.0)
+    ) == (2, {})
 
 
 def test_those_that_start_count_like_the_others() -> None:
     assert wanted(3, 0.7, 0.7) == pytest.approx(3)
+
+
+def test_none_wakes_for_a_request_and_sleeps_without_one() -> None:
+    assert wanted(0) == 0.0
+    assert wanted(0, requests=1.0) == 1.0
+    assert wanted(2, 0.0, 0.0) == 0.0
+    assert wanted(2, 0.0, 0.0, requests=3.0) == 1.0, "requests without a promise run"

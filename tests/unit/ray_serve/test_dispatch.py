@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import pickle
 
 import pytest
 
@@ -190,3 +191,38 @@ def test_rubbish_is_not_a_publication(dispatcher: Dispatcher, postman: Postman) 
     postman.waiting["b"] = Envelope(NOW_S, False, b"{", NOW_S + AHEAD_S)
     postman.waiting["stranger"] = Envelope(NOW_S, False, b"{}", NOW_S + AHEAD_S)
     assert dispatcher.decide(ticket()).reason is Why.ALL_STALE
+
+
+def test_a_retry_gives_back_what_the_first_try_held(dispatcher: Dispatcher, postman: Postman) -> None:
+    postman.bring("a", loaded(0))
+    postman.bring("b", loaded(0))
+    asked = ticket(3000, due_in_s=0.8)
+    for _ in range(5):
+        assert dispatcher.decide(asked).verdict is Verdict.ATTAIN
+        asked.again()
+    assert sum(dispatcher.mirrors.in_flight(name) for name in "ab") == 1
+    assert asked.attempts == 5
+
+
+def test_who_served_is_told_where_ray_chose_another(dispatcher: Dispatcher, postman: Postman) -> None:
+    postman.bring("a", loaded(600, total_blocks=40_000))
+    postman.bring("b", loaded(3))
+    asked = ticket()
+    assert dispatcher.decide(asked).replica == "b"
+    dispatcher.routed(asked, "b")
+    assert asked.decision is not None and asked.decision.verdict is Verdict.ATTAIN
+    dispatcher.routed(asked, "a")
+    decision = asked.decision
+    assert (decision.replica, decision.verdict, decision.reason) == ("a", Verdict.BEST_EFFORT, Why.OUT_OF_REACH)
+    assert (dispatcher.mirrors.in_flight("b"), dispatcher.mirrors.in_flight("a")) == (0, 1)
+    dispatcher.routed(asked, "gone")
+    assert asked.decision is decision
+
+
+def test_a_replica_gets_a_ticket_without_the_routers_reservation(dispatcher: Dispatcher, postman: Postman) -> None:
+    postman.bring("b", loaded(0))
+    asked = ticket(session="s")
+    dispatcher.decide(asked)
+    copied = pickle.loads(pickle.dumps(asked))
+    assert asked.reservation is not None and copied.reservation is None
+    assert (copied.decision, copied.session, copied.asked) == (asked.decision, "s", asked.asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -208,3 +209,31 @@ def test_more_tiers_than_places_count_as_tighter_ones() -> None:
 def test_bound_is_checked() -> None:
     with pytest.raises(InvalidFieldError, match="stale_after_s"):
         RouterSettings(stale_after_s=0.0)
+
+
+def test_room_that_is_given_back_can_be_promised_again() -> None:
+    mirrors = mirrors_of(a=loaded(0))
+    before = [part.copy() for part in mirrors.arrays]
+    asked = request(3000, due_in_s=0.8)
+    sent = []
+    while route(NOW_S, replace(asked, reject_when_full=True), mirrors).verdict is Verdict.ATTAIN:
+        sent.append(mirrors.newest("a"))
+    assert sent
+    mirrors.withdraw("a", sent[0])
+    mirrors.withdraw("a", sent[0])
+    mirrors.withdraw("unknown", sent[0])
+    assert mirrors.in_flight("a") == len(sent) - 1
+    assert route(NOW_S, asked, mirrors).verdict is Verdict.ATTAIN
+    sent.append(mirrors.newest("a"))
+    for each in sent[1:]:
+        mirrors.withdraw("a", each)
+    for was, now in zip(before, mirrors.arrays, strict=True):
+        np.testing.assert_array_equal(was, now)
+
+
+def test_room_at_a_replica_that_never_published_is_given_back_too() -> None:
+    mirrors = Mirrors(["a"])
+    route(NOW_S, request(), mirrors)
+    assert mirrors.arrays.num_unpromised[0] == 1
+    mirrors.withdraw("a", mirrors.newest("a"))
+    assert mirrors.arrays.num_unpromised[0] == 0 and mirrors.in_flight("a") == 0
