@@ -1,7 +1,7 @@
 # `make help` lists the targets; each builds the environment first if it has to.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint format bench test-vllm lock clean
+.PHONY: help setup demo test test-long lint format bench test-vllm wheel lock clean
 
 PY := .venv/bin/python
 ARGS ?=
@@ -39,6 +39,9 @@ bench: setup  ## run the benchmarks of benchmarks/ that need no GPU (ARGS=planne
 test-vllm:  ## run the plug-in's tests on another vLLM, in an environment of its own (VLLM=0.29.0)
 	@scripts/setup.sh .venvs/vllm-$(VLLM) $(VLLM)
 	.venvs/vllm-$(VLLM)/bin/python -m pytest $(TESTS) $(ARGS)
+
+wheel:  ## build the package into dist/, check it in a fresh environment, write an SBOM
+	@scripts/check_wheel.sh
 
 lock: setup  ## resolve requirements/*.in into the pinned lists
 	$(PY) scripts/environment.py lock

@@ -235,10 +235,10 @@ def configured_installer() -> Installer:
 
 
 def lock() -> None:
-    """Make cpu.txt, ray.txt and dev.txt from their inputs; versions change only where the inputs ask for it."""
+    """Make every pinned list from its input; versions change only where the inputs ask for it."""
     installer = configured_installer()
     done = installer.lock(REQUIREMENTS / "cpu.in", REQUIREMENTS / "cpu.txt", *LOCK_OPTIONS)
-    for name in ("ray", "dev"):
+    for name in ("ray", "dev", "package"):
         done = done and installer.lock(REQUIREMENTS / f"{name}.in", REQUIREMENTS / f"{name}.txt")
     if not done:
         raise SetupError("the requirements cannot be resolved; the messages above say why")

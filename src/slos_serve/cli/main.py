@@ -8,11 +8,13 @@ workers and fails on llvmlite's.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typer.main import get_command
+
+from slos_serve.version import VERSION
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 # Name (of module and function), and its context settings.
@@ -29,8 +31,31 @@ COMMANDS: dict[str, dict[str, Any]] = {
 }
 
 
+# Module that is missing -> extra that brings it.
+EXTRAS = {
+    "aiohttp": "bench",
+    "matplotlib": "bench",
+    "plotly": "report",
+    "prometheus_client": "vllm",
+    "ray": "ray",
+    "vllm": "vllm",
+    "zmq": "vllm",
+}
+
+
 class LazyCommands(TyperGroup):
     """Sub-commands that are imported on first use."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the sub-command; one that needs an extra which is not installed says which."""
+        try:
+            return super().invoke(ctx)
+        except ModuleNotFoundError as error:
+            missing = (error.name or "").partition(".")[0]
+            if missing not in EXTRAS:
+                raise
+            typer.echo(f"slos-serve: {missing} is not installed: pip install 'slos-serve[{EXTRAS[missing]}]'", err=True)
+            raise typer.Exit(2) from error
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Their names, in the order of :data:`COMMANDS`."""
@@ -56,6 +81,14 @@ app = typer.Typer(
 )
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"slos-serve {VERSION}")
+        raise typer.Exit
+
+
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
     """Serve LLM requests so that each keeps its own latency promises."""

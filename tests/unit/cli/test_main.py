@@ -1,0 +1,38 @@
+"""The command itself: its version, and what it says where an extra is not installed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from slos_serve.cli.main import EXTRAS, app
+from slos_serve.version import VERSION
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_the_version() -> None:
+    said = CliRunner().invoke(app, ["--version"])
+    assert (said.exit_code, said.stdout) == (0, f"slos-serve {VERSION}\n")
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "slos_serve.cli.bench", None)
+    monkeypatch.setattr("slos_serve.cli.main.EXTRAS", {"slos_serve": "bench"})
+    said = CliRunner().invoke(app, ["bench"])
+    assert said.exit_code == 2 and "pip install 'slos-serve[bench]'" in said.stderr
+
+
+def test_other_missing_modules_are_faults(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "slos_serve.cli.bench", None)
+    assert isinstance(CliRunner().invoke(app, ["bench"]).exception, ModuleNotFoundError)
+
+
+def test_every_extra_that_is_named_exists() -> None:
+    table = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
+    declared = set(re.findall(r"^(\w+) = \[", table.partition("\n[")[0], re.MULTILINE))
+    assert set(EXTRAS.values()) == declared
