@@ -13,19 +13,20 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve import metrics
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
 from slos_serve.ray_serve.compat import ClusterStore
 from slos_serve.ray_serve.curve import shared_keys
-from slos_serve.ray_serve.demand import FULLNESS, HEADROOM, Demand
+from slos_serve.ray_serve.demand import Demand
 from slos_serve.ray_serve.engine import SLOEngine
 from slos_serve.ray_serve.ports import DEFAULT_PORTS, PORTS_ENV, PortRange
 from slos_serve.ray_serve.pulse import Pulse
 from slos_serve.ray_serve.relay import Relay
+from slos_serve.ray_serve.replica_gauges import ReplicaGauges
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import ADDRESS_KEY
+from slos_serve.routing.headroom import standard_ttft_s
 from slos_serve.vllm_plugin.config import EVENTS_ENV, PUBLISH_ENV, PluginConfig
 
 HANG_ENV = "SLOS_SERVE_HANG_AFTER_S"
@@ -85,22 +86,15 @@ class SLOServer(LLMServer):
 
     async def _report(self) -> None:
         """Set the metrics anew, for as long as the replica lives."""
-        full = metrics.Gauge("slos_serve_fullness", "Demand for promises over what the replica could promise.")
-        room = metrics.Gauge(
-            "slos_serve_headroom", "Typical requests of a class that could still be promised.", tag_keys=("slo_class",)
-        )
-        refused = metrics.Gauge("slos_serve_refused_peers", "Connections to the publications' port that were refused.")
+        gauges = ReplicaGauges()
         while True:
             await asyncio.sleep(METRICS_EVERY_S)
-            refused.set(self._relay.refused_peers)
             try:
-                stats = await self.record_autoscaling_stats()
+                latest = self._relay.latest()
+                ttft_s = None if latest is None else await asyncio.to_thread(standard_ttft_s, latest, time.monotonic())
+                gauges.set(await self.record_autoscaling_stats(), ttft_s, self._relay.refused_peers)
             except Exception:
                 _logger.exception("slos-serve: headroom cannot be told")
-                continue
-            full.set(stats.pop(FULLNESS))
-            for name, value in stats.items():
-                room.set(value, tags={"slo_class": name.removeprefix(HEADROOM)})
 
     async def _watched(self, answer: Any, ticket: Ticket | None) -> AsyncGenerator[Any, None]:
         now_s = time.monotonic()

@@ -11,12 +11,15 @@ from dataclasses import replace
 
 import numpy as np
 
+from slos_serve.routing.mirror_arrays import advance, rate_beside
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.router import RouterSettings, RoutingRequest, Verdict, Why, route
 from slos_serve.routing.settings import Order
 
 MOST = 32
+STANDARD_PROMPT_TOKENS = 512
+LONGEST_TTFT_S = 600.0
 _ONLY_BESIDE = frozenset({Why.ATTAINS, Why.ATTAINS_AT_PREFIX})
 
 
@@ -39,6 +42,28 @@ def headroom(publication: Publication, typical: RoutingRequest, now_s: float, mo
         if decision.verdict is not Verdict.ATTAIN or decision.reason not in _ONLY_BESIDE:
             return count
     return most
+
+
+def standard_ttft_s(publication: Publication, now_s: float, prompt_tokens: int = STANDARD_PROMPT_TOKENS) -> float:
+    """Seconds to the first token of a prompt that came now and waited its turn behind all that is owed.
+
+    Args:
+        publication: the replica's latest.
+        now_s: present time on the replica's clock.
+        prompt_tokens: its length.
+
+    Returns:
+        At most :data:`LONGEST_TTFT_S`: decodes may leave no room for prompts at all.
+    """
+    mirrors = Mirrors([publication.replica], num_classes=len(publication.forecast_tokens))
+    mirrors.update(publication)
+    k, m = mirrors.position(publication.replica), mirrors.arrays
+    ready_s = max(now_s, float(m.ready_s[k]))
+    advance(m, k, ready_s)
+    first, count = int(m.first[k]), int(m.num_owed[k])
+    tokens = float(m.cost_tokens[k, first : first + count].sum()) + prompt_tokens
+    rate = max(rate_beside(m, k, m.counts[k]), 1e-9)
+    return min(ready_s - now_s + tokens / rate, LONGEST_TTFT_S)
 
 
 def promises(publication: Publication) -> int:

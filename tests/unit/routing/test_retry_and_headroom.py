@@ -9,10 +9,11 @@ import pytest
 
 from slos_serve.routing import warm_up
 from slos_serve.routing.clock_offset import WINDOW_S, ClockOffset
-from slos_serve.routing.headroom import MOST, fullness, headroom, promises
+from slos_serve.routing.headroom import LONGEST_TTFT_S, MOST, fullness, headroom, promises, standard_ttft_s
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.retry_after import LATEST_S, SOONEST_S, UNKNOWN_S, retry_after_s, room_in_s
 from slos_serve.routing.router import RoutingDecision, Why, route
+from tests.builders import OPT_13B_A100
 from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, published, request
 
 
@@ -89,3 +90,16 @@ def test_warming_up_takes_every_branch_and_leaves_nothing(monkeypatch: pytest.Mo
     monkeypatch.setattr(warm_up, "route", watched)
     warm_up.warm_up_routing()
     assert seen == [Why.ATTAINS_AT_PREFIX, Why.ALL_FULL, Why.NO_SLO, Why.ATTAINS]
+
+
+def test_a_standard_prompt_waits_behind_what_is_owed() -> None:
+    idle, busy, owing = loaded(0), loaded(60), loaded(60)
+    owing.wait(3000, due_in_s=5.0)
+    found = [standard_ttft_s(published(engine), NOW_S) for engine in (idle, busy, owing)]
+    assert found == sorted(found) and found[0] < found[1] < found[2]
+    assert found[0] == pytest.approx(OPT_13B_A100.zero_load_s(512), rel=0.5)
+    assert standard_ttft_s(published(idle), NOW_S, prompt_tokens=1024) > found[0]
+
+
+def test_a_replica_without_room_for_prompts_is_told_by_a_bound() -> None:
+    assert standard_ttft_s(published(loaded(4000, total_blocks=200_000)), NOW_S) == LONGEST_TTFT_S

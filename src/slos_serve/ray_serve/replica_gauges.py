@@ -1,0 +1,47 @@
+"""What a replica shows of its load on Ray's metrics port: for dashboards, for scaling, for other routers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ray.serve import metrics
+
+from slos_serve.ray_serve.demand import FULLNESS, HEADROOM
+from slos_serve.routing.headroom import MOST
+
+
+class ReplicaGauges:
+    """The gauges of one replica."""
+
+    def __init__(self) -> None:
+        self._full = metrics.Gauge("slos_serve_fullness", "Demand for promises over what the replica could promise.")
+        self._room = metrics.Gauge(
+            "slos_serve_headroom", "Typical requests of a class that could still be promised.", tag_keys=("slo_class",)
+        )
+        self._least = metrics.Gauge(
+            "slos_serve_least_headroom_requests", "The smallest headroom of the classes asked for lately."
+        )
+        self._ttft = metrics.Gauge(
+            "slos_serve_standard_ttft_seconds",
+            "Predicted time to first token of a 512-token prompt that comes now.",
+        )
+        self._refused = metrics.Gauge(
+            "slos_serve_refused_peers", "Connections to the port of publications that were refused."
+        )
+
+    def set(self, stats: Mapping[str, float], ttft_s: float | None, refused_peers: int) -> None:
+        """Show the present state.
+
+        Args:
+            stats: fullness, and headroom by class, as the replica reports them for scaling.
+            ttft_s: of the standard prompt; ``None`` before the first publication.
+            refused_peers: so far.
+        """
+        self._full.set(stats[FULLNESS])
+        rooms = {name.removeprefix(HEADROOM): value for name, value in stats.items() if name.startswith(HEADROOM)}
+        for name, value in rooms.items():
+            self._room.set(value, tags={"slo_class": name})
+        self._refused.set(refused_peers)
+        if ttft_s is not None:
+            self._least.set(min(rooms.values(), default=float(MOST)))
+            self._ttft.set(ttft_s)
