@@ -3,12 +3,13 @@
 python -m benchmarks.ideal [--scenario summarization] [--requests 1000] [--seeds 4]
 python -m benchmarks.ideal --replicas 4 --requests 200 --seeds 1 --arrivals scenario --drafter opt-125m
 
-A fluid engine on OPT-13B/A100 that knows every length: work is divided as finely as one likes, prompts go by earliest
-deadline, decodes run ahead whenever nobody waits and cost nothing fixed while they are ahead, and every verification
-brings its mean. Whether a request can be promised is found by running the engine on without further arrivals; who is
-declined leaves at once and costs nothing. Prints the highest rate at which 90 % are promised and so kept, and its share
-of fluid bound / 0.9: when everybody who fits is promised in order of arrival, and when the costliest promise whose
-prompt has not begun gives way to a cheaper one. For scenarios of one call a request.
+A fluid engine (by default OPT-13B/A100) that knows every length: work is divided as finely as one likes, prompts go by
+earliest deadline, decodes run ahead whenever nobody waits and cost nothing fixed while they are ahead, and every
+verification brings its mean. Whether a request can be promised is found by running the engine on without further
+arrivals; who is declined leaves at once and costs nothing. Prints the highest rate at which 90 % are promised and so
+kept, and its share of fluid bound / 0.9: when everybody who fits is promised in order of arrival, and when the
+costliest promise whose prompt has not begun gives way to a cheaper one. For scenarios of one call a request. Where
+prompts begin alike, the engine has computed every beginning that came before. Seeds are those of tables.
 """
 
 from __future__ import annotations
@@ -28,14 +29,17 @@ from benchmarks._sim_commands import RESULTS
 from slos_serve.sim.bounds import fluid_bound, work_of
 from slos_serve.sim.drafters import DRAFTERS, NO_DRAFTER, with_drafter
 from slos_serve.sim.profiles import find_profile, limits_of
+from slos_serve.sim.seeds import table_seeds
+from slos_serve.workload.prefixes import cached_at_best
 from slos_serve.workload.scenarios import make_workload
 
-SCENARIOS = ("chat", "coding", "mixed", "summarization")
+SCENARIOS = ("chat", "coding", "mixed", "summarization", "reasoning", "long")
 PROFILE = "opt-13b-a100"
 TARGET = 0.9
 SLICE_S = 0.01
 MAX_DRAFT = 10
 ROUNDS = 9  # of bisection
+MOST_OWED, MOST_DECODES = 256, 1024
 # Columns of a prompt that is owed, and of a decode.
 DUE, WORK, PROMPT, OUTPUT, PACE, BEGUN, OWNER = range(7)
 CONTEXT, LEFT, LEAD, DECODE_PACE = range(4)
@@ -187,7 +191,7 @@ def place(
 def serve(engine: Engine, replicas: int, prompts: Floats, arrivals: Floats, selective: bool) -> NDArray[np.bool_]:
     """bool [N]: who is promised and keeps it. ``prompts`` float64 [N, 7] in order of arrival."""
     count = len(prompts)
-    owed, decodes = np.zeros((replicas, 256, 7)), np.zeros((replicas, 1024, 4))
+    owed, decodes = np.zeros((replicas, MOST_OWED, 7)), np.zeros((replicas, MOST_DECODES, 4))
     num_owed, num_decodes = np.zeros(replicas, dtype=np.int64), np.zeros(replicas, dtype=np.int64)
     promised = np.zeros(count, dtype=np.bool_)
     slice_now = 0
@@ -200,6 +204,8 @@ def serve(engine: Engine, replicas: int, prompts: Floats, arrivals: Floats, sele
         now_s = slice_now * SLICE_S
         instead, whose = -1, -1
         for k in np.argsort(num_decodes + 1000 * num_owed):
+            if num_owed[k] + 1 >= MOST_OWED or num_owed[k] + num_decodes[k] + 1 >= MOST_DECODES:
+                continue
             fits, victim = place(engine, now_s, owed[k], num_owed[k], decodes[k], num_decodes[k], prompts[i])
             if fits:
                 promised[i] = True
@@ -237,6 +243,7 @@ def promised_share(case: Case, draft: int, rate_rps: float, seed: int) -> float:
     profile = with_drafter(find_profile(case.profile), case.drafter)
     made = make_workload(case.scenario, rate_rps, case.requests, seed, case.arrivals, case.acceptance)
     calls = made.bound(profile.model).calls
+    cached = cached_at_best(made.prefixes, calls["prompt_tokens"], 1).astype(np.float64)
     if np.any(calls["next_call"] >= 0):
         raise SystemExit(f"{case.scenario}: one call a request is what this benchmark can do; {', '.join(SCENARIOS)}")
     k_c, b_c, _, _, k_ctx, k_q, k_seq, k_s = profile.model.coefficients * (1.0 + case.margin)
@@ -247,7 +254,7 @@ def promised_share(case: Case, draft: int, rate_rps: float, seed: int) -> float:
     prompts = np.zeros((len(calls), 7))
     length = calls["prompt_tokens"].astype(np.float64)
     prompts[:, DUE] = calls["arrival_s"] + calls["ttft_s"]
-    prompts[:, WORK] = k_c * length + k_q * length**2
+    prompts[:, WORK] = k_c * (length - cached) + k_q * (length**2 - cached**2)
     prompts[:, PROMPT], prompts[:, OUTPUT] = length, calls["output_tokens"]
     # A request of two stages is as fast as the tighter one.
     prompts[:, PACE] = np.minimum(calls["tpot_s"], calls["next_tpot_s"])
@@ -264,7 +271,7 @@ def search(case: Case) -> dict[str, Any]:
     acceptance = case.acceptance if case.drafter != NO_DRAFTER else None
     bound = fluid_bound(work_of(sample), profile.model, limits_of(profile), acceptance, profile.model.k_s_s) / TARGET
     rates = []
-    for seed in range(case.seeds):
+    for seed in table_seeds(case.seeds):
         best = 0.0
         for draft in drafts:
             if best and promised_share(case, draft, best * case.replicas * bound, seed) < TARGET:
@@ -294,13 +301,15 @@ def main() -> None:
     parser.add_argument("--replicas", type=int, default=1)
     parser.add_argument("--requests", type=int, default=1000, help="of one replica")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--arrivals", choices=("poisson", "scenario"), default="poisson")
+    parser.add_argument("--arrivals", default="poisson")
+    parser.add_argument("--profile", default=PROFILE)
     parser.add_argument("--drafter", choices=DRAFTERS, default=NO_DRAFTER)
     parser.add_argument("--acceptance", type=float, default=0.7)
     parser.add_argument("--margin", type=float, default=0.0, help="share by which the engine is slower than its model")
     given = parser.parse_args()
     requests = given.requests * given.replicas
-    more = (given.replicas, requests, given.seeds, given.arrivals, given.drafter, given.acceptance, given.margin)
+    more = (given.replicas, requests, given.seeds, given.arrivals, given.drafter, given.acceptance, given.margin,
+            given.profile)  # fmt: skip
     cases = [Case(name, rule, *more) for name in given.scenario or SCENARIOS for rule in (False, True)]
     rows = []
     with ProcessPoolExecutor(2) as pool:
@@ -311,7 +320,8 @@ def main() -> None:
             )
             rows.append(row)
     margin = f"-{given.margin:g}" if given.margin else ""
-    name = f"ideal-{given.replicas}-{given.arrivals}-{given.drafter}{margin}.json"
+    engine = "" if given.profile == PROFILE else f"-{given.profile}"
+    name = f"ideal-{given.replicas}-{given.arrivals}-{given.drafter}{engine}{margin}.json"
     given.output.mkdir(parents=True, exist_ok=True)
     (given.output / name).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 

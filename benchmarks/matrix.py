@@ -21,11 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks import ideal
 from benchmarks._sim_commands import RESULTS
 from slos_serve.bench.charts import Chart, Series, png_bytes
 from slos_serve.policies.registry import POLICIES
 from slos_serve.sim.conditions import AS_SERVED, EXACT
 from slos_serve.sim.interval import ratio_interval
+from slos_serve.sim.profiles import find_profile
 from slos_serve.sim.question import Answer, Question
 from slos_serve.sim.search import Capacity, screen, search_seeds
 from slos_serve.sim.seeds import default_count, table_seeds
@@ -115,8 +117,28 @@ def row_of(cell: Cell, found: Found) -> Row:
         row[metric] = {"rival": best.policy, "over": over, "low": low, "high": high}
     bound = ours.fluid_bound_dropping_rps_per_gpu
     row["of_possible"] = ours.capacity_rps_per_gpu / bound
+    row["of_ideal"] = None
+    if cell.scenario in ideal.SCENARIOS:
+        row["of_ideal"] = ours.capacity_rps_per_gpu / ideal_capacity(cell, ours)
     row["capacities"] = [one.as_dict() for one in (ours, *rivals)]
     return row
+
+
+def ideal_capacity(cell: Cell, ours: Capacity) -> float:
+    """Requests/s per GPU at which an ideal engine promises 90 % of the same requests."""
+    case = ideal.Case(
+        cell.scenario,
+        selective=True,
+        replicas=1,
+        requests=ours.num_requests,
+        seeds=len(ours.seeds),
+        arrivals=cell.arrivals,
+        drafter="none",
+        acceptance=0.7,
+        margin=0.0,
+        profile=cell.engine,
+    )
+    return float(ideal.search(case)["capacity_rps_per_gpu"]) / find_profile(cell.engine).tensor_parallel
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -126,10 +148,10 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown, cells in which ours is behind by either metric first."""
-    head = (
-        "| engine | scenario | arrivals | by mean | rival | every token | rival | ours, req/s per GPU | of possible |"
-    )
-    lines = [head, "|" + "---|" * 9]
+    columns = ["engine", "scenario", "arrivals", "by mean", "rival", "every token", "rival"]
+    columns += ["ours, req/s per GPU", "of the bound", "of the ideal"]
+    head = "| " + " | ".join(columns) + " |"
+    lines = [head, "|" + "---|" * 10]
     behind = sorted(rows, key=lambda row: min(row["mean"]["over"], row["strict"]["over"], 1.0))
     for row in behind:
         cells = [row["engine"], row["scenario"], row["arrivals"]]
@@ -138,6 +160,7 @@ def table(rows: Sequence[Row]) -> str:
             cells += [f"{one['over']:.2f} ({one['low']:.2f}-{one['high']:.2f})", one["rival"]]
         ours = row["capacities"][0]
         cells += [f"{ours['capacity_rps_per_gpu']:.3g}", f"{row['of_possible']:.2f}"]
+        cells.append("-" if row["of_ideal"] is None else f"{row['of_ideal']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     means = [geometric_mean([row[metric]["over"] for row in rows]) for metric in ("mean", "strict")]
     below = sum(min(row["mean"]["over"], row["strict"]["over"]) < 1.0 for row in rows)

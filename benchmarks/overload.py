@@ -44,8 +44,7 @@ class Row:
 
     Attributes:
         attained, strict, by_class: shares.
-        ideal: share that an ideal engine promises (``benchmarks.ideal``); ``None`` for requests of several calls and
-            where prompts begin alike.
+        ideal: share that an ideal engine promises (``benchmarks.ideal``); ``None`` for requests of several calls.
         least_class: the worst class's admitted share over the mean admitted share; ``None`` where nobody is admitted.
         promised, promised_kept: share that was admitted, and of those the share that attained.
         tokens: output tokens that came while requests arrived, over stock's.

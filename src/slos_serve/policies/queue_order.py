@@ -70,6 +70,12 @@ def blocks_of(tokens: int, block_size: int) -> int:
 
 
 @njit(cache=True)
+def blocks_to_start(rows: RequestArray, slot: int, tokens: int, block_size: int) -> int:
+    """Blocks that a waiting request takes with its first ``tokens``; cached ones that others hold cost nothing."""
+    return int(blocks_of(tokens, block_size) + rows["fixed_blocks"][slot])
+
+
+@njit(cache=True)
 def drafts_for(rows: RequestArray, slot: int, draft_tokens: int, token_budget: int) -> int:
     """Drafts that a running decode verifies when all decodes draft ``draft_tokens``: 0 for a prefill.
 
@@ -125,11 +131,11 @@ def chunked(
         count += 1
     num_running = len(running)
     for slot in waiting:
-        whole = blocks_of(rows["prompt_tokens"][slot] + rows["output_tokens"][slot], block_size)
+        whole = blocks_to_start(rows, slot, rows["prompt_tokens"][slot] + rows["output_tokens"][slot], block_size)
         if token_budget <= 0 or num_running >= room.seqs or whole + room.reserve_blocks > free_blocks:
             break
         chunk = min(tokens_left(rows, slot), token_budget)
-        free_blocks -= blocks_of(rows["cached_tokens"][slot] + chunk, block_size)
+        free_blocks -= blocks_to_start(rows, slot, rows["cached_tokens"][slot] + chunk, block_size)
         out[0, count], out[1, count], out[2, count] = slot, chunk, 0
         token_budget -= chunk
         num_running += 1
@@ -151,7 +157,7 @@ def whole_prompts(
     free_blocks = room.blocks
     for slot in waiting:
         left = min(tokens_left(rows, slot), most_tokens)
-        need = blocks_of(rows["prompt_tokens"][slot] + rows["output_tokens"][slot], room.block_size)
+        need = blocks_to_start(rows, slot, rows["prompt_tokens"][slot] + rows["output_tokens"][slot], room.block_size)
         full = num_running >= room.seqs or need + room.reserve_blocks > free_blocks
         if full or (count and total + left > room.tokens):
             break
@@ -195,7 +201,7 @@ def decodes_then(
             break
         chunk = min(tokens_left(rows, slot), token_budget)
         if rows["running"][slot] == 0:
-            whole = blocks_of(rows["prompt_tokens"][slot] + rows["output_tokens"][slot], block_size)
+            whole = blocks_to_start(rows, slot, rows["prompt_tokens"][slot] + rows["output_tokens"][slot], block_size)
             if num_running >= room.seqs or whole + room.reserve_blocks > free_blocks - owed:
                 continue
             num_running += 1

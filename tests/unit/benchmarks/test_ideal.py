@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.ideal import Engine, serve
+from benchmarks.ideal import Case, Engine, promised_share, serve
 
 # A batch costs 20 ms, an output token 1 ms, its context nothing; room for 10,000 tokens.
 ENGINE = Engine(0.02, 0.001, 0.0, 1.0, 10_000.0)
@@ -49,3 +51,12 @@ def test_decodes_take_their_share_until_they_are_ahead() -> None:
     assert promised((0.0, 0.1, 0.5), (0.11, 0.85, 1.0), output_tokens=10_000) == [True, False]
     # After two seconds alone it is so far ahead that nothing is due for the second.
     assert promised((0.0, 0.1, 0.5), (2.11, 0.85, 1.0), output_tokens=10_000) == [True, True]
+
+
+def test_beginnings_that_came_before_are_not_computed_again() -> None:
+    """Long contexts: 40 % of the prompt tokens cost nothing, so more is promised than of prompts that share nothing."""
+    case = Case("long", True, 1, 120, 1, "poisson", "none", 0.7, 0.0, "llama-3.1-8b-h100")
+    shared = promised_share(case, 0, 2.0, 30)
+    with mock.patch("benchmarks.ideal.cached_at_best", lambda _prefixes, prompts, _size: np.zeros(len(prompts))):
+        alone = promised_share(case, 0, 2.0, 30)
+    assert alone + 0.1 < shared <= 1.0

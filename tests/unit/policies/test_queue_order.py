@@ -53,6 +53,17 @@ def test_chunked_gives_running_ones_their_tokens_then_fills_up_with_prompts() ->
     assert entries(view, "chunked", room_of(view, 512)) == [(first, 1, 0), (under_way, 400, 0), (new, 111, 0)]
 
 
+@pytest.mark.parametrize("kernel", ["chunked", "whole", "decodes"])
+def test_blocks_that_others_hold_already_cost_a_prompt_nothing(kernel: str) -> None:
+    """Two prompts of 25 blocks in room for 30; 20 blocks of the second are cached and in use."""
+    engine = EngineBuilder(total_blocks=30)
+    first, second = engine.wait(400), engine.wait(400)
+    view = engine.view()
+    assert [slot for slot, _, _ in entries(view, kernel, room_of(view, 2048))] == [first]
+    view.table.rows["cached_tokens"][second], view.table.rows["fixed_blocks"][second] = 320, -20
+    assert entries(view, kernel, room_of(view, 2048)) == [(first, 400, 0), (second, 80, 0)]
+
+
 def test_chunked_lets_nothing_pass_a_prompt_that_does_not_fit() -> None:
     engine = EngineBuilder(total_blocks=20)
     engine.wait(400)
