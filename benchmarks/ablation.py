@@ -19,12 +19,14 @@ from collections.abc import Sequence
 VARIANTS = {
     "all ideas": "",
     "greedy set, no program": "import slos_serve.planning.admission as m; m.MOST_WORK = 0",
-    "no lent time": "import numpy as np, slos_serve.planning.admission as m; "
-    "m.lend = lambda state, supply, *_: np.zeros(len(supply.moments_s))",
+    "no lent time": "import numba, numpy as np, slos_serve.planning.admission as m; "
+    "m.lend = numba.njit(lambda state, supply, paces_s, survival, due_s: np.zeros(len(supply.moments_s)))",
     "no charge for those to come": "import slos_serve.planning.arrivals as m; m.LOAD_OVER_S = 1e12",
-    "no bound by TTFT": "import slos_serve.planning.planner as m; m.STEP_SHARE_OF_TTFT = 10.0",
+    "no bound by TTFT": "import slos_serve.planning.arrivals as m; m.STEP_SHARE_OF_TTFT = 10.0",
     "no lead for best effort": "import slos_serve.planning.best_effort as m; m.LEAD_OF_STALL = -1.0",
-    "no turns": "import slos_serve.planning.planner as m; m.next_turn = lambda state, last, every_s: m.NO_TURN",
+    "no turns": "import slos_serve.planning.settings as m; m.PlannerSettings.__init__.__defaults__ = tuple("
+    "0.0 if value == 10.0 else value for value in m.PlannerSettings.__init__.__defaults__)",
+    "no wait for KV": "import slos_serve.planning.form as m; m.WAIT_SHARE = 2.0",
 }
 
 

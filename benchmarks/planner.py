@@ -69,9 +69,9 @@ def measure(waiting: int, running: int, settings: PlannerSettings) -> dict[str, 
         spent.append((time.perf_counter() - start_s) * 1e3)
         asked = planner.newest_admission
         assert asked is not None
-        labels.append(asked.admitted.labels)
-        admitted.append(int(asked.admitted.taken.sum()))
-        declined.append(len(asked.admitted.taken) - admitted[-1])
+        labels.append(asked.labels)
+        admitted.append(asked.taken)
+        declined.append(asked.asked - asked.taken)
     found = {
         "labels": float(np.mean(labels)),
         "admitted": float(np.mean(admitted)),

@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slos_serve.perf.formula import K_S
-from slos_serve.planning.speculation import best_drafts, demand_by_length, rate_of, tokens_each_verification
-from slos_serve.planning.supply import prefill_rate
+from slos_serve.planning.speculation import best_drafts, rate_of, table_of_lengths, tokens_each_verification
+from slos_serve.planning.supply import Tiers, prefill_rate
 from tests.builders import OPT_13B_A100
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -25,17 +25,23 @@ LONGEST = 10
 choose: Any = best_drafts
 
 
+def tiers_with(extra_s: np.ndarray, acceptance: np.ndarray) -> Tiers:
+    """Tiers of which only the seconds and the acceptance count."""
+    none = np.zeros(len(extra_s))
+    return Tiers(none, none, none, none, none, extra_s, acceptance)
+
+
 def instance(rng: np.random.Generator, tiers: int, longest: int) -> tuple[Any, ...]:
-    """Counts, the three tables of demand, coefficients and token limit; light and heavy, with and without a cost."""
+    """Counts, the table of lengths, coefficients and token limit; light and heavy, with and without a cost."""
     counts = rng.integers(0, 80, tiers).astype(np.float64) * (rng.random(tiers) < 0.8)
     pace_s = np.sort(rng.choice([0.03, 0.05, 0.075, 0.1, 0.15, 0.3], tiers, replace=False)) * 0.95
     extra_s = rng.random(tiers) * 2e-3
     acceptance = rng.choice([0.0, 0.11, 0.4, 0.7, 0.9, 0.99], tiers)
     longest_step_s, draft_s_each = float(rng.choice([0.0, 0.14, 60.0])), float(rng.choice([0.0, 5e-4]))
-    tables = demand_by_length(pace_s, extra_s, acceptance, longest, longest_step_s, draft_s_each)
+    table = table_of_lengths(pace_s, tiers_with(extra_s, acceptance), longest, longest_step_s, draft_s_each)
     coefficients = OPT_13B_A100.coefficients
     coefficients[K_S] = rng.choice([0.0, 1e-4, 1e-3, 5e-3])
-    return counts, *tables, coefficients, float(rng.choice([64.0, 2048.0, 16384.0]))
+    return counts, table, coefficients, float(rng.choice([64.0, 2048.0, 16384.0]))
 
 
 def brute_force(arguments: tuple[Any, ...], longest: int) -> float:
@@ -117,7 +123,7 @@ def test_unbounded_batches_have_the_rate_of_the_design() -> None:
     counts, pace_s, extra_s = np.array([40.0]), np.array([0.095]), np.array([1e-3])
     coefficients = OPT_13B_A100.coefficients
     coefficients[K_S] = 1e-3
-    tables = demand_by_length(pace_s, extra_s, np.array([0.7]), 4, 60.0, 2e-4)
+    table = table_of_lengths(pace_s, tiers_with(extra_s, np.array([0.7])), 4, 60.0, 2e-4)
     mean = tokens_each_verification(0.7, 4)
     direct = prefill_rate(counts, pace_s * mean, np.array([5.0]), extra_s + 8e-4, 4e-3, coefficients, 16384.0)
-    assert rate_of(np.array([4]), counts, *tables, coefficients, 16384.0) == pytest.approx(direct)
+    assert rate_of(np.array([4]), counts, table, coefficients, 16384.0) == pytest.approx(direct)

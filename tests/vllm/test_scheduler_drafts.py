@@ -66,7 +66,7 @@ def test_acceptance_is_learnt_from_what_vllm_verified(start: Start, depth: int) 
     engine = start(depth=depth, speculative_config=NGRAM)
     engine.device.acceptance = 0.5
     mixed_load(engine, count=60)
-    mean = engine.scheduler._slo.policy.planner.drafting.acceptance.mean()
+    mean = engine.scheduler._slo.policy.planner.acceptance.mean()
     assert mean[0] == pytest.approx(0.5, abs=0.06)  # chat
     assert mean[1] == pytest.approx(0.5, abs=0.06)  # code
 
@@ -77,7 +77,7 @@ def test_drafts_that_are_never_there_count_as_wrong(start: Start) -> None:
     mixed_load(engine, count=40)
     assert_answers(engine)
     assert engine.num_drafted == 0
-    assert engine.scheduler._slo.policy.planner.drafting.acceptance.mean()[0] < 0.3
+    assert engine.scheduler._slo.policy.planner.acceptance.mean()[0] < 0.3
 
 
 def test_drafts_keep_more_promises(start: Start, tmp_path: Path) -> None:

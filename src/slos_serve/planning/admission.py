@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 from numba import njit
 
 from slos_serve.core.request import SlotArray
@@ -16,17 +17,8 @@ from slos_serve.planning.algorithm1 import MOST_WORK, Admitted, admit
 from slos_serve.planning.demand import Demand, build_demand
 from slos_serve.planning.drafting import DraftPlan, with_drafts
 from slos_serve.planning.memory import forecast, peaks
-from slos_serve.planning.settings import PlannerSettings
 from slos_serve.planning.state import FloatArray, State
-from slos_serve.planning.supply import (
-    MOMENT_TOKENS,
-    Supply,
-    decodes_by_tier,
-    kv_shortage,
-    lend,
-    pace_of_moments_s,
-    tier_paces,
-)
+from slos_serve.planning.supply import MOMENT_TOKENS, Supply, Tiers, kv_shortage, lend, pace_of_moments_s
 
 # Fixed costs by which prefill begins late. Admission counts a fluid, steps are whole: the batch that ends a prompt is
 # cut short by its due time, and the one before it may be. Beside drafts, a step may bring fewer tokens than the mean.
@@ -35,83 +27,87 @@ CUT_SHORT, CUT_SHORT_WITH_DRAFTS = 1.5, 3.0
 TO_COME = 2.0
 
 
-class Expected(NamedTuple):
-    """What the planner expects of the near future.
+class Question(NamedTuple):
+    """What admission is asked with, beside the state.
 
     Attributes:
+        tiers: decode tiers, drafts of each.
         longest_s: longest a step of prompts may take, for the sake of those that arrive meanwhile.
         load: float64 [2, SIZES], see :class:`slos_serve.planning.arrivals.Arrivals`.
         survival: float64 [classes, bins + 1], see :meth:`slos_serve.planning.lengths.LengthForecast.survival`.
+        total_blocks: KV blocks less what is kept for others.
+        by_peaks: count every request's KV at its forecast peak: stricter, and it adds up.
+        max_implied_ttft_s, length_weight: see :class:`slos_serve.planning.settings.PlannerSettings`.
     """
 
+    tiers: Tiers
+    drafts: DraftPlan
     longest_s: float
     load: FloatArray
     survival: FloatArray
+    total_blocks: int
+    by_peaks: bool
+    max_implied_ttft_s: float
+    length_weight: float
 
 
 class Asked(NamedTuple):
-    """A question put to Algorithm 1 and its answer.
-
-    Attributes:
-        paces_s: float64 [L], TPOT of each tier.
-        in_tier: float64 [L], requests that a tier's cost is the mean of.
-    """
+    """A question put to Algorithm 1 and its answer."""
 
     demand: Demand
     supply: Supply
     admitted: Admitted
-    paces_s: FloatArray
-    in_tier: FloatArray
+    tiers: Tiers
 
 
 @njit(cache=True)
-def build_supply(
-    state: State, asking: SlotArray, paces_s: FloatArray, longest_s: float, drafts: DraftPlan
-) -> tuple[Supply, FloatArray]:
-    """What is left for prompts beside the decodes that run, before memory and what decodes lend; and ``in_tier``."""
-    coefficients = state.coefficients
-    counts, own_periods_s, own_extra_s, in_tier = decodes_by_tier(state, asking, paces_s)
-    periods_s, tokens_each, extra_s = with_drafts(paces_s, own_periods_s, own_extra_s, drafts, coefficients[K_SEQ])
+def build_supply(state: State, question: Question, blocks: FloatArray) -> Supply:
+    """What is left for prompts beside the decodes that run, before what these lend.
+
+    Args:
+        blocks: float64 [K], KV blocks left.
+    """
+    coefficients, tiers, drafts = state.coefficients, question.tiers, question.drafts
+    paces_s = tiers.tpot_s * (1.0 - state.margin * (1.0 - tiers.ahead))
+    periods_s, tokens_each, extra_s = with_drafts(tiers, paces_s, drafts, coefficients[K_SEQ])
     drafting = drafts.tokens.any()
     draft_s = float(coefficients[K_S] * drafts.tokens.max()) if drafting else 0.0
     late_s = roofline_s(coefficients, 0.0) * (CUT_SHORT_WITH_DRAFTS if drafting else CUT_SHORT)
     start_s, max_tokens = state.now_s + late_s, float(state.max_tokens)
-    if longest_s < float("inf"):
-        max_tokens = roofline_tokens(coefficients, longest_s, max_tokens)
-    moments_s = start_s + MOMENT_TOKENS * pace_of_moments_s(state, paces_s)
-    none = 0.0 * moments_s
-    supply = Supply(
-        coefficients, max_tokens, draft_s, start_s, counts, periods_s, tokens_each, extra_s, none[:1], moments_s, none
+    if question.longest_s < np.inf:
+        max_tokens = roofline_tokens(coefficients, question.longest_s, max_tokens)
+    moments_s = start_s + MOMENT_TOKENS * pace_of_moments_s(state, tiers.tpot_s)
+    return Supply(
+        coefficients,
+        max_tokens,
+        draft_s,
+        start_s,
+        tiers.counts,
+        periods_s,
+        tokens_each,
+        extra_s,
+        blocks,
+        moments_s,
+        np.zeros(len(moments_s)),
     )
-    return supply, in_tier
 
 
-def admission_of(
-    state: State,
-    asking: SlotArray,
-    settings: PlannerSettings,
-    expected: Expected,
-    drafts: DraftPlan,
-    total_blocks: int,
-    by_peaks: bool,
-) -> Asked:
+@njit(cache=True)
+def admission_of(state: State, asking: SlotArray, question: Question) -> Asked:
     """Build demand and supply of a state and ask Algorithm 1.
 
     Args:
         asking: waiting slots, see :func:`slos_serve.planning.demand.most_urgent`.
-        total_blocks: KV blocks less what is kept for others.
-        by_peaks: count every request at its forecast peak.
     """
-    paces_s, survival = tier_paces(state, asking), expected.survival
-    load = expected.load * TO_COME * (1.0 + kv_shortage(state))  # where KV is short, prompts take that of the next too
-    demand = build_demand(state, asking, paces_s, settings.max_implied_ttft_s, settings.length_weight, load)
-    supply, in_tier = build_supply(state, asking, paces_s, expected.longest_s, drafts)
-    if by_peaks:
-        blocks, room = peaks(state, demand, total_blocks)
+    tpot_s, survival, total = question.tiers.tpot_s, question.survival, question.total_blocks
+    load = question.load * (TO_COME * (1.0 + kv_shortage(state)))  # where KV is short, prompts take the next one's too
+    asked = build_demand(state, asking, tpot_s, question.max_implied_ttft_s, question.length_weight, load)
+    if question.by_peaks:
+        blocks, room = peaks(state, asked, total)
     else:
-        pace_s = pace_of_moments_s(state, paces_s)
-        blocks, room = forecast(state, demand, pace_s, survival, total_blocks)
-    demand, supply = demand._replace(blocks=blocks), supply._replace(blocks=room)
-    if len(demand.slots) and not drafts.tokens.any():
-        supply = supply._replace(lent_tokens=lend(state, supply, paces_s, survival, float(demand.due_s[0])))
-    return Asked(demand, supply, admit(demand, supply, MOST_WORK), paces_s, in_tier)
+        blocks, room = forecast(state, asked, pace_of_moments_s(state, tpot_s), survival, total)
+    demand = Demand(asked.slots, asked.due_s, asked.tokens, asked.tier, blocks, asked.weight, asked.promised)
+    supply = build_supply(state, question, room)
+    if len(demand.slots) > 0 and not question.drafts.tokens.any():
+        supply.lent_tokens[:] = lend(state, supply, tpot_s, survival, demand.due_s[0])
+    return Asked(demand, supply, admit(demand, supply, MOST_WORK), question.tiers)

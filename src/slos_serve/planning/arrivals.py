@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from slos_serve.core.request import SlotArray
+from slos_serve.perf.step_time import roofline_s
 from slos_serve.planning.demand import SIZES, prompt_tokens_left, size_of
 from slos_serve.planning.state import BEST_EFFORT, FloatArray, State
 
@@ -19,6 +19,9 @@ from slos_serve.planning.state import BEST_EFFORT, FloatArray, State
 DOUBLES_S = 30.0
 # Prompt time asked for is averaged over this time.
 LOAD_OVER_S = 30.0
+# A step of prompts takes at most this share of the tightest TTFT, so that a prompt that arrives meanwhile is in time by
+# a step of its own; and at least this many times a step's fixed cost, or fixed costs would take most of the time.
+STEP_SHARE_OF_TTFT, LEAST_STEP_FIXED = 0.5, 4.0
 
 
 class Arrivals(NamedTuple):
@@ -42,12 +45,12 @@ NO_ARRIVALS = Arrivals(-1, 0.0, float(np.inf), np.zeros((2, SIZES)))
 
 
 @njit(cache=True)
-def count_arrivals(state: State, waiting: SlotArray, known: Arrivals) -> Arrivals:
-    """``known`` moved on to now, with those among ``waiting`` that are new counted."""
+def count_arrivals(state: State, known: Arrivals) -> Arrivals:
+    """``known`` moved on to now, with those among the waiting that are new counted."""
     passed_s = max(state.now_s - known.at_s, 0.0)
     newest, tightest_s = known.newest, known.tightest_s * 2.0 ** (passed_s / DOUBLES_S)
     load = known.load * np.exp(-passed_s / LOAD_OVER_S)
-    for slot in waiting:
+    for slot in state.waiting:
         order = state.rows["order"][slot]
         if order <= known.newest:
             continue
@@ -61,3 +64,9 @@ def count_arrivals(state: State, waiting: SlotArray, known: Arrivals) -> Arrival
         load[0, size] += tokens / LOAD_OVER_S
         load[1, size] += tokens / LOAD_OVER_S * ttft_s
     return Arrivals(newest, state.now_s, tightest_s, load)
+
+
+@njit(cache=True)
+def longest_step_s(coefficients: FloatArray, arrivals: Arrivals) -> float:
+    """Longest a step of prompts may take, for the sake of those that arrive meanwhile."""
+    return float(max(STEP_SHARE_OF_TTFT * arrivals.tightest_s, LEAST_STEP_FIXED * roofline_s(coefficients, 0.0)))

@@ -42,11 +42,6 @@ class Turn(NamedTuple):
     kept: int
     due: bool
 
-    @property
-    def slot_due(self) -> int:
-        """The slot whose turn is in this step, -1 for none."""
-        return self.kept if self.due else NOBODY
-
 
 NO_TURN = Turn(-1, -1, -np.inf, NOBODY, False)
 
@@ -66,25 +61,22 @@ def oldest_unpromised(state: State, order: int) -> int:
     return int(oldest)
 
 
+@njit(cache=True)
 def next_turn(state: State, last: Turn, every_s: float) -> Turn:
     """Who is oldest now and whether its turn is due. A request that is kept stays the one until it ends."""
-    if every_s <= 0.0:
-        return NO_TURN
-    slot = oldest_unpromised(state, last.order if last.kept != NOBODY else -1)
+    slot = oldest_unpromised(state, last.order if last.kept != NOBODY else -1) if every_s > 0.0 else -1
     if slot < 0:
-        return NO_TURN
-    row = state.rows[slot]
-    order, progress = int(row["order"]), int(row["computed_tokens"] + row["output_tokens"])
+        return Turn(-1, -1, -np.inf, NOBODY, False)
+    rows = state.rows
+    order, progress = int(rows["order"][slot]), int(rows["computed_tokens"][slot] + rows["output_tokens"][slot])
     if order != last.order:
         return Turn(order, progress, state.now_s, NOBODY, False)
-    since_s, kept = last.since_s, slot if last.kept != NOBODY else NOBODY
-    if progress > last.progress:
-        since_s = state.now_s
-    progress = max(progress, last.progress)
-    wait_s = every_s / DECODE_TURNS if kept != NOBODY and is_decode(state.rows, slot) else every_s
+    since_s = state.now_s if progress > last.progress else last.since_s
+    kept = slot if last.kept != NOBODY else NOBODY
+    wait_s = every_s / DECODE_TURNS if kept != NOBODY and is_decode(rows, slot) else every_s
     waited = state.now_s - since_s >= wait_s
-    due = bool(waited and row["blocked"] == 0 and can_be_kept(state, slot))
-    return Turn(order, progress, since_s, slot if waited else kept, due)
+    due = bool(waited and rows["blocked"][slot] == 0 and can_be_kept(state, slot))
+    return Turn(order, max(progress, last.progress), since_s, slot if waited else kept, due)
 
 
 @njit(cache=True)

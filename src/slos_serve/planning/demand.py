@@ -93,16 +93,16 @@ def give_up_lost(state: State) -> SlotArray:
     return lost[:count]
 
 
+@njit(cache=True)
 def most_urgent(state: State, most: int = MOST_ASKING) -> SlotArray:
     """Waiting slots that admission looks at: all promised ones, and the ``most`` undecided ones that are due first."""
-    waiting = state.waiting
+    waiting, due_s = state.waiting, state.rows["ttft_due_s"]
     status = state.status[waiting]
-    asking: SlotArray = waiting[status == UNDECIDED]
+    asking = waiting[status == UNDECIDED]
     if len(asking) > most:
-        due_s = state.rows["ttft_due_s"][asking]
-        asking = asking[np.sort(np.argpartition(due_s, most)[:most])]
-    promised = waiting[status == ADMITTED]
-    return np.concatenate((promised, asking)) if len(promised) else asking
+        latest_s = np.partition(due_s[asking], most - 1)[most - 1]
+        asking = asking[due_s[asking] <= latest_s][:most]
+    return np.concatenate((waiting[status == ADMITTED], asking))
 
 
 @njit(cache=True)

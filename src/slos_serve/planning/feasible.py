@@ -49,23 +49,6 @@ def first_missed(taken: BoolArray, demand: Demand, supply: Supply) -> tuple[int,
 
 
 @njit(cache=True)
-def slack_tokens(taken: BoolArray, demand: Demand, supply: Supply) -> float:
-    """Prefill tokens by which a set that fits can be delayed from the start on and still meet every deadline."""
-    lent, counts = lent_until(demand, supply), supply.counts.copy()
-    rate, budget, last_s, last_lent, least = rate_beside(counts, supply), 0.0, supply.start_s, 0.0, np.inf
-    for i in range(len(taken)):
-        due_s = max(demand.due_s[i], last_s)
-        budget += rate * (due_s - last_s) + lent[i] - last_lent
-        last_s, last_lent = due_s, lent[i]
-        if taken[i]:
-            budget -= demand.tokens[i]
-            counts[demand.tier[i]] += 1.0
-            rate = rate_beside(counts, supply)
-            least = min(least, budget)
-    return float(max(least, 0.0))
-
-
-@njit(cache=True)
 def first_short(taken: BoolArray, demand: Demand, supply: Supply) -> int:
     """The first moment at which a set needs more KV blocks than there are, -1 for none: the rule of memory."""
     for k in range(len(supply.blocks)):

@@ -14,10 +14,20 @@ from slos_serve.core.plan import Reason
 from slos_serve.core.request import SlotArray
 from slos_serve.planning.best_effort import NOBODY, TURN_TOKENS, ahead_enough
 from slos_serve.planning.drafting import DraftPlan, StepDrafts, cap_drafts, draft_of, step_drafts
-from slos_serve.planning.state import IntArray, State, blocks_needed, held_blocks, is_decode, peak_blocks, tokens_left
+from slos_serve.planning.state import (
+    ADMITTED,
+    IntArray,
+    State,
+    held_blocks,
+    is_decode,
+    peak_blocks,
+    tokens_left,
+    without,
+)
 from slos_serve.planning.step import (
     CUT,
     ENTRIES,
+    HELD,
     NO_MEMORY,
     NO_ROOM,
     SEATS,
@@ -41,8 +51,8 @@ DECODE_EARLY, BEST_EFFORT_ROOM = int(Reason.DECODE_EARLY), int(Reason.BEST_EFFOR
 HELD_AHEAD = int(Reason.HELD_AHEAD)
 # When the due decodes alone overfill a step, those not due within this share of the next one are postponed.
 CROWDED_SHARE = 0.75
-# Share of the forecast growth of running requests that is kept free when best effort starts.
-GROWTH_HELD = 0.5
+# A promised prompt waits for KV, rather than take it from best effort, while more than this share of its TTFT is left.
+WAIT_SHARE = 0.5
 _EPSILON_S = 1e-9
 
 
@@ -86,6 +96,12 @@ def give_turn(step: Step, slot: int, limit_s: float) -> None:
 
 
 @njit(cache=True)
+def can_wait(state: State, slot: int, due_s: float) -> bool:
+    """Whether so much of a first token's time is left that KV may come free by itself."""
+    return bool(due_s - state.now_s > WAIT_SHARE * (due_s - state.rows["arrival_s"][slot]))
+
+
+@njit(cache=True)
 def add_prompts(step: Step, work: Work, limit_s: float) -> float:
     """Run promised prompts by deadline; one that ends brings the step's end forward to its due time.
 
@@ -96,8 +112,12 @@ def add_prompts(step: Step, work: Work, limit_s: float) -> float:
         slot = work.prefills[j]
         is_running = rows["running"][slot] == 1
         chunk, cut = chunk_within(step, slot, limit_s)
-        reason = NO_ROOM
-        if chunk > 0 and not make_room(step, slot, chunk if is_running else tokens_left(rows, slot)):
+        reason, needed = NO_ROOM, chunk if is_running else tokens_left(rows, slot)
+        if (
+            chunk > 0
+            and not has_room(step, slot, needed)
+            and (can_wait(step.state, slot, work.prefill_due_s[j]) or not make_room(step, slot, needed))
+        ):
             chunk, reason = 0, NO_MEMORY
         if chunk == 0:
             if is_running:
@@ -107,19 +127,6 @@ def add_prompts(step: Step, work: Work, limit_s: float) -> float:
         if chunk == tokens_left(rows, slot):
             limit_s = min(limit_s, max(work.prefill_due_s[j] - step.state.now_s, seconds(step)))
     return limit_s
-
-
-@njit(cache=True)
-def use_spare_time(step: Step, work: Work, drafts: StepDrafts, first: int, limit_s: float, spare_s: float) -> int:
-    """Run decodes from position ``first`` on, which could wait, in the time that promised prompts can wait for; returns
-    how many decodes were looked at. They end sooner, and give back their KV."""
-    start_s = seconds(step)
-    for j in range(first, len(work.decodes)):
-        with_it_s = seconds_with(step, work.decodes[j], drafts.lengths[j])
-        if with_it_s > limit_s or with_it_s - start_s > spare_s or not has_room(step, work.decodes[j], 1):
-            return j
-        run_decode(step, work.decodes[j], drafts.lengths[j], DECODE_EARLY)
-    return len(work.decodes)
 
 
 @njit(cache=True)
@@ -163,42 +170,32 @@ def add_others(step: Step, work: Work, plan: DraftPlan, lengths: IntArray, promp
 
 @njit(cache=True)
 def start_others(step: Step, starting: SlotArray, turn: int, limit_s: float) -> None:
-    """Start waiting requests without a promise while their prompts and half of everybody's growth fit into memory.
+    """Start waiting requests without a promise while everybody's forecast peak fits into memory.
 
     The first that does not fit ends it, so that a long one is not passed for ever.
     """
-    state, rows = step.state, step.state.rows
-    room = growth_room(step)
+    state, rows, room = step.state, step.state.rows, step.state.total_blocks
+    for slot in state.running:
+        if not step.gone[slot]:
+            held = held_blocks(rows, slot, state.block_size)
+            room -= max(peak_blocks(rows, slot, state.block_size), held)
     for slot in starting:
         if slot == turn or rows["blocked"][slot] == 1:
             continue
-        if step.counts[CUT] == 1 or step.counts[SEATS] >= step.state.max_num_seqs:
+        if step.counts[CUT] == 1 or step.counts[SEATS] >= state.max_num_seqs:
             return
         chunk, cut = chunk_within(step, slot, limit_s)
-        left = tokens_left(rows, slot)
-        start = blocks_needed(rows, slot, left, state.block_size)
-        growth = GROWTH_HELD * (peak_blocks(rows, slot, state.block_size) - start)
+        peak = peak_blocks(rows, slot, state.block_size)
         alone = step.counts[SEATS] == 0
-        if chunk == 0 or not has_room(step, slot, left) or (start + growth > room and not alone):
+        if chunk == 0 or not has_room(step, slot, tokens_left(rows, slot)) or (peak > room and not alone):
             return
-        room -= start + growth
+        room -= peak
         run_chunk(step, slot, chunk, cut, BEST_EFFORT_ROOM)
 
 
 @njit(cache=True)
-def growth_room(step: Step) -> float:
-    """KV blocks left when everybody who runs has grown by half of what is forecast: answers end one after the other."""
-    state, room = step.state, float(step.state.total_blocks)
-    for slot in state.running:
-        if not step.gone[slot]:
-            held = held_blocks(state.rows, slot, state.block_size)
-            room -= held + GROWTH_HELD * max(peak_blocks(state.rows, slot, state.block_size) - held, 0)
-    return room
-
-
-@njit(cache=True)
 def form(state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, plan: DraftPlan) -> Step:
-    """Form one step.
+    """One step.
 
     Args:
         chosen: waiting slots that admission serves.
@@ -221,7 +218,6 @@ def form(state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, pla
     limit_s = max(limit_s, seconds(step))
     if rules.turn != NOBODY:
         give_turn(step, rules.turn, limit_s)
-    first = use_spare_time(step, work, drafts, first, limit_s, rules.spare_s)
     limit_s = add_prompts(step, work, limit_s)
     add_early_decodes(step, work, drafts, first, limit_s)
     prompts = ahead_enough(state.rows, work.decodes, work.decode_due_s, state.now_s, rules.lead_share)
@@ -229,3 +225,39 @@ def form(state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, pla
     if prompts:
         start_others(step, work.starting, rules.turn, limit_s)
     return step
+
+
+@njit(cache=True)
+def cheapest_to_lose(state: State, kept: int) -> int:
+    """The running request to preempt where nothing could run: best effort before promises; of the former the youngest,
+    of the latter the one that has computed least. -1 where only one is left, which nobody's KV could help."""
+    found, found_promised, found_cost, count = -1, False, 0, 0
+    for slot in state.running:
+        if state.rows["blocked"][slot] == 1:
+            continue
+        count += 1
+        promised = state.status[slot] == ADMITTED or slot == kept
+        cost = state.rows["computed_tokens"][slot] if promised else -state.rows["order"][slot] - 1
+        if found < 0 or (found_promised, found_cost) > (promised, cost):
+            found, found_promised, found_cost = slot, promised, cost
+    return int(found) if count > 1 else -1
+
+
+@njit(cache=True)
+def form_step(
+    state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, plan: DraftPlan
+) -> tuple[Step, SlotArray]:
+    """:func:`form`, and the requests preempted because without their KV nothing could run; arguments as there."""
+    gone, count = np.empty(len(state.running), dtype=np.int64), 0
+    step = form(state, chosen, starting, rules, plan)
+    while step.counts[ENTRIES] == 0 and (step.held[1, : step.counts[HELD]] == NO_MEMORY).any():
+        victim = cheapest_to_lose(state, rules.kept)
+        if victim < 0:
+            break
+        gone[count] = victim
+        count += 1
+        state = without(state, victim)
+        if victim == rules.kept:
+            rules = Rules(rules.longest_s, rules.lead_share, NOBODY, NOBODY)
+        step = form(state, chosen, starting, rules, plan)
+    return step, gone[:count]

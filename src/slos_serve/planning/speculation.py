@@ -1,4 +1,4 @@
-"""How many tokens to draft for each decode tier : none where that serves more (the paper's section 4.3).
+"""How many tokens each decode tier drafts: none where that serves more (the paper's section 4.3).
 
 With acceptance a, a verification of d drafts yields A(d) = (1 - a^(d+1)) / (1 - a) tokens on average, puts d + 1
 tokens into a batch and waits for d steps of the draft model. Its context is read once for all of them, and a decode
@@ -15,14 +15,13 @@ from numba import njit
 from slos_serve.perf.formula import K_S, K_SEQ
 from slos_serve.perf.step_time import batch_s
 from slos_serve.planning.state import FloatArray, IntArray
-from slos_serve.planning.supply import prefill_rate
+from slos_serve.planning.supply import Tiers, prefill_rate
 
 # Another set of lengths replaces the present one when it is better by this share of the prefill rate of an engine
 # without decodes: counts that come and go do not make the lengths flap.
 HYSTERESIS_SHARE = 0.01
-# Drafts are made where they add this share of it. Rates are reckoned with the mean of what verifications bring; most of
-# those with few right drafts bring one token and cut batches short, and a gain as small as that is not seen.
-LEAST_GAIN_SHARE = 0.08
+# First index of a table of lengths.
+PERIOD_S, TOKENS_EACH, EXTRA_S_EACH = range(3)
 
 
 @njit(cache=True)
@@ -42,78 +41,59 @@ def paces_in_a_batch(mean_tokens: float, pace_s: float, longest_step_s: float) -
 
 
 @njit(cache=True)
-def demand_by_length(
-    pace_s: FloatArray,
-    extra_s_each: FloatArray,
-    acceptance: FloatArray,
-    longest: int,
-    longest_step_s: float,
-    draft_s_each: float,
-) -> tuple[FloatArray, FloatArray, FloatArray]:
+def table_of_lengths(
+    pace_s: FloatArray, tiers: Tiers, longest: int, longest_step_s: float, draft_s_each: float
+) -> FloatArray:
     """What one decode of each tier asks of batches under each draft length 0 .. ``longest``.
 
     A tier's period, the longest batch that carries it, is what the tokens of a verification last on average, but not
-    more than ``longest_step_s`` nor less than one pace. A decode takes ``extra_s_each`` beside the roofline part, and
+    more than ``longest_step_s`` nor less than one pace. A decode takes ``tiers.extra_s`` beside the roofline part, and
     ``draft_s_each`` for each draft that it verifies.
 
     Returns:
-        float64 [L, longest + 1] each: period in seconds, tokens in a period, extra seconds in a period.
+        float64 [3, L, longest + 1]: period in seconds, tokens in a period, extra seconds in a period.
     """
-    shape = (len(pace_s), longest + 1)
-    periods, tokens, extra = np.empty(shape), np.empty(shape), np.empty(shape)
+    table = np.empty((3, len(pace_s), longest + 1))
     for tier in range(len(pace_s)):
         for draft in range(longest + 1):
-            mean = tokens_each_verification(acceptance[tier], draft)
+            mean = tokens_each_verification(tiers.acceptance[tier], draft)
             longer = paces_in_a_batch(mean, pace_s[tier], longest_step_s)
             each = longer / mean  # verifications in a period
-            periods[tier, draft] = pace_s[tier] * longer
-            tokens[tier, draft] = each * (draft + 1.0)
-            extra[tier, draft] = each * (extra_s_each[tier] + draft_s_each * draft)
-    return periods, tokens, extra
-
-
-@njit(cache=True)
-def yields_of(
-    drafts: IntArray, acceptance: FloatArray, pace_s: FloatArray, longest_step_s: float
-) -> tuple[FloatArray, FloatArray]:
-    """Tokens of a verification and paces in a batch of each tier (float64 [L]) under its draft length."""
-    yields, longer = np.empty(len(drafts)), np.empty(len(drafts))
-    for tier in range(len(drafts)):
-        yields[tier] = tokens_each_verification(acceptance[tier], drafts[tier])
-        longer[tier] = paces_in_a_batch(yields[tier], pace_s[tier], longest_step_s)
-    return yields, longer
+            table[PERIOD_S, tier, draft] = pace_s[tier] * longer
+            table[TOKENS_EACH, tier, draft] = each * (draft + 1.0)
+            table[EXTRA_S_EACH, tier, draft] = each * (tiers.extra_s[tier] + draft_s_each * draft)
+    return table
 
 
 @njit(cache=True)
 def rate_of(
-    drafts: IntArray,
-    counts: FloatArray,
-    periods: FloatArray,
-    tokens: FloatArray,
-    extra: FloatArray,
-    coefficients: FloatArray,
-    max_tokens: float,
+    drafts: IntArray, counts: FloatArray, table: FloatArray, coefficients: FloatArray, max_tokens: float
 ) -> float:
-    """Prefill tokens a second beside ``counts`` decodes that draft ``drafts``; see :func:`demand_by_length`."""
-    tiers = len(drafts)
-    own_periods, own_tokens, own_extra = np.empty(tiers), np.empty(tiers), np.empty(tiers)
-    most = 0
-    for tier in range(tiers):
-        draft = drafts[tier]
-        own_periods[tier], own_tokens[tier] = periods[tier, draft], tokens[tier, draft]
-        own_extra[tier] = extra[tier, draft]
-        if counts[tier] > 0.0:
-            most = max(most, draft)
-    draft_s = coefficients[K_S] * most
-    return prefill_rate(counts, own_periods, own_tokens, own_extra, draft_s, coefficients, max_tokens)
+    """Prefill tokens a second beside ``counts`` decodes that draft ``drafts``; see :func:`table_of_lengths`."""
+    own, most = np.empty((3, len(drafts))), 0
+    for tier in range(len(drafts)):
+        own[:, tier] = table[:, tier, drafts[tier]]
+        most = max(most, drafts[tier]) if counts[tier] > 0.0 else most
+    return prefill_rate(counts, own[0], own[1], own[2], coefficients[K_S] * most, coefficients, max_tokens)
+
+
+@njit(cache=True)
+def best_completion(table: FloatArray) -> FloatArray:
+    """float64 [3, L]: of each tier the longest period and the least work a second that any length has."""
+    rest = np.empty(table.shape[:2])
+    for tier in range(table.shape[1]):
+        longest_s = table[PERIOD_S, tier].max()
+        part = longest_s / table[PERIOD_S, tier]
+        rest[PERIOD_S, tier] = longest_s
+        rest[TOKENS_EACH, tier] = (table[TOKENS_EACH, tier] * part).min()
+        rest[EXTRA_S_EACH, tier] = (table[EXTRA_S_EACH, tier] * part).min()
+    return rest
 
 
 @njit(cache=True)
 def best_drafts(
     counts: FloatArray,
-    periods: FloatArray,
-    tokens: FloatArray,
-    extra: FloatArray,
+    table: FloatArray,
     coefficients: FloatArray,
     max_tokens: float,
     present: IntArray,
@@ -121,64 +101,47 @@ def best_drafts(
 ) -> tuple[IntArray, float, int]:
     """The draft lengths with the largest prefill rate.
 
-    Lengths of a tier nobody decodes in stay 0. The bound on a branch takes, for the tiers not decided yet, the longest
-    period and the least work a second that any length has, and no draft model: the rate falls with each of these.
+    Lengths of a tier nobody decodes in stay 0. The bound on a branch takes :func:`best_completion` for the tiers not
+    decided yet, and no draft model: the rate falls with each of these.
 
     Args:
         counts: float64 [L], decodes in each tier.
-        periods, tokens, extra: see :func:`demand_by_length`.
-        coefficients, max_tokens: see :func:`prefill_rate`.
+        table: see :func:`table_of_lengths`.
         present: int64 [L], the lengths in use; kept unless others are better by more than ``hysteresis``.
         hysteresis: prefill tokens a second; 0 takes the best.
 
     Returns:
         drafts (int64 [L]), their rate, and how many rates were computed.
     """
-    tiers, longest = periods.shape[0], periods.shape[1] - 1
-    best = present.copy()
-    for tier in range(tiers):
-        if counts[tier] <= 0.0:
-            best[tier] = 0
-    best_rate = rate_of(best, counts, periods, tokens, extra, coefficients, max_tokens)
-    threshold = best_rate + hysteresis
-    rest_periods, rest_tokens, rest_extra = np.empty(tiers), np.empty(tiers), np.empty(tiers)
-    for tier in range(tiers):
-        rest_periods[tier] = periods[tier].max()
-        part = rest_periods[tier] / periods[tier]
-        rest_tokens[tier] = (tokens[tier] * part).min()
-        rest_extra[tier] = (extra[tier] * part).min()
-    own_periods, own_tokens, own_extra = rest_periods.copy(), rest_tokens.copy(), rest_extra.copy()
-    drafts = np.full(tiers, -1, dtype=np.int64)
-    computed, level = 1, 0
+    tiers, lengths = table.shape[1], table.shape[2]
+    best = np.where(counts > 0.0, present, 0)
+    best_rate = rate_of(best, counts, table, coefficients, max_tokens)
+    threshold, rest = best_rate + hysteresis, best_completion(table)
+    own, drafts, computed, level = rest.copy(), np.full(tiers, -1), 1, 0
     while level >= 0:
         drafts[level] += 1
-        if drafts[level] > longest or (drafts[level] > 0 and counts[level] <= 0.0):
+        if drafts[level] == lengths or (drafts[level] > 0 and counts[level] <= 0.0):
             drafts[level] = -1
-            own_periods[level], own_tokens[level] = rest_periods[level], rest_tokens[level]
-            own_extra[level] = rest_extra[level]
+            own[:, level] = rest[:, level]
             level -= 1
             continue
-        draft = drafts[level]
-        own_periods[level], own_tokens[level] = periods[level, draft], tokens[level, draft]
-        own_extra[level] = extra[level, draft]
+        own[:, level] = table[:, level, drafts[level]]
         draft_s = coefficients[K_S] * drafts[: level + 1].max()
-        rate = prefill_rate(counts, own_periods, own_tokens, own_extra, draft_s, coefficients, max_tokens)
+        rate = prefill_rate(counts, own[0], own[1], own[2], draft_s, coefficients, max_tokens)
         computed += 1
         if rate <= threshold:
             continue
-        if level == tiers - 1:
-            best, best_rate, threshold = drafts.copy(), rate, rate
-        else:
+        if level < tiers - 1:
             level += 1
+        else:
+            best, best_rate, threshold = drafts.copy(), rate, rate
     return best, best_rate, computed
 
 
 @njit(cache=True)
 def fastest_draft(
-    counts: FloatArray,
     pace_s: FloatArray,
-    extra_s_each: FloatArray,
-    acceptance: FloatArray,
+    tiers: Tiers,
     coefficients: FloatArray,
     max_tokens: float,
     longest: int,
@@ -190,14 +153,15 @@ def fastest_draft(
     ``longest_step_s``, are left out, but for those without drafts.
     """
     best, best_rate = 0, 0.0
+    counts = np.maximum(tiers.decodes, 1.0)
     for draft in range(longest + 1):
-        own_s, most_s, brought, tokens = 0.0, np.inf, 0.0, 0.0
+        own_s, most_s, brought = 0.0, np.inf, 0.0
         for tier in range(len(counts)):
-            mean = tokens_each_verification(acceptance[tier], draft)
+            mean = tokens_each_verification(tiers.acceptance[tier], draft)
             most_s = min(most_s, pace_s[tier] * paces_in_a_batch(mean, pace_s[tier], longest_step_s))
             brought += counts[tier] * mean
-            tokens += counts[tier] * (draft + 1.0)
-            own_s += counts[tier] * (extra_s_each[tier] + coefficients[K_SEQ] * draft)
+            own_s += counts[tier] * (tiers.extra_s[tier] + coefficients[K_SEQ] * draft)
+        tokens = counts.sum() * (draft + 1.0)
         step_s = batch_s(coefficients, tokens, own_s, draft)
         if draft > 0 and (step_s > most_s or tokens > max_tokens):
             break

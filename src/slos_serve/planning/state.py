@@ -77,6 +77,29 @@ def state_of(view: EngineView, now_s: float, coefficients: FloatArray, margin: f
 
 
 @njit(cache=True)
+def without(state: State, slot: int) -> State:
+    """The state once a running request has been preempted."""
+    freed = held_blocks(state.rows, slot, state.block_size)
+    return State(
+        state.rows,
+        state.status,
+        state.running[state.running != slot],
+        state.waiting,
+        state.coefficients,
+        state.now_s,
+        state.margin,
+        state.free_blocks + freed,
+        state.total_blocks,
+        state.block_size,
+        state.max_num_seqs,
+        state.max_tokens,
+        state.max_adapters,
+        state.chunk_multiple,
+        state.prefill_threshold,
+    )
+
+
+@njit(cache=True)
 def blocks_for(tokens: int, block_size: int) -> int:
     """KV blocks that hold ``tokens``."""
     return (tokens + block_size - 1) // block_size

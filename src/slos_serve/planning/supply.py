@@ -28,10 +28,33 @@ MOMENT_TOKENS = np.array([0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 51
 KV_SHORT_FROM, KV_SHORT = 0.7, 0.9
 
 
+@njit(cache=True)
 def kv_shortage(state: State) -> float:
     """0 while KV is plenty, 1 where it is what limits the engine."""
     used = 1.0 - state.free_blocks / max(state.total_blocks, 1)
-    return float(np.clip((used - KV_SHORT_FROM) / (KV_SHORT - KV_SHORT_FROM), 0.0, 1.0))
+    return float(min(max((used - KV_SHORT_FROM) / (KV_SHORT - KV_SHORT_FROM), 0.0), 1.0))
+
+
+class Tiers(NamedTuple):
+    """Decode tiers of the requests that are promised something or may be; float64 [L] each.
+
+    Attributes:
+        tpot_s: TPOT of each tier, ascending.
+        counts: promised decodes that run.
+        ahead: share of these that have gained their lead, see ``AHEAD_TOKENS``.
+        decodes: decodes that run, promised or not yet.
+        in_tier: requests that the two means below are of.
+        extra_s: seconds beside the roofline part that a decode adds to a batch, context half of what is to come.
+        acceptance: mean acceptance of drafts.
+    """
+
+    tpot_s: FloatArray
+    counts: FloatArray
+    ahead: FloatArray
+    decodes: FloatArray
+    in_tier: FloatArray
+    extra_s: FloatArray
+    acceptance: FloatArray
 
 
 class Supply(NamedTuple):
@@ -147,35 +170,35 @@ def rate_beside(counts: FloatArray, supply: Supply) -> float:
 
 
 @njit(cache=True)
-def decodes_by_tier(
-    state: State, asking: SlotArray, paces_s: FloatArray
-) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """Promised decodes of each tier and what one costs; float64 [L] each.
+def tiers_of(state: State, asking: SlotArray, acceptance: FloatArray) -> Tiers:
+    """Tiers of the running and the ``asking`` requests. Where nobody may be promised anything, best effort is one.
 
-    Returns:
-        counts; periods_s (TPOT less the margin, but for decodes that have gained their lead); extra_s_each (context on
-        average half of what is still to come); in_tier, the requests that the mean context is of.
+    Args:
+        acceptance: float64 [classes].
     """
-    tiers = len(paces_s)
-    counts, ahead, context, in_tier = np.zeros(tiers), np.zeros(tiers), np.zeros(tiers), np.zeros(tiers)
-    rows = state.rows
-    for part in (state.running, asking):
-        for slot in part:
-            if state.status[slot] == BEST_EFFORT:
-                continue
-            tier = tier_of(paces_s, rows["tpot_s"][slot])
-            grown = 0.5 * (rows["output_tokens"][slot] + rows["expected_tokens"][slot])
-            context[tier] += rows["prompt_tokens"][slot] + grown
-            in_tier[tier] += 1.0
-            if state.status[slot] == ADMITTED and is_decode(rows, slot):
-                counts[tier] += 1.0
-                ahead[tier] += 1.0 if rows["stage_tokens"][slot] * state.margin >= AHEAD_TOKENS else 0.0
-    extra_s, periods_s = np.empty(tiers), np.empty(tiers)
-    for tier in range(tiers):
-        mean = context[tier] / max(in_tier[tier], 1.0)
-        extra_s[tier] = decode_s(state.coefficients, 0.0, mean)
-        periods_s[tier] = paces_s[tier] * (1.0 - state.margin * (1.0 - ahead[tier] / max(counts[tier], 1.0)))
-    return counts, periods_s, extra_s, in_tier
+    tpot_s, rows = tier_paces(state, asking), state.rows
+    counts, ahead, decodes, in_tier, context, accepted = np.zeros((6, len(tpot_s)))
+    for with_best_effort in (False, True):
+        if in_tier.sum() > 0.0:
+            break
+        for part in (state.running, asking):
+            for slot in part:
+                if state.status[slot] == BEST_EFFORT and not with_best_effort:
+                    continue
+                tier = tier_of(tpot_s, rows["tpot_s"][slot])
+                grown = 0.5 * (rows["output_tokens"][slot] + rows["expected_tokens"][slot])
+                context[tier] += rows["prompt_tokens"][slot] + grown
+                accepted[tier] += acceptance[rows["class_index"][slot]]
+                in_tier[tier] += 1.0
+                if is_decode(rows, slot):
+                    decodes[tier] += 1.0
+                    if state.status[slot] == ADMITTED:
+                        counts[tier] += 1.0
+                        ahead[tier] += 1.0 if rows["stage_tokens"][slot] * state.margin >= AHEAD_TOKENS else 0.0
+    each, extra_s = np.maximum(in_tier, 1.0), np.empty(len(tpot_s))
+    for tier in range(len(tpot_s)):
+        extra_s[tier] = decode_s(state.coefficients, 0.0, context[tier] / each[tier])
+    return Tiers(tpot_s, counts, ahead / np.maximum(counts, 1.0), decodes, in_tier, extra_s, accepted / each)
 
 
 @njit(cache=True)

@@ -19,14 +19,12 @@ class Rules(NamedTuple):
     Attributes:
         longest_s: longest step beside its decodes, so that a prompt that arrives meanwhile is still in time.
         lead_share: see :func:`slos_serve.planning.best_effort.ahead_enough`.
-        spare_s: time that promised prompts can wait for; decodes ahead of schedule use it.
         kept: slot that is preempted for nobody; -1 for none.
         turn: slot that computes something before any prompt; -1 for none.
     """
 
     longest_s: float
     lead_share: float
-    spare_s: float
     kept: int
     turn: int
 

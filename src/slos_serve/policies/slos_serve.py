@@ -45,7 +45,7 @@ class SLOsServePolicy:
 
     def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
         """Learn how often drafts of each class are right."""
-        self.planner.drafting.acceptance.observe(class_index, drafted, accepted)
+        self.planner.acceptance.observe(class_index, drafted, accepted)
 
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
         """Learn how long answers of the class are."""

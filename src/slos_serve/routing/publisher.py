@@ -14,7 +14,6 @@ from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.admission import Asked
-from slos_serve.planning.demand import give_up_lost
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.state import ADMITTED, FloatArray, state_of
 from slos_serve.routing.projection import after_step, view_copy
@@ -85,10 +84,7 @@ def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, 
 
     KV is counted as the sum of peaks: sums that a mirror can add to, and stricter than the planner's own forecast.
     """
-    planner.forecast(view)
-    state = state_of(view, now_s, coefficients, planner.settings.margin)
-    give_up_lost(state)
-    return planner.admission_now(state)
+    return planner.ask_now(state_of(view, now_s, coefficients, planner.settings.margin))
 
 
 def publication_of(
@@ -112,7 +108,7 @@ def publication_of(
     coefficients = model.coefficients * (factor * (1.0 + planner.step_margin))
     ready_s = now_s if plan is None else now_s + plan.predicted_s
     view = view_copy(view) if plan is None else after_step(view, plan, ready_s)
-    demand, supply, admitted, paces_s, in_tier = own_admission(planner, coefficients, view, ready_s)
+    demand, supply, admitted, tiers = own_admission(planner, coefficients, view, ready_s)
     rows, taken = view.table.rows, admitted.taken
     promised = int(supply.counts.sum()) + int(taken.sum())
     num_requests = len(view.running) + len(view.waiting)
@@ -128,12 +124,12 @@ def publication_of(
         max_implied_ttft_s=settings.max_implied_ttft_s,
         max_step_tokens=int(supply.max_tokens),
         draft_s=supply.draft_s,
-        pace_s=paces_s,
+        pace_s=tiers.tpot_s,
         periods_s=supply.periods_s,
         tokens_each=supply.tokens_each,
         extra_s_each=supply.extra_s_each,
         counts=supply.counts,
-        in_tier=in_tier,
+        in_tier=tiers.in_tier,
         due_s=demand.due_s[taken],
         cost_tokens=demand.tokens[taken],
         tier=demand.tier[taken],

@@ -101,7 +101,7 @@ class StepLearner:
 
     def _note_missing_drafts(self, plan: StepPlan, drafts: Any) -> None:
         """A request that was to verify drafts and had none (n-grams found nothing) teaches what a wrong draft does."""
-        if not self._policy.planner.drafting.present.tokens.any():
+        if not self._policy.planner.drafts.tokens.any():
             return
         book, rows = self._book, self._book.table.rows
         running = rows["output_tokens"][plan.slots] > 0

@@ -78,7 +78,7 @@ def test_the_oldest_is_kept_once_its_time_is_up() -> None:
     slot = engine.decode(tpot_s=np.inf, status=Status.BEST_EFFORT)
     first, early, last = turns(engine, (0.0, 0.9 * AGING_S, AGING_S))
     assert (first.kept, early.kept, early.due) == (NOBODY, NOBODY, False)
-    assert (last.kept, last.due, last.slot_due) == (slot, True, slot)
+    assert (last.kept, last.due) == (slot, True)
 
 
 def test_progress_puts_the_turn_off() -> None:

@@ -9,13 +9,14 @@ import pytest
 
 from slos_serve.core.plan import Reason, StepPlan
 from slos_serve.core.request import Status
+from slos_serve.perf.acceptance import AcceptanceEstimate
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.planning.admission import Expected
-from slos_serve.planning.best_effort import NO_TURN
+from slos_serve.planning.admission import Question, admission_of
 from slos_serve.planning.demand import SIZES
-from slos_serve.planning.drafting import NO_DRAFTS, PROBE_EVERY_S, PROBE_TOKENS, Drafting, DraftPlan
+from slos_serve.planning.drafting import PROBE_EVERY_S, PROBE_TOKENS, DraftPlan, no_drafts, plan_drafts
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
+from slos_serve.planning.supply import tiers_of
 from tests.builders import OPT_13B_A100, EngineBuilder
 
 DRAFTER = dataclasses.replace(OPT_13B_A100, k_s_s=1e-3)
@@ -33,18 +34,18 @@ def loaded(decodes: int = 40, **decode: float) -> EngineBuilder:
     return engine
 
 
-def taught(drafting: Drafting, acceptance: float) -> Drafting:
+def taught(estimate: AcceptanceEstimate, acceptance: float) -> AcceptanceEstimate:
     """What it is once thousands of drafts were right that often."""
     tested = np.ones(4000, dtype=np.int64)
     right = (np.arange(4000) % 10 < round(10 * acceptance)).astype(np.int64)
     for class_index in (0, 1):
-        drafting.acceptance.observe(class_index * tested, tested, right)
-    return drafting
+        estimate.observe(class_index * tested, tested, right)
+    return estimate
 
 
 def planner_that_knows(settings: PlannerSettings = DRAFTS, acceptance: float = 0.7) -> Planner:
     planner = Planner(DRAFTER, 2, settings)
-    taught(planner.drafting, acceptance)
+    taught(planner.acceptance, acceptance)
     return planner
 
 
@@ -58,12 +59,17 @@ def planned(
     return planner_that_knows(settings, acceptance).plan(engine.now_s, engine.view(free_blocks=free_blocks))
 
 
-def chosen(drafting: Drafting, engine: EngineBuilder, after_s: float = 0.0) -> DraftPlan:
-    """Lengths for a step that then runs."""
+def chosen(
+    estimate: AcceptanceEstimate,
+    engine: EngineBuilder,
+    after_s: float = 0.0,
+    last: DraftPlan | None = None,
+    longest: int = 10,
+) -> DraftPlan:
+    """Lengths for the step after the one planned with ``last``."""
     state = engine.state(model=DRAFTER)._replace(now_s=engine.now_s + after_s)
-    seen, plan = drafting.choose(state, state.waiting, LONGEST_STEP_S)
-    drafting.keep(seen, plan)
-    return plan
+    tiers = tiers_of(state, state.waiting, estimate.lower())
+    return plan_drafts(state, tiers, last or no_drafts(), longest, LONGEST_STEP_S)
 
 
 def drafts_of(plan: StepPlan, slots: list[int]) -> list[int]:
@@ -74,7 +80,7 @@ def drafts_of(plan: StepPlan, slots: list[int]) -> list[int]:
 def test_without_a_drafter_nothing_is_drafted() -> None:
     plan = planned(loaded(), PlannerSettings())
     assert len(plan.draft_tokens) == 0
-    assert chosen(Drafting(2, 0, 1.0), loaded()) is NO_DRAFTS
+    assert len(chosen(AcceptanceEstimate(2), loaded(), longest=0).tokens) == 0
 
 
 def test_decodes_verify_their_drafts_and_one_token_more() -> None:
@@ -92,7 +98,7 @@ def test_a_plan_takes_as_long_as_the_formula_says() -> None:
     model = dataclasses.replace(DRAFTER, k_seq_s=2e-4)
     engine = loaded(20)
     planner = Planner(model, 2, PlannerSettings(max_draft_tokens=3))
-    taught(planner.drafting, 0.9)
+    taught(planner.acceptance, 0.9)
     plan = planner.plan(engine.now_s, engine.view())
     rows = engine.table.rows
     done, drafts = rows["computed_tokens"][plan.slots], plan.draft_tokens
@@ -115,10 +121,11 @@ def test_drafts_leave_more_room_for_prompts() -> None:
     for k in range(30):
         engine.wait(700, due_in_s=1.0 + 0.1 * k)
     planner, state = planner_that_knows(), engine.state(model=DRAFTER)
-    expected = Expected(0.2, np.zeros((2, SIZES)), planner.lengths.survival())
-    lengths = (NO_DRAFTS, chosen(planner.drafting, engine))
-    asked = [planner.admit(state, state.waiting, expected, drafts, NO_TURN, peaks=True) for drafts in lengths]
-    taken = [found.admitted.taken.sum() for found in asked]
+    tiers, taken = tiers_of(state, state.waiting, planner.acceptance.lower()), []
+    for drafts in (no_drafts(), chosen(planner.acceptance, engine)):
+        survival, load = planner.lengths.survival(), np.zeros((2, SIZES))
+        question = Question(tiers, drafts, 0.2, load, survival, state.total_blocks, True, 30.0, 0.0)
+        taken.append(admission_of(state, state.waiting, question).admitted.taken.sum())
     assert taken[1] > taken[0] > 0
 
 
@@ -152,7 +159,7 @@ def test_each_tier_has_its_own_length() -> None:
     loose = [engine.decode(prompt_tokens=3000, tpot_s=0.1, ahead_s=0.045) for _ in range(20)]
     engine.wait(1500, due_in_s=1.5)
     engine.wait(1500, due_in_s=1.5)
-    found = chosen(taught(Drafting(2, 10, 1.0), 0.7), engine)
+    found = chosen(taught(AcceptanceEstimate(2), 0.7), engine)
     assert found.tpot_s.tolist() == [0.05, 0.1]
     assert len(set(drafts_of(planned(engine), tight))) == 1
     assert len(set(drafts_of(planned(engine), loose))) <= 1
@@ -207,25 +214,25 @@ def test_best_effort_drafts_in_what_is_left_over() -> None:
 
 
 def test_lengths_do_not_flap_while_counts_come_and_go() -> None:
-    drafting = taught(Drafting(2, 10, 1.0), 0.7)
+    estimate, found = taught(AcceptanceEstimate(2), 0.7), no_drafts()
     lengths = []
     rng = np.random.default_rng(0)
     for step in range(60):
         engine = loaded(int(rng.integers(34, 47)))
-        found = chosen(drafting, engine, 0.1 * step)
+        found = chosen(estimate, engine, 0.1 * step, found)
         lengths.append(int(found.tokens[0]))
     changes = sum(a != b for a, b in zip(lengths[1:], lengths[:-1], strict=True))
     assert changes <= 1
 
 
 def test_a_tier_that_drafts_nothing_is_probed_now_and_then() -> None:
-    drafting = Drafting(2, 10, 1.0)
+    estimate, found = AcceptanceEstimate(2), no_drafts()
     none = np.zeros(600, dtype=np.int64)
-    drafting.acceptance.observe(none, none + 1, none)  # six hundred drafts, none right
+    estimate.observe(none, none + 1, none)  # six hundred drafts, none right
     engine = loaded()
     probes = []
     for step in range(int(2 * PROBE_EVERY_S / 0.1) + 3):
-        found = chosen(drafting, engine, 0.1 * step)
+        found = chosen(estimate, engine, 0.1 * step, found)
         probes.append(int(found.tokens[0]))
     assert sorted(set(probes)) == [0, PROBE_TOKENS]
     assert probes.count(PROBE_TOKENS) == 2

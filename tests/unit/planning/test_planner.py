@@ -135,11 +135,20 @@ def test_best_effort_is_preempted_youngest_first_for_memory() -> None:
     engine = EngineBuilder(total_blocks=60)
     old = engine.decode(prompt_tokens=320, tpot_s=np.inf, status=Status.BEST_EFFORT)
     young = engine.decode(prompt_tokens=320, tpot_s=np.inf, status=Status.BEST_EFFORT)
-    slot = engine.wait(300, max_tokens=20)
+    slot = engine.wait(300, max_tokens=20, waited_s=2.0)
     plan = planned(engine)
     assert plan.preempt.tolist() == [young]
     assert slot in plan.slots
     assert old in plan.slots
+
+
+def test_a_prompt_with_most_of_its_time_left_waits_for_memory() -> None:
+    engine = EngineBuilder(total_blocks=60)
+    running = [engine.decode(prompt_tokens=320, tpot_s=np.inf, status=Status.BEST_EFFORT) for _ in range(2)]
+    engine.wait(300, max_tokens=20, due_in_s=3.0, waited_s=2.0)
+    plan = planned(engine)
+    assert len(plan.preempt) == 0
+    assert plan.slots.tolist() == running
 
 
 def test_when_everyone_is_short_of_memory_the_cheapest_promise_is_lost() -> None:
