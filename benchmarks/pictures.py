@@ -22,9 +22,9 @@ from slos_serve.planning.lengths import EDGES, LengthForecast, forecast_lengths
 from slos_serve.planning.memory import forecast, peaks
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
-from slos_serve.planning.speculation import demand_by_length, rate_of
+from slos_serve.planning.speculation import rate_of, table_of_lengths
 from slos_serve.planning.state import FloatArray
-from slos_serve.planning.supply import MOMENT_TOKENS, rate_beside
+from slos_serve.planning.supply import MOMENT_TOKENS, Tiers, rate_beside
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.sim.cluster import Cluster
 from slos_serve.sim.drafters import with_drafter
@@ -222,11 +222,9 @@ def drafts(axes: Axes) -> None:
     pace_s, extra_s = np.array([0.095]), np.array([model.k_ctx_s * 700.0 + model.k_seq_s])
     counts = np.array([40.0])
     for acceptance, color in ((0.9, GREEN), (0.7, OURS), (0.5, "#8fbce0"), (0.11, WARM)):
-        periods, tokens, extra = demand_by_length(pace_s, extra_s, np.array([acceptance]), 10, 0.14, model.k_seq_s)
-        rates = [
-            rate_of(np.array([draft]), counts, periods, tokens, extra, model.coefficients, 2048.0)
-            for draft in range(11)
-        ]
+        tiers = Tiers(pace_s, counts, counts, counts, counts, extra_s, np.array([acceptance]))
+        table = table_of_lengths(pace_s, tiers, 10, 0.14, model.k_seq_s)
+        rates = [rate_of(np.array([draft]), counts, table, model.coefficients, 2048.0) for draft in range(11)]
         best = int(np.argmax(rates))
         axes.plot(range(11), rates, color=color, label=f"a draft token is right {100 * acceptance:.0f} % of the time")
         axes.plot(best, rates[best], "o", color=color)
