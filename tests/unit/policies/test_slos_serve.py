@@ -51,6 +51,6 @@ def test_lengths_and_acceptance_are_learnt() -> None:
     after = policy.planner.lengths.table()
     assert after[1, 0] > before[1, 0]
     assert np.array_equal(after[0], before[0])
-    rates = policy.planner.drafting.acceptance.mean().copy()
+    rates = policy.planner.acceptance.mean().copy()
     policy.on_verified(np.ones(500, dtype=np.int64), np.full(500, 4), np.full(500, 4))
-    assert policy.planner.drafting.acceptance.mean()[1] > rates[1]
+    assert policy.planner.acceptance.mean()[1] > rates[1]
