@@ -2,8 +2,9 @@
 
     python -m benchmarks.heldout [--requests 600] [--seeds 22 23] [--exact] [--noise 0.15] [--bias 1.1]
 
-Seeds of tuning are refused without ``--tuning``, those of tables with it (benchmarks/README.md). Rates are those of
-OPT-13B on an A100, near the planner's capacity. ``recomputed``: share of tokens computed again after a preemption.
+Seeds of tuning are refused without ``--tuning``, those of tables with it (benchmarks/README.md). Rates are near the
+planner's capacity on OPT-13B and an A100; another engine (``--profile``) gets the same share of its fluid bound.
+``recomputed``: share of tokens computed again after a preemption.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from slos_serve.sim.bounds import fluid_bound, work_of
 from slos_serve.sim.conditions import AS_SERVED, EXACT, Conditions
 from slos_serve.sim.engine import SimSettings, simulate
 from slos_serve.sim.outcome import summarize_run
@@ -23,6 +25,7 @@ from slos_serve.sim.question import measured_part
 from slos_serve.sim.seeds import check_test, check_tuning
 from slos_serve.workload.scenarios import make_workload
 
+TUNED_ON = "opt-13b-a100"
 RATES_RPS = {"chat": 2.75, "coding": 0.29, "mixed": 1.58, "summarization": 1.06, "tool": 0.042, "reasoning": 0.21}
 LONG = ("tool", "reasoning")
 
@@ -37,12 +40,23 @@ class Cell:
     recomputed: float
 
 
+def rate_on(profile_name: str, scenario: str) -> float:
+    """Requests/s: the share of the engine's fluid bound that ``RATES_RPS`` is of that of ``TUNED_ON``."""
+    if profile_name == TUNED_ON:
+        return RATES_RPS[scenario]
+    work, bounds_rps = work_of(make_workload(scenario, 1.0, 2000, seed=22)), []
+    for name in (profile_name, TUNED_ON):
+        profile = find_profile(name)
+        bounds_rps.append(fluid_bound(work, profile.model, limits_of(profile)))
+    return RATES_RPS[scenario] * bounds_rps[0] / bounds_rps[1]
+
+
 def measure(scenario: str, seeds: Sequence[int], requests: int, profile_name: str, conditions: Conditions) -> Cell:
     """Simulate a scenario with every seed; half as many requests where answers are long."""
-    profile, found = find_profile(profile_name), []
+    profile, found, rate_rps = find_profile(profile_name), [], rate_on(profile_name, scenario)
     for seed in seeds:
         count = requests // 2 if scenario in LONG else requests
-        load = make_workload(scenario, RATES_RPS[scenario], count, seed)
+        load = make_workload(scenario, rate_rps, count, seed)
         settings = conditions.on(SimSettings(kv_bytes_per_token=kv_bytes_per_token(profile), seed=seed))
         recording = simulate(load, profile.model, limits_of(profile), settings)
         measured = measured_part(load.num_requests)
@@ -66,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--exact", action="store_true", help="steps take exactly what the profile says")
     parser.add_argument("--noise", type=float, help="coefficient of variation of step times")
     parser.add_argument("--bias", type=float, default=1.0)
-    parser.add_argument("--profile", default="opt-13b-a100")
+    parser.add_argument("--profile", default=TUNED_ON)
     parser.add_argument("--tuning", action="store_true", help="the seeds are for choosing constants")
     given = parser.parse_args(arguments)
     seeds = check_tuning(given.seeds) if given.tuning else check_test(given.seeds)
