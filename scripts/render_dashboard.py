@@ -90,6 +90,30 @@ PANELS = (
         ),
     ),
     Panel(
+        "What clients were told",
+        "Requests a second by verdict and reason. kv_full: memory is short. ttft_too_late, decode_rate: compute is.",
+        "reqps",
+        ((rate("answers", "verdict, reason"), "{{verdict}} {{reason}}"),),
+    ),
+    Panel(
+        "Room for more promises",
+        "How many more requests of a class could be promised now (32 at most). 0 for minutes: add a replica.",
+        "none",
+        ((f"sum by (slo_class) (slos_serve:headroom_requests{{{MODEL}}})", "{{slo_class}}"),),
+    ),
+    Panel(
+        "KV cache",
+        "Blocks in all, in use, and at the forecast peak of what is promised.",
+        "none",
+        ((f"sum by (kind) (slos_serve:kv_blocks{{{MODEL}}})", "{{kind}}"),),
+    ),
+    Panel(
+        "Front end and engine",
+        "Requests a second by what the client was told and what the engine did.",
+        "reqps",
+        ((rate("verdict_agreement", "told, engine"), "told {{told}}, engine {{engine}}"),),
+    ),
+    Panel(
         "Requests in the engine",
         "Running and waiting, by verdict. Undecided requests may still be admitted.",
         "none",
@@ -102,6 +126,7 @@ PANELS = (
         (
             (quantile(0.5, "step_over_prediction"), "step p50"),
             (quantile(0.95, "step_over_prediction"), "step p95"),
+            (quantile(0.5, "ttft_over_prediction"), "first token p50"),
             (quantile(0.9, "answer_over_forecast", "slo_class"), "answer p90 {{slo_class}}"),
             (f"avg(slos_serve:batch_time_correction{{{MODEL}}})", "correction in use"),
         ),

@@ -25,6 +25,7 @@ from slos_serve.metrics.summary import Outcome
 from slos_serve.profiling.stolen_time import stolen_s
 
 CLASS_HEADER = "x-slo-class"
+VERDICT_HEADER, REASON_HEADER = "x-slo-verdict", "x-slo-reason"
 _REJECTED_STATUS = (429, 503)
 _LONGEST_ERROR = 300
 _STOLEN_EVERY_S = 0.25
@@ -171,6 +172,8 @@ class LoadClient:
         ) as http:
             response.status = http.status
             response.class_applied = http.headers.get(CLASS_HEADER)
+            response.verdict = http.headers.get(VERDICT_HEADER)
+            response.reason = http.headers.get(REASON_HEADER)
             if http.status != 200:
                 await _read_refusal(http, response)
                 return

@@ -73,7 +73,8 @@ def request_row(
         "status": response.status,
         "error": response.error or None,
         "finish_reason": response.finish_reason,
-        "verdict": verdict,
+        "verdict": response.verdict if verdict is None else verdict,
+        "reason": response.reason,
         "attained": scored.attained,
         "strict": scored.strict,
     }

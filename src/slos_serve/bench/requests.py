@@ -56,6 +56,7 @@ class Response:
         error: what went wrong, for people.
         finish_reason: the server's.
         class_applied: class that the server says it applied, ``None`` when it says nothing.
+        verdict, reason: what the server says it decided of the request, and why; ``None`` when it says nothing.
         retry_after_s: of a rejection.
         text: the answer, when kept.
     """
@@ -73,6 +74,8 @@ class Response:
     error: str = ""
     finish_reason: str | None = None
     class_applied: str | None = None
+    verdict: str | None = None
+    reason: str | None = None
     retry_after_s: float | None = None
     text: str = ""
 

@@ -68,12 +68,14 @@ class SLO:
 
 
 class WhenFull(StrEnum):
-    """What a router does with a request that no replica can promise."""
+    """What becomes of a request that asks for a promise and cannot get it now."""
 
     BEST_EFFORT = "best_effort"
     """It is served without a promise, which it may still get."""
     REJECT = "reject"
-    """It is refused at once, with the time after which to ask again."""
+    """It is refused at once with HTTP 429 and the time after which to ask again."""
+    REJECT_503 = "reject_503"
+    """As ``reject``, with HTTP 503: for balancers that send 503 elsewhere and give 429 back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +108,7 @@ class SLOClass:
         stages: one or more stages in order; ``stages[0].slo`` holds the TTFT.
         weight: what attaining one request is worth to admission, relative to others.
         max_stall_ms: longest gap the scheduler may cause between two tokens of a stream.
-        when_full: what a router does with a request that no replica can promise.
+        when_full: what becomes of a request that cannot be promised now.
         last_round: class that a session's last call gets instead, when the client marks it; ``None`` for this one.
     """
 

@@ -11,11 +11,11 @@
           - {tpot_ms: 100}                        # the answer
 
 A class without promises (``batch: {}``) is a name for best effort. ``tpot_ms`` of a class holds for each of its stages
-that gives none. ``when_full: reject`` has a router refuse what no replica can promise (``best_effort``, the default,
-serves it all the same); ``last_round: chat`` gives the call that a client marks as its session's last the promises of
-another class. The section ``scheduler:`` sets the planner's settings (docs/settings.md). Nothing is guessed: an unknown
-key, a key given twice or a number out of range is an error that names the file, the line, the field, what was given and
-what is allowed.
+that gives none. ``when_full: reject`` refuses a request that cannot be promised now with 429, ``reject_503`` with 503
+(``best_effort``, the default, serves it all the same); ``last_round: chat`` gives the call that a client marks as its
+session's last the promises of another class. The section ``scheduler:`` sets the planner's settings (docs/settings.md).
+Nothing is guessed: an unknown key, a key given twice or a number out of range is an error that names the file, the
+line, the field, what was given and what is allowed.
 """
 
 from __future__ import annotations

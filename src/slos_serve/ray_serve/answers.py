@@ -30,7 +30,7 @@ def answer_headers(ticket: Ticket) -> dict[str, str]:
 
 
 def refusal(refused: RequestRefusedError, ticket: Ticket) -> JSONResponse:
-    """429 in the OpenAI shape, with when to ask again."""
+    """429, or 503 where the class says so, in the OpenAI shape, with when to ask again."""
     asked = ticket.asked
     told = retry_after(refused.retry_after_s)
     wait_s = told["retry-after"]
@@ -49,7 +49,7 @@ def refusal(refused: RequestRefusedError, ticket: Ticket) -> JSONResponse:
         "x-slo-verdict": "reject",
         "x-slo-reason": refused.reason,
     }
-    return error_response(429, message, "rate_limit_error", "slo_class", headers)
+    return error_response(ticket.refused_status, message, "rate_limit_error", "slo_class", headers)
 
 
 def retry_after(least_s: float, uniform: Callable[[float, float], float] = random.uniform) -> dict[str, str]:

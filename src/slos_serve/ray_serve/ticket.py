@@ -30,6 +30,7 @@ class Ticket:
         attempts: how often it was sent.
         tried: replicas that were lost under it.
         reservation: replica and room that its router holds for it there; stays with the router.
+        refused_status: HTTP status of its refusal.
     """
 
     asked: RoutingRequest
@@ -40,6 +41,7 @@ class Ticket:
     retry_after_s: float = math.nan
     output_tokens: int = 0
     attempts: int = 0
+    refused_status: int = 429
     tried: list[str] = field(default_factory=list)
     reservation: tuple[str, Sent] | None = None
 

@@ -71,13 +71,14 @@ class TicketOffice:
             class_index=self._index(slo_class),
             weight=max(slo_class.weight, 1e-6) if slo_class is not None else 1.0,
             hint_tokens=asked.expected_tokens or 0,
-            reject_when_full=slo_class is not None and slo_class.when_full is WhenFull.REJECT,
+            reject_when_full=slo_class is not None and slo_class.when_full is not WhenFull.BEST_EFFORT,
         )
         return Ticket(
             request,
             slo_class=None if slo_class is None else slo_class.name,
             session=asked.session_id or session,
             last_round=asked.last_round,
+            refused_status=503 if slo_class is not None and slo_class.when_full is WhenFull.REJECT_503 else 429,
         )
 
     def _promise(self, slo_class: SLOClass | None, prompt_tokens: int) -> tuple[float, float]:

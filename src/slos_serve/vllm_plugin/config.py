@@ -34,6 +34,7 @@ FAULT_LIMIT_ENV = "SLOS_SERVE_FAULT_LIMIT"
 ALLOW_MISMATCH_ENV = "SLOS_SERVE_ALLOW_PROFILE_MISMATCH"
 MAX_BODY_ENV = "SLOS_SERVE_MAX_BODY_MIB"
 CUSTOM_NUMBERS_ENV = "SLOS_SERVE_CUSTOM_NUMBERS"
+FRONT_END_ENV = "SLOS_SERVE_FRONT_END"
 ENV_OF_FIELD: Mapping[str, str] = {
     "classes_path": CLASSES_ENV,
     "profile_path": PROFILE_ENV,
@@ -46,6 +47,7 @@ ENV_OF_FIELD: Mapping[str, str] = {
     "allow_profile_mismatch": ALLOW_MISMATCH_ENV,
     "max_body_mib": MAX_BODY_ENV,
     "custom_numbers": CUSTOM_NUMBERS_ENV,
+    "front_end": FRONT_END_ENV,
 }
 # Field of the plug-in's configuration -> its key in a Serve YAML.
 PLUGIN_KEYS: Mapping[str, str] = {
@@ -78,6 +80,7 @@ class PluginConfig(BaseModel):
         allow_profile_mismatch: warn instead of refusing when the profile was measured on something else.
         max_body_mib: largest request body that the middleware looks into, in MiB.
         custom_numbers: requests may bring TTFT and TPOT of their own; else they may only name a class.
+        front_end: a single server's API process judges requests, says the verdict and refuses what is full.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -93,6 +96,7 @@ class PluginConfig(BaseModel):
     allow_profile_mismatch: bool = Field(default=False, description="0 or 1")
     max_body_mib: float = Field(default=4.0, gt=0.0, le=1024.0, description="MiB, above 0, at most 1024")
     custom_numbers: bool = Field(default=True, description="0 or 1")
+    front_end: bool = Field(default=True, description="0 or 1")
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> Self:

@@ -2,10 +2,11 @@
 
 Headers do not reach vLLM's engine by themselves, so they are moved into ``vllm_xargs`` of the body. SLO fields of both
 are checked here, where a client can still be told (HTTP 400 in the OpenAI error shape, naming the field); the response
-says which class and numbers were applied. SLO headers on a route where they cannot act (audio, embeddings, batches) are
-refused with 400. A request that gives no SLO header reaches vLLM byte for byte as it came, and bodies that cannot be
-read (no JSON, no object, too large) are left to vLLM to judge. Responses are never buffered, and a client that hangs
-up still reaches vLLM.
+says which class and numbers were applied, and in vLLM's own server what was decided
+(:mod:`slos_serve.vllm_plugin.front.desk`). SLO headers on a route where they cannot act (audio, embeddings, batches)
+are refused with 400. A request that gives no SLO header reaches vLLM byte for byte as it came, and bodies that cannot
+be read (no JSON, no object, too large) are left to vLLM to judge. Responses are never buffered, and a client that
+hangs up still reaches vLLM.
 
 The classes are read once, from the file that ``SLOS_SERVE_CLASSES`` names; without one only a request's own numbers
 count. vLLM runs this middleware outside its own authentication, so nothing secret may go into its answers, and a body
@@ -18,12 +19,13 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import NO_SLO_CLASS, ClassSet, SLOClass
+from slos_serve.vllm_plugin.asgi import App, Message, RawHeaders, Receive, Scope, Send
 from slos_serve.vllm_plugin.body_fields import BodyFields, body_fields
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.slo_args import (
@@ -34,12 +36,8 @@ from slos_serve.vllm_plugin.slo_args import (
     header_args,
 )
 
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Scope, Receive, Send], Awaitable[None]]
-RawHeaders = list[tuple[bytes, bytes]]
+if TYPE_CHECKING:
+    from slos_serve.vllm_plugin.front.desk import FrontDesk
 
 MESSAGES_PATH = "/v1/messages"
 SLO_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES_PATH)
@@ -58,7 +56,7 @@ class _Body:
 
 
 class SLOMiddleware:
-    """Pure ASGI 3 application around ``app``; holds no state that changes, so it serves any number of requests.
+    """Pure ASGI 3 application around ``app``; serves any number of requests at a time.
 
     Args:
         app: what it wraps.
@@ -80,12 +78,14 @@ class SLOMiddleware:
         self._classes = config.classes if classes is None else classes
         self._max_body_bytes = config.max_body_bytes if max_body_bytes is None else max_body_bytes
         self._custom_numbers = config.custom_numbers
+        self._front: FrontDesk | None = None
         self._paths = frozenset(path for path in SLO_PATHS if path != MESSAGES_PATH or _messages_take_xargs())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection; see the module's docstring."""
         if scope["type"] == "lifespan":
             _warn_without_scheduler(scope)
+            self._front = _front_of(scope)
         if scope["type"] != "http" or scope["method"] != "POST":
             await self._app(scope, receive, send)
             return
@@ -115,7 +115,18 @@ class SLOMiddleware:
         data = fields.with_xargs(slo_headers) if asked and fields is not None else body.data
         if data is not body.data:
             scope = {**scope, "headers": _with_length(scope["headers"], len(data))}
-        await self._app(scope, _replay(data, receive), _announcing(send, applied))
+        if self._front is None:
+            await self._app(scope, _replay(data, receive), _announcing(send, applied))
+            return
+        from slos_serve.vllm_plugin.front.exchange import judged_exchange  # noqa: PLC0415 - loads the routing kernels
+
+        await judged_exchange(
+            self._front,
+            applied,
+            applied_headers(applied),
+            lambda out: self._app(scope, _replay(data, receive), out),
+            send,
+        )
 
     def _adds_to_body(self, slo_headers: dict[str, str | float]) -> bool:
         """A session alone matters only to a request that has an SLO, be it by default."""
@@ -179,6 +190,16 @@ def _warn_without_scheduler(scope: Scope) -> None:
             "SLOs are checked but not kept: vLLM runs its own scheduler; "
             "add --scheduler-cls slos_serve.vllm_plugin.SLOScheduler"
         )
+
+
+def _front_of(scope: Scope) -> FrontDesk | None:
+    """Judges requests in vLLM's own server; ``None`` elsewhere, as under Ray Serve, where the ingress does it."""
+    app = scope.get("app")
+    if not hasattr(getattr(app, "state", None), "engine_client"):
+        return None
+    from slos_serve.vllm_plugin.front.client import open_front  # noqa: PLC0415 - loads the routing kernels
+
+    return open_front(app)
 
 
 def _path(scope: Scope) -> str:

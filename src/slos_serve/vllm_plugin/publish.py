@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import zmq
@@ -25,10 +27,14 @@ from slos_serve.routing.publication import Publication
 from slos_serve.routing.publisher import Publisher
 from slos_serve.routing.settings import PUBLISH_EVERY_S
 from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.front.link import RECONNECT_MS, socket_path
 
 _logger = logging.getLogger("vllm.slos_serve")
 # A reader knows whose publications it reads; the engine core does not know what its replica is called.
 _UNNAMED = ""
+# The API process judges with what it heard last, so it hears more often than routers do.
+FRONT_EVERY_S = 0.03
+LOOK_EVERY_S = 1.0
 # Beside a publication's own fields: steps that the engine has finished. Left out by an engine that does not count them.
 STEPS_KEY = "steps_done"
 
@@ -52,6 +58,7 @@ class EnginePublisher:
         self._socket = self._context.socket(zmq.PUSH)
         self._socket.setsockopt(zmq.CONFLATE, 1)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         self._socket.connect(address)
         none = np.empty(0, dtype=np.int64)
         carry_out(np.zeros(1, dtype=REQUEST_DTYPE), none, none, none, 0.0)  # compiled before a step has to wait for it
@@ -103,8 +110,49 @@ class EnginePublisher:
                 _logger.exception("slos-serve: a publication failed; routers count this replica as full meanwhile.")
 
 
-def publisher_of(settings: PluginConfig, policy: SLOsServePolicy | None) -> EnginePublisher | None:
-    """The publisher that the environment asks for; ``None`` when it asks for none or nothing is planned."""
-    if settings.publish_to is None or policy is None:
+class FrontPublisher(EnginePublisher):
+    """Tells the API process of a single server; rests while that does not listen.
+
+    Args:
+        path: socket of the API process; it appears when the process listens.
+        policy: whose planner's state is published.
+    """
+
+    def __init__(self, path: Path, policy: SLOsServePolicy) -> None:
+        super().__init__(f"ipc://{path}", policy, FRONT_EVERY_S)
+        self._path = path
+        self._listens = False
+        self._looked_s = -np.inf
+
+    def due(self, now_s: float) -> bool:
+        """Whether somebody listens and the last publication is as old as it may become."""
+        return self._is_heard() and super().due(now_s)
+
+    def after_plan(self, now_s: float, view: EngineView, plan: StepPlan, seen_until_s: float) -> None:
+        """As :meth:`EnginePublisher.after_plan`, while somebody listens."""
+        if self._is_heard():
+            super().after_plan(now_s, view, plan, seen_until_s)
+
+    def _is_heard(self) -> bool:
+        if not self._listens and time.monotonic() - self._looked_s > LOOK_EVERY_S:
+            self._looked_s = time.monotonic()
+            self._listens = self._path.exists()
+        return self._listens
+
+
+def publisher_of(
+    settings: PluginConfig, policy: SLOsServePolicy | None, front: int | None = None
+) -> EnginePublisher | None:
+    """The publisher that the environment asks for, or the one for the API process; ``None`` when nothing is planned.
+
+    Args:
+        settings: says where to publish, and whether the API process judges requests.
+        policy: of the engine.
+        front: the API process, where there is one.
+    """
+    if policy is None:
         return None
-    return EnginePublisher(settings.publish_to, policy, settings.publish_every_s)
+    if settings.publish_to is not None:
+        return EnginePublisher(settings.publish_to, policy, settings.publish_every_s)
+    path = socket_path("state", front) if front is not None and settings.front_end else None
+    return None if path is None else FrontPublisher(path, policy)

@@ -11,6 +11,7 @@ from slos_serve.core.slo import ClassSet
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.vllm_plugin.events import EventLog
+from slos_serve.vllm_plugin.front.link import OutcomeLink
 from slos_serve.vllm_plugin.metrics import FALLBACK_KINDS, EngineLabels, Kept, SchedulerMetrics
 from slos_serve.vllm_plugin.stop_strings import StopStrings
 
@@ -100,6 +101,7 @@ class Recorder:
         events_path: where events are appended; ``None`` for nowhere.
         stop_strings: tells answers cut by a stop string from clients that left.
         labels: of every series.
+        front: tells the API process what became of requests; ``None`` without one.
 
     Raises:
         OSError: the event file cannot be opened.
@@ -111,7 +113,9 @@ class Recorder:
         events_path: Path | None,
         stop_strings: StopStrings,
         labels: EngineLabels | None = None,
+        front: OutcomeLink | None = None,
     ) -> None:
+        self._front = front
         self.metrics = SchedulerMetrics((slo_class.name for slo_class in classes), labels)
         self.events = EventLog(events_path)
         self._stop_strings = stop_strings
@@ -171,6 +175,8 @@ class Recorder:
         fields = asdict(outcome)
         del fields["engine_preemptions"]
         self.events.write("request", time_s, **fields)
+        if self._front is not None:
+            self._front.write(fields)
 
     def request_aborted(self, outcome: Outcome, tail: list[int], stop: list[str], time_s: float) -> bool:
         """A request with stop strings was aborted; whether a stop string ended it."""
@@ -195,5 +201,7 @@ class Recorder:
         self.metrics.invalid_field()
 
     def close(self) -> None:
-        """Close the event file."""
+        """Close the event file and the way to the API process."""
         self.events.close()
+        if self._front is not None:
+            self._front.close()

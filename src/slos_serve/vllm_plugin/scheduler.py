@@ -25,6 +25,7 @@ from slos_serve.vllm_plugin import capabilities, compat, compat_kv
 from slos_serve.vllm_plugin.config import PROFILE_ENV, PluginConfig
 from slos_serve.vllm_plugin.controller import Reporting, StepController
 from slos_serve.vllm_plugin.entry import RequestDesk
+from slos_serve.vllm_plugin.front.link import OutcomeLink, front_process
 from slos_serve.vllm_plugin.guard import Guard
 from slos_serve.vllm_plugin.identity import check_profile, engine_labels
 from slos_serve.vllm_plugin.orphan import end_with_parent
@@ -93,15 +94,19 @@ class Steered(Scheduler):
         policy = SLOsServePolicy(profile.model, num_classes, replace(settings.planner, max_draft_tokens=drafts))
         warm_up(policy.planner)
         stop_strings = StopStrings(self.vllm_config.model_config)
+        front = front_process(self.vllm_config) if settings.front_end else None
+        recorder = Recorder(
+            settings.classes,
+            settings.events_path,
+            stop_strings,
+            engine_labels(self.vllm_config),
+            None if front is None else OutcomeLink(front),
+        )
         control = StepController(
             self,
             policy,
             Guard(settings.fault_limit),
-            Reporting(
-                Recorder(settings.classes, settings.events_path, stop_strings, engine_labels(self.vllm_config)),
-                Telemetry(),
-                publisher_of(settings, policy),
-            ),
+            Reporting(recorder, Telemetry(), publisher_of(settings, policy, front)),
             lambda: self.slo_clock_s(),  # noqa: PLW0108  (tests replace the clock later)
             settings.plan_limit_s,
         )

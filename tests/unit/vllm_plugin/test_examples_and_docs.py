@@ -11,7 +11,8 @@ import pytest
 from scripts import render_dashboard
 from slos_serve.files.class_file import load_classes, parse_classes
 from slos_serve.vllm_plugin.capabilities import CAPABILITIES, Support, as_markdown
-from slos_serve.vllm_plugin.metrics import SchedulerMetrics
+from slos_serve.vllm_plugin.front.metrics import FrontMetrics
+from slos_serve.vllm_plugin.metrics import EngineLabels, SchedulerMetrics
 from slos_serve.vllm_plugin.middleware import applied_headers
 from slos_serve.vllm_plugin.slo_args import HEADER_KEYS, SESSION_HEADER, SESSION_KEY, SLO_KEYS
 
@@ -20,7 +21,8 @@ DOC = (ROOT / "docs" / "vllm.md").read_text(encoding="utf-8")
 
 
 def series() -> set[str]:
-    families = list(SchedulerMetrics([]).registry.collect())
+    registries = SchedulerMetrics([]).registry, FrontMetrics([], EngineLabels()).registry
+    families = [family for registry in registries for family in registry.collect()]
     counters = {f"{family.name}_total" for family in families if family.type == "counter"}
     return counters | {family.name for family in families if family.type != "counter"}
 

@@ -16,7 +16,8 @@ import pytest
 from slos_serve import vllm_plugin as plugin
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import SLO, ClassSet, single_stage
-from slos_serve.vllm_plugin.middleware import Receive, Scope, Send, SLOMiddleware
+from slos_serve.vllm_plugin.asgi import Receive, Scope, Send
+from slos_serve.vllm_plugin.middleware import SLOMiddleware
 
 CHAT = single_stage("chat", SLO(ttft_slowdown=5.0, tpot_ms=100.0))
 CODE = single_stage("code", SLO(ttft_ms=1500.0, tpot_ms=50.0))

@@ -1,0 +1,288 @@
+"""The front end of one server: judges each request as vLLM hands it to the engine, and says so in the answer's head.
+
+One object in the API process. The mirror is used from the event loop; a thread reads the engine's sockets and keeps the
+newest publication for it. Without a profile, with several engines or API processes, and until the engine has published,
+requests are not judged: answers then have no verdict, and nothing is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+
+from slos_serve.core.slo import SLOClass, WhenFull
+from slos_serve.core.verdict import Verdict
+from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.routing.headroom import headroom
+from slos_serve.routing.publication import Publication
+from slos_serve.routing.router import RoutingRequest
+from slos_serve.routing.warm_up import warm_up_routing
+from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.front.link import FrontSockets
+from slos_serve.vllm_plugin.front.metrics import FrontMetrics
+from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror
+from slos_serve.vllm_plugin.metrics import EngineLabels
+from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
+
+POLL_MS = 200
+GAUGES_EVERY_S = 2.0
+MOST_REMEMBERED = 100_000
+# Refused clients come back spread over this much more than they are told at least.
+RETRY_SPREAD = 1.5
+_logger = logging.getLogger("vllm.slos_serve")
+
+
+@dataclass(slots=True)
+class Judged:
+    """One HTTP request on its way through the server, and what was said of it.
+
+    Attributes:
+        slo_class: its class, ``None`` without a promise.
+        arrival_s: when it arrived.
+        answer: the verdict; ``None`` while, or where, it is not judged. Of several prompts the worst.
+        ttft_target_s: promised seconds to the first token; ``inf`` without.
+        refusal: status and seconds to wait, for a request that is refused.
+        first_s, last_s: when the first and the newest part of the answer were sent.
+    """
+
+    slo_class: SLOClass | None
+    arrival_s: float
+    answer: Answer | None = None
+    ttft_target_s: float = math.inf
+    refusal: tuple[int, int] | None = None
+    first_s: float | None = None
+    last_s: float | None = None
+
+
+class FrontDesk:
+    """See the module.
+
+    Args:
+        config: classes, margins and profile, as the scheduler has them.
+        labels: of every metric.
+        max_model_len: longest context of the model.
+        clock_s: the engine core's clock.
+        uniform: spreads the times that refused clients are told.
+
+    Attributes:
+        ready: True once the routing kernels are loaded; nothing is judged before.
+    """
+
+    def __init__(
+        self,
+        config: PluginConfig,
+        labels: EngineLabels,
+        max_model_len: int,
+        clock_s: Callable[[], float] = time.monotonic,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._config = config
+        self._clock_s = clock_s
+        self._uniform = uniform
+        self._max_model_len = max_model_len
+        self._indices = {slo_class.name: index for index, slo_class in enumerate(config.classes)}
+        self._mirror = EngineMirror(len(self._indices) + 2)
+        self._received: Publication | None = None  # not taken over by the mirror yet
+        self._newest: Publication | None = None
+        self._told: OrderedDict[str, Verdict] = OrderedDict()
+        self._typical: dict[str, RoutingRequest] = {}
+        self._gauges_s = -math.inf
+        self.ready = False
+        self._ended = threading.Event()
+        self._failed = False
+        self.metrics = FrontMetrics(self._indices, labels)
+
+    @property
+    def _model(self) -> BatchTimeModel:
+        assert self._config.profile is not None
+        return self._config.profile.model
+
+    # Judging, on the event loop -------------------------------------------------------------------------------
+
+    def begin(self, applied: SLOClass | None) -> Judged:
+        """An HTTP request came; ``applied`` is its class."""
+        return Judged(applied, self._clock_s())
+
+    def entered(self, judged: Judged, prompt: object, params: Any, request_id: str) -> None:
+        """vLLM is about to hand a request to its engine: judge it. Sets ``judged.refusal`` where it is refused."""
+        tokens = prompt_tokens(prompt)
+        if tokens is None or not self.ready:
+            return
+        received, self._received = self._received, None
+        if received is not None:
+            self._mirror.update(received)
+        if self._mirror.newest is None:
+            return
+        args = from_extra_args(getattr(params, "extra_args", None))
+        now_s = self._clock_s()
+        asked = self._asked(args, prompt, tokens, params, now_s)
+        answer = max(
+            (self._mirror.answer(now_s, asked) for _ in range(max(int(getattr(params, "n", 1) or 1), 1))),
+            key=_severity,
+        )
+        if judged.answer is None or _severity(answer) > _severity(judged.answer):
+            judged.answer = answer
+        judged.arrival_s = min(judged.arrival_s, asked.arrival_s)
+        if math.isfinite(asked.ttft_due_s):
+            judged.ttft_target_s = asked.ttft_due_s + self._config.planner.ttft_margin_s - asked.arrival_s
+        name = judged.slo_class.name if judged.slo_class is not None and asked.has_slo else None
+        self.metrics.answered(name, answer.verdict, answer.reason)
+        if answer.verdict is Verdict.REJECTED and judged.slo_class is not None:
+            judged.refusal = self._refusal(judged.slo_class, asked, now_s)
+            return
+        if name is not None:
+            self._remember(request_id, answer.verdict, name, asked)
+
+    def now_s(self) -> float:
+        """Time on the clock of what is measured."""
+        return self._clock_s()
+
+    def first_token(self, judged: Judged) -> None:
+        """The first part of an answer is being sent."""
+        judged.first_s = self._clock_s()
+        answer = judged.answer
+        if answer is not None and answer.ttft_s is not None:
+            self.metrics.first_token(judged.first_s - judged.arrival_s, answer.ttft_s)
+
+    def _asked(self, args: SloArgs, prompt: object, tokens: int, params: Any, now_s: float) -> RoutingRequest:
+        slo_class = args.applied(self._config.classes)
+        if slo_class is not None and slo_class.best_effort:
+            slo_class = None
+        stamp = prompt.get("arrival_time") if isinstance(prompt, dict) else None
+        waited_s = min(max(time.time() - stamp, 0.0), 60.0) if isinstance(stamp, float) else 0.0
+        arrival_s, room = now_s - waited_s, max(self._max_model_len - tokens, 1)
+        ttft_s = math.inf if slo_class is None else slo_class.slo.ttft_s(self._model.zero_load_s(tokens))
+        index = len(self._indices) + 1
+        if slo_class is not None:
+            index = self._indices.get(slo_class.name, len(self._indices))
+        return RoutingRequest(
+            arrival_s=arrival_s,
+            prompt_tokens=tokens,
+            max_tokens=max(min(getattr(params, "max_tokens", None) or room, room), 1),
+            ttft_due_s=arrival_s + ttft_s - self._config.planner.ttft_margin_s,
+            tpot_s=math.inf if slo_class is None else slo_class.slo.tpot_s,
+            class_index=index,
+            weight=1.0 if slo_class is None else max(slo_class.weight, 1e-6),
+            hint_tokens=args.expected_tokens or 0,
+            reject_when_full=slo_class is not None and slo_class.when_full is not WhenFull.BEST_EFFORT,
+        )
+
+    def _refusal(self, slo_class: SLOClass, asked: RoutingRequest, now_s: float) -> tuple[int, int]:
+        least_s = self._mirror.retry_after_s(now_s, asked)
+        wait_s = math.ceil(self._uniform(least_s, RETRY_SPREAD * least_s))
+        return (503 if slo_class.when_full is WhenFull.REJECT_503 else 429), max(wait_s, 1)
+
+    def _remember(self, request_id: str, verdict: Verdict, name: str, asked: RoutingRequest) -> None:
+        self._told[request_id] = verdict
+        if len(self._told) > MOST_REMEMBERED:
+            self._told.popitem(last=False)
+        self._typical[name] = asked
+
+    # The engine's messages, in a thread -----------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Listen to the engine; returns at once. Nothing is judged until the routing kernels are loaded."""
+        threading.Thread(target=self._run, name="slos-serve front", daemon=True).start()
+
+    def close(self) -> None:
+        """End the thread soon."""
+        self._ended.set()
+
+    def _run(self) -> None:
+        try:
+            sockets = FrontSockets(os.getpid())
+        except (OSError, zmq.ZMQError):
+            _logger.exception("slos-serve: answers have no verdict: failed to listen to the engine core.")
+            return
+        try:
+            load_kernels()
+            self.ready = True
+            poller = zmq.Poller()
+            poller.register(sockets.state, zmq.POLLIN)
+            poller.register(sockets.outcomes, zmq.POLLIN)
+            while not self._ended.is_set():
+                for socket, _ in poller.poll(POLL_MS):
+                    self.heard(socket.recv(), socket is sockets.state)
+                self._post_gauges()
+        finally:
+            self.ready = False
+            sockets.close()
+
+    def heard(self, payload: bytes, is_state: bool) -> None:
+        """Take in a message of the engine."""
+        try:
+            if is_state:
+                self._received = self._newest = Publication.of_dict({**json.loads(payload), "replica": ENGINE})
+            else:
+                self._ended_with(json.loads(payload))
+        except Exception:
+            if not self._failed:
+                self._failed = True
+                _logger.exception("slos-serve: failed to use a message of the engine core (said once).")
+
+    def _ended_with(self, outcome: dict[str, Any]) -> None:
+        """A request left the engine: compare what its client was told with what the engine did."""
+        key = self._key_of(str(outcome["request_id"]))
+        told = self._told.pop(key, None)
+        if told is not None and outcome["finished"] not in ("abort", "error"):
+            self.metrics.compared(told, Verdict(outcome["verdict"]))
+
+    def _key_of(self, request_id: str) -> str:
+        """The id that vLLM's API gave: the engine's has a random suffix, and a prefix for one of several answers."""
+        for key in (request_id, request_id.rpartition("-")[0], request_id.rpartition("-")[0].partition("_")[2]):
+            if key in self._told:
+                return key
+        return request_id
+
+    def _post_gauges(self) -> None:
+        now_s, newest = self._clock_s(), self._newest
+        if newest is None or now_s - self._gauges_s < GAUGES_EVERY_S:
+            return
+        self._gauges_s = now_s
+        used = newest.total_blocks - newest.free_blocks
+        peak = newest.total_blocks - int(newest.memory_left.min())
+        self.metrics.kv(newest.total_blocks, used, peak)
+        for name, typical in list(self._typical.items()):
+            self.metrics.headroom(name, headroom(newest, typical, newest.ready_s))
+
+
+def load_kernels() -> None:
+    """Load the routing kernels; where they are not in their cache yet, another process compiles them first.
+
+    Compiling takes a minute and holds the interpreter, which would stop the server's event loop.
+    """
+    code = "from slos_serve.routing.warm_up import warm_up_routing; warm_up_routing()"
+    subprocess.run([sys.executable, "-c", code], check=False, stdin=subprocess.DEVNULL)
+    warm_up_routing()
+
+
+def prompt_tokens(prompt: object) -> int | None:
+    """Tokens of what vLLM's API hands to its engine; ``None`` where that cannot be told."""
+    if isinstance(prompt, dict):
+        for key in ("prompt_token_ids", "prompt_embeds"):
+            found = prompt.get(key)
+            if found is not None:
+                return max(len(found), 1)
+        return prompt_tokens(prompt.get("decoder_prompt")) if "decoder_prompt" in prompt else None
+    found = getattr(prompt, "prompt_token_ids", None)
+    return max(len(found), 1) if found is not None else None
+
+
+_ORDER = (Verdict.NO_SLO, Verdict.ADMITTED, Verdict.SECOND_BEST, Verdict.BEST_EFFORT, Verdict.REJECTED)
+
+
+def _severity(answer: Answer) -> int:
+    return _ORDER.index(answer.verdict)

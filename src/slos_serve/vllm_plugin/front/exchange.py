@@ -1,0 +1,87 @@
+"""One judged request on the wire: the answer's head says the verdict, a refusal takes the place of vLLM's answer."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable
+
+from slos_serve.core.slo import SLOClass
+from slos_serve.vllm_plugin.asgi import Message, Send
+from slos_serve.vllm_plugin.front.answers import refusal, verdict_headers, with_measured
+from slos_serve.vllm_plugin.front.client import CURRENT, RefusedError
+from slos_serve.vllm_plugin.front.desk import FrontDesk, Judged
+
+Serve = Callable[[Send], Awaitable[None]]
+
+
+async def judged_exchange(
+    front: FrontDesk, applied: SLOClass | None, announced: Iterable[tuple[bytes, bytes]], serve: Serve, send: Send
+) -> None:
+    """Serve one request and tell its client what was decided.
+
+    Args:
+        front: judges it when vLLM hands it to the engine.
+        applied: its class.
+        announced: headers of an answer, before the verdict.
+        serve: runs the application with the ``send`` it is given.
+        send: of the connection.
+    """
+    answer = _Answer(front, front.begin(applied), list(announced), send)
+    token = CURRENT.set(answer.judged)
+    try:
+        await serve(answer.send)
+    except RefusedError:
+        if answer.judged.refusal is None:
+            raise
+    finally:
+        CURRENT.reset(token)
+    await answer.refuse_if_due()
+
+
+class _Answer:
+    """What goes out for one request."""
+
+    def __init__(self, front: FrontDesk, judged: Judged, announced: list[tuple[bytes, bytes]], send: Send) -> None:
+        self.judged = judged
+        self._front = front
+        self._announced = announced
+        self._send = send
+        self._streams = False
+        self._refused = False
+
+    async def send(self, message: Message) -> None:
+        """What the application says; dropped once the request is refused."""
+        if self.judged.refusal is not None:
+            await self.refuse_if_due()
+        elif message["type"] == "http.response.start":
+            await self._send(self._head(message))
+        elif message["type"] == "http.response.body" and self._streams and message.get("body"):
+            await self._send(self._part(message))
+        else:
+            await self._send(message)
+
+    async def refuse_if_due(self) -> None:
+        """Send the refusal, once."""
+        if self.judged.refusal is None or self._refused:
+            return
+        self._refused = True
+        status, headers, body = refusal(self.judged)
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": body})
+
+    def _head(self, message: Message) -> Message:
+        headers = list(message.get("headers", ()))
+        self._streams = any(
+            name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers
+        )
+        if message["status"] >= 400:
+            return message
+        return {**message, "headers": [*headers, *self._announced, *verdict_headers(self.judged)]}
+
+    def _part(self, message: Message) -> Message:
+        judged, part = self.judged, bytes(message["body"])
+        if judged.first_s is None:
+            self._front.first_token(judged)
+        changed = with_measured(part, judged)
+        if changed is part and not part.startswith(b"data: [DONE]"):
+            judged.last_s = self._front.now_s()
+        return {**message, "body": changed}

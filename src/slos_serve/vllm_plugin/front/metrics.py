@@ -1,0 +1,86 @@
+"""Metrics of the front end: what clients were told, how often the engine did the same, and how much room there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from slos_serve.core.slo import NO_SLO_CLASS
+from slos_serve.core.verdict import Verdict, Why
+from slos_serve.files.class_file import CUSTOM_CLASS
+from slos_serve.vllm_plugin.metrics import COMMON, PREDICTION_BUCKETS, EngineLabels
+
+KV_KINDS = ("total", "used", "forecast_peak")
+
+
+class FrontMetrics:
+    """The series of one API process.
+
+    Args:
+        class_names: names of the class file; the only free label values.
+        labels: what every series is labelled with.
+        registry: where the series are registered; by default one of its own.
+    """
+
+    def __init__(
+        self, class_names: Iterable[str], labels: EngineLabels, registry: CollectorRegistry | None = None
+    ) -> None:
+        self.registry = CollectorRegistry() if registry is None else registry
+        self._names = (labels.model_name, labels.engine)
+        self._classes = tuple(dict.fromkeys((*class_names, CUSTOM_CLASS, NO_SLO_CLASS)))
+        self._answers = self._made(
+            Counter, "answers", "Requests by what their client was told.", "slo_class", "verdict", "reason"
+        )
+        self._agreement = self._made(
+            Counter, "verdict_agreement", "Requests by what the client was told and the engine did.", "told", "engine"
+        )
+        self._ttft = self._made(
+            Histogram,
+            "ttft_over_prediction",
+            "Measured over predicted time to first token of admitted requests.",
+            buckets=PREDICTION_BUCKETS,
+        ).labels(*self._names)
+        mode = "livesum"
+        text = "Requests of the class's mean length that could be promised now."
+        self._headroom = self._made(Gauge, "headroom_requests", text, "slo_class", multiprocess_mode=mode)
+        text = "KV blocks: in all, used now, and at the forecast peak of what is promised."
+        self._kv = self._made(Gauge, "kv_blocks", text, "kind", multiprocess_mode=mode)
+        for name in self._classes:
+            if name != NO_SLO_CLASS:
+                self._answers.labels(*self._names, name, Verdict.ADMITTED, Why.FITS)
+                self.headroom(name, 0)
+        for told in (Verdict.ADMITTED, Verdict.BEST_EFFORT):
+            for engine in (Verdict.ADMITTED, Verdict.BEST_EFFORT):
+                self._agreement.labels(*self._names, told, engine)
+
+    def answered(self, slo_class: str | None, verdict: Verdict, reason: Why) -> None:
+        """A client was told what becomes of its request."""
+        self._answers.labels(*self._names, self._label(slo_class), verdict, reason).inc()
+
+    def compared(self, told: Verdict, engine: Verdict) -> None:
+        """A request ended of which the client had been told a verdict."""
+        self._agreement.labels(*self._names, told, engine).inc()
+
+    def first_token(self, measured_s: float, predicted_s: float) -> None:
+        """The first token of an admitted request came."""
+        if predicted_s > 0.0:
+            self._ttft.observe(measured_s / predicted_s)
+
+    def headroom(self, slo_class: str, requests: int) -> None:
+        """So many typical requests of a class could be promised now."""
+        self._headroom.labels(*self._names, slo_class).set(requests)
+
+    def kv(self, total: int, used: int, forecast_peak: int) -> None:
+        """KV blocks of the engine."""
+        for kind, blocks in zip(KV_KINDS, (total, used, forecast_peak), strict=True):
+            self._kv.labels(*self._names, kind).set(blocks)
+
+    def _label(self, slo_class: str | None) -> str:
+        if slo_class is None:
+            return NO_SLO_CLASS
+        return slo_class if slo_class in self._classes else CUSTOM_CLASS
+
+    def _made(self, kind: Any, name: str, text: str, *labels: str, **options: Any) -> Any:
+        return kind(f"slos_serve:{name}", text, [*COMMON, *labels], registry=self.registry, **options)

@@ -1,0 +1,166 @@
+"""What the API process knows of its engine's planner: the mirror that routers use, with one engine in it.
+
+A request is judged when vLLM hands it to the engine, before the answer's head goes out, and counted in the mirror at
+once; so a burst of a hundred requests sees what was promised to the ones before. The engine decides for itself a step
+later; how often both agree is a metric.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from slos_serve.core.verdict import Verdict, Why
+from slos_serve.perf.step_time import roofline_s
+from slos_serve.planning.demand import is_lost
+from slos_serve.planning.feasible import TOLERANCE
+from slos_serve.routing import mirror_kernel as kernel
+from slos_serve.routing import router
+from slos_serve.routing.mirror_arrays import advance, rate_beside
+from slos_serve.routing.mirrors import Mirrors, request_row
+from slos_serve.routing.publication import Publication
+from slos_serve.routing.retry_after import LATEST_S, SOONEST_S, UNKNOWN_S, room_in_s
+from slos_serve.routing.router import RouterSettings, RoutingRequest, route
+from slos_serve.routing.settings import STALE_AFTER_S, Order
+
+ENGINE = "engine"
+# From the hand-over in the API process to the scheduler's queue.
+TRANSIT_S = 0.01
+_SETTINGS = RouterSettings(Order.SPREAD, STALE_AFTER_S)
+_BY_ROUTER = {router.Why.INSTEAD: Why.FITS_INSTEAD, router.Why.ALL_STALE: Why.NO_STATE, router.Why.NO_SLO: Why.NO_SLO}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the front end says of a request.
+
+    Attributes:
+        verdict, reason: see :mod:`slos_serve.core.verdict`.
+        ttft_s, tpot_s: predicted; ``None`` where nothing is promised, because nothing is known then.
+    """
+
+    verdict: Verdict
+    reason: Why
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What a mirror expects of a request.
+
+    Attributes:
+        ttft_s: seconds from its arrival to its first token.
+        tpot_s: seconds per output token; ``None`` without such a promise.
+        obstacle: what binds, should it not fit.
+    """
+
+    ttft_s: float
+    tpot_s: float | None
+    obstacle: Why
+
+
+class EngineMirror:
+    """The mirror of one engine. Times are on the monotonic clock of this machine.
+
+    Args:
+        num_classes: SLO classes that requests may belong to, custom numbers and none counted.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        self._mirrors = Mirrors([ENGINE], num_classes=num_classes, transit_s=TRANSIT_S)
+        self._newest: Publication | None = None
+        self._now_s = -math.inf
+        self._retry_s = -math.inf
+
+    def update(self, publication: Publication) -> None:
+        """Take over what the engine published."""
+        self._newest = publication
+        self._mirrors.update(publication)
+
+    @property
+    def newest(self) -> Publication | None:
+        """The newest publication, ``None`` before the first."""
+        return self._newest
+
+    def answer(self, now_s: float, asked: RoutingRequest) -> Answer:
+        """Judge a request and count it from here on, unless it is to be rejected."""
+        now_s = self._now_s = max(now_s, self._now_s)
+        self._keep_fresh(now_s)
+        predicted = self._predicted(now_s, asked) if asked.has_slo else None
+        decision = route(now_s, asked, self._mirrors, _SETTINGS)
+        if not asked.has_slo:
+            return Answer(Verdict.NO_SLO, Why.NO_SLO)
+        if decision.verdict is router.Verdict.ATTAIN:
+            assert predicted is not None
+            return Answer(
+                Verdict.ADMITTED, _BY_ROUTER.get(decision.reason, Why.FITS), predicted.ttft_s, predicted.tpot_s
+            )
+        verdict = Verdict.REJECTED if decision.verdict is router.Verdict.REJECT else Verdict.BEST_EFFORT
+        reason = _BY_ROUTER.get(decision.reason) or (Why.TTFT_TOO_LATE if predicted is None else predicted.obstacle)
+        return Answer(verdict, reason)
+
+    def retry_after_s(self, now_s: float, asked: RoutingRequest) -> float:
+        """When a refused request is to ask again, in [1, 60] s; each refusal is told a later time than the one before.
+
+        The first room is when the owed prompts are computed and a decode has ended. Rooms after it come as fast as the
+        engine computes prompts, or ends decodes, whichever is slower.
+        """
+        k = self._mirrors.position(ENGINE)
+        if self._newest is None:
+            return UNKNOWN_S
+        m = self._mirrors.arrays
+        room_s = room_in_s(now_s, asked.class_index, self._mirrors, k)
+        first, count = int(m.first[k]), int(m.num_owed[k])
+        owed_s = float(m.cost_tokens[k, first : first + count].sum()) / max(rate_beside(m, k, m.counts[k]), 1e-9)
+        gap_s = max(room_s - owed_s, asked.prompt_tokens / max(float(m.idle_rate[k]), 1e-9))
+        self._retry_s = max(now_s + room_s, self._retry_s + gap_s)
+        self._retry_s = min(self._retry_s, now_s + LATEST_S)
+        return min(max(self._retry_s - now_s, SOONEST_S), LATEST_S)
+
+    def _keep_fresh(self, now_s: float) -> None:
+        """An engine without requests publishes nothing: its last word holds until a request has been sent to it."""
+        newest = self._newest
+        if newest is not None and newest.num_requests == 0 and not self._mirrors.in_flight(ENGINE):
+            self._mirrors.renew(ENGINE, now_s)
+
+    def _predicted(self, now_s: float, asked: RoutingRequest) -> Predicted | None:
+        """What the mirror expects of the request if it is taken; ``None`` when its first token is lost already."""
+        k, m = self._mirrors.position(ENGINE), self._mirrors.arrays
+        if self._newest is None:
+            return None
+        advance(m, k, max(now_s, float(m.ready_s[k])))
+        row = request_row(
+            arrival_s=asked.arrival_s,
+            prompt_tokens=asked.prompt_tokens,
+            max_tokens=asked.max_tokens,
+            ttft_due_s=asked.ttft_due_s,
+            tpot_s=asked.tpot_s,
+            class_index=asked.class_index,
+            weight=asked.weight,
+            hint_tokens=asked.hint_tokens,
+        )
+        state = kernel.state_of_one(m, k, row, 0)
+        if is_lost(state, 0):
+            return None
+        due_s, cost, tier, _, memory = kernel.demand(m, k, state)
+        counts = m.counts[k].copy()
+        rate = rate_beside(m, k, counts)
+        counts[tier] += 1.0
+        obstacle = Why.TTFT_TOO_LATE
+        if np.any(memory > m.memory_left[k, : len(memory)] + TOLERANCE):
+            obstacle = Why.KV_FULL
+        elif rate_beside(m, k, counts) < 0.0:
+            obstacle = Why.DECODE_RATE
+        first, count = int(m.first[k]), int(m.num_owed[k])
+        before = int(np.searchsorted(m.due_s[k, first : first + count], due_s, side="right"))
+        owed = float(m.cost_tokens[k, first : first + before].sum()) + cost
+        ready_s = max(float(m.ready_s[k]), now_s)
+        ttft_s = ready_s - asked.arrival_s + owed / max(rate, 1e-9)
+        # While prompts are owed, steps are as long as the tightest pace allows; else as long as the decodes take.
+        busy_share = min(owed / max(rate, 1e-9) / max(asked.max_tokens * asked.tpot_s, 1e-9), 1.0)
+        alone_s = float(roofline_s(m.coefficients[k], counts.sum()) + (counts * m.extra_s_each[k]).sum())
+        tpot_s = min(busy_share * asked.tpot_s + (1.0 - busy_share) * alone_s, asked.tpot_s)
+        return Predicted(ttft_s, tpot_s if math.isfinite(tpot_s) else None, obstacle)

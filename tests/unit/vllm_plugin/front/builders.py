@@ -1,0 +1,121 @@
+"""A server in miniature: an engine client, an application that hands requests to it, and the middleware before both."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from slos_serve.files.class_file import parse_classes
+from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.vllm_plugin.asgi import Message, Send
+from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.front.client import attach
+from slos_serve.vllm_plugin.front.desk import FrontDesk
+from slos_serve.vllm_plugin.front.exchange import judged_exchange
+from slos_serve.vllm_plugin.metrics import EngineLabels
+from tests.builders import OPT_13B_A100, EngineBuilder
+from tests.unit.routing.fleet import NOW_S, published
+
+CLASSES = """
+classes:
+  chat: {ttft_ms: 1000, tpot_ms: 100}
+  strict: {ttft_ms: 1000, tpot_ms: 100, when_full: reject}
+  spare: {ttft_ms: 1000, tpot_ms: 100, when_full: reject_503}
+  batch: {}
+"""
+
+
+def config_in(folder: Path) -> PluginConfig:
+    """The plug-in's configuration with classes and a profile."""
+    (folder / "classes.yaml").write_text(CLASSES, encoding="utf-8")
+    profile = Profile(
+        model_name="m",
+        device="d",
+        engine="vllm",
+        engine_version="1",
+        created="2026-01-01T00:00:00+00:00",
+        dtype="float32",
+        tensor_parallel=1,
+        kv_capacity_tokens=100_000,
+        block_size=16,
+        max_num_batched_tokens=2048,
+        model=OPT_13B_A100,
+    )
+    save_profile(profile, folder / "profile.json")
+    return PluginConfig(classes_path=folder / "classes.yaml", profile_path=folder / "profile.json")
+
+
+def desk(folder: Path, engine: EngineBuilder | None = None) -> FrontDesk:
+    """A front desk whose engine has published its state, or not."""
+    front = FrontDesk(
+        config_in(folder), EngineLabels("m", "0"), 4096, clock_s=lambda: NOW_S, uniform=lambda least, _most: least
+    )
+    front.ready = True
+    if engine is not None:
+        front.heard(json.dumps(published(engine).as_dict()).encode(), is_state=True)
+    return front
+
+
+class Client:
+    """Stands for vLLM's engine client."""
+
+    def __init__(self) -> None:
+        self.taken: list[str] = []
+
+    def generate(self, prompt: object, sampling_params: object, request_id: str) -> AsyncIterator[int]:
+        self.taken.append(request_id)
+        return self._tokens()
+
+    async def _tokens(self) -> AsyncIterator[int]:
+        for token in range(3):
+            yield token
+
+
+class Server:
+    """The application and what a client of it sees."""
+
+    def __init__(self, front: FrontDesk) -> None:
+        self.front = front
+        self.client = Client()
+        self._sent = 0
+        attach(self.client, front)
+
+    async def ask(
+        self, slo_class: str | None, prompt_tokens: int = 200, max_tokens: int = 100, **given: Any
+    ) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of a streamed answer."""
+        applied = None if slo_class is None else parse_classes(CLASSES, "classes.yaml").classes[slo_class]
+        self._sent += 1
+        messages: list[Message] = []
+
+        async def send(message: Message) -> None:
+            messages.append(message)
+
+        xargs = {} if slo_class is None else {"slo_class": slo_class}
+        params = SimpleNamespace(extra_args=xargs, max_tokens=max_tokens, n=1, **given)
+        prompt = {"type": "token", "prompt_token_ids": [1] * prompt_tokens}
+        name = f"cmpl-{self._sent}-0"
+        await judged_exchange(self.front, applied, [], lambda out: self._serve(out, prompt, params, name), send)
+        headers = {key.decode(): value.decode() for key, value in messages[0]["headers"]}
+        return int(messages[0]["status"]), headers, b"".join(part.get("body", b"") for part in messages[1:])
+
+    async def _serve(self, send: Send, prompt: object, params: object, name: str) -> None:
+        """As vLLM does it: the engine is called before the head is sent, errors of it are answered."""
+        try:
+            tokens = self.client.generate(prompt, params, name)
+        except ValueError as error:
+            await send({"type": "http.response.start", "status": 400, "headers": []})
+            await send({"type": "http.response.body", "body": str(error).encode()})
+            return
+        head = [(b"content-type", b"text/event-stream; charset=utf-8")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+        count = 0
+        async for token in tokens:
+            count += 1
+            await send({"type": "http.response.body", "body": f'data: {{"t":{token}}}\n\n'.encode(), "more_body": True})
+        usage = f'data: {{"id":"x","choices":[],"usage":{{"prompt_tokens":1,"completion_tokens":{count}}}}}\n\n'
+        await send({"type": "http.response.body", "body": usage.encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
