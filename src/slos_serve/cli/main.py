@@ -8,6 +8,7 @@ workers and fails on llvmlite's.
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -22,6 +23,8 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "serve": PASS_THROUGH,
     "profile": PASS_THROUGH,
     "bench": {},
+    "classes": {},
+    "doctor": {},
     "demo": {},
     "simulate": {},
     "capacity": {},
@@ -65,9 +68,12 @@ class LazyCommands(TyperGroup):
         """Import a sub-command; ``None`` for an unknown name, which click reports with the known ones."""
         if cmd_name not in COMMANDS:
             return None
-        module = import_module(f"slos_serve.cli.{cmd_name}")
+        found = getattr(import_module(f"slos_serve.cli.{cmd_name}"), cmd_name)
+        if isinstance(found, typer.Typer):  # with sub-commands of its own
+            found.info.name = cmd_name
+            return get_command(found)
         single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-        single.command(name=cmd_name, context_settings=COMMANDS[cmd_name])(getattr(module, cmd_name))
+        single.command(name=cmd_name, context_settings=COMMANDS[cmd_name])(found)
         return get_command(single)
 
 
@@ -84,11 +90,15 @@ app = typer.Typer(
 def _show_version(asked: bool) -> None:
     if asked:
         typer.echo(f"slos-serve {VERSION}")
+        typer.echo(f"slos-serve {version('slos-serve')}")
         raise typer.Exit
 
 
 @app.callback()
 def main(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
 ) -> None:
     """Serve LLM requests so that each keeps its own latency promises."""

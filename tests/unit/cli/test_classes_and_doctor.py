@@ -1,0 +1,138 @@
+"""classes check and schema, doctor, --version."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from prometheus_client import generate_latest
+from typer.testing import CliRunner
+
+from slos_serve.cli.doctor import environment_findings, server_findings
+from slos_serve.cli.main import app
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.files.class_file import parse_class_file
+from slos_serve.files.class_schema import class_file_schema
+from slos_serve.vllm_plugin.metrics import EngineLabels, SchedulerMetrics
+
+ROOT = Path(__file__).parents[3]
+EXAMPLE = ROOT / "examples" / "classes.yaml"
+PROFILE = ROOT / "src" / "slos_serve" / "profiles" / "opt-13b-a100.json"
+RUNNER = CliRunner()
+SCHEMA = jsonschema.Draft202012Validator(class_file_schema())
+
+
+def test_the_version_is_the_packages() -> None:
+    result = RUNNER.invoke(app, ["--version"])
+    assert result.exit_code == 0 and result.output == f"slos-serve {version('slos-serve')}\n"
+
+
+def test_a_right_file_is_shown_with_what_it_promises() -> None:
+    result = RUNNER.invoke(app, ["classes", "check", str(EXAMPLE), "--profile", str(PROFILE)])
+    assert result.exit_code == 0, result.output
+    assert "chat (default)" in result.output and "1000: 636 ms" in result.output
+
+
+def test_a_fault_names_file_and_line(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("classes:\n  a: {ttft_ms: 5}\n  b:\n    tpot_msx: 3\n")
+    result = RUNNER.invoke(app, ["classes", "check", str(file)])
+    assert result.exit_code == 2
+    assert f"{file}:4:" in result.stderr and "tpot_msx" in result.stderr
+
+
+def test_promises_that_no_idle_engine_keeps_are_errors(tmp_path: Path) -> None:
+    file = tmp_path / "fast.yaml"
+    file.write_text(
+        "classes:\n  a: {ttft_ms: 5, tpot_ms: 100}\n  b: {stages: [{tpot_ms: 2, max_tokens: 3}, {tpot_ms: 90}]}\n"
+    )
+    result = RUNNER.invoke(app, ["classes", "check", str(file), "--profile", str(PROFILE)])
+    assert result.exit_code == 2
+    assert "classes.a.ttft_ms: 5" in result.stderr and "classes.b.stages[0].tpot_ms: 2" in result.stderr
+    assert RUNNER.invoke(app, ["classes", "check", str(file)]).exit_code == 0
+
+
+def test_the_schema_that_is_printed_takes_the_example() -> None:
+    result = RUNNER.invoke(app, ["classes", "schema"])
+    jsonschema.Draft202012Validator.check_schema(json.loads(result.output))
+    SCHEMA.validate(yaml.safe_load(EXAMPLE.read_text(encoding="utf-8")))
+
+
+NUMBERS = st.one_of(st.integers(-2, 20_000), st.floats(allow_nan=True), st.booleans(), st.text(max_size=3), st.none())
+FIELDS = st.dictionaries(
+    st.sampled_from(
+        ["ttft_ms", "ttft_slowdown", "ttft_floor_ms", "tpot_ms", "weight", "max_stall_ms", "when_full", "x"]
+    ),
+    st.one_of(NUMBERS, st.sampled_from(["reject", "reject_503", "best_effort"])),
+    max_size=4,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.fixed_dictionaries({"classes": st.dictionaries(st.sampled_from("abc"), FIELDS, max_size=3)}))
+def test_the_schema_and_the_reader_agree(document: dict[str, object]) -> None:
+    text = json.dumps(document)
+    where, read = "f:1", True
+    try:
+        parse_class_file(text, "f")
+    except InvalidFieldError as error:
+        where, read = str(error.where), False
+    assert where.startswith("f:")
+    if "NaN" not in text and "Infinity" not in text:
+        assert SCHEMA.is_valid(document) == read
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(max_size=200))
+def test_no_text_breaks_the_reader(text: str) -> None:
+    try:
+        parse_class_file(text, "f")
+    except InvalidFieldError:
+        return
+    pytest.fail("random text is no class file")
+
+
+def findings(environment: dict[str, str]) -> dict[str, str]:
+    return {said.split("=")[0].split(" ")[0].rstrip(":"): level for level, said, _ in environment_findings(environment)}
+
+
+def test_the_doctor_finds_what_the_environment_lacks(tmp_path: Path) -> None:
+    right = {
+        "SLOS_SERVE_CLASSES": str(EXAMPLE),
+        "SLOS_SERVE_PROFILE": str(PROFILE),
+        "PROMETHEUS_MULTIPROC_DIR": str(tmp_path),
+    }
+    assert set(findings(right).values()) <= {"ok"} | ({"error"} if "vLLM" not in findings(right) else set())
+    assert findings(right)["PROMETHEUS_MULTIPROC_DIR"] == "ok"
+    (tmp_path / "old.db").touch()
+    wrong = right | {"SLOS_SERVE_CLASSES": "/none", "SLOS_SERVE_PLAN_LIMIT_MS": "-1"}
+    found = findings(wrong)
+    assert found["SLOS_SERVE_CLASSES"] == "error" and found["SLOS_SERVE_PLAN_LIMIT_MS"] == "error"
+    assert found["PROMETHEUS_MULTIPROC_DIR"] == "warning"
+    assert findings({})["PROMETHEUS_MULTIPROC_DIR"] == "warning"
+
+
+def server(metrics: SchedulerMetrics | None, more: str = "") -> list[tuple[str, str]]:
+    page = None if metrics is None else generate_latest(metrics.registry).decode() + more
+    return [(level, said) for level, said, _ in server_findings("http://s:1/v1", {"http://s:1/metrics": page}.get)]
+
+
+def test_the_doctor_reads_a_servers_metrics() -> None:
+    metrics = SchedulerMetrics(["chat"], EngineLabels("m", "0"))
+    verdicts = 'slos_serve:answers_total{slo_class="chat"} 3.0\n'
+    assert server(metrics, verdicts) == [("ok", "steps are planned (slos_serve:armed is 1)")]
+    assert [level for level, _ in server(metrics)] == ["ok", "warning"]
+    metrics.armed(False)
+    metrics.invalid_field()
+    metrics.correction(2.0)
+    said = " ".join(text for _, text in server(metrics, verdicts))
+    assert "not armed" in said and "2.00 times" in said and "1 requests came with unusable" in said
+    assert server(None) == [("error", "http://s:1/metrics does not answer")]
+    without = list(server_findings("http://s:1", {"http://s:1/metrics": "up 1\n"}.get))
+    assert [finding.level for finding in without] == ["error"] and "no slos_serve metrics" in without[0].said
