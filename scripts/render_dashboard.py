@@ -111,7 +111,7 @@ PANELS = (
         "Front end and engine",
         "Requests a second by what the client was told and what the engine did.",
         "reqps",
-        ((rate("verdict_agreement", "told, engine"), "told {{told}}, engine {{engine}}"),),
+        ((rate("verdict_agreement", "told, did"), "told {{told}}, engine {{did}}"),),
     ),
     Panel(
         "Requests in the engine",

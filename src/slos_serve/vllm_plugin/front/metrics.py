@@ -34,7 +34,7 @@ class FrontMetrics:
             Counter, "answers", "Requests by what their client was told.", "slo_class", "verdict", "reason"
         )
         self._agreement = self._made(
-            Counter, "verdict_agreement", "Requests by what the client was told and the engine did.", "told", "engine"
+            Counter, "verdict_agreement", "Requests by what the client was told and the engine did.", "told", "did"
         )
         self._ttft = self._made(
             Histogram,
@@ -47,21 +47,22 @@ class FrontMetrics:
         self._headroom = self._made(Gauge, "headroom_requests", text, "slo_class", multiprocess_mode=mode)
         text = "KV blocks: in all, used now, and at the forecast peak of what is promised."
         self._kv = self._made(Gauge, "kv_blocks", text, "kind", multiprocess_mode=mode)
+        self.kv(0, 0, 0)
         for name in self._classes:
             if name != NO_SLO_CLASS:
                 self._answers.labels(*self._names, name, Verdict.ADMITTED, Why.FITS)
                 self.headroom(name, 0)
         for told in (Verdict.ADMITTED, Verdict.BEST_EFFORT):
-            for engine in (Verdict.ADMITTED, Verdict.BEST_EFFORT):
-                self._agreement.labels(*self._names, told, engine)
+            for did in (Verdict.ADMITTED, Verdict.BEST_EFFORT):
+                self._agreement.labels(*self._names, told, did)
 
     def answered(self, slo_class: str | None, verdict: Verdict, reason: Why) -> None:
         """A client was told what becomes of its request."""
         self._answers.labels(*self._names, self._label(slo_class), verdict, reason).inc()
 
-    def compared(self, told: Verdict, engine: Verdict) -> None:
+    def compared(self, told: Verdict, did: Verdict) -> None:
         """A request ended of which the client had been told a verdict."""
-        self._agreement.labels(*self._names, told, engine).inc()
+        self._agreement.labels(*self._names, told, did).inc()
 
     def first_token(self, measured_s: float, predicted_s: float) -> None:
         """The first token of an admitted request came."""

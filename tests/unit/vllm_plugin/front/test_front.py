@@ -104,8 +104,8 @@ async def test_the_engines_outcome_is_compared_with_what_was_told(tmp_path: Path
     outcome = {"request_id": engines_id, "verdict": Verdict.BEST_EFFORT, "finished": "stop"}
     server.front.heard(json.dumps(outcome).encode(), is_state=False)
     server.front.heard(json.dumps(outcome).encode(), is_state=False)
-    assert count(server.front, "verdict_agreement_total", told="admitted", engine="best-effort") == 1.0
-    assert count(server.front, "verdict_agreement_total", told="admitted", engine="admitted") == 0.0
+    assert count(server.front, "verdict_agreement_total", told="admitted", did="best-effort") == 1.0
+    assert count(server.front, "verdict_agreement_total", told="admitted", did="admitted") == 0.0
 
 
 async def test_a_fault_of_ours_costs_the_verdict_only(
