@@ -8,7 +8,6 @@ workers and fails on llvmlite's.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -90,15 +89,11 @@ app = typer.Typer(
 def _show_version(asked: bool) -> None:
     if asked:
         typer.echo(f"slos-serve {VERSION}")
-        typer.echo(f"slos-serve {version('slos-serve')}")
         raise typer.Exit
 
 
 @app.callback()
 def main(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show it.")] = False,
-    _version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
 ) -> None:
     """Serve LLM requests so that each keeps its own latency promises."""

@@ -1,10 +1,9 @@
-"""classes check and schema, doctor, --version."""
+"""classes check and schema, doctor."""
 
 from __future__ import annotations
 
 import json
 import re
-from importlib.metadata import version
 from pathlib import Path
 
 import jsonschema
@@ -27,11 +26,6 @@ EXAMPLE = ROOT / "examples" / "classes.yaml"
 PROFILE = ROOT / "src" / "slos_serve" / "profiles" / "opt-13b-a100.json"
 RUNNER = CliRunner()
 SCHEMA = jsonschema.Draft202012Validator(class_file_schema())
-
-
-def test_the_version_is_the_packages() -> None:
-    result = RUNNER.invoke(app, ["--version"])
-    assert result.exit_code == 0 and result.output == f"slos-serve {version('slos-serve')}\n"
 
 
 def test_a_right_file_is_shown_with_what_it_promises() -> None:
