@@ -34,6 +34,7 @@ ROOT = Path(__file__).parents[2]
 EVENTS: dict[str, Path] = {}
 NUM_HOSTILE, NUM_STOPPED = 300, 50
 CONCURRENCY = 8
+STRICT = "  strict: {ttft_ms: 6000, tpot_ms: 2000, when_full: reject}\n"
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,10 @@ def server(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> Iterator
         model=BatchTimeModel(k_c_s=0.002, b_c_s=0.02, k_m_s=0.0005, b_m_s=0.04, k_seq_s=0.005),
     )
     save_profile(profile, folder / "profile.json")
+    classes = (ROOT / "examples" / "classes.yaml").read_text(encoding="utf-8")
+    (folder / "classes.yaml").write_text(classes + STRICT, encoding="utf-8")
     plugin = PluginConfig(
-        classes_path=ROOT / "examples" / "classes.yaml",
+        classes_path=folder / "classes.yaml",
         profile_path=folder / "profile.json",
         events_path=folder / "events.jsonl",
     )
@@ -178,7 +181,7 @@ def test_the_openai_client_understands_the_refusal(client: OpenAI) -> None:
         client.completions.create(model=MODEL, prompt="x", extra_body={"vllm_xargs": {"slo_class": "gold"}})
     assert raised.value.param == "slo_class"
     assert raised.value.type == "invalid_request_error"
-    assert "'batch', 'chat', 'code', 'none', 'reason'" in raised.value.message
+    assert "'batch', 'chat', 'code', 'none', 'reason', 'strict'" in raised.value.message
 
 
 @pytest.mark.parametrize(
@@ -381,6 +384,30 @@ async def test_a_client_that_leaves_is_not_a_finished_answer(server: ServerProce
             break
         await asyncio.sleep(0.1)
     assert [event["finished"] for event in seen] == ["abort"]
+
+
+# Verdicts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judging(server: ServerProcess) -> ServerProcess:
+    """The server once its front end judges requests: the kernels are loaded behind its back."""
+    until_s = time.monotonic() + 400.0
+    while "x-slo-verdict" not in complete(server, {"x-slo-class": "strict"}).headers:
+        assert time.monotonic() < until_s, "no answer has a verdict"
+        time.sleep(1.0)
+    return server
+
+
+def test_an_answer_says_what_was_decided_before_its_first_byte(judging: ServerProcess) -> None:
+    answer = complete(judging, {"x-slo-class": "strict"}, stream=True, stream_options={"include_usage": True})
+    assert answer.headers["x-slo-verdict"] == "admitted" and answer.headers["x-slo-reason"] == "fits"
+    assert answer.headers["x-slo-target-ttft-ms"] == "6000"
+    assert 0 < int(answer.headers["x-slo-predicted-ttft-ms"]) < 6000
+    events = [line.removeprefix("data: ") for line in answer.text.split("\n\n") if line.startswith("data: {")]
+    said = json.loads(events[-1])["usage"]["slo"]
+    assert said["verdict"] == "admitted" and 0.0 < said["ttft_ms"] < 6000.0
+    assert complete(judging, {"x-slo-class": "none"}).headers["x-slo-verdict"] == "no-slo"
 
 
 # Metrics ------------------------------------------------------------------------------------------------------------

@@ -109,6 +109,7 @@ class FrontSockets:
         path = socket_path(kind, process)
         if path is None:
             raise OSError("no private folder for the sockets between engine core and API process")
+        _remove_stale(path.parent)
         path.unlink(missing_ok=True)  # of a process that had the same number
         socket = self._context.socket(zmq.PULL)
         for option, value in options.items():
@@ -117,3 +118,16 @@ class FrontSockets:
         socket.bind(f"ipc://{path}")
         self._paths.append(path)
         return socket
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove the sockets of API processes that were killed."""
+    for path in folder.iterdir():
+        name = path.name.partition(".")[0]
+        if name.isdigit():
+            try:
+                os.kill(int(name), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+            except OSError:
+                continue  # it lives, as somebody else's

@@ -45,6 +45,16 @@ def test_a_folder_that_others_may_write_is_not_used(tmp_path: Path) -> None:
         FrontSockets(7)
 
 
+def test_sockets_of_killed_processes_are_removed() -> None:
+    mine = socket_path("state", os.getpid())
+    assert mine is not None
+    dead, alive = mine.with_name("999999999.state"), mine.with_name("1.state")
+    dead.touch()
+    alive.touch()
+    FrontSockets(os.getpid()).close()
+    assert not dead.exists() and alive.exists()
+
+
 def test_a_process_without_a_parent_of_ours_has_no_front_end() -> None:
     one = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=1))
     assert front_process(one) is None
