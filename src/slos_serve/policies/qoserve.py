@@ -49,6 +49,7 @@ FloatArray = NDArray[np.float64]
 SMALLEST_STEP, GRID_STEP, LARGEST_STEP = 128, 256, 2552
 # The newest step's share in the prefill throughput that relegation reckons with.
 THROUGHPUT_SHARE = 0.1
+TIER_PACE_S = 0.05  # per output token of non-interactive tiers, as in the artifact
 # Answers of a class are taken for this long until one was seen.
 PRIOR_OUTPUT_TOKENS = 256.0
 
@@ -70,7 +71,6 @@ class QoServe(StockPolicy):
         max_tokens: the largest step.
         watermark: share of the KV blocks that stays free when a prompt starts.
         ttlt_s: class index -> seconds until the last token is due, for non-interactive tiers.
-        ttlt_pace_s: time per output token that those tiers are planned with.
         draft_tokens: drafts of every decode, where the engine has a drafter.
     """
 
@@ -84,7 +84,6 @@ class QoServe(StockPolicy):
         max_tokens: int = LARGEST_STEP,
         watermark: float = 0.01,
         ttlt_s: Mapping[int, float] | None = None,
-        ttlt_pace_s: float = 0.05,
         draft_tokens: int = 0,
     ) -> None:
         self._coefficients = model.coefficients
@@ -95,7 +94,6 @@ class QoServe(StockPolicy):
         self._ttlt_s = np.full(num_classes, np.inf)
         for index, seconds in (ttlt_s or {}).items():
             self._ttlt_s[index] = check_number("ttlt_s", seconds, low=0.0, high=1e6)
-        self._pace_s = check_number("ttlt_pace_s", ttlt_pace_s, low=0.0, high=60.0)
         self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._answers = np.tile([1.0, PRIOR_OUTPUT_TOKENS, PRIOR_OUTPUT_TOKENS**2], (num_classes, 1))
         self._relegated = SlotMarks()
@@ -145,7 +143,7 @@ class QoServe(StockPolicy):
     def first_due_s(self, rows: RequestArray, slots: SlotArray) -> FloatArray:
         """When first tokens are due; of a non-interactive tier, so that the last one is in time."""
         last_due_s = rows["arrival_s"][slots] + self._ttlt_s[rows["class_index"][slots]]
-        in_time_s = last_due_s - self._longest_likely(rows, slots) * self._pace_s
+        in_time_s = last_due_s - self._longest_likely(rows, slots) * TIER_PACE_S
         return np.asarray(np.minimum(rows["ttft_due_s"][slots], in_time_s))
 
     def _next_due_s(self, rows: RequestArray, decodes: SlotArray) -> FloatArray:
@@ -155,7 +153,7 @@ class QoServe(StockPolicy):
         with np.errstate(invalid="ignore"):  # no token yet times no pace
             paced_s = np.where(tokens > 0, start_s + tokens * tpot_s, last_s + tpot_s)
         left = np.maximum(self._longest_likely(rows, decodes) - rows["output_tokens"][decodes], 1.0)
-        tier_s = rows["arrival_s"][decodes] + self._ttlt_s[rows["class_index"][decodes]] - left * self._pace_s
+        tier_s = rows["arrival_s"][decodes] + self._ttlt_s[rows["class_index"][decodes]] - left * TIER_PACE_S
         counts = (rows["missed"][decodes] == 0) & ~self._relegated.of(rows, decodes)
         return np.asarray(np.where(counts, np.minimum(paced_s, tier_s), np.inf))
 

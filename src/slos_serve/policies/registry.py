@@ -64,15 +64,15 @@ _JITSERVE_VARIANTS = (
 
 POLICIES: dict[str, PolicyEntry] = {
     "slos-serve": PolicyEntry(_slos_serve, fixed_drafts=False),
-    "vllm": PolicyEntry(_plain(VllmOrder), tuple({"token_budget": size} for size in (2048, 8192))),
+    "vllm": PolicyEntry(_plain(VllmOrder), tuple({"token_budget": size} for size in (2048, 4096, 8192))),
     "vllm-v0": PolicyEntry(_plain(VllmV0), ({"token_budget": 8192},)),
-    "sarathi": PolicyEntry(_plain(Sarathi), tuple({"chunk_tokens": size} for size in (512, 256, 1024))),
+    "sarathi": PolicyEntry(_plain(Sarathi), tuple({"chunk_tokens": size} for size in (512, 256, 1024, 2048))),
     "distserve": PolicyEntry(
         lambda model, _classes, _given: DistServePrefill(model), make_decode=_plain(DistServeDecode)
     ),
     "scorpio": PolicyEntry(
         lambda model, num_classes, given: Scorpio(model, num_classes, **given),
-        tuple({"chunk_tokens": size} for size in (0, 512)),
+        tuple({"chunk_tokens": size} for size in (0, 512, 1024)),
     ),
     "edf": PolicyEntry(
         _plain(EarliestDeadlineFirst),
@@ -80,7 +80,7 @@ POLICIES: dict[str, PolicyEntry] = {
     ),
     "qoserve": PolicyEntry(
         lambda model, num_classes, given: QoServe(model, num_classes, **given),
-        tuple({"alpha_ms": alpha} for alpha in (8.0, 1.0, 0.0)),
+        (*({"alpha_ms": alpha} for alpha in (8.0, 0.0)), {"alpha_ms": 2.0, "time_margin": 0.1, "max_tokens": 1024}),
     ),
     "jitserve": PolicyEntry(_jitserve, _JITSERVE_VARIANTS),
     "jitserve-oracle": PolicyEntry(_jitserve, _JITSERVE_VARIANTS, true_lengths=True),

@@ -1,7 +1,7 @@
 """Sarathi-Serve: every step carries all decodes and fills a fixed token budget with prefill chunks.
 
 The chunk bounds the length of a step, so decodes are never stalled by a prompt; it is the same whatever is promised.
-The paper tunes it to the tightest TPOT: 256, 512 and 1024 are tried here. A prompt starts when all of its blocks are
+The paper tunes it to the tightest TPOT: 256 to 2,048 are tried here. A prompt starts when all of its blocks are
 free. Source: Agrawal et al., OSDI 2024 (arXiv 2403.02310), algorithm 3.
 """
 
