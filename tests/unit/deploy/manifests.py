@@ -14,12 +14,25 @@ VERSION = "1.31"
 # Kinds that are no part of Kubernetes: the fields that are used here, by path, with their types.
 OTHERS: dict[str, dict[str, type]] = {
     "PodMonitor": {"spec.selector.matchLabels": dict, "spec.podMetricsEndpoints": list},
+    "ScaledObject": {
+        "spec.scaleTargetRef.name": str,
+        "spec.minReplicaCount": int,
+        "spec.maxReplicaCount": int,
+        "spec.triggers": list,
+    },
     "RayService": {
         "spec.serveConfigV2": str,
         "spec.rayClusterConfig.rayVersion": str,
         "spec.rayClusterConfig.headGroupSpec.rayStartParams": dict,
         "spec.rayClusterConfig.workerGroupSpecs": list,
     },
+    "InferencePool": {
+        "spec.selector.matchLabels": dict,
+        "spec.targetPorts": list,
+        "spec.endpointPickerRef.name": str,
+        "spec.endpointPickerRef.port.number": int,
+    },
+    "EndpointPickerConfig": {"plugins": list, "schedulingProfiles": list, "dataLayer.sources": list},
 }
 
 

@@ -10,13 +10,15 @@ import pytest
 import yaml
 
 from slos_serve.ray_serve.ports import DEFAULT_PORTS, PortRange
+from slos_serve.vllm_plugin.front.metrics import FrontMetrics
+from slos_serve.vllm_plugin.metrics import EngineLabels
 from slos_serve.version import VERSION as PACKAGE_VERSION
 from tests.unit.deploy.manifests import EXAMPLES, OTHERS, ROOT, VERSION, at, documents, pod_specs, unsafe
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")
 
 CHART = ROOT / "deploy" / "helm" / "slos-serve"
-FILES = sorted(EXAMPLES.glob("*.yaml"))
+FILES = sorted(EXAMPLES.rglob("*.yaml"))
 EVERYTHING = {
     "model": "m",
     "servedModelName": "small",
@@ -28,6 +30,7 @@ EVERYTHING = {
     "tolerations": [{"key": "gpu", "operator": "Exists"}],
     "cache": {"claim": "c"},
     "podMonitor": {"enabled": True},
+    "autoscaling": {"enabled": True},
 }
 
 
@@ -74,6 +77,25 @@ def test_ports_of_the_ray_cluster_are_let_through() -> None:
         assert any(entry["port"] <= port <= entry.get("endPort", entry["port"]) for entry in inside), port
 
 
+def test_llm_ds_picker_scores_by_metrics_that_servers_have() -> None:
+    """Fields as llm-d's router 0.10 reads them; every plug-in that is named is declared."""
+    picker = documents((EXAMPLES / "llm-d" / "endpoint-picker.yaml").read_text(encoding="utf-8"))[0]
+    plugins = {plugin.get("name", plugin["type"]): plugin for plugin in picker["plugins"]}
+    (engine,) = plugins["core-metrics-extractor"]["parameters"]["engineConfigs"]
+    scraped = {metric["attributeKey"]: metric["metricSpec"] for metric in engine["customMetrics"]}
+    front = FrontMetrics([], EngineLabels())
+    own = {sample.name for family in front.registry.collect() for sample in family.samples}
+    assert set(scraped.values()) <= own
+    for plugin in plugins.values():
+        if plugin["type"] == "endpoint-attribute-scorer":
+            parameters = plugin["parameters"]
+            assert parameters["attributeKey"] in scraped
+            assert parameters["algorithm"]["type"] in ("linear_higher_is_better", "linear_lower_is_better")
+            assert len(parameters["algorithm"]["normalization"]) == 1
+    for profile in picker["schedulingProfiles"]:
+        assert {entry["pluginRef"] for entry in profile["plugins"]} <= set(plugins)
+
+
 @pytest.mark.parametrize("values", [{"model": "m"}, EVERYTHING], ids=["defaults", "everything"])
 def test_the_chart_renders_to_valid_manifests(values: dict[str, Any]) -> None:
     helm = pytest.importorskip("helm_python")
@@ -84,7 +106,7 @@ def test_the_chart_renders_to_valid_manifests(values: dict[str, Any]) -> None:
     ]
     kinds = {document["kind"] for document in rendered}
     assert kinds >= {"Deployment", "Service", "ConfigMap", "NetworkPolicy"}
-    assert ("PodMonitor" in kinds) == (values is EVERYTHING)
+    assert ({"PodMonitor", "ScaledObject"} <= kinds) == (values is EVERYTHING)
     for document in rendered:
         check(document)
 
