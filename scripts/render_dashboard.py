@@ -99,7 +99,19 @@ PANELS = (
         "Room for more promises",
         "How many more requests of a class could be promised now (32 at most). 0 for minutes: add a replica.",
         "none",
-        ((f"sum by (slo_class) (slos_serve:headroom_requests{{{MODEL}}})", "{{slo_class}}"),),
+        (
+            (f"sum by (slo_class) (slos_serve:headroom_requests{{{MODEL}}})", "{{slo_class}}"),
+            (f"sum(slos_serve:least_headroom_requests{{{MODEL}}})", "least of any class, all servers"),
+        ),
+    ),
+    Panel(
+        "TTFT of a standard prompt",
+        "Predicted for a prompt of 512 tokens that comes now. The servers' spread says whether they are evenly loaded.",
+        "s",
+        (
+            (f"min(slos_serve:standard_ttft_seconds{{{MODEL}}})", "best server"),
+            (f"max(slos_serve:standard_ttft_seconds{{{MODEL}}})", "worst server"),
+        ),
     ),
     Panel(
         "KV cache",

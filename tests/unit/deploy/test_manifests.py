@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from slos_serve.ray_serve.ports import DEFAULT_PORTS, PortRange
+from slos_serve.version import VERSION as PACKAGE_VERSION
 from slos_serve.vllm_plugin.front.metrics import FrontMetrics
 from slos_serve.vllm_plugin.metrics import EngineLabels
-from slos_serve.version import VERSION as PACKAGE_VERSION
 from tests.unit.deploy.manifests import EXAMPLES, OTHERS, ROOT, VERSION, at, documents, pod_specs, unsafe
 
 kubernetes_validate = pytest.importorskip("kubernetes_validate")

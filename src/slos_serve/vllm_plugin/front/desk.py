@@ -26,7 +26,7 @@ import zmq
 from slos_serve.core.slo import SLOClass, WhenFull
 from slos_serve.core.verdict import Verdict
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.routing.headroom import headroom
+from slos_serve.routing.headroom import MOST, STANDARD_PROMPT_TOKENS, headroom, standard_ttft_s
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.router import RoutingRequest
 from slos_serve.routing.warm_up import warm_up_routing
@@ -39,6 +39,7 @@ from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
 
 POLL_MS = 200
 GAUGES_EVERY_S = 2.0
+STANDARD_ANSWER_TOKENS = 256
 MOST_REMEMBERED = 100_000
 # Refused clients come back spread over this much more than they are told at least.
 RETRY_SPREAD = 1.5
@@ -98,7 +99,7 @@ class FrontDesk:
         self._received: Publication | None = None  # not taken over by the mirror yet
         self._newest: Publication | None = None
         self._told: OrderedDict[str, Verdict] = OrderedDict()
-        self._typical: dict[str, RoutingRequest] = {}
+        self._typical = self._standard()
         self._gauges_s = -math.inf
         self.ready = False
         self._ended = threading.Event()
@@ -109,6 +110,25 @@ class FrontDesk:
     def _model(self) -> BatchTimeModel:
         assert self._config.profile is not None
         return self._config.profile.model
+
+    def _standard(self) -> dict[str, RoutingRequest]:
+        """A request of each class that promises something: what is typical until real ones have come."""
+        if self._config.profile is None:
+            return {}
+        zero_load_s = self._model.zero_load_s(STANDARD_PROMPT_TOKENS)
+        return {
+            slo_class.name: RoutingRequest(
+                arrival_s=0.0,
+                prompt_tokens=STANDARD_PROMPT_TOKENS,
+                max_tokens=STANDARD_ANSWER_TOKENS,
+                ttft_due_s=slo_class.slo.ttft_s(zero_load_s) - self._config.planner.ttft_margin_s,
+                tpot_s=slo_class.slo.tpot_s,
+                class_index=self._indices[slo_class.name],
+                weight=max(slo_class.weight, 1e-6),
+            )
+            for slo_class in self._config.classes
+            if not slo_class.best_effort
+        }
 
     # Judging, on the event loop -------------------------------------------------------------------------------
 
@@ -255,8 +275,10 @@ class FrontDesk:
         used = newest.total_blocks - newest.free_blocks
         peak = newest.total_blocks - int(newest.memory_left.min())
         self.metrics.kv(newest.total_blocks, used, peak)
-        for name, typical in list(self._typical.items()):
-            self.metrics.headroom(name, headroom(newest, typical, newest.ready_s))
+        rooms = {name: headroom(newest, asked, newest.ready_s) for name, asked in list(self._typical.items())}
+        for name, room in rooms.items():
+            self.metrics.headroom(name, room)
+        self.metrics.to_routers(min(rooms.values(), default=MOST), standard_ttft_s(newest, newest.ready_s))
 
 
 def load_kernels() -> None:

@@ -45,6 +45,10 @@ class FrontMetrics:
         mode = "livesum"
         text = "Requests of the class's mean length that could be promised now."
         self._headroom = self._made(Gauge, "headroom_requests", text, "slo_class", multiprocess_mode=mode)
+        text = "The smallest headroom of any class."
+        self._least = self._made(Gauge, "least_headroom_requests", text, multiprocess_mode=mode).labels(*self._names)
+        text = "Predicted time to first token of a 512-token prompt that comes now."
+        self._standard = self._made(Gauge, "standard_ttft_seconds", text, multiprocess_mode=mode).labels(*self._names)
         text = "KV blocks: in all, used now, and at the forecast peak of what is promised."
         self._kv = self._made(Gauge, "kv_blocks", text, "kind", multiprocess_mode=mode)
         self.kv(0, 0, 0)
@@ -72,6 +76,11 @@ class FrontMetrics:
     def headroom(self, slo_class: str, requests: int) -> None:
         """So many typical requests of a class could be promised now."""
         self._headroom.labels(*self._names, slo_class).set(requests)
+
+    def to_routers(self, least_headroom: int, ttft_s: float) -> None:
+        """What routers of others score servers by: one series each, without a class."""
+        self._least.set(least_headroom)
+        self._standard.set(ttft_s)
 
     def kv(self, total: int, used: int, forecast_peak: int) -> None:
         """KV blocks of the engine."""

@@ -1,0 +1,40 @@
+"""What a single server shows of its room, for routers of others and for scaling."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slos_serve.routing.headroom import MOST
+from slos_serve.vllm_plugin.front.desk import FrontDesk
+from tests.unit.routing.fleet import loaded
+from tests.unit.vllm_plugin.front.builders import Server, desk
+
+
+def shown(front: FrontDesk, name: str, **labels: str) -> float:
+    front._gauges_s = -1e9
+    front._post_gauges()
+    found = front.metrics.registry.get_sample_value(f"slos_serve:{name}", {"model_name": "m", "engine": "0"} | labels)
+    assert found is not None
+    return found
+
+
+def test_room_is_shown_before_anybody_has_asked(tmp_path: Path) -> None:
+    idle, busy = desk(tmp_path, loaded(0)), desk(tmp_path, loaded(150, total_blocks=3000))
+    assert 0 < shown(idle, "least_headroom_requests") <= MOST
+    assert shown(busy, "least_headroom_requests") < shown(idle, "least_headroom_requests")
+    assert shown(busy, "standard_ttft_seconds") > shown(idle, "standard_ttft_seconds") > 0.0
+
+
+async def test_the_class_with_least_room_counts_and_real_requests_replace_the_standard_one(tmp_path: Path) -> None:
+    front = desk(tmp_path, loaded(0))
+    before = shown(front, "headroom_requests", slo_class="chat")
+    await Server(front).ask("chat", prompt_tokens=4000)
+    after = shown(front, "headroom_requests", slo_class="chat")
+    assert after < before
+    assert shown(front, "least_headroom_requests") <= after
+
+
+def test_nothing_is_shown_of_a_server_that_has_not_published(tmp_path: Path) -> None:
+    assert shown(desk(tmp_path), "least_headroom_requests") == pytest.approx(0.0)
