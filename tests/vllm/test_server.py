@@ -410,6 +410,44 @@ def test_an_answer_says_what_was_decided_before_its_first_byte(judging: ServerPr
     assert complete(judging, {"x-slo-class": "none"}).headers["x-slo-verdict"] == "no-slo"
 
 
+async def test_a_hundred_at_once_are_refused_but_for_those_that_fit(judging: ServerProcess) -> None:
+    before = metric_sums(judging)
+    headers = {"x-slo-class": "strict"}
+
+    def body(number: int) -> dict[str, Any]:  # each prompt begins otherwise, so that no prefix is cached
+        return {"model": MODEL, "prompt": f"{number} " + "word " * 500, "max_tokens": 4, "temperature": 0.0}
+
+    limits = httpx.Limits(max_connections=100)
+    async with httpx.AsyncClient(base_url=judging.base_url, timeout=300.0, limits=limits) as client:
+        answers = await asyncio.gather(
+            *(client.post("/v1/completions", json=body(number), headers=headers) for number in range(100))
+        )
+        served = [answer for answer in answers if answer.is_success]
+        refused = [answer for answer in answers if answer.status_code == 429]
+        assert len(served) + len(refused) == 100 and served and refused
+        waits = [int(answer.headers["retry-after"]) for answer in refused]
+        assert min(waits) >= 1 and max(waits) > min(waits)
+        assert {answer.headers["x-slo-verdict"] for answer in refused} == {"rejected"}
+        assert refused[0].json()["error"]["param"] == "slo_class"
+        retried = refused[: len(served)]
+        waited = sorted(int(answer.headers["retry-after"]) for answer in retried)
+
+        async def again(number: int, wait_s: int) -> bool:
+            await asyncio.sleep(wait_s)
+            answer = await client.post("/v1/completions", json=body(number), headers=headers)
+            return answer.is_success
+
+        succeeded = await asyncio.gather(*(again(100 + k, wait_s) for k, wait_s in enumerate(waited)))
+    assert sum(succeeded) >= 0.8 * len(succeeded)
+    after = metric_sums(judging)
+    agreed = after["slos_serve:verdict_agreement_total"] - before["slos_serve:verdict_agreement_total"]
+    sys.stdout.write(
+        f"admitted {len(served)}, refused {len(refused)}, wait {min(waits)} to {max(waits)} s; of {len(waited)} "
+        f"that waited {sum(succeeded)} were admitted; {agreed:g} verdicts compared\n"
+    )
+    assert agreed >= len(served)
+
+
 # Metrics ------------------------------------------------------------------------------------------------------------
 
 
