@@ -1,4 +1,4 @@
-"""Speed of the simulator: 100,000 chat requests on 4 replicas under the SLOs-Serve policy.
+"""Speed of the simulator: 100,000 chat requests on 4 replicas, under stock vLLM's order and under SLOs-Serve.
 
 python -m benchmarks.simulator_speed
 """
@@ -11,10 +11,12 @@ from benchmarks._sim_commands import options, run_command
 
 
 def main() -> None:
-    """Run it, and print the memory that it took."""
+    """Run both, and print the memory that they took: the difference is what planning costs."""
     given = options(__doc__, replicas=4, rate=8.0, requests=100_000)
-    common = ["--scenario", "chat", "--arrivals", "poisson", "--rate", str(given.rate), "--policy", "slos-serve"]
-    run_command("simulate", *common, "--replicas", str(given.replicas), "--requests", str(given.requests))
+    common = ["--scenario", "chat", "--arrivals", "poisson", "--rate", str(given.rate)]
+    for policy in ("vllm", "slos-serve"):
+        run_command("simulate", *common, "--policy", policy, "--replicas", str(given.replicas),
+                    "--requests", str(given.requests))  # fmt: skip
     print(f"peak memory {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6:.2f} GB")
 
 

@@ -259,7 +259,7 @@ class EngineState:
         output = int(rows["output_tokens"][slot])
         record = self._recording.calls[call]
         record["output_tokens"] = output
-        record["cached_tokens"] = self.slots.hit[slot]
+        record["cached_tokens"] = max(int(record["cached_tokens"]), int(self.slots.hit[slot]))
         if rows["status"][slot] == Status.ADMITTED:
             record["admitted"] = 1
         whole = output == self._true_length(call)
