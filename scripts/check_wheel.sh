@@ -22,7 +22,7 @@ export SLOS_SERVE_CACHE="$work/cache"
 run() { echo "+ slos-serve $*"; "$work/clean/bin/slos-serve" "$@"; }
 run --version
 run simulate --scenario chat --requests 60 --rate 1 --json simulated.json
-run capacity --scenario chat --requests 60 --policy slos-serve --processes 1
+run capacity --scenario chat --requests 20 --seeds 1 --policy slos-serve --processes 1
 printf 'classes:\n  chat: {ttft_ms: 500, tpot_ms: 50}\n' >classes.yaml
 without_extra() {  # a command whose extra is missing says which one
   if "$work/clean/bin/slos-serve" "${@:2}" >said 2>&1 || ! grep -q "slos-serve\[$1\]" said; then
