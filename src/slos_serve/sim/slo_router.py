@@ -71,12 +71,13 @@ class Published:
         self._publisher = publisher
         self._plan_ahead = plan_ahead
         self._deliver = deliver
-        self._planned_s = -np.inf
+        self._planned_s: float | None = None
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """The policy's plan."""
         plan = self._policy.plan(now_s, view)
-        seen_s = self._planned_s if self._plan_ahead else now_s
+        # The first plan is made of an idle engine and sees everything.
+        seen_s = self._planned_s if self._plan_ahead and self._planned_s is not None else now_s
         factor = self._policy.correction.factor
         publication = self._publisher.after_plan(now_s, view, plan, factor, seen_s)
         if publication is not None:

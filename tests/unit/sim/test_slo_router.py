@@ -87,6 +87,11 @@ def test_a_dead_replica_gets_nothing_more_and_its_calls_are_routed_again() -> No
     assert (recording.completed | (recording.calls["replica"] == 1)).all()
 
 
+def test_a_replica_that_first_plans_late_publishes_it_with_plan_ahead() -> None:
+    late = workload([5.0, 5.5, 6.0], [1000, 1000, 1000], [50, 50, 50])
+    assert _routed(late, plan_ahead=True, publish_every_s=0.01).completed.all()
+
+
 @pytest.mark.parametrize("settings", [{"publish_delay_s": 0.2}, {"publish_every_s": 1.0}, {"plan_ahead": True}])
 def test_old_news_costs_little_of_a_burst(settings: dict[str, Any]) -> None:
     fresh, stale = _routed(_burst(16)), _routed(_burst(16), **settings)
