@@ -65,7 +65,15 @@ def test_claims_hold_only_when_they_hold() -> None:
     plan = small_plan()
     assert all(held for _, held in claims(demo_json(sides_of(plan), {})))
     even = claims(demo_json(sides_of(plan, ours_slow_from=4), {}))
-    assert [held for _, held in even] == [False, True, True, True, True]
+    assert [held for _, held in even] == [False, True, True, True, True, True, True]
+
+
+def test_throughput_of_the_burst_and_every_token_are_claims() -> None:
+    plan = small_plan()
+    result = demo_json(sides_of(plan), {})
+    result[OURS]["burst"]["throughput"]["output_tokens_per_s"] *= 0.5
+    result[OURS]["burst"]["admitted_strict"] = 0
+    assert [held for _, held in claims(result)] == [True, True, False, False, True, True, True]
 
 
 def test_calm_first_tokens_are_compared_request_by_request() -> None:
