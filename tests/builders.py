@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from slos_serve.core.plan import EngineView, StepPlan
+from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.request import RequestTable, Status
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.planner import Planner
+from slos_serve.planning.settings import PlannerSettings
 from slos_serve.planning.state import State, state_of
 
 # OPT-13B on one A100-80G, seconds (DistServe's profile, read as in docs/batch-time-model.md).
@@ -115,3 +116,16 @@ def carried_out(planner: Planner, now_s: float, view: EngineView) -> StepPlan:
     plan = planner.plan(now_s, view)
     planner.commit(plan, view, plan.slots)
     return plan
+
+
+def planned(
+    engine: EngineBuilder, settings: PlannerSettings | None = None, *, free_blocks: int | None = None
+) -> StepPlan:
+    """A new planner's first plan of an engine, carried out."""
+    return carried_out(Planner(OPT_13B_A100, 2, settings), engine.now_s, engine.view(free_blocks=free_blocks))
+
+
+def reason_of(plan: StepPlan, slot: int) -> Reason | None:
+    """Why a slot runs in a plan; ``None`` where it does not."""
+    where = np.flatnonzero(plan.slots == slot)
+    return Reason(int(plan.reasons[where[0]])) if len(where) else None

@@ -1,0 +1,56 @@
+"""What recent arrivals ask for, and the longest step that leaves a newcomer its time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from slos_serve.core.request import Status
+from slos_serve.perf.step_time import roofline_s
+from slos_serve.planning.arrivals import (
+    DOUBLES_S,
+    LEAST_STEP_FIXED,
+    LOAD_OVER_S,
+    NO_ARRIVALS,
+    STEP_SHARE_OF_TTFT,
+    count_arrivals,
+    longest_step_s,
+)
+from tests.builders import OPT_13B_A100, EngineBuilder
+
+
+def test_each_arrival_counts_once() -> None:
+    engine = EngineBuilder()
+    engine.wait(1000, due_in_s=2.0)
+    first = count_arrivals(engine.state(), NO_ARRIVALS)
+    again = count_arrivals(engine.state(), first)
+    assert first.tightest_s == pytest.approx(2.0)
+    assert first.load[0].sum() == pytest.approx(again.load[0].sum())
+    assert first.load[0].sum() * LOAD_OVER_S > 1000.0  # attention counts in
+
+
+def test_what_is_known_fades() -> None:
+    engine = EngineBuilder()
+    engine.wait(1000, due_in_s=2.0)
+    known = count_arrivals(engine.state(), NO_ARRIVALS)
+    later = count_arrivals(engine.state()._replace(now_s=engine.now_s + DOUBLES_S), known)
+    assert later.tightest_s == pytest.approx(2.0 * known.tightest_s)
+    assert later.load.sum() == pytest.approx(known.load.sum() * np.exp(-DOUBLES_S / LOAD_OVER_S))
+
+
+def test_best_effort_asks_for_nothing() -> None:
+    engine = EngineBuilder()
+    slot = engine.wait(1000, due_in_s=2.0)
+    engine.table.rows["status"][slot] = Status.BEST_EFFORT
+    found = count_arrivals(engine.state(), NO_ARRIVALS)
+    assert found.load.sum() == 0.0
+    assert found.tightest_s == np.inf
+    assert found.newest == engine.table.rows["order"][slot]
+
+
+def test_a_step_leaves_a_newcomer_half_of_its_time() -> None:
+    coefficients = OPT_13B_A100.coefficients
+    assert longest_step_s(coefficients, NO_ARRIVALS) == np.inf
+    assert longest_step_s(coefficients, NO_ARRIVALS._replace(tightest_s=2.0)) == 2.0 * STEP_SHARE_OF_TTFT
+    least_s = LEAST_STEP_FIXED * roofline_s(coefficients, 0.0)
+    assert longest_step_s(coefficients, NO_ARRIVALS._replace(tightest_s=1e-3)) == pytest.approx(least_s)

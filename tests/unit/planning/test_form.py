@@ -1,0 +1,138 @@
+"""Who runs in a step, in which order, and who gives way."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from slos_serve.core.plan import Reason
+from slos_serve.core.request import Status
+from tests.builders import EngineBuilder, planned, reason_of
+
+
+def test_prefill_runs_in_deadline_order_not_in_arrival_order() -> None:
+    engine = EngineBuilder()
+    engine.decode(ahead_s=0.09)
+    late = engine.wait(600, due_in_s=2.0)
+    soon = engine.wait(600, due_in_s=1.0)
+    plan = planned(engine)
+    assert reason_of(plan, soon) is Reason.PREFILL_DEADLINE
+    assert late not in plan.slots[:-1]
+
+
+def test_a_decode_ahead_of_its_deadlines_is_held_while_there_is_prefill() -> None:
+    engine = EngineBuilder()
+    due = engine.decode(ahead_s=0.06)
+    ahead = engine.decode(ahead_s=1.5)
+    engine.wait(3000, due_in_s=2.0)
+    plan = planned(engine)
+    assert reason_of(plan, due) is Reason.DECODE_DUE
+    assert ahead in plan.held
+    assert plan.held_reasons[plan.held == ahead].tolist() == [Reason.HELD_AHEAD]
+
+
+def test_without_prefill_every_decode_runs() -> None:
+    engine = EngineBuilder()
+    slots = [engine.decode(ahead_s=0.3 * k) for k in range(6)]
+    plan = planned(engine)
+    assert sorted(plan.slots.tolist()) == slots
+    assert len(plan.held) == 0
+
+
+def test_a_loose_tier_waits_when_all_decodes_overfill_the_step() -> None:
+    engine = EngineBuilder()
+    tight = [engine.decode(prompt_tokens=1000, tpot_s=0.05, ahead_s=0.0475) for _ in range(20)]
+    loose = [engine.decode(prompt_tokens=1000, tpot_s=0.1, ahead_s=0.095) for _ in range(40)]
+    plan = planned(engine)
+    assert set(tight) <= set(plan.slots.tolist())
+    assert 0 < len(set(loose) & set(plan.held.tolist())) < 40
+    assert plan.predicted_s <= 0.0475
+
+
+def test_a_stream_is_never_held_past_its_stall_bound() -> None:
+    engine = EngineBuilder()
+    slot = engine.decode(ahead_s=30.0)
+    engine.table.rows["last_token_s"][slot] = engine.now_s - 1.95  # the bound is 2 s
+    engine.wait(3000, due_in_s=2.0)
+    assert reason_of(planned(engine), slot) is Reason.DECODE_DUE
+
+
+def test_two_prompts_are_chunked_to_the_decodes_pace() -> None:
+    engine = EngineBuilder()
+    engine.decode(ahead_s=0.08, max_tokens=100)
+    engine.wait(1000, due_in_s=3.0)
+    engine.wait(1000, due_in_s=3.0)
+    assert planned(engine).predicted_s <= 0.08
+
+
+def test_best_effort_is_preempted_youngest_first_for_memory() -> None:
+    engine = EngineBuilder(total_blocks=60)
+    old = engine.decode(prompt_tokens=320, tpot_s=np.inf, status=Status.BEST_EFFORT)
+    young = engine.decode(prompt_tokens=320, tpot_s=np.inf, status=Status.BEST_EFFORT)
+    slot = engine.wait(300, max_tokens=20, waited_s=2.0)
+    plan = planned(engine)
+    assert plan.preempt.tolist() == [young]
+    assert slot in plan.slots
+    assert old in plan.slots
+
+
+def test_a_prompt_with_most_of_its_time_left_waits_for_memory() -> None:
+    engine = EngineBuilder(total_blocks=60)
+    running = [engine.decode(prompt_tokens=320, tpot_s=np.inf, status=Status.BEST_EFFORT) for _ in range(2)]
+    engine.wait(300, max_tokens=20, due_in_s=3.0, waited_s=2.0)
+    plan = planned(engine)
+    assert len(plan.preempt) == 0
+    assert plan.slots.tolist() == running
+
+
+def test_when_everyone_is_short_of_memory_the_cheapest_promise_is_lost() -> None:
+    engine = EngineBuilder(total_blocks=60)
+    cheap = engine.decode(prompt_tokens=311, output_tokens=10, ahead_s=0.02)  # 320 computed: the next needs a block
+    dear = engine.decode(prompt_tokens=631, output_tokens=10, ahead_s=0.02)
+    plan = planned(engine)
+    assert plan.preempt.tolist() == [cheap]
+    assert plan.demoted.tolist() == [cheap]
+    assert plan.slots.tolist() == [dear]
+
+
+def test_nobody_is_sacrificed_while_the_others_are_only_blocked() -> None:
+    engine = EngineBuilder()
+    for _ in range(3):
+        engine.table.rows["blocked"][engine.decode(ahead_s=0.01)] = 1
+    plan = planned(engine)
+    assert len(plan.demoted) == len(plan.preempt) == len(plan.slots) == 0
+
+
+def test_no_more_requests_than_the_engine_has_seats() -> None:
+    engine = EngineBuilder(max_num_seqs=3)
+    engine.decode(ahead_s=0.2)
+    for _ in range(5):
+        engine.wait(50)
+    plan = planned(engine)
+    assert len(plan.slots) == 3
+
+
+def test_chunks_before_the_last_are_not_tiny() -> None:
+    engine = EngineBuilder()
+    for _ in range(30):
+        engine.decode(ahead_s=0.03)
+    engine.wait(3000, due_in_s=3.0)
+    plan = planned(engine)
+    chunks = plan.tokens[plan.reasons == Reason.PREFILL_DEADLINE]
+    assert all(chunk >= 16 for chunk in chunks)
+
+
+def test_a_backlog_without_promises_fills_every_step() -> None:
+    """Nobody is due, so the token budget is the only limit: as full as a stock engine's step."""
+    engine = EngineBuilder(total_blocks=20_000)
+    for _ in range(3):
+        engine.decode(tpot_s=np.inf, status=Status.BEST_EFFORT)
+    for _ in range(5):
+        engine.best_effort(3000)
+    assert planned(engine).num_tokens == 2048
+
+
+def test_kv_held_by_others_than_promised_decodes_makes_no_prompt_wait() -> None:
+    engine = EngineBuilder(total_blocks=300)
+    engine.best_effort(prompt_tokens=4000)
+    prompt = engine.prefilling(900, 100)
+    assert prompt in planned(engine).slots
