@@ -14,6 +14,7 @@ pytest.importorskip("vllm")
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
+from slos_serve.core.errors import PlanMismatchError
 from slos_serve.core.plan import StepPlan
 from slos_serve.testing.scheduler import make_scheduler
 from slos_serve.vllm_plugin import compat, compat_kv, self_test
@@ -131,7 +132,7 @@ def test_a_plan_with_a_slot_that_is_empty_changes_nothing(start: Start) -> None:
     control = engine.scheduler._slo
     control.look(0.0)
     plan = StepPlan(slots=np.array([17]), tokens=np.array([1]), reasons=np.array([0]))
-    with pytest.raises(KeyError):
+    with pytest.raises(PlanMismatchError):
         select(engine.scheduler, plan, control.book, control.limits.needs, ())
     assert len(engine.scheduler.waiting) == 1
 

@@ -14,11 +14,18 @@ pytest.importorskip("vllm")
 from slos_serve.core.request import Status
 from slos_serve.testing.dry_engine import DryEngine, Setup
 from slos_serve.testing.request import KVLoad, RequestFeatures
+from slos_serve.vllm_plugin.config import PLAN_LIMIT_ENV
 from slos_serve.vllm_plugin.kv_loads import KVLoads, LoadTime
 from tests.vllm.dry_load import Start, assert_answers, lengths, prompt
 
 CONSUMER = Setup(kv_role="kv_consumer")
 RNG_SEED = 11
+
+
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No plan is late, however busy the machine is."""
+    monkeypatch.setenv(PLAN_LIMIT_ENV, "1000")
 
 
 def load(tokens: int, steps: int, *, is_async: bool = True) -> RequestFeatures:

@@ -1,14 +1,14 @@
 """Every private name of vLLM that the plug-in touches, and the check that they are there.
 
-vLLM's scheduler is not a public interface and changes every release. Only this file and
-:mod:`slos_serve.vllm_plugin.compat_kv` reach past a public name. :func:`missing_names` looks for each name at start;
+vLLM's scheduler is not a public interface and changes every release. Only this file, ``compat_counters.py`` and
+``compat_kv.py`` reach past a public name. :func:`missing_names` looks for each name at start;
 :mod:`slos_serve.vllm_plugin.capabilities` says what follows.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -249,48 +249,6 @@ def note_waiting(scheduler: Scheduler) -> None:
 
 
 # Requests -------------------------------------------------------------------------------------------------
-
-
-def counters(requests: Sequence[Request]) -> tuple[IntArray, IntArray, IntArray]:
-    """Computed tokens, output tokens and output tokens in flight of requests; int64 [n] each.
-
-    Read before every plan for all running requests, so past vLLM's properties: a call each would double the time.
-    """
-    return (
-        np.array([request.num_computed_tokens for request in requests], dtype=np.int64),
-        np.array([len(request._output_token_ids) for request in requests], dtype=np.int64),
-        np.array([request.num_output_placeholders for request in requests], dtype=np.int64),
-    )
-
-
-def cannot_run_now(
-    scheduler: Scheduler, requests: Sequence[Request], computed: IntArray, in_flight: IntArray
-) -> NDArray[np.bool_]:
-    """Which running requests vLLM's next ``schedule()`` would pass over; bool [n].
-
-    A request whose last token is in flight, and one whose turn in the pipeline's cadence has not come.
-
-    Args:
-        scheduler: vLLM's.
-        requests: running ones.
-        computed, in_flight: their :func:`counters`.
-    """
-    ends = np.array([request.num_prompt_tokens + request.max_tokens for request in requests], dtype=np.int64)
-    tokens = np.array([len(request._all_token_ids) for request in requests], dtype=np.int64)
-    drafts = np.zeros(len(requests), dtype=np.int64)
-    if scheduler.num_spec_tokens:
-        drafts = np.array([len(request.spec_token_ids) for request in requests], dtype=np.int64)
-    done = (in_flight > 0) & (computed + 2 - in_flight >= ends)
-    cannot: NDArray[np.bool_] = done | (tokens + drafts + in_flight <= computed)
-    if scheduler.vllm_config.parallel_config.pipeline_parallel_size > 1:
-        turns = np.array([request.next_decode_eligible_step for request in requests], dtype=np.int64)
-        cannot |= turns > scheduler.current_step + 1
-    return cannot
-
-
-def all_running(requests: Iterable[Request]) -> bool:
-    """Whether vLLM counts all of these among its running requests."""
-    return all(request.status == RequestStatus.RUNNING for request in requests)
 
 
 def keep_drafts(request: Request, count: int) -> None:

@@ -231,11 +231,11 @@ class StepController:
     def _commit(self, output: SchedulerOutput, proposal: Proposal | None, before_s: float, made_s: float) -> bool:
         """Write down what the step was; the lists are vLLM's own again. True once all of it is written."""
         now_s = self._clock_s()
-        shape, predicted_s = self.learner.scheduled(output, now_s, None if proposal is None else proposal.plan)
+        ran = self.book.slots_of(output.num_scheduled_tokens)
+        shape, predicted_s = self.learner.scheduled(output, ran, now_s, None if proposal is None else proposal.plan)
         if proposal is not None:
             compat.note_waiting(self.scheduler)
             self._note_moves(proposal.chosen, now_s)
-            ran = self.book.slots_of(output.num_scheduled_tokens)
             self._commit_plan(proposal, ran)
             self._note_unserved(proposal.chosen, output)
             in_time = proposal.busy_s <= self._plan_limit_s

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from slos_serve.core.plan import StepPlan
+from slos_serve.core.request import SlotArray
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.vllm_plugin import compat
@@ -49,15 +50,24 @@ class StepLearner:
         """When a step scheduled now will start."""
         return self._clock.next_start_s(now_s)
 
-    def scheduled(self, output: SchedulerOutput, now_s: float, plan: StepPlan | None) -> tuple[BatchShape, float]:
-        """Start the clock on a step; its shape and predicted seconds."""
+    def scheduled(
+        self, output: SchedulerOutput, ran: SlotArray, now_s: float, plan: StepPlan | None
+    ) -> tuple[BatchShape, float]:
+        """Start the clock on a step; its shape and predicted seconds.
+
+        Args:
+            output: what vLLM scheduled.
+            ran: its rows, see :meth:`RequestBook.slots_of`.
+            now_s: when it was scheduled.
+            plan: what it was made from; ``None`` for a step in vLLM's own order.
+        """
         drafts = output.scheduled_spec_decode_tokens
         if drafts:
             self._book.drafts_sent(drafts)
             self._drafting.add(id(output))
         if plan is not None:
             self._note_missing_drafts(plan, drafts)
-        shape = self._book.shape(output.num_scheduled_tokens, drafts)
+        shape = self._book.shape(ran, output.num_scheduled_tokens, drafts)
         predicted_s = self._policy.model.step_s(shape) * self._policy.correction.factor
         beside = _Beside(self._encoder_embeds(output), self._loaded_tokens(output))
         predicted_s += beside.embeds * self.encoder_s_each + beside.loaded * self.loaded_s_each

@@ -60,30 +60,34 @@ def select(
     """What of a plan vLLM would accept now.
 
     Raises:
-        KeyError: the plan names a slot that holds no request.
-        PlanMismatchError: the plan names a request twice, or the table does not agree with vLLM's lists.
+        PlanMismatchError: the plan names a request twice or a slot that holds none, or the table does not agree with
+            vLLM's lists.
     """
-    rows, by_slot = book.table.rows, book.by_slot
-    if len(np.unique(plan.slots)) < len(plan.slots):
+    rows, slots = book.table.rows, plan.slots
+    if len(set(slots.tolist())) < len(slots):
         raise PlanMismatchError("the plan names a request twice")
-    chosen = Selection(preempt=[by_slot[slot].request for slot in plan.preempt.tolist()])
-    slots, starts = plan.slots, True
+    requests = book.requests_of(slots)
+    chosen, starts = Selection(preempt=book.requests_of(plan.preempt)), True
     if chosen.preempt and not _give_back(scheduler, chosen.preempt):
         # Blocks that stay fenced help nobody in this step: no preemption, and nobody starts on the strength of it.
         chosen.preempt, starts = [], False
     sessions = [one for one in book.sessions.values() if compat.holds_slot(one.request)]
     limits = _Room(scheduler, len(scheduler.running) - len(chosen.preempt), chosen.preempt, sessions)
-    inside = (rows["running"][slots] == 1) & ~np.isin(slots, limits.session_slots)
-    runs = np.flatnonzero(inside & (rows["blocked"][slots] == 0) & ~np.isin(slots, plan.preempt))
-    chosen.run = [by_slot[slot].request for slot in slots[runs].tolist()]
-    if not compat.all_running(chosen.run):
+    inside = rows["running"][slots] == 1
+    if sessions:
+        inside &= ~np.isin(slots, limits.session_slots)
+    may_run = inside & (rows["blocked"][slots] == 0)
+    if len(plan.preempt):
+        may_run &= ~np.isin(slots, plan.preempt)
+    runs = np.flatnonzero(may_run)
+    chosen.run = [requests[position] for position in runs.tolist()]
+    if not set(map(id, chosen.run)) <= set(map(id, scheduler.running)):
         raise PlanMismatchError("the plan runs a request that waits")
     planned = plan.draft_tokens[runs] if len(plan.draft_tokens) else np.zeros(len(runs), dtype=np.int64)
     chosen.drafts = limits.take_running(chosen.run, plan.tokens[runs], planned)
     to_load = {tracked.slot for tracked in loads}
     for position in np.flatnonzero(~inside).tolist() if starts else ():
-        slot, count = int(slots[position]), int(plan.tokens[position])
-        request = by_slot[slot].request
+        slot, count, request = int(slots[position]), int(plan.tokens[position]), requests[position]
         if slot not in to_load and compat.may_start(request) and limits.takes_start(request, count):
             chosen.start.append(request)
     chosen.budget = limits.tokens
@@ -243,7 +247,8 @@ class SteeredStep:
         drafting = [request for request in self._running if request.spec_token_ids] if scheduler.num_spec_tokens else []
         before = [request.spec_token_ids for request in drafting]
         try:
-            self._limit_drafts(drafting)
+            if scheduler.num_spec_tokens:
+                self._limit_drafts(drafting)
             self._change_lists(num_held)
         except Exception:
             for request, drafts in zip(drafting, before, strict=True):
@@ -253,7 +258,7 @@ class SteeredStep:
     def _limit_drafts(self, drafting: Sequence[Request]) -> None:
         """Leave the drafts that are to be verified: as planned for those that run, real ones for those that wait."""
         chosen = self._chosen
-        runs = {id(request) for request in chosen.run}
+        runs = set(map(id, chosen.run))
         for request, most in zip(chosen.run, chosen.drafts, strict=False):
             compat.keep_drafts(request, most)
         for request in drafting:

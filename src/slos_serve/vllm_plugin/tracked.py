@@ -89,6 +89,11 @@ class Tracked:
         self.turn_prompt_tokens = int(self.request.num_prompt_tokens)
 
     @property
+    def more_stages(self) -> bool:
+        """Whether another stage follows the current one."""
+        return self.stage + 1 < len(self.stages)
+
+    @property
     def stages(self) -> Sequence[Stage]:
         """The stages of its class; none without a promise."""
         return self.promise.slo_class.stages if self.promise.slo_class is not None else ()
