@@ -19,11 +19,11 @@ from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.slo import SLO, single_stage
 from slos_serve.planning.demand import SIZES, build_demand, is_lost
 from slos_serve.planning.lengths import EDGES, LengthForecast, forecast_lengths
-from slos_serve.planning.memory import forecast, peaks
+from slos_serve.planning.memory import forecast
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
 from slos_serve.planning.speculation import rate_of, table_of_lengths
-from slos_serve.planning.state import FloatArray
+from slos_serve.planning.state import FloatArray, peak_blocks
 from slos_serve.planning.supply import MOMENT_TOKENS, Tiers, rate_beside
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.sim.cluster import Cluster
@@ -145,13 +145,13 @@ def memory(axes: Axes) -> None:
     demand = build_demand(state, state.waiting, np.array([0.1]), 30.0, 0.0, np.zeros((2, SIZES)))
     # With a cache of no size every moment is short of room, so all of them are answered.
     _, room = forecast(state, demand, 0.1, learnt.survival(), 0)
-    _, left = peaks(state, demand, 0)
+    peak = sum(peak_blocks(rows, slot, state.block_size) for slot in running)
     held = sum(-(-int(rows["computed_tokens"][slot]) // 16) for slot in running)
     at_s = 0.1 * MOMENT_TOKENS
     axes.plot(
         at_s[: len(room)], -room, color=OURS, marker="o", markersize=4, label="forecast, a standard deviation added"
     )
-    axes.axhline(-left[0], color=WARM, linewidth=1.0, label="sum of forecast peaks")
+    axes.axhline(peak, color=WARM, linewidth=1.0, label="sum of forecast peaks")
     axes.axhline(held, color=GREY, linewidth=1.0, linestyle=":", label="held now")
     axes.set_xlabel("seconds from now, every decode at its TPOT of 100 ms")
     axes.set_ylabel("KV blocks of 60 promised decodes")

@@ -16,7 +16,7 @@ from slos_serve.perf.step_time import roofline_s, roofline_tokens
 from slos_serve.planning.algorithm1 import MOST_WORK, Admitted, admit
 from slos_serve.planning.demand import Demand, build_demand
 from slos_serve.planning.drafting import DraftPlan, with_drafts
-from slos_serve.planning.memory import forecast, peaks
+from slos_serve.planning.memory import forecast
 from slos_serve.planning.state import FloatArray, State
 from slos_serve.planning.supply import MOMENT_TOKENS, Supply, Tiers, kv_shortage, lend, pace_of_moments_s
 
@@ -36,7 +36,6 @@ class Question(NamedTuple):
         load: float64 [2, SIZES], see :class:`slos_serve.planning.arrivals.Arrivals`.
         survival: float64 [classes, bins + 1], see :meth:`slos_serve.planning.lengths.LengthForecast.survival`.
         total_blocks: KV blocks less what is kept for others.
-        by_peaks: count every request's KV at its forecast peak: stricter, and it adds up.
         max_implied_ttft_s, length_weight: see :class:`slos_serve.planning.settings.PlannerSettings`.
     """
 
@@ -46,7 +45,6 @@ class Question(NamedTuple):
     load: FloatArray
     survival: FloatArray
     total_blocks: int
-    by_peaks: bool
     max_implied_ttft_s: float
     length_weight: float
 
@@ -102,10 +100,7 @@ def admission_of(state: State, asking: SlotArray, question: Question) -> Asked:
     tpot_s, survival, total = question.tiers.tpot_s, question.survival, question.total_blocks
     load = question.load * (TO_COME * (1.0 + kv_shortage(state)))  # where KV is short, prompts take the next one's too
     asked = build_demand(state, asking, tpot_s, question.max_implied_ttft_s, question.length_weight, load)
-    if question.by_peaks:
-        blocks, room = peaks(state, asked, total)
-    else:
-        blocks, room = forecast(state, asked, pace_of_moments_s(state, tpot_s), survival, total)
+    blocks, room = forecast(state, asked, pace_of_moments_s(state, tpot_s), survival, total)
     demand = Demand(asked.slots, asked.due_s, asked.tokens, asked.tier, blocks, asked.weight, asked.promised)
     supply = build_supply(state, question, room)
     if len(demand.slots) > 0 and not question.drafts.tokens.any():

@@ -12,23 +12,11 @@ from numba import njit
 from slos_serve.core.request import RequestArray
 from slos_serve.planning.demand import Demand
 from slos_serve.planning.lengths import share_left, survives
-from slos_serve.planning.state import ADMITTED, FloatArray, State, blocks_for, is_decode, peak_blocks
+from slos_serve.planning.state import ADMITTED, FloatArray, State, blocks_for, is_decode
 from slos_serve.planning.supply import MOMENT_TOKENS
 
 # Standard deviations of the running requests' own ends that stay free at each moment.
 SPREAD = 1.0
-
-
-@njit(cache=True)
-def peaks(state: State, demand: Demand, total_blocks: int) -> tuple[FloatArray, FloatArray]:
-    """As :func:`forecast`, with every request at its forecast peak: one moment, stricter, and it adds up."""
-    room, blocks = np.full(1, float(total_blocks)), np.empty((len(demand.slots), 1))
-    for slot in state.running:
-        if state.status[slot] == ADMITTED and is_decode(state.rows, slot):
-            room[0] -= peak_blocks(state.rows, slot, state.block_size)
-    for j in range(len(demand.slots)):
-        blocks[j, 0] = peak_blocks(state.rows, demand.slots[j], state.block_size)
-    return blocks, room
 
 
 @njit(cache=True)

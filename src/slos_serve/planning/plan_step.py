@@ -95,7 +95,7 @@ class Planned(NamedTuple):
 
 
 @njit(cache=True)
-def question_of(state: State, known: Known, memory: Memory, tiers: Tiers, by_peaks: bool) -> Question:
+def question_of(state: State, known: Known, memory: Memory, tiers: Tiers) -> Question:
     """What admission is asked with: the request that has the turn keeps its KV from promises."""
     total_blocks, kept = state.total_blocks, memory.turn.kept
     if kept != NOBODY:
@@ -107,7 +107,6 @@ def question_of(state: State, known: Known, memory: Memory, tiers: Tiers, by_pea
         memory.arrivals.load,
         known.survival,
         total_blocks,
-        by_peaks,
         known.max_implied_ttft_s,
         known.length_weight,
     )
@@ -123,13 +122,10 @@ def forecast_and_give_up(state: State, known: Known) -> tuple[SlotArray, SlotArr
 
 @njit(cache=True)
 def ask_now(state: State, known: Known, memory: Memory) -> Asked:
-    """What admission would say of a state, for routers: with the arrivals, turn and drafts of the last plan.
-
-    KV is counted by peaks: sums that a mirror can add to, and stricter than the planner's own forecast.
-    """
+    """What admission would say of a state, for routers: with the arrivals, turn and drafts of the last plan."""
     _, asking = forecast_and_give_up(state, known)
     tiers = tiers_of(state, asking, known.acceptance)
-    return admission_of(state, asking, question_of(state, known, memory, tiers, True))
+    return admission_of(state, asking, question_of(state, known, memory, tiers))
 
 
 @njit(cache=True)
@@ -194,7 +190,7 @@ def plan_step(state: State, known: Known, last: Memory) -> Planned:
     longest_s = longest_step_s(state.coefficients, arrivals)
     drafts = plan_drafts(state, tiers, last.drafts, known.max_draft_tokens, longest_s)
     memory = Memory(arrivals, turn, drafts)
-    chosen, fitting, admission = take(state, asking, question_of(state, known, memory, tiers, False))
+    chosen, fitting, admission = take(state, asking, question_of(state, known, memory, tiers))
     lead_share = min(arrivals.load[0].sum() * per_token_s(state.coefficients) / FULL_LEAD_LOAD, 1.0)
     rules = Rules(longest_s, lead_share, turn.kept, turn.kept if turn.due else NOBODY)
     step, sacrificed = form_step(state, chosen, starting_order(state, len(chosen) > 0), rules, drafts)

@@ -80,10 +80,7 @@ class Publisher:
 
 
 def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, now_s: float) -> Asked:
-    """The planner's admission of ``view`` at ``now_s``, without its consequences; writes ``expected_tokens`` only.
-
-    KV is counted as the sum of peaks: sums that a mirror can add to, and stricter than the planner's own forecast.
-    """
+    """The planner's admission of ``view`` at ``now_s``, without its consequences; writes ``expected_tokens`` only."""
     return planner.ask_now(state_of(view, now_s, coefficients, planner.settings.margin))
 
 

@@ -124,7 +124,7 @@ def test_drafts_leave_more_room_for_prompts() -> None:
     tiers, taken = tiers_of(state, state.waiting, planner.acceptance.lower()), []
     for drafts in (no_drafts(), chosen(planner.acceptance, engine)):
         survival, load = planner.lengths.survival(), np.zeros((2, SIZES))
-        question = Question(tiers, drafts, 0.2, load, survival, state.total_blocks, True, 30.0, 0.0)
+        question = Question(tiers, drafts, 0.2, load, survival, state.total_blocks, 30.0, 0.0)
         taken.append(admission_of(state, state.waiting, question).admitted.taken.sum())
     assert taken[1] > taken[0] > 0
 

@@ -37,9 +37,11 @@ def test_sums_are_those_of_the_requests() -> None:
     assert found.in_tier.tolist() == [1.0, 12.0]
     assert (found.due_s - NOW_S).tolist() == pytest.approx([0.5, 0.8])
     assert 300.0 < found.cost_tokens[0] < 350.0 and 400.0 < found.cost_tokens[1] < 450.0
-    # Blocks of 16 tokens at their peak: eleven decodes and two prompts, best effort not.
+    # Blocks of 16 tokens: eleven decodes and two prompts, best effort not; between what they hold and their peaks.
     peaks = [-(-(200 + 100) // 16)] * 11 + [-(-(500 + 100) // 16), -(-(300 + 100) // 16)]
-    assert found.memory_left.tolist() == [4000 - sum(peaks)]
+    held = [-(-(200 + 10) // 16)] * 11 + [-(-500 // 16), -(-300 // 16)]
+    assert len(found.memory_left) == 1
+    assert 4000 - sum(peaks) < found.memory_left[0] <= 4000 - sum(held)
     assert (found.num_requests, found.num_unpromised) == (16, 3)
     found.check()
 

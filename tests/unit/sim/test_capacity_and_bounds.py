@@ -54,7 +54,7 @@ def test_search_finds_the_crossing_of_the_best_parameters(knee_rps: float) -> No
     assert found.parameters == {"token_budget": 8192}
     assert found.ci[0] < found.capacity_rps_per_gpu < found.ci[1]
     assert found.attainment == pytest.approx(0.9, abs=0.01)
-    assert [row["parameters"]["token_budget"] for row in found.tried] == [2048, 8192]
+    assert [row["parameters"]["token_budget"] for row in found.tried] == [2048, 4096, 8192]
 
 
 def test_a_bisection_ends_between_two_rates_that_it_tried() -> None:
