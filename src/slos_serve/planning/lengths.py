@@ -143,16 +143,10 @@ def conditional_quantiles(counts: NDArray[np.float64], quantile: float) -> NDArr
     Past the longest length seen, half as much again is expected.
     """
     survival = np.append(np.cumsum(counts[::-1])[::-1], 0.0)
-    result = np.empty(NUM_BINS)
-    for b in range(NUM_BINS):
-        if survival[b] <= 1e-9 * survival[0]:
-            result[b] = 1.5 * EDGES[b]
-            continue
-        target = survival[b] * (1.0 - quantile)
-        # First bin at whose end at most ``target`` survives.
-        at = int(np.searchsorted(-survival[1:], -target))
-        result[b] = EDGES[min(at, NUM_BINS - 1)]
-    return result
+    # The first bin at whose end at most this share of those that reach bin b survives.
+    at = np.searchsorted(-survival[1:], -survival[:-1] * (1.0 - quantile))
+    found = EDGES[np.minimum(at, NUM_BINS - 1)]
+    return np.where(survival[:-1] <= 1e-9 * survival[0], 1.5 * EDGES, found)
 
 
 def _prior() -> NDArray[np.float64]:

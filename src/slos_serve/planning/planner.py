@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slos_serve.core.plan import EngineView, StepPlan
-from slos_serve.core.request import SlotArray
+from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.acceptance import AcceptanceEstimate
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning import arrivals
@@ -40,6 +40,16 @@ class PlannerCounters:
     greedy_answers: int = 0
     infeasible_musts: int = 0
     demoted: int = 0
+
+
+def promises_made(plan: StepPlan, rows: RequestArray, ran: SlotArray) -> SlotArray:
+    """Slots that a plan promises their SLO once the slots ``ran`` have run: these, and those that ran already."""
+    if len(plan.admitted) == 0:
+        return plan.admitted
+    runs = rows["running"] == 1
+    runs[ran] = True
+    made: SlotArray = plan.admitted[runs[plan.admitted]]
+    return made
 
 
 class Planner:
@@ -104,8 +114,7 @@ class Planner:
             ran: int64, slots that really ran. A request is promised its SLO only if it ran, or was running already.
         """
         rows = view.table.rows
-        kept = plan.admitted[np.isin(plan.admitted, ran) | (rows["running"][plan.admitted] == 1)]
-        rows["status"][kept] = ADMITTED
+        rows["status"][promises_made(plan, rows, ran)] = ADMITTED
         rows["status"][plan.demoted] = BEST_EFFORT
         self.counters.plans += 1
         self.counters.demoted += len(plan.demoted)

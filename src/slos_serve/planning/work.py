@@ -63,8 +63,10 @@ def by_due_time(state: State, slots: SlotArray) -> tuple[SlotArray, FloatArray]:
 def split_by_promise(state: State, chosen: SlotArray, starting: SlotArray, turn: int) -> Work:
     """Promised decodes, promised prompts and the rest; requests that cannot run now and ``turn`` are in none of them.
 
+    A waiting request for which there is no seat, not even of one that may be preempted, cannot run either.
+
     Args:
-        chosen: waiting slots that admission serves.
+        chosen: waiting slots that admission serves, by deadline.
         starting: waiting slots without a promise, in order.
     """
     rows, most = state.rows, len(state.running) + len(chosen)
@@ -83,10 +85,15 @@ def split_by_promise(state: State, chosen: SlotArray, starting: SlotArray, turn:
         else:
             prefills[num_prefills] = slot
             num_prefills += 1
+    free = state.max_num_seqs - len(state.running)
+    seats = free + num_others
     for slot in chosen:
-        if slot != turn and rows["blocked"][slot] == 0:
+        if slot != turn and rows["blocked"][slot] == 0 and seats > 0:
             prefills[num_prefills] = slot
             num_prefills += 1
+            seats -= 1
+    if free <= 0:
+        starting = starting[:0]
     rest = others[:num_others]
     rest = rest[np.argsort(rows["order"][rest], kind="mergesort")]
     return Work(

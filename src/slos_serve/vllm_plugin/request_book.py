@@ -18,6 +18,7 @@ from slos_serve.core.plan import StepPlan
 from slos_serve.core.request import RequestTable, SlotArray, Status
 from slos_serve.core.slo import SLOClass
 from slos_serve.perf.batch_time import BatchShape
+from slos_serve.planning.planner import promises_made
 from slos_serve.vllm_plugin import compat, compat_counters
 from slos_serve.vllm_plugin.tracked import Promise, Tracked
 
@@ -217,10 +218,8 @@ class RequestBook:
     def note(self, plan: StepPlan, ran: SlotArray) -> None:
         """Remember what a committed plan decided about each request's promise."""
         rows = self.table.rows
-        if len(plan.admitted):
-            made = plan.admitted[np.isin(plan.admitted, ran) | (rows["running"][plan.admitted] == 1)]
-            for slot in made.tolist():
-                self.by_slot[slot].was_admitted = True
+        for slot in promises_made(plan, rows, ran).tolist():
+            self.by_slot[slot].was_admitted = True
         for slot in plan.preempt.tolist():
             self.by_slot[slot].planned_preemptions += 1
         for slot in plan.demoted.tolist():

@@ -7,6 +7,7 @@ import numpy as np
 from slos_serve.core.plan import Reason
 from slos_serve.core.request import Status
 from slos_serve.planning.planner import Planner
+from slos_serve.planning.work import any_prefill, split_by_promise
 from tests.builders import OPT_13B_A100, EngineBuilder, planned, reason_of
 
 
@@ -36,6 +37,21 @@ def test_a_blocked_request_keeps_its_place_and_is_not_run() -> None:
     plan = planned(engine)
     assert plan.slots.tolist() == [runs]
     assert len(plan.held) == len(plan.preempt) == 0
+
+
+def test_a_prompt_without_a_seat_is_not_in_the_step() -> None:
+    """Else decodes would be held, and drafts be short, for a prompt that cannot start."""
+    engine = EngineBuilder(max_num_seqs=2)
+    for _ in range(2):
+        engine.decode(ahead_s=1.5)
+    waits = engine.wait(500, due_in_s=3.0)
+    state = engine.state()
+    none = np.empty(0, dtype=np.int64)
+    work = split_by_promise(state, np.array([waits]), none, -1)
+    assert len(work.prefills) == 0
+    assert not any_prefill(state, work)
+    state.status[engine.running[0]] = Status.BEST_EFFORT  # its seat can be taken
+    assert split_by_promise(state, np.array([waits]), none, -1).prefills.tolist() == [waits]
 
 
 def test_a_prompt_that_grew_is_a_prefill_again() -> None:
