@@ -22,7 +22,7 @@ from slos_serve.sim.engine import SimSettings, simulate
 from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.profiles import find_profile, kv_bytes_per_token, limits_of
 from slos_serve.sim.question import measured_part
-from slos_serve.sim.seeds import check_test, check_tuning
+from slos_serve.sim.seeds import FIRST_TEST_SEED, check_test, check_tuning
 from slos_serve.workload.scenarios import make_workload
 
 TUNED_ON = "opt-13b-a100"
@@ -44,10 +44,10 @@ def rate_on(profile_name: str, scenario: str) -> float:
     """Requests/s: the share of the engine's fluid bound that ``RATES_RPS`` is of that of ``TUNED_ON``."""
     if profile_name == TUNED_ON:
         return RATES_RPS[scenario]
-    work, bounds_rps = work_of(make_workload(scenario, 1.0, 2000, seed=22)), []
+    bounds_rps, sample = [], make_workload(scenario, 1.0, 2000, seed=FIRST_TEST_SEED, arrivals="poisson")
     for name in (profile_name, TUNED_ON):
         profile = find_profile(name)
-        bounds_rps.append(fluid_bound(work, profile.model, limits_of(profile)))
+        bounds_rps.append(fluid_bound(work_of(sample.bound(profile.model)), profile.model, limits_of(profile)))
     return RATES_RPS[scenario] * bounds_rps[0] / bounds_rps[1]
 
 
