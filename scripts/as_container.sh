@@ -10,19 +10,22 @@ project=$2
 shift 2
 # Python may be root's own; the rest of root's home stays out of sight, as in an image.
 python=$(cd "$(dirname "$(readlink -f "$(command -v python3)")")/.." && pwd)
-keep=$(mktemp -d)
+# What is kept is bound aside, the empty file systems come, and it is bound back: project and Python may lie below them.
+keep=/mnt
+mount -t tmpfs -o mode=755 tmpfs "$keep"
 mkdir "$keep/python" "$keep/project"
 mount --bind "$python" "$keep/python"
 mount --bind "$project" "$keep/project"
 mount -t tmpfs -o mode=755 tmpfs /root
-for pair in "$python:$keep/python" "$project:$keep/project"; do
-    mkdir -p "${pair%%:*}"
-    mount --bind "${pair#*:}" "${pair%%:*}"
-done
 mkdir -p /var/cache/slos-serve
 for point in /tmp /dev/shm /var/cache/slos-serve; do
     mount -t tmpfs -o mode=1777,exec tmpfs "$point"
 done
+for pair in "$python:$keep/python" "$project:$keep/project"; do
+    mkdir -p "${pair%%:*}"
+    mount --bind "${pair#*:}" "${pair%%:*}"
+done
+umount -l "$keep"
 for point in / "$python" "$project" /root; do
     mount -o remount,bind,ro "$point"
 done
