@@ -410,6 +410,7 @@ def test_an_answer_says_what_was_decided_before_its_first_byte(judging: ServerPr
     assert complete(judging, {"x-slo-class": "none"}).headers["x-slo-verdict"] == "no-slo"
 
 
+@pytest.mark.long  # clients wait for a minute or more before they come back
 async def test_a_hundred_at_once_are_refused_but_for_those_that_fit(judging: ServerProcess) -> None:
     before = metric_sums(judging)
     headers = {"x-slo-class": "strict"}
