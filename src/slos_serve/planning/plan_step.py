@@ -129,13 +129,12 @@ def ask_now(state: State, known: Known, memory: Memory) -> Asked:
 
 
 @njit(cache=True)
-def starting_order(state: State, any_chosen: bool) -> SlotArray:
+def starting_order(state: State) -> SlotArray:
     """Waiting slots that may use what is left over: those passed over by deadline (they may still make it), then best
     effort, first come first."""
     waiting, rows = state.waiting, state.rows
     status = state.status[waiting]
-    rest = waiting[(status == UNDECIDED) | ((status == ADMITTED) & (not any_chosen))]
-    passed, others = rest[state.status[rest] == UNDECIDED], waiting[status == BEST_EFFORT]
+    passed, others = waiting[status == UNDECIDED], waiting[status == BEST_EFFORT]
     passed = passed[np.argsort(rows["ttft_due_s"][passed], kind="mergesort")]
     return np.concatenate((passed, others[np.argsort(rows["order"][others], kind="mergesort")]))
 
@@ -193,7 +192,7 @@ def plan_step(state: State, known: Known, last: Memory) -> Planned:
     chosen, fitting, admission = take(state, asking, question_of(state, known, memory, tiers))
     lead_share = min(arrivals.load[0].sum() * per_token_s(state.coefficients) / FULL_LEAD_LOAD, 1.0)
     rules = Rules(longest_s, lead_share, turn.kept, turn.kept if turn.due else NOBODY)
-    step, sacrificed = form_step(state, chosen, starting_order(state, len(chosen) > 0), rules, drafts)
+    step, sacrificed = form_step(state, chosen, starting_order(state), rules, drafts)
     fitting[sacrificed] = False
     slots, tokens, reasons, lengths = in_engine_order(step)
     for j in range(len(slots)):

@@ -61,4 +61,4 @@ def test_passed_over_requests_start_by_deadline_and_then_best_effort_in_order() 
     late, soon = engine.wait(due_in_s=9.0), engine.wait(due_in_s=1.0)
     first, second = engine.wait(), engine.wait()
     engine.table.rows["status"][[first, second]] = Status.BEST_EFFORT
-    assert starting_order(engine.state(), False).tolist() == [soon, late, first, second]
+    assert starting_order(engine.state()).tolist() == [soon, late, first, second]
