@@ -25,7 +25,7 @@ RNG_SEED = 11
 @pytest.fixture(autouse=True)
 def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """No plan is late, however busy the machine is."""
-    monkeypatch.setenv(PLAN_LIMIT_ENV, "1000")
+    monkeypatch.setenv(PLAN_LIMIT_ENV, "60000")
 
 
 def load(tokens: int, steps: int, *, is_async: bool = True) -> RequestFeatures:
