@@ -12,7 +12,6 @@ from vllm.v1.request import Request
 
 from slos_serve.testing.device import token_at
 
-
 # Arrivals are stamped ahead of the wall clock, so that none has waited in a front end: the engine's time is virtual.
 _AHEAD_S = 3600.0
 

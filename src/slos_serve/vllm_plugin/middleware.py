@@ -39,6 +39,7 @@ from slos_serve.vllm_plugin.slo_args import (
 if TYPE_CHECKING:
     from slos_serve.vllm_plugin.front.desk import FrontDesk
 
+EXPLAIN_PATH = "/slo/explain"
 MESSAGES_PATH = "/v1/messages"
 SLO_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES_PATH)
 # Routes that compute no output: an SLO on them means nothing, and a proxy may set its headers on every request.
@@ -87,6 +88,9 @@ class SLOMiddleware:
             _warn_without_scheduler(scope)
             self._front = _front_of(scope)
         if scope["type"] != "http" or scope["method"] != "POST":
+            if self._front is not None and scope["type"] == "http" and _path(scope) == EXPLAIN_PATH:
+                await _explain(self._front, scope, send)
+                return
             await self._app(scope, receive, send)
             return
         if _path(scope) not in self._paths:
@@ -200,6 +204,12 @@ def _front_of(scope: Scope) -> FrontDesk | None:
     from slos_serve.vllm_plugin.front.client import open_front  # noqa: PLC0415 - loads the routing kernels
 
     return open_front(app)
+
+
+async def _explain(front: FrontDesk, scope: Scope, send: Send) -> None:
+    from slos_serve.vllm_plugin.front.explain import answer_explain  # noqa: PLC0415 - loads the routing kernels
+
+    await answer_explain(front, scope, send)
 
 
 def _path(scope: Scope) -> str:

@@ -19,6 +19,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import zmq
@@ -33,7 +34,7 @@ from slos_serve.routing.warm_up import warm_up_routing
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.link import FrontSockets
 from slos_serve.vllm_plugin.front.metrics import FrontMetrics
-from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror
+from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror, Looked
 from slos_serve.vllm_plugin.metrics import EngineLabels
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
 
@@ -107,6 +108,11 @@ class FrontDesk:
         self.metrics = FrontMetrics(self._indices, labels)
 
     @property
+    def config(self) -> PluginConfig:
+        """Classes, margins and profile."""
+        return self._config
+
+    @property
     def _model(self) -> BatchTimeModel:
         assert self._config.profile is not None
         return self._config.profile.model
@@ -141,10 +147,7 @@ class FrontDesk:
         tokens = prompt_tokens(prompt)
         if tokens is None or not self.ready:
             return
-        received, self._received = self._received, None
-        if received is not None:
-            self._mirror.update(received)
-        if self._mirror.newest is None:
+        if not self._hear():
             return
         args = from_extra_args(getattr(params, "extra_args", None))
         now_s = self._clock_s()
@@ -166,6 +169,17 @@ class FrontDesk:
         if name is not None:
             self._remember(request_id, answer.verdict, name, asked)
 
+    def look(self, args: SloArgs, tokens: int, max_tokens: int | None) -> tuple[RoutingRequest, Looked] | None:
+        """What would be said now of a request that is not there; ``None`` while nothing can be judged.
+
+        Raises:
+            InvalidFieldError: its class is unknown.
+        """
+        asked = self._asked(args, None, tokens, SimpleNamespace(max_tokens=max_tokens), self._clock_s())
+        if not self.ready or not self._hear():
+            return None
+        return asked, self._mirror.look(asked.arrival_s, asked)
+
     def now_s(self) -> float:
         """Time on the clock of what is measured."""
         return self._clock_s()
@@ -176,6 +190,13 @@ class FrontDesk:
         answer = judged.answer
         if answer is not None and answer.ttft_s is not None:
             self.metrics.first_token(judged.first_s - judged.arrival_s, answer.ttft_s)
+
+    def _hear(self) -> bool:
+        """Take over the newest publication; False before the first."""
+        received, self._received = self._received, None
+        if received is not None:
+            self._mirror.update(received)
+        return self._mirror.newest is not None
 
     def _asked(self, args: SloArgs, prompt: object, tokens: int, params: Any, now_s: float) -> RoutingRequest:
         slo_class = args.applied(self._config.classes)

@@ -18,8 +18,9 @@ from slos_serve.planning.demand import is_lost
 from slos_serve.planning.feasible import TOLERANCE
 from slos_serve.routing import mirror_kernel as kernel
 from slos_serve.routing import router
+from slos_serve.routing.headroom import MOST
 from slos_serve.routing.mirror_arrays import advance, rate_beside
-from slos_serve.routing.mirrors import Mirrors, request_row
+from slos_serve.routing.mirrors import Mirrors, Sent, request_row
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.retry_after import LATEST_S, SOONEST_S, UNKNOWN_S, room_in_s
 from slos_serve.routing.router import RouterSettings, RoutingRequest, route
@@ -55,11 +56,36 @@ class Predicted:
         ttft_s: seconds from its arrival to its first token.
         tpot_s: seconds per output token; ``None`` without such a promise.
         obstacle: what binds, should it not fit.
+        ahead_tokens: prompt tokens to compute until its first token, its own counted; attention counted in.
+        prefill_rate: prompt tokens a second beside the decodes that are promised and this one; negative where those
+            would be too slow.
+        kv_blocks, kv_blocks_left: KV blocks it needs at its forecast peak, and those left beside all promises.
     """
 
     ttft_s: float
     tpot_s: float | None
     obstacle: Why
+    ahead_tokens: float
+    prefill_rate: float
+    kv_blocks: float
+    kv_blocks_left: float
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """A request that was judged and not sent.
+
+    Attributes:
+        answer: what would be said of it.
+        predicted: what that rests on; ``None`` without a promise, and when its first token is lost already.
+        room: requests like it that fit beside all that is promised now, itself counted.
+        next_obstacle: what stops the one after those; ``None`` when none was found.
+    """
+
+    answer: Answer
+    predicted: Predicted | None
+    room: int
+    next_obstacle: Why | None
 
 
 class EngineMirror:
@@ -101,6 +127,33 @@ class EngineMirror:
         verdict = Verdict.REJECTED if decision.verdict is router.Verdict.REJECT else Verdict.BEST_EFFORT
         reason = _BY_ROUTER.get(decision.reason) or (Why.TTFT_TOO_LATE if predicted is None else predicted.obstacle)
         return Answer(verdict, reason)
+
+    def look(self, now_s: float, asked: RoutingRequest, most: int = MOST) -> Looked:
+        """Judge a request without counting it, and find how many like it there is room for, ``most`` at most."""
+        now_s = max(now_s, self._now_s)
+        predicted = self._predicted(now_s, asked) if asked.has_slo else None
+        sent: list[Sent] = []
+        obstacle: Why | None = None
+        first: Answer | None = None
+        room = 0
+        try:
+            for _ in range(most):
+                expected = self._predicted(now_s, asked) if asked.has_slo else None
+                before = self._mirrors.in_flight(ENGINE)
+                answer = self.answer(now_s, asked)
+                first = first or answer
+                if self._mirrors.in_flight(ENGINE) > before:
+                    sent.append(self._mirrors.newest(ENGINE))
+                if answer.reason is not Why.FITS:
+                    if asked.has_slo:
+                        obstacle = Why.TTFT_TOO_LATE if expected is None else expected.obstacle
+                    break
+                room += 1
+        finally:
+            for one in reversed(sent):
+                self._mirrors.withdraw(ENGINE, one)
+        assert first is not None
+        return Looked(first, predicted, room, obstacle)
 
     def retry_after_s(self, now_s: float, asked: RoutingRequest) -> float:
         """When a refused request is to ask again, in [1, 60] s; each refusal is told a later time than the one before.
@@ -163,4 +216,12 @@ class EngineMirror:
         busy_share = min(owed / max(rate, 1e-9) / max(asked.max_tokens * asked.tpot_s, 1e-9), 1.0)
         alone_s = float(roofline_s(m.coefficients[k], counts.sum()) + (counts * m.extra_s_each[k]).sum())
         tpot_s = min(busy_share * asked.tpot_s + (1.0 - busy_share) * alone_s, asked.tpot_s)
-        return Predicted(ttft_s, tpot_s if math.isfinite(tpot_s) else None, obstacle)
+        return Predicted(
+            ttft_s=ttft_s,
+            tpot_s=tpot_s if math.isfinite(tpot_s) else None,
+            obstacle=obstacle,
+            ahead_tokens=owed,
+            prefill_rate=float(rate_beside(m, k, counts)),
+            kv_blocks=float(memory.max()),
+            kv_blocks_left=float(m.memory_left[k, : len(memory)].min()),
+        )
