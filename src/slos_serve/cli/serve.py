@@ -55,6 +55,7 @@ class Given:
         classes, profile, events: files.
         profile_seconds: how long to measure when there is no profile.
         allow_profile_mismatch: plan with a profile of something else.
+        slo_page: whether there is a live page; ``None`` leaves it to the environment.
         replicas, order: for Ray Serve.
         startup_timeout_s: how long the server may take to answer.
     """
@@ -66,6 +67,7 @@ class Given:
     events: Path | None = None
     profile_seconds: float = 60.0
     allow_profile_mismatch: bool = False
+    slo_page: bool | None = None
     replicas: int | None = None
     order: str = DEFAULT_ORDER
     startup_timeout_s: float = START_TIMEOUT_S
@@ -86,6 +88,9 @@ def serve(
     ] = False,
     events: Annotated[
         Path | None, typer.Option(help="Append what happens to each request and step as JSON lines.")
+    ] = None,
+    slo_page: Annotated[
+        bool | None, typer.Option("--slo-page/--no-slo-page", help="Show what the server does at /slo; default: yes.")
     ] = None,
     replicas: Annotated[
         int | None, typer.Option(min=1, help="Serve this many replicas with Ray Serve, routed by their promises.")
@@ -112,6 +117,7 @@ def serve(
         events=events,
         profile_seconds=profile_seconds,
         allow_profile_mismatch=allow_profile_mismatch,
+        slo_page=slo_page,
         replicas=replicas,
         order=order,
         startup_timeout_s=startup_timeout,
@@ -179,6 +185,7 @@ def _plugin(given: Given) -> PluginConfig:
     fields: dict[str, Any] = {name: os.environ.get(ENV_OF_FIELD[name]) for name in _FROM_ENVIRONMENT}
     fields |= {"classes_path": given.classes, "profile_path": given.profile, "events_path": given.events}
     fields["allow_profile_mismatch"] = given.allow_profile_mismatch or os.environ.get(ALLOW_MISMATCH_ENV)
+    fields["live_page"] = os.environ.get(ENV_OF_FIELD["live_page"]) if given.slo_page is None else given.slo_page
     return PluginConfig.of(fields, ENV_OF_FIELD)
 
 

@@ -6,45 +6,20 @@ logs. So no key is handed to Ray: a deployment gets salted digests, and a reques
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import json
 import os
-import secrets
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass
+from collections.abc import MutableMapping
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.vllm_plugin.api_keys import KeyDigests, bearer_key
 
 API_KEYS_ENV = "SLOS_SERVE_API_KEYS"
 VLLM_API_KEY_ENV = "VLLM_API_KEY"
 # Without a key, for probes: says only whether a replica answers.
 OPEN_PATHS = ("/health",)
-
-
-@dataclass(frozen=True, slots=True)
-class KeyDigests:
-    """What keys are recognised by."""
-
-    salt: bytes
-    digests: tuple[bytes, ...]
-
-    @classmethod
-    def of(cls, keys: Sequence[str]) -> KeyDigests:
-        """Of the keys themselves."""
-        salt = secrets.token_bytes(16)
-        return cls(salt, tuple(_digest(salt, key) for key in keys))
-
-    def accept(self, key: str) -> bool:
-        """Whether it is one of the keys; takes as long for every key."""
-        given = _digest(self.salt, key)
-        accepted = False
-        for digest in self.digests:
-            accepted |= hmac.compare_digest(given, digest)
-        return accepted
 
 
 class ApiKeyRequired:
@@ -56,7 +31,7 @@ class ApiKeyRequired:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it."""
-        if self._is_open(scope) or self._keys.accept(_bearer(scope)):
+        if self._is_open(scope) or self._keys.accept(bearer_key(scope)):
             await self._app(scope, receive, send)
             return
         if scope["type"] == "websocket":
@@ -95,15 +70,3 @@ def take_keys(environment: MutableMapping[str, str] = os.environ) -> tuple[str, 
     if not isinstance(keys, list) or not all(isinstance(key, str) and key for key in keys):
         raise InvalidFieldError(API_KEYS_ENV, "a value", "a JSON list of keys")
     return tuple(keys)
-
-
-def _bearer(scope: Scope) -> str:
-    for name, value in scope["headers"]:
-        if name.lower() == b"authorization":
-            scheme, _, key = value.decode("latin-1").partition(" ")
-            return key.strip() if scheme.lower() == "bearer" else ""
-    return ""
-
-
-def _digest(salt: bytes, key: str) -> bytes:
-    return hmac.new(salt, key.encode("utf-8", "surrogatepass"), hashlib.sha256).digest()

@@ -35,6 +35,7 @@ ALLOW_MISMATCH_ENV = "SLOS_SERVE_ALLOW_PROFILE_MISMATCH"
 MAX_BODY_ENV = "SLOS_SERVE_MAX_BODY_MIB"
 CUSTOM_NUMBERS_ENV = "SLOS_SERVE_CUSTOM_NUMBERS"
 FRONT_END_ENV = "SLOS_SERVE_FRONT_END"
+LIVE_PAGE_ENV = "SLOS_SERVE_LIVE_PAGE"
 ENV_OF_FIELD: Mapping[str, str] = {
     "classes_path": CLASSES_ENV,
     "profile_path": PROFILE_ENV,
@@ -48,6 +49,7 @@ ENV_OF_FIELD: Mapping[str, str] = {
     "max_body_mib": MAX_BODY_ENV,
     "custom_numbers": CUSTOM_NUMBERS_ENV,
     "front_end": FRONT_END_ENV,
+    "live_page": LIVE_PAGE_ENV,
 }
 # Field of the plug-in's configuration -> its key in a Serve YAML.
 PLUGIN_KEYS: Mapping[str, str] = {
@@ -81,6 +83,7 @@ class PluginConfig(BaseModel):
         max_body_mib: largest request body that the middleware looks into, in MiB.
         custom_numbers: requests may bring TTFT and TPOT of their own; else they may only name a class.
         front_end: a single server's API process judges requests, says the verdict and refuses what is full.
+        live_page: the server shows what it does at ``/slo``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -97,6 +100,7 @@ class PluginConfig(BaseModel):
     max_body_mib: float = Field(default=4.0, gt=0.0, le=1024.0, description="MiB, above 0, at most 1024")
     custom_numbers: bool = Field(default=True, description="0 or 1")
     front_end: bool = Field(default=True, description="0 or 1")
+    live_page: bool = Field(default=True, description="0 or 1")
 
     @classmethod
     def of(cls, fields: Mapping[str, Any], names: Mapping[str, str] | None = None) -> Self:

@@ -256,6 +256,8 @@ class StepController:
             preempted=0 if plan is None else len(plan.preempt),
             predicted_s=predicted_s,
             fallback=self._fallback,
+            scheduled=output.num_scheduled_tokens,
+            drafted=output.scheduled_spec_decode_tokens,
         )
         self.telemetry.post(self.recorder.step, record, time.time())
         if self._steps % GAUGES_EVERY == 0:

@@ -215,11 +215,11 @@ class SchedulerMetrics:
     def answered(self, slo_class: str | None, output_tokens: int, forecast_tokens: float) -> None:
         """An answer ended by itself; ``forecast_tokens`` were expected when it came."""
         if forecast_tokens > 0.0:
-            self._length_ratio[self._label(slo_class),].observe(output_tokens / forecast_tokens)
+            self._length_ratio[self.label(slo_class),].observe(output_tokens / forecast_tokens)
 
     def request_done(self, slo_class: str | None, verdict: Verdict, kept: Kept) -> None:
         """A request ended by itself. One without promises (``no-slo``) neither attains nor violates."""
-        name = self._label(slo_class)
+        name = self.label(slo_class)
         self._requests[name, verdict].inc()
         if name == NO_SLO_CLASS:
             return
@@ -238,9 +238,10 @@ class SchedulerMetrics:
 
     def request_ended(self, slo_class: str | None, end: End) -> None:
         """A request ended because its client went away or the engine failed; it counts neither way."""
-        self._requests[self._label(slo_class), end].inc()
+        self._requests[self.label(slo_class), end].inc()
 
-    def _label(self, slo_class: str | None) -> str:
+    def label(self, slo_class: str | None) -> str:
+        """The label of a class: its name where the class file has it."""
         if slo_class is None:
             return NO_SLO_CLASS
         return slo_class if slo_class in self._classes else CUSTOM_CLASS

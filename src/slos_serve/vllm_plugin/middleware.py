@@ -28,6 +28,7 @@ from slos_serve.core.slo import NO_SLO_CLASS, ClassSet, SLOClass
 from slos_serve.vllm_plugin.asgi import App, Message, RawHeaders, Receive, Scope, Send
 from slos_serve.vllm_plugin.body_fields import BodyFields, body_fields
 from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.live.routes import LIVE_PATHS, LiveRoutes
 from slos_serve.vllm_plugin.slo_args import (
     HEADER_KEYS,
     SESSION_KEY,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 EXPLAIN_PATH = "/slo/explain"
 MESSAGES_PATH = "/v1/messages"
+API_KEY_ENV = "VLLM_API_KEY"
 SLO_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses", MESSAGES_PATH)
 # Routes that compute no output: an SLO on them means nothing, and a proxy may set its headers on every request.
 PROMISELESS_SUFFIXES = ("/tokenize", "/detokenize", "/render", "/derender", "/count_tokens", "/cancel")
@@ -80,6 +82,7 @@ class SLOMiddleware:
         self._max_body_bytes = config.max_body_bytes if max_body_bytes is None else max_body_bytes
         self._custom_numbers = config.custom_numbers
         self._front: FrontDesk | None = None
+        self._live: LiveRoutes | None = None
         self._paths = frozenset(path for path in SLO_PATHS if path != MESSAGES_PATH or _messages_take_xargs())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,10 +90,16 @@ class SLOMiddleware:
         if scope["type"] == "lifespan":
             _warn_without_scheduler(scope)
             self._front = _front_of(scope)
+            self._live = _live_of(scope, self._front)
         if scope["type"] != "http" or scope["method"] != "POST":
             if self._front is not None and scope["type"] == "http" and _path(scope) == EXPLAIN_PATH:
                 await _explain(self._front, scope, send)
                 return
+            if self._live is not None and scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
+                path = _path(scope)
+                if path in LIVE_PATHS:
+                    await self._live(scope, path, send)
+                    return
             await self._app(scope, receive, send)
             return
         if _path(scope) not in self._paths:
@@ -210,6 +219,14 @@ async def _explain(front: FrontDesk, scope: Scope, send: Send) -> None:
     from slos_serve.vllm_plugin.front.explain import answer_explain  # noqa: PLC0415 - loads the routing kernels
 
     await answer_explain(front, scope, send)
+
+
+def _live_of(scope: Scope, front: FrontDesk | None) -> LiveRoutes | None:
+    """The live page of vLLM's own server, behind the server's keys; ``None`` where it is off or nothing is judged."""
+    if front is None or front.live is None:
+        return None
+    given = getattr(scope["app"].state.args, "api_key", None) or [os.environ.get(API_KEY_ENV)]
+    return LiveRoutes(front.live, front.watch, [key for key in given if key])
 
 
 def _path(scope: Scope) -> str:

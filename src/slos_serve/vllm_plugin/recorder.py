@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from slos_serve.core.slo import ClassSet
+from slos_serve.core.slo import NO_SLO_CLASS, ClassSet
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.vllm_plugin.events import EventLog
 from slos_serve.vllm_plugin.front.link import OutcomeLink
-from slos_serve.vllm_plugin.metrics import FALLBACK_KINDS, EngineLabels, Kept, SchedulerMetrics
+from slos_serve.vllm_plugin.live.feed import LiveFeed
+from slos_serve.vllm_plugin.metrics import FALLBACK_KINDS, End, EngineLabels, Kept, SchedulerMetrics
 from slos_serve.vllm_plugin.stop_strings import StopStrings
 
 GAUGES_EVERY = 16
@@ -42,6 +44,7 @@ class StepRecord:
         preempted: requests that the plan preempted.
         predicted_s: predicted seconds of the step.
         fallback: why the step was stock; ``None`` when it was planned.
+        scheduled, drafted: tokens of each request, and the drafts among them, as vLLM's output has them.
     """
 
     plan_s: float
@@ -53,6 +56,8 @@ class StepRecord:
     preempted: int
     predicted_s: float
     fallback: str | None
+    scheduled: Mapping[str, int]
+    drafted: Mapping[str, Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,7 @@ class Recorder:
         stop_strings: tells answers cut by a stop string from clients that left.
         labels: of every series.
         front: tells the API process what became of requests; ``None`` without one.
+        live: tells it what the live page shows; ``None`` without a page.
 
     Raises:
         OSError: the event file cannot be opened.
@@ -114,8 +120,10 @@ class Recorder:
         stop_strings: StopStrings,
         labels: EngineLabels | None = None,
         front: OutcomeLink | None = None,
+        live: LiveFeed | None = None,
     ) -> None:
         self._front = front
+        self._live = live
         self.metrics = SchedulerMetrics((slo_class.name for slo_class in classes), labels)
         self.events = EventLog(events_path)
         self._stop_strings = stop_strings
@@ -129,6 +137,8 @@ class Recorder:
         self.metrics.plan(record.plan_s)
         self.metrics.held(record.held)
         self.metrics.preempted("slo", record.preempted)
+        if self._live is not None:
+            self._live.step(record, time_s)
         if self.events.enabled:
             self.events.write(
                 "step",
@@ -150,6 +160,8 @@ class Recorder:
         self.metrics.correction(factor)
         predicted_s = next((predicted_s for made, predicted_s in self._made if made is shape), 0.0)
         self.metrics.step_timed(duration_s, predicted_s)
+        if self._live is not None:
+            self._live.step_done(shape, duration_s, factor)
         if self.events.enabled:
             self.events.write(
                 "step_done",
@@ -170,13 +182,21 @@ class Recorder:
         if outcome.finished in FINISHED or (outcome.finished == "abort" and not (ttft_ok and tpot_ok)):
             kept = Kept(ttft_ok, tpot_ok, outcome.ttft_ratio, outcome.tpot_ratio)
             self.metrics.request_done(outcome.slo_class, outcome.verdict, kept)
+            self._ended(outcome.slo_class, outcome.verdict, ttft_ok and tpot_ok)
         else:
-            self.metrics.request_ended(outcome.slo_class, "error" if outcome.finished == "error" else "aborted")
+            end: End = "error" if outcome.finished == "error" else "aborted"
+            self.metrics.request_ended(outcome.slo_class, end)
+            self._ended(outcome.slo_class, end, attained=False)
         fields = asdict(outcome)
         del fields["engine_preemptions"]
         self.events.write("request", time_s, **fields)
         if self._front is not None:
             self._front.write(fields)
+
+    def _ended(self, slo_class: str | None, end: str, attained: bool) -> None:
+        if self._live is not None:
+            name = self.metrics.label(slo_class)
+            self._live.ended(name, end, attained and name != NO_SLO_CLASS)
 
     def request_aborted(self, outcome: Outcome, tail: list[int], stop: list[str], time_s: float) -> bool:
         """A request with stop strings was aborted; whether a stop string ended it."""
@@ -190,6 +210,8 @@ class Recorder:
         self.metrics.queue("waiting", *queues.waiting)
         self.metrics.armed(armed)
         self.metrics.telemetry_dropped(dropped)
+        if self._live is not None:
+            self._live.gauges(queues, armed)
         for kind, count in counts.items():
             new = count - self._told.get(kind, 0)
             if new:

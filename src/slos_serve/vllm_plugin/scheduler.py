@@ -28,6 +28,7 @@ from slos_serve.vllm_plugin.entry import RequestDesk
 from slos_serve.vllm_plugin.front.link import OutcomeLink, front_process
 from slos_serve.vllm_plugin.guard import Guard
 from slos_serve.vllm_plugin.identity import check_profile, engine_labels
+from slos_serve.vllm_plugin.live.feed import LiveFeed
 from slos_serve.vllm_plugin.orphan import end_with_parent
 from slos_serve.vllm_plugin.publish import publisher_of
 from slos_serve.vllm_plugin.recorder import Recorder
@@ -95,13 +96,10 @@ class Steered(Scheduler):
         warm_up(policy.planner)
         stop_strings = StopStrings(self.vllm_config.model_config)
         front = front_process(self.vllm_config) if settings.front_end else None
-        recorder = Recorder(
-            settings.classes,
-            settings.events_path,
-            stop_strings,
-            engine_labels(self.vllm_config),
-            None if front is None else OutcomeLink(front),
-        )
+        link = None if front is None else OutcomeLink(front)
+        live = None if link is None or front is None or not settings.live_page else LiveFeed.to(link, front)
+        labels = engine_labels(self.vllm_config)
+        recorder = Recorder(settings.classes, settings.events_path, stop_strings, labels, link, live)
         control = StepController(
             self,
             policy,
@@ -110,6 +108,9 @@ class Steered(Scheduler):
             lambda: self.slo_clock_s(),  # noqa: PLW0108  (tests replace the clock later)
             settings.plan_limit_s,
         )
+        if live is not None:
+            live.look_at(control.book, settings.classes, control.now_s)
+            control.telemetry.each_round = live.tick
         failure = dry_plan(self, control)
         if failure is not None:
             control.telemetry.close()

@@ -27,12 +27,14 @@ class Telemetry:
     Attributes:
         dropped: calls left out because the queue was full.
         failed: calls that raised.
+        each_round: called by the thread after each round of calls, some twenty times a second.
     """
 
     def __init__(self, most_calls: int = MOST_CALLS) -> None:
         self.dropped = 0
         self.failed = 0
         self._most_calls = most_calls
+        self.each_round: Callable[[], None] | None = None
         self._calls: deque[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]] = deque()
         self._ended = threading.Event()
         self._busy = threading.Lock()
@@ -61,6 +63,8 @@ class Telemetry:
     def _work(self) -> None:
         while not self._ended.wait(EVERY_S):
             self.flush()
+            if self.each_round is not None:
+                self._carry_out(self.each_round, (), {})
 
     def _carry_out(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         try:

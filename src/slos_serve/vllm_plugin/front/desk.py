@@ -32,9 +32,11 @@ from slos_serve.routing.publication import Publication
 from slos_serve.routing.router import RoutingRequest
 from slos_serve.routing.warm_up import warm_up_routing
 from slos_serve.vllm_plugin.config import PluginConfig
-from slos_serve.vllm_plugin.front.link import FrontSockets
+from slos_serve.vllm_plugin.front.link import FrontSockets, socket_path
 from slos_serve.vllm_plugin.front.metrics import FrontMetrics
 from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror, Looked
+from slos_serve.vllm_plugin.live.feed import LIVE_KEY, WATCHED
+from slos_serve.vllm_plugin.live.state import LiveState, Watch
 from slos_serve.vllm_plugin.metrics import EngineLabels
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
 
@@ -81,6 +83,7 @@ class FrontDesk:
 
     Attributes:
         ready: True once the routing kernels are loaded; nothing is judged before.
+        live, watch: what the live page shows, ``None`` without one, and whether somebody looks.
     """
 
     def __init__(
@@ -106,6 +109,8 @@ class FrontDesk:
         self._ended = threading.Event()
         self._failed = False
         self.metrics = FrontMetrics(self._indices, labels)
+        self.live = LiveState(labels.model_name, config.classes) if config.live_page else None
+        self.watch = Watch(socket_path(WATCHED, os.getpid()) if config.live_page else None)
 
     @property
     def config(self) -> PluginConfig:
@@ -163,6 +168,8 @@ class FrontDesk:
             judged.ttft_target_s = asked.ttft_due_s + self._config.planner.ttft_margin_s - asked.arrival_s
         name = judged.slo_class.name if judged.slo_class is not None and asked.has_slo else None
         self.metrics.answered(name, answer.verdict, answer.reason)
+        if self.live is not None:
+            self.live.told(name, answer.verdict, answer.reason, answer.ttft_s, judged.ttft_target_s)
         if answer.verdict is Verdict.REJECTED and judged.slo_class is not None:
             judged.refusal = self._refusal(judged.slo_class, asked, now_s)
             return
@@ -258,8 +265,10 @@ class FrontDesk:
                 for socket, _ in poller.poll(POLL_MS):
                     self.heard(socket.recv(), socket is sockets.state)
                 self._post_gauges()
+                self.watch.rest()
         finally:
             self.ready = False
+            self.watch.close()
             sockets.close()
 
     def heard(self, payload: bytes, is_state: bool) -> None:
@@ -267,8 +276,12 @@ class FrontDesk:
         try:
             if is_state:
                 self._received = self._newest = Publication.of_dict({**json.loads(payload), "replica": ENGINE})
-            else:
-                self._ended_with(json.loads(payload))
+                return
+            found = json.loads(payload)
+            if LIVE_KEY not in found:
+                self._ended_with(found)
+            elif self.live is not None:
+                self.live.heard(found[LIVE_KEY])
         except Exception:
             if not self._failed:
                 self._failed = True
@@ -299,6 +312,8 @@ class FrontDesk:
         rooms = {name: headroom(newest, asked, newest.ready_s) for name, asked in list(self._typical.items())}
         for name, room in rooms.items():
             self.metrics.headroom(name, room)
+        if self.live is not None:
+            self.live.gauges({"total": newest.total_blocks, "used": used, "forecast_peak": peak}, rooms)
         self.metrics.to_routers(min(rooms.values(), default=MOST), standard_ttft_s(newest, newest.ready_s))
 
 
