@@ -24,7 +24,7 @@ from slos_serve.launch.cpu_engine import CPU_ENVIRONMENT, cpu_engine_kwargs
 from slos_serve.launch.cpu_model import resolve_model
 from slos_serve.launch.server import SCHEDULER_CLS
 from slos_serve.ray_serve import compat
-from slos_serve.ray_serve.api_keys import ApiKeyRequired, KeyDigests, take_keys
+from slos_serve.ray_serve.api_keys import ApiKeyRequired, take_keys
 from slos_serve.ray_serve.arguments import engine_arguments
 from slos_serve.ray_serve.bounds import MAX_REQUEST_MIB, MAX_REQUESTS, Bounds
 from slos_serve.ray_serve.engine import NothingToDownload
@@ -33,6 +33,7 @@ from slos_serve.ray_serve.json_only import JsonOnly
 from slos_serve.ray_serve.ports import DEFAULT_PORTS, PORTS_ENV, PortRange
 from slos_serve.ray_serve.server import HANG_AFTER_S, HANG_ENV, SLOServer
 from slos_serve.routing.settings import STALE_AFTER_S, Order
+from slos_serve.vllm_plugin.api_keys import KeyDigests
 from slos_serve.vllm_plugin.config import PLUGIN_KEYS, PluginConfig, invalid_field
 from slos_serve.vllm_plugin.middleware import SLOMiddleware
 

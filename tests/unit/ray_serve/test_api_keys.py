@@ -10,7 +10,8 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.ray_serve.api_keys import ApiKeyRequired, KeyDigests, take_keys
+from slos_serve.ray_serve.api_keys import ApiKeyRequired, take_keys
+from slos_serve.vllm_plugin.api_keys import KeyDigests
 
 KEYS = ("sk-one", "sk-two")
 
