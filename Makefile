@@ -1,7 +1,7 @@
 # `make help` lists the targets; each builds the environment first if it has to.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-long lint format bench test-vllm wheel lock clean
+.PHONY: help setup demo test test-long lint format bench docs test-vllm wheel lock clean
 
 PY := .venv/bin/python
 ARGS ?=
@@ -36,6 +36,9 @@ format: setup  ## rewrite the files the way `make lint` wants them, where that i
 bench: setup  ## run the benchmarks of benchmarks/ that need no GPU (ARGS=planner for one of them)
 	$(PY) -m benchmarks $(ARGS)
 
+docs:  ## build the documentation into site/ (scripts/docs.sh serve shows it while you write)
+	@scripts/docs.sh
+
 test-vllm:  ## run the plug-in's tests on another vLLM, in an environment of its own (VLLM=0.29.0)
 	@scripts/setup.sh .venvs/vllm-$(VLLM) $(VLLM)
 	.venvs/vllm-$(VLLM)/bin/python -m pytest $(TESTS) $(ARGS)
@@ -47,4 +50,4 @@ lock: setup  ## resolve requirements/*.in into the pinned lists
 	$(PY) scripts/environment.py lock
 
 clean:  ## remove the environments and every cache inside the project
-	rm -rf .venv .venvs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist
+	rm -rf .venv .venvs .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist site

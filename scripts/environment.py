@@ -238,7 +238,7 @@ def lock() -> None:
     """Make every pinned list from its input; versions change only where the inputs ask for it."""
     installer = configured_installer()
     done = installer.lock(REQUIREMENTS / "cpu.in", REQUIREMENTS / "cpu.txt", *LOCK_OPTIONS)
-    for name in ("ray", "dev", "package"):
+    for name in ("ray", "dev", "package", "docs"):
         done = done and installer.lock(REQUIREMENTS / f"{name}.in", REQUIREMENTS / f"{name}.txt")
     if not done:
         raise SetupError("the requirements cannot be resolved; the messages above say why")

@@ -8,11 +8,26 @@ from __future__ import annotations
 
 from typing import Any
 
-from slos_serve.core.slo import MAX_CLASSES, MAX_LATENCY_MS, MAX_WEIGHT, WhenFull
+from slos_serve.core.slo import (
+    DEFAULT_MAX_STALL_MS,
+    DEFAULT_TTFT_FLOOR_MS,
+    MAX_CLASSES,
+    MAX_LATENCY_MS,
+    MAX_WEIGHT,
+    WhenFull,
+)
 from slos_serve.files.class_file import MAX_STAGE_TOKENS, MAX_STAGES
 from slos_serve.planning.settings import RANGES, WHOLE, PlannerSettings
 
 _MS = {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_LATENCY_MS}
+_DEFAULT = "Class of the requests that name none. Without it they run as in stock vLLM."
+_SLOWDOWN = "The first token comes within this multiple of the prompt's time alone. Instead of ttft_ms."
+_STALL = "Longest gap that the scheduler may cause between two tokens of a stream."
+_WHEN_FULL = (
+    "A request that cannot be promised now is served without a promise (best_effort), or refused at once with 429 "
+    "(reject) or 503 (reject_503) and Retry-After."
+)
+_LAST_ROUND = "Class that a call gets instead when the client marks it as its session's last (slo_last_round)."
 _NAME = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 
 
@@ -25,10 +40,11 @@ def class_file_schema() -> dict[str, Any]:
         "additionalProperties": False,
         "required": ["classes"],
         "properties": {
-            "default_class": {"type": "string", "description": "Class of requests that name none."},
-            "max_stall_ms": {**_MS, "description": "Longest gap between two tokens that the scheduler may cause."},
+            "default_class": {"type": "string", "description": _DEFAULT},
+            "max_stall_ms": {**_MS, "default": DEFAULT_MAX_STALL_MS, "description": "max_stall_ms of all classes."},
             "classes": {
                 "type": "object",
+                "description": "Promises by class name. A class without promises (batch: {}) is best effort.",
                 "minProperties": 1,
                 "maxProperties": MAX_CLASSES,
                 "propertyNames": {"pattern": _NAME, "not": {"enum": ["none", "custom"]}},
@@ -45,23 +61,35 @@ def _class_schema() -> dict[str, Any]:
         "type": ["object", "null"],
         "additionalProperties": False,
         "properties": {
-            "ttft_ms": {**_MS, "description": "First token within this many milliseconds."},
-            "ttft_slowdown": {**number, "description": "First token within this multiple of the prompt's time alone."},
-            "ttft_floor_ms": {**_MS, "description": "Least TTFT that ttft_slowdown asks for."},
-            "tpot_ms": {**_MS, "description": "Mean time per output token after the first."},
+            "ttft_ms": {**_MS, "description": "The first token comes within this many milliseconds."},
+            "ttft_slowdown": {**number, "description": _SLOWDOWN},
+            "ttft_floor_ms": {
+                **_MS,
+                "default": DEFAULT_TTFT_FLOOR_MS,
+                "description": "Least time that ttft_slowdown may ask for.",
+            },
+            "tpot_ms": {**_MS, "description": "Mean time per output token after the first, in each stage without one."},
             "weight": {
                 "type": "number",
                 "exclusiveMinimum": 0,
                 "maximum": MAX_WEIGHT,
+                "default": 1,
                 "description": "What a kept promise of this class is worth, relative to others.",
             },
-            "max_stall_ms": _MS,
+            "max_stall_ms": {**_MS, "default": DEFAULT_MAX_STALL_MS, "description": _STALL},
             "when_full": {
                 "enum": [kind.value for kind in WhenFull],
-                "description": "What becomes of a request that cannot be promised now.",
+                "default": WhenFull.BEST_EFFORT.value,
+                "description": _WHEN_FULL,
             },
-            "last_round": {"type": "string", "description": "Class of a session's last call."},
-            "stages": {"type": "array", "minItems": 1, "maxItems": MAX_STAGES, "items": _stage_schema()},
+            "last_round": {"type": "string", "description": _LAST_ROUND},
+            "stages": {
+                "type": "array",
+                "minItems": 1,
+                "maxItems": MAX_STAGES,
+                "items": _stage_schema(),
+                "description": "Decode stages in order, for answers that think first. The last one runs to the end.",
+            },
         },
         "not": {"required": ["ttft_ms", "ttft_slowdown"]},
         "dependentRequired": {"ttft_floor_ms": ["ttft_slowdown"]},
@@ -73,9 +101,19 @@ def _stage_schema() -> dict[str, Any]:
         "type": ["object", "null"],
         "additionalProperties": False,
         "properties": {
-            "tpot_ms": _MS,
-            "end_token_id": {"type": "integer", "minimum": 0, "maximum": MAX_STAGE_TOKENS},
-            "max_tokens": {"type": "integer", "minimum": 1, "maximum": MAX_STAGE_TOKENS},
+            "tpot_ms": {**_MS, "description": "Mean time per output token in this stage."},
+            "end_token_id": {
+                "type": "integer",
+                "minimum": 0,
+                "maximum": MAX_STAGE_TOKENS,
+                "description": "Token that ends the stage, such as a think-end token.",
+            },
+            "max_tokens": {
+                "type": "integer",
+                "minimum": 1,
+                "maximum": MAX_STAGE_TOKENS,
+                "description": "The stage ends after this many tokens.",
+            },
         },
     }
 
