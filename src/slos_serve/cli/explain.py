@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -149,12 +150,18 @@ def ask(url: str, slo_class: str | None, prompt_tokens: int, max_tokens: int, ex
     if not root.startswith(("http://", "https://")):
         raise InvalidFieldError("--url", url, "an address that begins with http:// or https://")
     try:
-        with urllib.request.urlopen(f"{root}{EXPLAIN_PATH}?{query}", timeout=TIMEOUT_S) as answer:
+        with urllib.request.urlopen(asked_of(f"{root}{EXPLAIN_PATH}?{query}"), timeout=TIMEOUT_S) as answer:
             return Explained.of_dict(json.load(answer))
     except urllib.error.HTTPError as fault:
         raise ServerAnswerError(_why(root, fault)) from None
     except (OSError, ValueError) as fault:
         raise ServerAnswerError(f"{root} does not answer: {fault}") from None
+
+
+def asked_of(address: str) -> urllib.request.Request:
+    """A request with the API key of OPENAI_API_KEY, where there is one."""
+    key = os.environ.get("OPENAI_API_KEY")
+    return urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
 
 
 def _why(root: str, fault: urllib.error.HTTPError) -> str:
@@ -173,6 +180,9 @@ def told(found: Explained) -> Iterator[str]:
     if found.status is not None:
         yield f"It would be refused with {found.status}."
     if found.verdict == "no-slo":
+        return
+    if found.predicted_ttft_ms is None and found.reason == "ttft_too_late":
+        yield f"first token   later than the {found.target_ttft_ms or 0.0:.0f} ms promised, even alone on the engine"
         return
     yield f"first token   {_of(found.predicted_ttft_ms, found.target_ttft_ms)}"
     yield f"output tokens {_of(found.predicted_tpot_ms, found.target_tpot_ms)} each"

@@ -39,6 +39,7 @@ from slos_serve.vllm_plugin.slo_args import (
 
 if TYPE_CHECKING:
     from slos_serve.vllm_plugin.front.desk import FrontDesk
+    from slos_serve.vllm_plugin.front.explain import ExplainRoute
 
 EXPLAIN_PATH = "/slo/explain"
 MESSAGES_PATH = "/v1/messages"
@@ -83,6 +84,7 @@ class SLOMiddleware:
         self._custom_numbers = config.custom_numbers
         self._front: FrontDesk | None = None
         self._live: LiveRoutes | None = None
+        self._explained: ExplainRoute | None = None
         self._paths = frozenset(path for path in SLO_PATHS if path != MESSAGES_PATH or _messages_take_xargs())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -91,16 +93,10 @@ class SLOMiddleware:
             _warn_without_scheduler(scope)
             self._front = _front_of(scope)
             self._live = _live_of(scope, self._front)
+            self._explained = _explained_of(scope, self._front)
         if scope["type"] != "http" or scope["method"] != "POST":
-            if self._front is not None and scope["type"] == "http" and _path(scope) == EXPLAIN_PATH:
-                await _explain(self._front, scope, send)
-                return
-            if self._live is not None and scope["type"] == "http" and scope["method"] in ("GET", "HEAD"):
-                path = _path(scope)
-                if path in LIVE_PATHS:
-                    await self._live(scope, path, send)
-                    return
-            await self._app(scope, receive, send)
+            if not await self._answered_here(scope, send):
+                await self._app(scope, receive, send)
             return
         if _path(scope) not in self._paths:
             await self._pass_promiseless(scope, receive, send)
@@ -140,6 +136,19 @@ class SLOMiddleware:
             lambda out: self._app(scope, _replay(data, receive), out),
             send,
         )
+
+    async def _answered_here(self, scope: Scope, send: Send) -> bool:
+        """Answer the plug-in's own pages; False for any other request."""
+        if scope["type"] != "http" or scope["method"] not in ("GET", "HEAD"):
+            return False
+        path = _path(scope)
+        if self._explained is not None and path == EXPLAIN_PATH:
+            await self._explained(scope, send)
+        elif self._live is not None and path in LIVE_PATHS:
+            await self._live(scope, path, send)
+        else:
+            return False
+        return True
 
     def _adds_to_body(self, slo_headers: dict[str, str | float]) -> bool:
         """A session alone matters only to a request that has an SLO, be it by default."""
@@ -215,18 +224,26 @@ def _front_of(scope: Scope) -> FrontDesk | None:
     return open_front(app)
 
 
-async def _explain(front: FrontDesk, scope: Scope, send: Send) -> None:
-    from slos_serve.vllm_plugin.front.explain import answer_explain  # noqa: PLC0415 - loads the routing kernels
+def _explained_of(scope: Scope, front: FrontDesk | None) -> ExplainRoute | None:
+    """The answer to ``GET /slo/explain``, behind the server's keys; ``None`` where nothing is judged."""
+    if front is None:
+        return None
+    from slos_serve.vllm_plugin.front.explain import ExplainRoute  # noqa: PLC0415 - loads the routing kernels
 
-    await answer_explain(front, scope, send)
+    return ExplainRoute(front, _keys_of(scope))
+
+
+def _keys_of(scope: Scope) -> list[str]:
+    """API keys of vLLM's own server; empty for none."""
+    given = getattr(scope["app"].state.args, "api_key", None) or [os.environ.get(API_KEY_ENV)]
+    return [key for key in given if key]
 
 
 def _live_of(scope: Scope, front: FrontDesk | None) -> LiveRoutes | None:
     """The live page of vLLM's own server, behind the server's keys; ``None`` where it is off or nothing is judged."""
     if front is None or front.live is None:
         return None
-    given = getattr(scope["app"].state.args, "api_key", None) or [os.environ.get(API_KEY_ENV)]
-    return LiveRoutes(front.live, front.watch, [key for key in given if key])
+    return LiveRoutes(front.live, front.watch, _keys_of(scope))
 
 
 def _path(scope: Scope) -> str:

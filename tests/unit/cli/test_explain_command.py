@@ -46,6 +46,11 @@ def test_one_that_does_not_is_named_with_what_binds(options: list[str]) -> None:
     assert json.loads(busy.stdout)["reason"] == "decode_rate"
 
 
+def test_a_prompt_that_is_too_long_for_an_idle_engine_is_told_so(options: list[str]) -> None:
+    result = RUNNER.invoke(app, [*options, "--prompt-tokens", "50000"])
+    assert result.exit_code == 1 and "even alone on the engine" in result.output
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [

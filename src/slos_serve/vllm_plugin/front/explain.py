@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 from urllib.parse import parse_qsl
@@ -23,6 +23,7 @@ from slos_serve.core.verdict import SENTENCES, Verdict
 from slos_serve.files.profile_file import Profile
 from slos_serve.planning.planner import Planner
 from slos_serve.routing.publisher import publication_of
+from slos_serve.vllm_plugin.api_keys import KeyDigests, bearer_key
 from slos_serve.vllm_plugin.asgi import Scope, Send
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.desk import FrontDesk
@@ -238,19 +239,36 @@ def _begin(table: RequestTable, slot: int, load: Load) -> None:
     row["last_token_s"] = LOAD_NOW_S - STEP_AGO_S
 
 
-async def answer_explain(desk: FrontDesk, scope: Scope, send: Send) -> None:
-    """Serve ``GET /slo/explain?class=NAME&prompt_tokens=N``."""
-    status, body = 200, b""
-    try:
-        args, prompt_tokens, max_tokens = query_args(bytes(scope.get("query_string", b"")))
-        body = json.dumps(asdict(explain(desk, args, prompt_tokens, max_tokens))).encode("ascii")
-    except InvalidFieldError as error:
-        status, body = 400, _error(str(error), error.field, 400)
-    except NothingKnownError as error:
-        status, body = 503, _error(str(error), None, 503)
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode("ascii"))]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+class ExplainRoute:
+    """Answers ``GET /slo/explain?class=NAME&prompt_tokens=N``.
+
+    Args:
+        desk: judges the server's requests.
+        keys: API keys of the server, one of which a request must bring; empty for none.
+    """
+
+    def __init__(self, desk: FrontDesk, keys: Sequence[str] = ()) -> None:
+        self._desk = desk
+        self._keys = KeyDigests.of(keys) if keys else None
+
+    async def __call__(self, scope: Scope, send: Send) -> None:
+        """Answer one request."""
+        status, body = self._answer(scope)
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode("ascii"))]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": b"" if scope["method"] == "HEAD" else body})
+
+    def _answer(self, scope: Scope) -> tuple[int, bytes]:
+        if self._keys is not None and not self._keys.accept(bearer_key(scope)):
+            return 401, _error("send a key of this server: Authorization: Bearer KEY", None, 401)
+        try:
+            args, prompt_tokens, max_tokens = query_args(bytes(scope.get("query_string", b"")))
+            found = explain(self._desk, args, prompt_tokens, max_tokens)
+        except InvalidFieldError as error:
+            return 400, _error(str(error), error.field, 400)
+        except NothingKnownError as error:
+            return 503, _error(str(error), None, 503)
+        return 200, json.dumps(asdict(found)).encode("ascii")
 
 
 def query_args(query: bytes) -> tuple[SloArgs, int, int | None]:
@@ -281,7 +299,7 @@ def _whole(given: Mapping[str, str], key: str) -> int:
 
 
 def _error(message: str, param: str | None, code: int) -> bytes:
-    kind = "invalid_request_error" if code == 400 else "service_unavailable"
+    kind = {400: "invalid_request_error", 401: "authentication_error"}.get(code, "service_unavailable")
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode("ascii")
 
 

@@ -10,7 +10,7 @@ import pytest
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.vllm_plugin.asgi import Message
 from slos_serve.vllm_plugin.front.desk import FrontDesk
-from slos_serve.vllm_plugin.front.explain import Load, answer_explain, explain, loaded_desk
+from slos_serve.vllm_plugin.front.explain import ExplainRoute, Load, explain, loaded_desk
 from slos_serve.vllm_plugin.slo_args import SloArgs
 from tests.builders import EngineBuilder
 from tests.unit.routing.fleet import loaded
@@ -84,14 +84,24 @@ def test_a_load_that_the_engine_cannot_hold_is_refused(tmp_path: Path) -> None:
         loaded_desk(config_in(tmp_path), Load(running={"gold": 1}), 4096)
 
 
-async def answered(front: FrontDesk, query: str) -> tuple[int, dict[str, object]]:
+async def answered(
+    front: FrontDesk, query: str, keys: tuple[str, ...] = (), key: str = ""
+) -> tuple[int, dict[str, object]]:
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
         sent.append(message)
 
-    await answer_explain(front, {"type": "http", "query_string": query.encode()}, send)
+    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    scope = {"type": "http", "method": "GET", "headers": headers, "query_string": query.encode()}
+    await ExplainRoute(front, keys)(scope, send)
     return int(sent[0]["status"]), json.loads(sent[1]["body"])
+
+
+async def test_a_server_with_keys_wants_one(tmp_path: Path) -> None:
+    front = desk(tmp_path, loaded(5))
+    for key, status in (("", 401), ("wrong", 401), ("right", 200)):
+        assert (await answered(front, "prompt_tokens=1", ("right", "other"), key))[0] == status
 
 
 async def test_the_route_answers_and_names_what_is_wrong(tmp_path: Path) -> None:
