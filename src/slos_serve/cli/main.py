@@ -24,6 +24,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "bench": {},
     "classes": {},
     "doctor": {},
+    "top": {},
     "explain": {},
     "demo": {},
     "simulate": {},

@@ -173,7 +173,7 @@ class LiveState:
         return [
             {
                 "name": name,
-                "promise": _promise(found.get(name)),
+                "promise": _promise(name, found.get(name)),
                 "requests": dict(requests.get(name, {})),
                 "attained": dict(attained.get(name, {})),
                 "told": dict(self._told.get(name, {})),
@@ -213,10 +213,10 @@ def _grown(before: Mapping[str, int], after: Mapping[str, int], name: str) -> in
     return max(after.get(name, 0) - before.get(name, 0), 0)
 
 
-def _promise(slo_class: SLOClass | None) -> str:
+def _promise(name: str, slo_class: SLOClass | None) -> str:
     """A class's promise in words."""
     if slo_class is None:
-        return "as each request asks"
+        return "no promise" if name == NO_SLO_CLASS else "as each request asks"
     slo, told = slo_class.slo, []
     if slo.ttft_ms is not None:
         told.append(f"first token within {slo.ttft_ms:g} ms")

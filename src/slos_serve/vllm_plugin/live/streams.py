@@ -22,7 +22,8 @@ _VERDICTS = {Status.UNDECIDED: UNDECIDED, Status.ADMITTED: Verdict.ADMITTED, Sta
 def streams_of(
     rows: RequestArray, slots: SlotArray, names: Sequence[str], now_s: float, most: int = MOST_STREAMS
 ) -> list[dict[str, Any]]:
-    """The ``most`` streams with the least slack, the least first; those without a promise come last.
+    """The ``most`` streams with the least slack, the least first; those without a promise, or whose promise was
+    given up, come last.
 
     Slack is the time until the next token is due: the first token by its TTFT, a later one by the stage's mean time per
     output token. Below 0 it is late.
@@ -39,7 +40,8 @@ def streams_of(
         later_s = found["stage_start_s"] + found["stage_tokens"] * found["tpot_s"]
     slack_s = np.where(tokens == 0, found["ttft_due_s"], later_s) - now_s
     slack_s[~np.isfinite(slack_s)] = np.inf
-    return [_stream(found[at], float(slack_s[at]), names, now_s) for at in np.argsort(slack_s, kind="stable")[:most]]
+    order = np.lexsort((slack_s, found["status"] == Status.BEST_EFFORT))
+    return [_stream(found[at], float(slack_s[at]), names, now_s) for at in order[:most]]
 
 
 def _stream(row: Any, slack_s: float, names: Sequence[str], now_s: float) -> dict[str, Any]:

@@ -92,6 +92,9 @@ def test_slack_of_prompts_and_decodes(tmp_path: Path) -> None:
     assert (three["slo_class"], three["verdict"], three["slack_ms"]) == ("none", "no-slo", None)
     assert (one["age_s"], two["output_tokens"], three["prompt_tokens"]) == (2.0, 95, 70)
     assert len(streams_of(table.rows, slots, ["chat"], now_s, most=1)) == 1
+    table.rows[late]["status"] = Status.BEST_EFFORT
+    given_up = streams_of(table.rows, slots, ["chat", "batch", "custom", "none"], now_s)
+    assert [each["verdict"] for each in given_up] == ["admitted", "best-effort", "no-slo"]
     assert streams_of(table.rows, np.empty(0, np.int64), ["chat"], now_s) == []
 
 
