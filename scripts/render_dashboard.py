@@ -167,6 +167,7 @@ PANELS = (
             (f"min(slos_serve:armed{{{MODEL}}})", "armed"),
             (f"sum(slos_serve:telemetry_dropped{{{MODEL}}})", "telemetry dropped"),
             (f"sum(slos_serve:invalid_slo_fields_total{{{MODEL}}})", "unusable SLO fields"),
+            (f'sum(slos_serve:class_file_reloads_total{{{MODEL},result="kept_old"}})', "class files not taken"),
         ),
     ),
 )

@@ -16,9 +16,10 @@ from typer.testing import CliRunner
 
 from scripts.render_reference import PAGES, REQUEST_FIELDS, RESPONSE_HEADERS
 from slos_serve.cli.main import COMMANDS, app
-from slos_serve.core.slo import SLO, WhenFull, single_stage
+from slos_serve.core.slo import SLO, ClassSet, WhenFull, single_stage
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.files.class_file import load_classes, parse_classes
+from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.front.answers import verdict_headers
 from slos_serve.vllm_plugin.front.desk import Judged
 from slos_serve.vllm_plugin.front.mirror import Answer
@@ -40,7 +41,9 @@ def test_the_page_of_headers_has_every_field_and_header() -> None:
     assert set(REQUEST_FIELDS) == {*SLO_KEYS, SESSION_KEY} >= set(HEADER_KEYS.values())
     classes = [single_stage("a", SLO(ttft_ms=1.0, tpot_ms=1.0)), single_stage("b", SLO(ttft_slowdown=2.0)), None]
     sent = {name.decode() for one in classes for name, _ in applied_headers(one)}
-    judged = Judged(classes[0], 0.0, Answer(Verdict.ADMITTED, Why.FITS, 1.0, 1.0), ttft_target_s=1.0)
+    judged = Judged(
+        classes[0], 0.0, ClassVersion(ClassSet()), Answer(Verdict.ADMITTED, Why.FITS, 1.0, 1.0), ttft_target_s=1.0
+    )
     assert set(RESPONSE_HEADERS) == sent | {name.decode() for name, _ in verdict_headers(judged)}
 
 

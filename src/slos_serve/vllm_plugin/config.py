@@ -155,13 +155,14 @@ class PluginConfig(BaseModel):
         return type(self)(**{**self.model_dump(exclude_unset=True), "profile_path": path})
 
     @cached_property
-    def _class_file(self) -> ClassFile:
+    def class_file(self) -> ClassFile:
+        """Classes and planner settings as the class file has them."""
         return ClassFile(ClassSet()) if self.classes_path is None else load_class_file(self.classes_path)
 
     @property
     def classes(self) -> ClassSet:
         """Promises by name; empty without a class file."""
-        return self._class_file.classes
+        return self.class_file.classes
 
     @cached_property
     def profile(self) -> Profile | None:
@@ -171,7 +172,7 @@ class PluginConfig(BaseModel):
     @property
     def planner(self) -> PlannerSettings:
         """The planner's settings: those of the class file; a TTFT margin in the environment counts over it."""
-        written = self._class_file.scheduler
+        written = self.class_file.scheduler
         return replace(written, ttft_margin_s=self.ttft_margin_ms / 1000.0) if self.ttft_margin_ms else written
 
     @property

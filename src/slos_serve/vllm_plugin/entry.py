@@ -12,6 +12,7 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.request import Status
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.vllm_plugin import compat
+from slos_serve.vllm_plugin.class_versions import ClassVersions
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.controller import StepController
 from slos_serve.vllm_plugin.recorder import FINISHED, Outcome
@@ -34,12 +35,16 @@ class RequestDesk:
         control: the scheduler's controller.
         settings: classes and margins.
         stop_strings: shared with the recorder.
+        front: the API process that judges requests before; ``None`` without one.
     """
 
-    def __init__(self, control: StepController, settings: PluginConfig, stop_strings: StopStrings) -> None:
+    def __init__(
+        self, control: StepController, settings: PluginConfig, stop_strings: StopStrings, front: int | None = None
+    ) -> None:
         self._control = control
         self._settings = settings
         self._stop_strings = stop_strings
+        self._versions = ClassVersions(settings.classes, front)
         self._class_indices = {slo_class.name: index for index, slo_class in enumerate(settings.classes)}
         # Lengths that the telemetry thread found to be of finished answers: (class index, prompt, output tokens).
         self._found: deque[tuple[int, int, int]] = deque()
@@ -78,7 +83,7 @@ class RequestDesk:
         extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
         try:
             asked = from_extra_args(extra_args)
-            slo_class = asked.applied(settings.classes)
+            slo_class = asked.applied(self._versions.classes_of(extra_args))
         except InvalidFieldError as error:
             self._refuse(error)
             asked, slo_class = SloArgs(), None

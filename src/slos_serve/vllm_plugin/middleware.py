@@ -8,9 +8,10 @@ are refused with 400. A request that gives no SLO header reaches vLLM byte for b
 be read (no JSON, no object, too large) are left to vLLM to judge. Responses are never buffered, and a client that
 hangs up still reaches vLLM.
 
-The classes are read once, from the file that ``SLOS_SERVE_CLASSES`` names; without one only a request's own numbers
-count. vLLM runs this middleware outside its own authentication, so nothing secret may go into its answers, and a body
-is looked into only up to a limit and without being loaded (:mod:`slos_serve.vllm_plugin.body_fields`).
+The classes are those of the file that ``SLOS_SERVE_CLASSES`` names, read again when it changes
+(:mod:`slos_serve.vllm_plugin.front.reload`); without one only a request's own numbers count. vLLM runs this middleware
+outside its own authentication, so nothing secret may go into its answers, and a body is looked into only up to a limit
+and without being loaded (:mod:`slos_serve.vllm_plugin.body_fields`).
 """
 
 from __future__ import annotations
@@ -104,13 +105,15 @@ class SLOMiddleware:
         body = await _read(receive, self._max_body_bytes)
         if body is None:
             return  # the client hung up before its request was whole: nobody is left to answer
+        version = None if self._front is None else self._front.version
+        classes = self._classes if version is None else version.classes
         try:
             slo_headers = header_args(scope["headers"])
             if len(body.data) > self._max_body_bytes:
                 await self._pass_unread(scope, body, receive, send, given=slo_headers)
                 return
-            fields = _fields(body.data, wanted=self._adds_to_body(slo_headers))
-            applied = self._applied(self._checked(slo_headers, fields), scope["headers"])
+            fields = _fields(body.data, wanted=_adds_to_body(slo_headers, classes))
+            applied = _applied(self._checked(slo_headers, fields), classes, scope["headers"])
         except InvalidFieldError as error:
             await _refuse(
                 send,
@@ -135,6 +138,7 @@ class SLOMiddleware:
             applied_headers(applied),
             lambda out: self._app(scope, _replay(data, receive), out),
             send,
+            version,
         )
 
     async def _answered_here(self, scope: Scope, send: Send) -> bool:
@@ -150,10 +154,6 @@ class SLOMiddleware:
             return False
         return True
 
-    def _adds_to_body(self, slo_headers: dict[str, str | float]) -> bool:
-        """A session alone matters only to a request that has an SLO, be it by default."""
-        return _asks_for_slo(slo_headers) or (bool(slo_headers) and self._classes.default is not None)
-
     def _checked(self, slo_headers: dict[str, str | float], fields: BodyFields | None) -> SloArgs:
         """Headers over body. The body's own fields are checked even where a header overrides them."""
         in_body = fields.xargs if fields is not None and isinstance(fields.xargs, dict) else {}
@@ -164,13 +164,6 @@ class SLOMiddleware:
                 if value is not None and not self._custom_numbers:
                     raise InvalidFieldError(name, value, "the name of a class only; this server takes no other numbers")
         return asked[-1]
-
-    def _applied(self, args: SloArgs, headers: RawHeaders) -> SLOClass | None:
-        try:
-            return args.applied(self._classes)
-        except InvalidFieldError as error:
-            field = "x-slo-class" if any(name.lower() == b"x-slo-class" for name, _ in headers) else error.field
-            raise InvalidFieldError(field, error.given, error.allowed) from None
 
     async def _pass_promiseless(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A route that SLOs do not reach: refused when its headers ask for one and it computes output."""
@@ -198,6 +191,19 @@ class SLOMiddleware:
             await _refuse(send, 413, "body", message, anthropic=_path(scope) == MESSAGES_PATH)
             return
         await self._app(scope, _replay(body.data, receive, more_body=body.more), send)
+
+
+def _adds_to_body(slo_headers: dict[str, str | float], classes: ClassSet) -> bool:
+    """A session alone matters only to a request that has an SLO, be it by default."""
+    return _asks_for_slo(slo_headers) or (bool(slo_headers) and classes.default is not None)
+
+
+def _applied(args: SloArgs, classes: ClassSet, headers: RawHeaders) -> SLOClass | None:
+    try:
+        return args.applied(classes)
+    except InvalidFieldError as error:
+        field = "x-slo-class" if any(name.lower() == b"x-slo-class" for name, _ in headers) else error.field
+        raise InvalidFieldError(field, error.given, error.allowed) from None
 
 
 def _asks_for_slo(slo_headers: dict[str, str | float]) -> bool:

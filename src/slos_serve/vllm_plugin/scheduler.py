@@ -117,7 +117,7 @@ class Steered(Scheduler):
             control.recorder.close()
             logger.error("slos-serve: every step runs in stock order. The plan at start failed.", exc_info=failure)
             return
-        self._slo_desk = RequestDesk(control, settings, stop_strings)
+        self._slo_desk = RequestDesk(control, settings, stop_strings, front)
         self._slo = control
         if settings.publish_to is not None:  # a router that reads it replaces servers that die
             end_with_parent()

@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from slos_serve.core.errors import SlosServeError
+from slos_serve.vllm_plugin.class_versions import VERSION_KEY, ClassVersion
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.desk import FrontDesk, Judged
 from slos_serve.vllm_plugin.metrics import EngineLabels
@@ -57,6 +58,7 @@ def attach(client: Any, front: FrontDesk) -> None:
     @functools.wraps(hand_over)
     def generate(prompt: object, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
         judged = CURRENT.get()
+        name_version(sampling_params, front.version if judged is None else judged.version)
         if judged is not None:
             try:
                 front.entered(judged, prompt, sampling_params, request_id)
@@ -69,6 +71,15 @@ def attach(client: Any, front: FrontDesk) -> None:
         return hand_over(prompt, sampling_params, request_id, *args, **kwargs)
 
     client.generate = generate
+
+
+def name_version(params: Any, version: ClassVersion) -> None:
+    """Tell the engine core which version of the class file the request is judged by."""
+    given = getattr(params, "extra_args", None)
+    if version.digest:
+        params.extra_args = {**(given or {}), VERSION_KEY: version.digest}
+    elif given and VERSION_KEY in given:
+        params.extra_args = {key: value for key, value in given.items() if key != VERSION_KEY}
 
 
 class RefusedError(SlosServeError, ValueError):

@@ -31,10 +31,12 @@ from slos_serve.routing.headroom import MOST, STANDARD_PROMPT_TOKENS, headroom, 
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.router import RoutingRequest
 from slos_serve.routing.warm_up import warm_up_routing
+from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.link import FrontSockets, socket_path
 from slos_serve.vllm_plugin.front.metrics import FrontMetrics
 from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror, Looked
+from slos_serve.vllm_plugin.front.reload import ClassFileWatch
 from slos_serve.vllm_plugin.live.feed import LIVE_KEY, WATCHED
 from slos_serve.vllm_plugin.live.state import LiveState, Watch
 from slos_serve.vllm_plugin.metrics import EngineLabels
@@ -56,6 +58,7 @@ class Judged:
     Attributes:
         slo_class: its class, ``None`` without a promise.
         arrival_s: when it arrived.
+        version: of the class file that it is judged by.
         answer: the verdict; ``None`` while, or where, it is not judged. Of several prompts the worst.
         ttft_target_s: promised seconds to the first token; ``inf`` without.
         refusal: status and seconds to wait, for a request that is refused.
@@ -64,6 +67,7 @@ class Judged:
 
     slo_class: SLOClass | None
     arrival_s: float
+    version: ClassVersion
     answer: Answer | None = None
     ttft_target_s: float = math.inf
     refusal: tuple[int, int] | None = None
@@ -103,18 +107,24 @@ class FrontDesk:
         self._received: Publication | None = None  # not taken over by the mirror yet
         self._newest: Publication | None = None
         self._told: OrderedDict[str, Verdict] = OrderedDict()
-        self._typical = self._standard()
         self._gauges_s = -math.inf
         self.ready = False
         self._ended = threading.Event()
         self._failed = False
         self.metrics = FrontMetrics(self._indices, labels)
+        self._watch_file = ClassFileWatch(config.classes_path, config.class_file, self.metrics.class_file_read)
+        self._typical = self._standard()
         self.live = LiveState(labels.model_name, config.classes) if config.live_page else None
         self.watch = Watch(socket_path(WATCHED, os.getpid()) if config.live_page else None)
 
     @property
+    def version(self) -> ClassVersion:
+        """The version of the class file that new requests are judged by."""
+        return self._watch_file.current
+
+    @property
     def config(self) -> PluginConfig:
-        """Classes, margins and profile."""
+        """Margins and profile, and the classes that the server started with."""
         return self._config
 
     @property
@@ -134,18 +144,18 @@ class FrontDesk:
                 max_tokens=STANDARD_ANSWER_TOKENS,
                 ttft_due_s=slo_class.slo.ttft_s(zero_load_s) - self._config.planner.ttft_margin_s,
                 tpot_s=slo_class.slo.tpot_s,
-                class_index=self._indices[slo_class.name],
+                class_index=self._indices.get(slo_class.name, len(self._indices)),
                 weight=max(slo_class.weight, 1e-6),
             )
-            for slo_class in self._config.classes
+            for slo_class in self.version.classes
             if not slo_class.best_effort
         }
 
     # Judging, on the event loop -------------------------------------------------------------------------------
 
-    def begin(self, applied: SLOClass | None) -> Judged:
-        """An HTTP request came; ``applied`` is its class."""
-        return Judged(applied, self._clock_s())
+    def begin(self, applied: SLOClass | None, version: ClassVersion | None = None) -> Judged:
+        """An HTTP request came; ``applied`` is its class, of that ``version`` of the class file or of the newest."""
+        return Judged(applied, self._clock_s(), version or self.version)
 
     def entered(self, judged: Judged, prompt: object, params: Any, request_id: str) -> None:
         """vLLM is about to hand a request to its engine: judge it. Sets ``judged.refusal`` where it is refused."""
@@ -156,7 +166,7 @@ class FrontDesk:
             return
         args = from_extra_args(getattr(params, "extra_args", None))
         now_s = self._clock_s()
-        asked = self._asked(args, prompt, tokens, params, now_s)
+        asked = self._asked(args, judged.version, prompt, tokens, params, now_s)
         answer = max(
             (self._mirror.answer(now_s, asked) for _ in range(max(int(getattr(params, "n", 1) or 1), 1))),
             key=_severity,
@@ -182,7 +192,8 @@ class FrontDesk:
         Raises:
             InvalidFieldError: its class is unknown.
         """
-        asked = self._asked(args, None, tokens, SimpleNamespace(max_tokens=max_tokens), self._clock_s())
+        params = SimpleNamespace(max_tokens=max_tokens)
+        asked = self._asked(args, self.version, None, tokens, params, self._clock_s())
         if not self.ready or not self._hear():
             return None
         return asked, self._mirror.look(asked.arrival_s, asked)
@@ -205,8 +216,10 @@ class FrontDesk:
             self._mirror.update(received)
         return self._mirror.newest is not None
 
-    def _asked(self, args: SloArgs, prompt: object, tokens: int, params: Any, now_s: float) -> RoutingRequest:
-        slo_class = args.applied(self._config.classes)
+    def _asked(
+        self, args: SloArgs, version: ClassVersion, prompt: object, tokens: int, params: Any, now_s: float
+    ) -> RoutingRequest:
+        slo_class = args.applied(version.classes)
         if slo_class is not None and slo_class.best_effort:
             slo_class = None
         stamp = prompt.get("arrival_time") if isinstance(prompt, dict) else None
@@ -265,11 +278,22 @@ class FrontDesk:
                 for socket, _ in poller.poll(POLL_MS):
                     self.heard(socket.recv(), socket is sockets.state)
                 self._post_gauges()
+                self.look_at_file(time.monotonic())
                 self.watch.rest()
         finally:
             self.ready = False
             self.watch.close()
             sockets.close()
+
+    def look_at_file(self, now_s: float) -> None:
+        """Take the class file if it has changed."""
+        if not self._watch_file.look(now_s):
+            return
+        before, self._typical = self._typical, self._standard()
+        for name in before.keys() - self._typical.keys():
+            self.metrics.headroom(name, 0)
+        if self.live is not None:
+            self.live.classes_changed(self.version.classes)
 
     def heard(self, payload: bytes, is_state: bool) -> None:
         """Take in a message of the engine."""

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable
 
 from slos_serve.core.slo import SLOClass
 from slos_serve.vllm_plugin.asgi import Message, Send
+from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.front.answers import refusal, verdict_headers, with_measured
 from slos_serve.vllm_plugin.front.client import CURRENT, RefusedError
 from slos_serve.vllm_plugin.front.desk import FrontDesk, Judged
@@ -14,7 +15,12 @@ Serve = Callable[[Send], Awaitable[None]]
 
 
 async def judged_exchange(
-    front: FrontDesk, applied: SLOClass | None, announced: Iterable[tuple[bytes, bytes]], serve: Serve, send: Send
+    front: FrontDesk,
+    applied: SLOClass | None,
+    announced: Iterable[tuple[bytes, bytes]],
+    serve: Serve,
+    send: Send,
+    version: ClassVersion | None = None,
 ) -> None:
     """Serve one request and tell its client what was decided.
 
@@ -24,8 +30,9 @@ async def judged_exchange(
         announced: headers of an answer, before the verdict.
         serve: runs the application with the ``send`` it is given.
         send: of the connection.
+        version: of the class file that ``applied`` is of; ``None`` for the newest.
     """
-    answer = _Answer(front, front.begin(applied), list(announced), send)
+    answer = _Answer(front, front.begin(applied, version), list(announced), send)
     token = CURRENT.set(answer.judged)
     try:
         await serve(answer.send)

@@ -12,6 +12,7 @@ from slos_serve.core.verdict import Verdict, Why
 from slos_serve.files.class_file import CUSTOM_CLASS
 from slos_serve.vllm_plugin.metrics import COMMON, PREDICTION_BUCKETS, EngineLabels
 
+RELOADS = ("taken", "kept_old")
 KV_KINDS = ("total", "used", "forecast_peak")
 
 
@@ -42,6 +43,10 @@ class FrontMetrics:
             "Measured over predicted time to first token of admitted requests.",
             buckets=PREDICTION_BUCKETS,
         ).labels(*self._names)
+        text = "Changed class files, by whether they were taken or the old classes were kept."
+        self._reloads = self._made(Counter, "class_file_reloads", text, "result")
+        for result in RELOADS:
+            self._reloads.labels(*self._names, result)
         mode = "livesum"
         text = "Requests of the class's mean length that could be promised now."
         self._headroom = self._made(Gauge, "headroom_requests", text, "slo_class", multiprocess_mode=mode)
@@ -63,6 +68,10 @@ class FrontMetrics:
     def answered(self, slo_class: str | None, verdict: Verdict, reason: Why) -> None:
         """A client was told what becomes of its request."""
         self._answers.labels(*self._names, self._label(slo_class), verdict, reason).inc()
+
+    def class_file_read(self, result: str) -> None:
+        """The class file has changed; ``result`` is one of :data:`RELOADS`."""
+        self._reloads.labels(*self._names, result).inc()
 
     def compared(self, told: Verdict, did: Verdict) -> None:
         """A request ended of which the client had been told a verdict."""

@@ -97,6 +97,10 @@ class LiveState:
 
     # What comes in --------------------------------------------------------------------------------------------
 
+    def classes_changed(self, classes: Iterable[SLOClass]) -> None:
+        """The class file was read again."""
+        self._classes = tuple(classes)
+
     def told(
         self,
         slo_class: str | None,

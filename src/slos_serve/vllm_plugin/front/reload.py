@@ -1,0 +1,88 @@
+"""The class file is read again when it changes, while the server runs.
+
+A file is taken once it has been the same for two looks, so one that is being written is left alone. A file that cannot
+be used changes nothing: the classes stay as they were, the log names file and line, and a counter grows. Requests that
+came before keep the promise that they were given. The planner's settings (``scheduler:``) and the size of the planner's
+statistics are fixed at start: a new class shares the length forecast and the label of ``custom`` until a restart.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+from slos_serve.core.errors import InvalidFieldError
+from slos_serve.files.class_file import ClassFile, parse_class_file
+from slos_serve.vllm_plugin.class_versions import ClassVersion, digest_of, keep_copy
+
+LOOK_EVERY_S = 1.0
+_logger = logging.getLogger("vllm.slos_serve")
+Result = Literal["taken", "kept_old"]
+_Stamp = tuple[int, int, int]
+
+
+class ClassFileWatch:
+    """Looks at a class file now and then.
+
+    Args:
+        path: the file; ``None`` for none, which never changes.
+        first: what it said when the server started.
+        counted: told of each changed file, whether it was taken.
+        process: the API process, whose engine core is to find the versions.
+
+    Attributes:
+        current: the version that new requests are judged by. Read on the event loop, replaced by the thread that looks.
+    """
+
+    def __init__(
+        self, path: Path | None, first: ClassFile, counted: Callable[[Result], None], process: int | None = None
+    ) -> None:
+        self.current = ClassVersion(first.classes)
+        self._path = path
+        self._first = first
+        self._counted = counted
+        self._process = os.getpid() if process is None else process
+        self._seen = self._used = self._stamp()
+        self._looked_s = 0.0
+
+    def look(self, now_s: float) -> bool:
+        """Take the file if it has changed; whether it was taken. Cheap when called often."""
+        if self._path is None or now_s - self._looked_s < LOOK_EVERY_S:
+            return False
+        self._looked_s = now_s
+        stamp = self._stamp()
+        settled, self._seen = stamp == self._seen, stamp
+        if stamp is None or not settled or stamp == self._used:
+            return False
+        self._used = stamp
+        return self._take(self._path)
+
+    def _stamp(self) -> _Stamp | None:
+        try:
+            found = None if self._path is None else self._path.stat()
+        except OSError:
+            return None
+        return None if found is None else (found.st_mtime_ns, found.st_size, found.st_ino)
+
+    def _take(self, path: Path) -> bool:
+        try:
+            text = path.read_text(encoding="utf-8")
+            found = parse_class_file(text, str(path))
+        except (OSError, UnicodeDecodeError, InvalidFieldError) as error:
+            _logger.error("slos-serve: the classes stay as they were: %s", error)
+            self._counted("kept_old")
+            return False
+        if not keep_copy(text, self._process):
+            _logger.error("slos-serve: the classes stay as they were: there is no safe folder to hand %s on in.", path)
+            self._counted("kept_old")
+            return False
+        self.current = ClassVersion(found.classes, digest_of(text))
+        self._counted("taken")
+        names = ", ".join(slo_class.name for slo_class in found.classes)
+        _logger.info("slos-serve: read %s again: classes %s, default %s.", path, names, found.classes.default or "none")
+        if found.scheduler != self._first.scheduler:
+            _logger.warning("slos-serve: the section scheduler: of %s takes effect at the next start.", path)
+        return True
