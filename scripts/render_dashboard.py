@@ -168,6 +168,7 @@ PANELS = (
             (f"sum(slos_serve:telemetry_dropped{{{MODEL}}})", "telemetry dropped"),
             (f"sum(slos_serve:invalid_slo_fields_total{{{MODEL}}})", "unusable SLO fields"),
             (f'sum(slos_serve:class_file_reloads_total{{{MODEL},result="kept_old"}})', "class files not taken"),
+            (f"sum(slos_serve:denied_total{{{MODEL}}})", "denied to tenants"),
         ),
     ),
 )

@@ -19,7 +19,13 @@ from slos_serve.core.verdict import SENTENCES, Verdict
 from slos_serve.files.class_schema import class_file_schema
 from slos_serve.vllm_plugin.front.metrics import FrontMetrics
 from slos_serve.vllm_plugin.metrics import COMMON, EngineLabels, SchedulerMetrics
-from slos_serve.vllm_plugin.slo_args import HEADER_KEYS, MAX_EXPECTED_TOKENS, MAX_NAME_CHARS, SESSION_HEADER
+from slos_serve.vllm_plugin.slo_args import (
+    HEADER_KEYS,
+    MAX_EXPECTED_TOKENS,
+    MAX_NAME_CHARS,
+    MAX_SESSION_CHARS,
+    SESSION_HEADER,
+)
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 _WRITTEN = "Written by `python scripts/render_reference.py` from `{source}`."
@@ -37,7 +43,8 @@ def class_file_page() -> str:
     page = f"""# Class file
 
 {_WRITTEN.format(source="src/slos_serve/files/class_schema.py")}
-[Classes and promises](classes.md) explains how to choose the numbers. `slos-serve classes check FILE` checks a file;
+[Classes and promises](classes.md) explains how to choose the numbers, [Promises](promises.md) what each means and the
+sections `trust` and `map`. `slos-serve classes check FILE` checks a file;
 `slos-serve classes schema` prints the JSON Schema for editors.
 
 ```yaml
@@ -97,13 +104,16 @@ REQUEST_FIELDS = {
     "slo_tpot_ms": "Milliseconds per output token, for every stage of this request.",
     "slo_expected_tokens": f"Whole number, 1 to {MAX_EXPECTED_TOKENS:,}: a hint of the answer's length.",
     "slo_last_round": "0 or 1: no further call of this session follows (`last_round` of its class).",
-    "session_id": "Conversation or agent loop that this call belongs to (vLLM's own key).",
+    "session_id": "Conversation or agent loop that this call belongs to (vLLM's own key); "
+    f"1 to {MAX_SESSION_CHARS} characters in the header.",
 }
 RESPONSE_HEADERS = {
     "x-slo-class": "Class applied: its name, `custom` for numbers without a class, `none` for no promise.",
     "x-slo-ttft-ms": "First-token promise of the class in milliseconds, when it is absolute.",
     "x-slo-ttft-slowdown": "First-token promise as a multiple of the prompt's time alone, when it is one.",
     "x-slo-tpot-ms": "Time per output token promised in the first stage.",
+    "x-slo-denied": "Why a request is served without the promise it asked for: `class`, `numbers` or `promises`; "
+    "see [who may ask](promises.md#who-may-ask).",
     "x-slo-verdict": "What the request is given; see below.",
     "x-slo-reason": "Why, as a token; see below.",
     "x-slo-reason-text": "The reason as a sentence.",

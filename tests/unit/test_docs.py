@@ -17,13 +17,14 @@ from typer.testing import CliRunner
 from scripts.render_reference import PAGES, REQUEST_FIELDS, RESPONSE_HEADERS
 from slos_serve.cli.main import COMMANDS, app
 from slos_serve.core.slo import SLO, ClassSet, WhenFull, single_stage
+from slos_serve.core.trust import Denied
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.files.class_file import load_classes, parse_classes
 from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.front.answers import verdict_headers
 from slos_serve.vllm_plugin.front.desk import Judged
 from slos_serve.vllm_plugin.front.mirror import Answer
-from slos_serve.vllm_plugin.middleware import applied_headers
+from slos_serve.vllm_plugin.middleware import applied_headers, denied_header
 from slos_serve.vllm_plugin.slo_args import HEADER_KEYS, SESSION_KEY, SLO_KEYS
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +45,8 @@ def test_the_page_of_headers_has_every_field_and_header() -> None:
     judged = Judged(
         classes[0], 0.0, ClassVersion(ClassSet()), Answer(Verdict.ADMITTED, Why.FITS, 1.0, 1.0), ttft_target_s=1.0
     )
-    assert set(RESPONSE_HEADERS) == sent | {name.decode() for name, _ in verdict_headers(judged)}
+    told = {name.decode() for name, _ in (*verdict_headers(judged), denied_header(Denied.CLASS))}
+    assert set(RESPONSE_HEADERS) == sent | told
 
 
 def anchors(path: Path) -> set[str]:

@@ -151,7 +151,7 @@ def _extreme(dice: Random) -> Hostile:
     return Hostile(
         "extreme",
         _plain(vllm_xargs=xargs),
-        {**JSON_HEADERS, "x-session-id": "s" * 5000},
+        {**JSON_HEADERS, "x-session-id": "s" * 256},
         (200,),
     )
 

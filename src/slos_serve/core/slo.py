@@ -17,6 +17,7 @@ from slos_serve.core.errors import InvalidFieldError
 MAX_LATENCY_MS = 86_400_000.0
 MAX_WEIGHT = 1000.0
 MAX_CLASSES = 32
+MAX_OTHERWISE = 4
 DEFAULT_TTFT_FLOOR_MS = 200.0
 DEFAULT_MAX_STALL_MS = 2000.0
 NO_SLO_CLASS = "none"
@@ -110,6 +111,7 @@ class SLOClass:
         max_stall_ms: longest gap the scheduler may cause between two tokens of a stream.
         when_full: what becomes of a request that cannot be promised now.
         last_round: class that a session's last call gets instead, when the client marks it; ``None`` for this one.
+        otherwise: weaker promises, asked for in this order once the one before cannot be kept.
     """
 
     name: str
@@ -118,6 +120,7 @@ class SLOClass:
     max_stall_ms: float = DEFAULT_MAX_STALL_MS
     when_full: WhenFull = WhenFull.BEST_EFFORT
     last_round: str | None = None
+    otherwise: tuple[SLO, ...] = ()
 
     def __post_init__(self) -> None:
         if not _CLASS_NAME.fullmatch(self.name):
@@ -126,6 +129,12 @@ class SLOClass:
             raise InvalidFieldError(f"classes.{self.name}.stages", self.stages, "at least one stage")
         check_number("weight", self.weight, low=0.0, high=MAX_WEIGHT)
         check_number("max_stall_ms", self.max_stall_ms, low=0.0, high=MAX_LATENCY_MS)
+        if len(self.otherwise) > MAX_OTHERWISE:
+            allowed = f"at most {MAX_OTHERWISE} promises"
+            raise InvalidFieldError(f"classes.{self.name}.otherwise", len(self.otherwise), allowed)
+        if self.otherwise and (self.best_effort or any(slo.best_effort for slo in self.otherwise)):
+            allowed = "promises, weaker than those of a class that promises something"
+            raise InvalidFieldError(f"classes.{self.name}.otherwise", "no promise", allowed)
 
     @property
     def slo(self) -> SLO:
@@ -137,15 +146,26 @@ class SLOClass:
         """True when no stage promises anything."""
         return all(stage.slo.best_effort for stage in self.stages)
 
+    @property
+    def promises(self) -> tuple[SLOClass, ...]:
+        """The class and its weaker forms, in the order in which they are asked for."""
+        return (self, *(self._weakened(slo) for slo in self.otherwise))
+
+    def _weakened(self, slo: SLO) -> SLOClass:
+        """The same class with ``slo`` for its first stage, and the pace of it for every stage."""
+        first, *later = self.stages
+        stages = [replace(stage, slo=SLO(tpot_ms=slo.tpot_ms)) for stage in later]
+        return replace(self, stages=(replace(first, slo=slo), *stages), otherwise=())
+
     def with_overrides(self, ttft_ms: float | None = None, tpot_ms: float | None = None) -> SLOClass:
-        """The same class with a request's own absolute TTFT, or TPOT for every stage."""
+        """The same class with a request's own absolute TTFT, or TPOT for every stage; nothing weaker instead."""
         stages = self.stages
         if tpot_ms is not None:
             stages = tuple(replace(stage, slo=replace(stage.slo, tpot_ms=tpot_ms)) for stage in stages)
         if ttft_ms is not None:
             first = replace(stages[0], slo=replace(stages[0].slo, ttft_ms=ttft_ms, ttft_slowdown=None))
             stages = (first, *stages[1:])
-        return replace(self, stages=stages)
+        return replace(self, stages=stages, otherwise=())
 
 
 def single_stage(name: str, slo: SLO, weight: float = 1.0, max_stall_ms: float = DEFAULT_MAX_STALL_MS) -> SLOClass:

@@ -13,7 +13,8 @@
 A class without promises (``batch: {}``) is a name for best effort. ``tpot_ms`` of a class holds for each of its stages
 that gives none. ``when_full: reject`` refuses a request that cannot be promised now with 429, ``reject_503`` with 503
 (``best_effort``, the default, serves it all the same); ``last_round: chat`` gives the call that a client marks as its
-session's last the promises of another class. The section ``scheduler:`` sets the planner's settings (docs/settings.md).
+session's last the promises of another class. The section ``scheduler:`` sets the planner's settings (docs/settings.md),
+``trust:`` says who may ask for what and ``map:`` which class a field of others stands for (docs/promises.md).
 Nothing is guessed: an unknown key, a key given twice or a number out of range is an error that names the file, the
 line, the field, what was given and what is allowed.
 """
@@ -31,6 +32,7 @@ from slos_serve.core.slo import (
     DEFAULT_MAX_STALL_MS,
     DEFAULT_TTFT_FLOOR_MS,
     MAX_LATENCY_MS,
+    MAX_OTHERWISE,
     MAX_WEIGHT,
     NO_SLO_CLASS,
     SLO,
@@ -40,12 +42,16 @@ from slos_serve.core.slo import (
     WhenFull,
     check_number,
 )
+from slos_serve.core.tiers import TierMap
+from slos_serve.core.trust import Trust
+from slos_serve.files.trust_section import TrustReader
+from slos_serve.files.yaml_nodes import MOST_WHOLE, NodeReader, shown
 from slos_serve.planning.settings import RANGES, WHOLE, PlannerSettings
 
 CUSTOM_CLASS = "custom"
 MAX_STAGES = 16
-MAX_STAGE_TOKENS = 10_000_000
-_TOP_KEYS = ("classes", "default_class", "max_stall_ms", "scheduler")
+MAX_STAGE_TOKENS = MOST_WHOLE
+_TOP_KEYS = ("classes", "default_class", "map", "max_stall_ms", "scheduler", "trust")
 _CLASS_KEYS = (
     "ttft_ms",
     "ttft_slowdown",
@@ -56,7 +62,9 @@ _CLASS_KEYS = (
     "stages",
     "when_full",
     "last_round",
+    "otherwise",
 )
+_PROMISE_KEYS = ("ttft_ms", "ttft_slowdown", "ttft_floor_ms", "tpot_ms")
 _STAGE_KEYS = ("tpot_ms", "end_token_id", "max_tokens")
 _RESERVED = (NO_SLO_CLASS, CUSTOM_CLASS)
 
@@ -68,10 +76,14 @@ class ClassFile:
     Attributes:
         classes: promises by name.
         scheduler: the planner's settings, defaults where the file has none.
+        trust: who may ask for what; everybody for everything where the file has no such section.
+        tiers: the classes that fields and headers of others stand for.
     """
 
     classes: ClassSet
     scheduler: PlannerSettings = field(default_factory=PlannerSettings)
+    trust: Trust = field(default_factory=Trust)
+    tiers: TierMap = field(default_factory=TierMap)
 
 
 def load_classes(path: str | Path) -> ClassSet:
@@ -107,19 +119,21 @@ def parse_class_file(text: str, name: str) -> ClassFile:
     return _FileReader(name).class_file(root)
 
 
-class _FileReader:
-    """Turns composed YAML nodes, which know their lines, into classes."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._scalars = yaml.constructor.SafeConstructor()
+class _FileReader(NodeReader):
+    """Turns composed YAML nodes into classes."""
 
     def class_file(self, root: yaml.Node | None) -> ClassFile:
         if root is None:
             raise InvalidFieldError("class file", "", "a mapping with the key 'classes'", f"{self._name}:1")
         top = self._mapping(root, "class file", _TOP_KEYS)
         classes = self._class_set(root, top)
-        return ClassFile(classes, self._scheduler(top["scheduler"]) if "scheduler" in top else PlannerSettings())
+        sections = TrustReader(self._name, frozenset(classes.classes))
+        return ClassFile(
+            classes,
+            self._scheduler(top["scheduler"]) if "scheduler" in top else PlannerSettings(),
+            sections.trust(top["trust"]) if "trust" in top else Trust(),
+            sections.tiers(top["map"]) if "map" in top else TierMap(),
+        )
 
     def _scheduler(self, node: yaml.Node) -> PlannerSettings:
         """The planner's settings; a fault names the line of its own key."""
@@ -168,17 +182,34 @@ class _FileReader:
         stages = self._stages(keys["stages"], field, slo) if "stages" in keys else (Stage(slo=slo),)
         weight = self._number(keys, field, "weight", MAX_WEIGHT)
         stall_ms = self._number(keys, field, "max_stall_ms", MAX_LATENCY_MS)
+        when_full = self._when_full(keys, field)
+        otherwise = self._otherwise(keys["otherwise"], f"{field}.otherwise") if "otherwise" in keys else ()
         try:
             return SLOClass(
                 name=name,
                 stages=stages,
                 weight=1.0 if weight is None else weight,
                 max_stall_ms=max_stall_ms if stall_ms is None else stall_ms,
-                when_full=self._when_full(keys, field),
+                when_full=when_full,
                 last_round=self._name_of(keys["last_round"], f"{field}.last_round") if "last_round" in keys else None,
+                otherwise=otherwise,
             )
         except InvalidFieldError as error:
             raise self._placed(error, node) from None
+
+    def _otherwise(self, node: yaml.Node, field: str) -> tuple[SLO, ...]:
+        """Weaker promises, in the order in which they are asked for."""
+        if not isinstance(node, yaml.SequenceNode) or not 1 <= len(node.value) <= MAX_OTHERWISE:
+            raise InvalidFieldError(field, shown(node), f"a list of 1 to {MAX_OTHERWISE} promises", self._where(node))
+        found = []
+        for index, item in enumerate(node.value):
+            place = f"{field}[{index}]"
+            slo = self._slo(self._mapping(item, place, _PROMISE_KEYS), place)
+            if slo.best_effort:
+                allowed = f"a promise: one of {list(_PROMISE_KEYS)}; best effort comes last by itself"
+                raise InvalidFieldError(place, "no promise", allowed, self._where(item))
+            found.append(slo)
+        return tuple(found)
 
     def _when_full(self, keys: Mapping[str, yaml.Node], field: str) -> WhenFull:
         if "when_full" not in keys:
@@ -207,7 +238,7 @@ class _FileReader:
     def _stages(self, node: yaml.Node, field: str, first: SLO) -> tuple[Stage, ...]:
         field = f"{field}.stages"
         if not isinstance(node, yaml.SequenceNode) or not 1 <= len(node.value) <= MAX_STAGES:
-            raise InvalidFieldError(field, _shown(node), f"a list of 1 to {MAX_STAGES} stages", self._where(node))
+            raise InvalidFieldError(field, shown(node), f"a list of 1 to {MAX_STAGES} stages", self._where(node))
         last = len(node.value) - 1
         return tuple(
             self._stage(item, f"{field}[{index}]", first, is_first=index == 0, is_last=index == last)
@@ -219,7 +250,7 @@ class _FileReader:
         ends = [key for key in ("end_token_id", "max_tokens") if key in keys]
         if is_last and ends:
             allowed = "nothing on the last stage, which runs to the end of the request"
-            raise InvalidFieldError(f"{field}.{ends[0]}", _shown(keys[ends[0]]), allowed, self._where(keys[ends[0]]))
+            raise InvalidFieldError(f"{field}.{ends[0]}", shown(keys[ends[0]]), allowed, self._where(keys[ends[0]]))
         if not is_last and not ends:
             allowed = "end_token_id or max_tokens, or the next stage would never begin"
             raise InvalidFieldError(field, "no end", allowed, self._where(node))
@@ -232,76 +263,6 @@ class _FileReader:
             end_token_id=self._whole(keys, field, "end_token_id", 0),
             max_tokens=self._whole(keys, field, "max_tokens", 1),
         )
-
-    def _mapping(self, node: yaml.Node, field: str, allowed: tuple[str, ...] | None) -> dict[str, yaml.Node]:
-        """Values by key; an empty value (``batch:``) counts as an empty mapping."""
-        if isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null":
-            return {}
-        if not isinstance(node, yaml.MappingNode):
-            raise InvalidFieldError(field, _shown(node), "a mapping (key: value)", self._where(node))
-        found: dict[str, yaml.Node] = {}
-        for key_node, value in node.value:
-            key = self._name_of(key_node, f"key of {field}")
-            inner = key if field == "class file" else f"{field}.{key}"
-            if allowed is not None and key not in allowed:
-                raise InvalidFieldError(f"key of {field}", key, f"one of {list(allowed)}", self._where(key_node))
-            if key in found:
-                raise InvalidFieldError(inner, "given twice", "once", self._where(key_node))
-            found[key] = value
-        return found
-
-    def _number(
-        self,
-        keys: Mapping[str, yaml.Node],
-        field: str,
-        key: str,
-        high: float,
-        low: float = 0.0,
-        low_included: bool = False,
-    ) -> float | None:
-        if key not in keys:
-            return None
-        name = f"{field}.{key}" if field else key
-        value, where = self._scalar(keys[key]), self._where(keys[key])
-        return check_number(name, value, low=low, high=high, low_included=low_included, where=where)
-
-    def _whole(self, keys: Mapping[str, yaml.Node], field: str, key: str, low: int) -> int | None:
-        if key not in keys:
-            return None
-        value = self._scalar(keys[key])
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= MAX_STAGE_TOKENS:
-            allowed = f"a whole number in [{low}, {MAX_STAGE_TOKENS}]"
-            raise InvalidFieldError(f"{field}.{key}", value, allowed, self._where(keys[key]))
-        return value
-
-    def _scalar(self, node: yaml.Node) -> object:
-        """The node's value as YAML types it; what it is called when it is no scalar or not what its tag says."""
-        if not isinstance(node, yaml.ScalarNode):
-            return _shown(node)
-        try:
-            value: object = self._scalars.construct_object(node)
-        except (yaml.YAMLError, ValueError):
-            return node.value
-        return value
-
-    def _name_of(self, node: yaml.Node, field: str) -> str:
-        """Text of a name as written: a class may be called ``no`` or ``7b`` without quotes."""
-        if not isinstance(node, yaml.ScalarNode):
-            raise InvalidFieldError(field, _shown(node), "a name", self._where(node))
-        return str(node.value)
-
-    def _where(self, node: yaml.Node) -> str:
-        return f"{self._name}:{node.start_mark.line + 1}"
-
-    def _placed(self, error: InvalidFieldError, node: yaml.Node | None) -> InvalidFieldError:
-        where = self._name if node is None else self._where(node)
-        return InvalidFieldError(error.field, error.given, error.allowed, where)
-
-
-def _shown(node: yaml.Node) -> str:
-    if isinstance(node, yaml.ScalarNode):
-        return str(node.value)
-    return "a list" if isinstance(node, yaml.SequenceNode) else "a mapping"
 
 
 def _syntax_error(error: yaml.YAMLError, name: str) -> InvalidFieldError:

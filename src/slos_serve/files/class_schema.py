@@ -13,10 +13,14 @@ from slos_serve.core.slo import (
     DEFAULT_TTFT_FLOOR_MS,
     MAX_CLASSES,
     MAX_LATENCY_MS,
+    MAX_OTHERWISE,
     MAX_WEIGHT,
     WhenFull,
 )
+from slos_serve.core.tiers import BODY_FIELDS, MAX_MAPPED
+from slos_serve.core.trust import MAX_PER_MINUTE, MAX_TENANTS, WhenDenied
 from slos_serve.files.class_file import MAX_STAGE_TOKENS, MAX_STAGES
+from slos_serve.files.trust_section import DIGEST_PATTERN, HEADER_PATTERN
 from slos_serve.planning.settings import RANGES, WHOLE, PlannerSettings
 
 _MS = {"type": "number", "exclusiveMinimum": 0, "maximum": MAX_LATENCY_MS}
@@ -28,6 +32,10 @@ _WHEN_FULL = (
     "(reject) or 503 (reject_503) and Retry-After."
 )
 _LAST_ROUND = "Class that a call gets instead when the client marks it as its session's last (slo_last_round)."
+_ONE_TTFT = {
+    "not": {"required": ["ttft_ms", "ttft_slowdown"]},
+    "dependentRequired": {"ttft_floor_ms": ["ttft_slowdown"]},
+}
 _NAME = "^[A-Za-z0-9][A-Za-z0-9_.-]{0,62}$"
 
 
@@ -51,24 +59,31 @@ def class_file_schema() -> dict[str, Any]:
                 "additionalProperties": _class_schema(),
             },
             "scheduler": _scheduler_schema(),
+            "trust": _trust_schema(),
+            "map": _map_schema(),
         },
     }
 
 
 def _class_schema() -> dict[str, Any]:
-    number = {"type": "number", "minimum": 1, "maximum": 10_000}
     return {
         "type": ["object", "null"],
         "additionalProperties": False,
         "properties": {
-            "ttft_ms": {**_MS, "description": "The first token comes within this many milliseconds."},
-            "ttft_slowdown": {**number, "description": _SLOWDOWN},
-            "ttft_floor_ms": {
-                **_MS,
-                "default": DEFAULT_TTFT_FLOOR_MS,
-                "description": "Least time that ttft_slowdown may ask for.",
+            **_promise_properties(),
+            "otherwise": {
+                "type": "array",
+                "description": "Weaker promises, asked for in order once the one before cannot be kept.",
+                "minItems": 1,
+                "maxItems": MAX_OTHERWISE,
+                "items": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "minProperties": 1,
+                    "properties": _promise_properties(),
+                    **_ONE_TTFT,
+                },
             },
-            "tpot_ms": {**_MS, "description": "Mean time per output token after the first, in each stage without one."},
             "weight": {
                 "type": "number",
                 "exclusiveMinimum": 0,
@@ -91,8 +106,21 @@ def _class_schema() -> dict[str, Any]:
                 "description": "Decode stages in order, for answers that think first. The last one runs to the end.",
             },
         },
-        "not": {"required": ["ttft_ms", "ttft_slowdown"]},
-        "dependentRequired": {"ttft_floor_ms": ["ttft_slowdown"]},
+        **_ONE_TTFT,
+    }
+
+
+def _promise_properties() -> dict[str, Any]:
+    number = {"type": "number", "minimum": 1, "maximum": 10_000}
+    return {
+        "ttft_ms": {**_MS, "description": "The first token comes within this many milliseconds."},
+        "ttft_slowdown": {**number, "description": _SLOWDOWN},
+        "ttft_floor_ms": {
+            **_MS,
+            "default": DEFAULT_TTFT_FLOOR_MS,
+            "description": "Least time that ttft_slowdown may ask for.",
+        },
+        "tpot_ms": {**_MS, "description": "Mean time per output token after the first, in each stage without one."},
     }
 
 
@@ -114,6 +142,55 @@ def _stage_schema() -> dict[str, Any]:
                 "maximum": MAX_STAGE_TOKENS,
                 "description": "The stage ends after this many tokens.",
             },
+        },
+    }
+
+
+def _trust_schema() -> dict[str, Any]:
+    digest = {"type": "string", "pattern": DIGEST_PATTERN}
+    return {
+        "type": ["object", "null"],
+        "description": "Who may ask for what.",
+        "additionalProperties": False,
+        "properties": {
+            "tenant_header": {"type": "string", "pattern": HEADER_PATTERN, "description": "Set by the proxy."},
+            "api_keys": {
+                "type": "object",
+                "description": "SHA-256 of each tenant's API keys.",
+                "additionalProperties": {"anyOf": [digest, {"type": "array", "items": digest}]},
+            },
+            "custom_numbers": {"type": "boolean", "default": False},
+            "when_denied": {"enum": [kind.value for kind in WhenDenied]},
+            "tenants": {"type": "object", "maxProperties": MAX_TENANTS, "additionalProperties": _rule_schema()},
+            "others": _rule_schema(),
+        },
+    }
+
+
+def _rule_schema() -> dict[str, Any]:
+    per_minute = {"type": "number", "minimum": 1, "maximum": MAX_PER_MINUTE}
+    return {
+        "type": ["object", "null"],
+        "additionalProperties": False,
+        "properties": {
+            "classes": {"type": "array", "items": {"type": "string"}},
+            "custom_numbers": {"type": "boolean"},
+            "promises_per_minute": per_minute,
+            "tokens_per_minute": per_minute,
+        },
+    }
+
+
+def _map_schema() -> dict[str, Any]:
+    return {
+        "type": ["object", "null"],
+        "description": "The class that a value of a field or header of others stands for.",
+        "propertyNames": {"anyOf": [{"enum": list(BODY_FIELDS)}, {"pattern": HEADER_PATTERN}]},
+        "additionalProperties": {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": MAX_MAPPED,
+            "additionalProperties": {"type": "string"},
         },
     }
 

@@ -7,15 +7,19 @@ deadlines.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Callable
 from typing import Any
 
 from slos_serve.core.slo import SLOClass, WhenFull
+from slos_serve.core.trust import DeniedError
 from slos_serve.ray_serve.prompts import PromptCounter
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.routing.router import RoutingRequest
 from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.gate import allowed_class
+from slos_serve.vllm_plugin.seal import Seal, seal_of
 from slos_serve.vllm_plugin.slo_args import MAX_SESSION_CHARS, SESSION_HEADER, from_extra_args
 
 
@@ -40,6 +44,9 @@ class TicketOffice:
         self._prompts = prompts
         self._max_model_len = max_model_len
         self._clock_s = clock_s
+        self._seal: Seal | None = None
+        if settings.trust.knows_tenants:
+            self._seal = seal_of(os.environ, may_make=False)
         self._indices = {slo_class.name: index for index, slo_class in enumerate(settings.classes)}
 
     def now_s(self) -> float:
@@ -59,7 +66,11 @@ class TicketOffice:
         """
         arrival_s = self._clock_s() if arrival_s is None else arrival_s
         asked = from_extra_args(getattr(body, "vllm_xargs", None))
-        slo_class = asked.applied(self._settings.classes)
+        tenant = None if self._seal is None else self._seal.opened(asked.tenant)
+        try:
+            slo_class = allowed_class(self._settings.trust, self._settings.classes, asked, tenant)
+        except DeniedError:
+            slo_class = None  # it came around the middleware: its replica's scheduler promises nothing either
         prompt_tokens = self._prompts.prompt_tokens(body)
         ttft_s, tpot_s = self._promise(slo_class, prompt_tokens)
         request = RoutingRequest(

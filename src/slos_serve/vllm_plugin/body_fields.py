@@ -9,21 +9,29 @@ runs: 8 MiB of ``[],[],...`` block for half a second. msgspec checks the syntax 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.tiers import BODY_FIELDS, PRIORITY, SERVICE_TIER
 
 XARGS = "vllm_xargs"
 # What json.loads may be given: some milliseconds of the event loop at the worst.
 MAX_LOADED_BYTES = 64 * 1024
 
 
+# Longest value of a field of others that is looked at.
+MAX_TIER_BYTES = 256
+
+
 class _Fields(msgspec.Struct):
     vllm_xargs: msgspec.Raw = msgspec.Raw(b"")
+    service_tier: msgspec.Raw = msgspec.Raw(b"")
+    priority: msgspec.Raw = msgspec.Raw(b"")
 
 
 _DECODER = msgspec.json.Decoder(_Fields)
@@ -38,6 +46,7 @@ class BodyFields:
         xargs: value of its ``vllm_xargs``, ``None`` when absent or null.
         start, end: bytes that the value takes; both -1 when absent.
         loaded: the whole body, where Python's reader had to be used.
+        tiers: short values of ``service_tier`` and ``priority``, as text.
     """
 
     data: bytes
@@ -45,12 +54,13 @@ class BodyFields:
     start: int = -1
     end: int = -1
     loaded: dict[str, Any] | None = None
+    tiers: Mapping[str, str] = field(default_factory=dict)
 
-    def with_xargs(self, added: dict[str, str | float]) -> bytes:
-        """The body with ``added`` over what ``vllm_xargs`` has; as it came when there is nowhere to add."""
-        if not added or not (self.xargs is None or isinstance(self.xargs, dict)):
+    def with_xargs(self, added: Mapping[str, str | float], dropped: Collection[str] = ()) -> bytes:
+        """The body with ``added`` over what ``vllm_xargs`` has, less ``dropped``; as it came when nothing changes."""
+        if not (added or dropped) or not (self.xargs is None or isinstance(self.xargs, dict)):
             return self.data  # vLLM refuses a vllm_xargs that is no object, and says why
-        merged = {**(self.xargs or {}), **added}
+        merged = {**{key: value for key, value in (self.xargs or {}).items() if key not in dropped}, **added}
         if self.loaded is not None:
             return _dumped({**self.loaded, XARGS: merged}) or self.data
         value = _dumped(merged)
@@ -71,12 +81,14 @@ def body_fields(data: bytes) -> BodyFields | None:
         InvalidFieldError: ``vllm_xargs`` is too long, or the body is long and no strict JSON.
     """
     try:
-        raw = _DECODER.decode(data).vllm_xargs
+        found = _DECODER.decode(data)
+        raw = found.vllm_xargs
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as fault:
         return _loaded(data, fault)
+    tiers = _tiers({SERVICE_TIER: _short(found.service_tier), PRIORITY: _short(found.priority)})
     value = memoryview(raw)
     if not value:
-        return BodyFields(data)
+        return BodyFields(data, tiers=tiers)
     if len(value) > MAX_LOADED_BYTES:
         raise InvalidFieldError(XARGS, f"{len(value)} bytes", f"at most {MAX_LOADED_BYTES} bytes with SLO fields")
     # msgspec.Raw is a view of the body it was found in; nothing but its address says where.
@@ -84,7 +96,7 @@ def body_fields(data: bytes) -> BodyFields | None:
     end = start + len(value)
     assert 0 <= start < end <= len(data) and data[start:end] == value
     try:
-        return BodyFields(data, json.loads(data[start:end]), start, end)
+        return BodyFields(data, json.loads(data[start:end]), start, end, tiers=tiers)
     except (ValueError, RecursionError):
         return None
 
@@ -100,7 +112,35 @@ def _loaded(data: bytes, fault: Exception) -> BodyFields | None:
         document = json.loads(data)
     except (ValueError, RecursionError):
         return None
-    return BodyFields(data, document.get(XARGS), loaded=document) if isinstance(document, dict) else None
+    if not isinstance(document, dict):
+        return None
+    return BodyFields(data, document.get(XARGS), loaded=document, tiers=_tiers(document))
+
+
+def _short(raw: msgspec.Raw) -> object:
+    """A short scalar; ``None`` for whatever else there is."""
+    value = memoryview(raw)
+    if not 0 < len(value) <= MAX_TIER_BYTES:
+        return None
+    try:
+        return json.loads(bytes(value))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _tiers(found: Mapping[str, object]) -> dict[str, str]:
+    """Fields of others that hold a text or a whole number."""
+    values = {name: found.get(name) for name in BODY_FIELDS}
+    return {
+        name: str(value)
+        for name, value in values.items()
+        if isinstance(value, str | int) and not isinstance(value, bool) and _is_short(value)
+    }
+
+
+def _is_short(value: str | int) -> bool:
+    """Whether a value is short enough to be a tier's."""
+    return len(value) <= MAX_TIER_BYTES if isinstance(value, str) else abs(value) < 1 << 62
 
 
 def _dumped(value: dict[str, Any]) -> bytes | None:

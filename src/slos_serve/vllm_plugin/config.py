@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import ClassSet
+from slos_serve.core.tiers import TierMap
+from slos_serve.core.trust import Trust
 from slos_serve.files.class_file import ClassFile, load_class_file
 from slos_serve.files.profile_file import Profile, load_profile
 from slos_serve.planning.settings import PlannerSettings
@@ -163,6 +165,21 @@ class PluginConfig(BaseModel):
     def classes(self) -> ClassSet:
         """Promises by name; empty without a class file."""
         return self.class_file.classes
+
+    @cached_property
+    def trust(self) -> Trust:
+        """Who may ask for what; ``custom_numbers`` off forbids numbers to everybody."""
+        trust = self.class_file.trust
+        if self.custom_numbers:
+            return trust
+        rules = {name: replace(rule, custom_numbers=False) for name, rule in trust.tenants.items()}
+        others = replace(trust.others, custom_numbers=False)
+        return replace(trust, custom_numbers=False, tenants=rules, others=others)
+
+    @property
+    def tiers(self) -> TierMap:
+        """The classes that fields and headers of others stand for."""
+        return self.class_file.tiers
 
     @cached_property
     def profile(self) -> Profile | None:

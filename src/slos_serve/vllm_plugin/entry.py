@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.request import Status
+from slos_serve.core.slo import SLOClass
+from slos_serve.core.trust import DeniedError, Quotas
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.class_versions import ClassVersions
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.controller import StepController
+from slos_serve.vllm_plugin.gate import allowed_class
 from slos_serve.vllm_plugin.recorder import FINISHED, Outcome
 from slos_serve.vllm_plugin.request_book import class_index_of
+from slos_serve.vllm_plugin.seal import Seal, seal_of
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
 from slos_serve.vllm_plugin.stop_strings import OVERSHOOT_TOKENS, StopStrings, stop_strings_of
 from slos_serve.vllm_plugin.tracked import Promise, Tracked
@@ -49,6 +55,10 @@ class RequestDesk:
         # Lengths that the telemetry thread found to be of finished answers: (class index, prompt, output tokens).
         self._found: deque[tuple[int, int, int]] = deque()
         self._refused: dict[str, int] = {}
+        self._quotas = Quotas(settings.trust)
+        self._seal: Seal | None = None
+        if settings.trust.knows_tenants:
+            self._seal = seal_of(os.environ, may_make=settings.publish_to is None)
 
     # Entering -------------------------------------------------------------------------------------------------
 
@@ -56,10 +66,8 @@ class RequestDesk:
         """vLLM has taken a new request in."""
         control = self._control
         promise = self._promise_of(request, request.num_prompt_tokens)
-        needs, most_tokens = control.limits.needs, request.num_prompt_tokens + promise.max_tokens
-        fixed = needs.fixed_blocks(most_tokens)
-        decoding = needs.decode_blocks(most_tokens) if needs.shrinks else fixed
-        tracked = control.book.add(request, promise, fixed_blocks=fixed, decode_blocks=decoding)
+        fixed = control.limits.needs.fixed_blocks(request.num_prompt_tokens + promise.max_tokens)
+        tracked = control.book.add(request, promise, fixed_blocks=fixed)
         control.hits.waits((tracked,))
         control.queues.entered(tracked)
         if stop_strings_of(request):
@@ -83,14 +91,7 @@ class RequestDesk:
     def _promise_of(self, request: Request, new_tokens: int) -> Promise:
         control, settings = self._control, self._settings
         extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
-        try:
-            asked = from_extra_args(extra_args)
-            slo_class = asked.applied(self._versions.classes_of(extra_args))
-        except InvalidFieldError as error:
-            self._refuse(error)
-            asked, slo_class = SloArgs(), None
-        if slo_class is not None and slo_class.best_effort:
-            slo_class = None
+        asked, slo_class, tenant = self._granted(extra_args, new_tokens)
         # The front end stamps arrivals on the wall clock; only a difference on that same clock is carried over.
         waited_s = min(max(time.time() - request.arrival_time, 0.0), MAX_FRONT_END_S)
         arrival_s = control.now_s() - waited_s
@@ -106,7 +107,29 @@ class RequestDesk:
             planned_due_s=arrival_s + ttft_s - settings.planner.ttft_margin_s - encoder_s,
             hint_tokens=asked.expected_tokens or 0,
             max_tokens=max(min(request.max_tokens, control.scheduler.max_model_len - request.num_prompt_tokens), 1),
+            tenant=tenant,
         )
+
+    def _granted(
+        self, extra_args: Mapping[str, object] | None, new_tokens: int
+    ) -> tuple[SloArgs, SLOClass | None, str | None]:
+        """What it asks for, the class it gets, and who asks; judged here again, whatever the front end said."""
+        trust, now_s = self._settings.trust, self._control.now_s()
+        try:
+            asked = from_extra_args(extra_args)
+            tenant = None if self._seal is None else self._seal.opened(asked.tenant)
+            slo_class = allowed_class(trust, self._versions.classes_of(extra_args), asked, tenant)
+            if slo_class is None or slo_class.best_effort:
+                return asked, None, None
+            self._quotas.take(now_s, tenant)
+        except InvalidFieldError as error:
+            self._refuse(error)
+            return SloArgs(), None, None
+        except DeniedError as denied:
+            self._control.telemetry.post(self._control.recorder.denied, denied.why)
+            return asked, None, None
+        self._quotas.used(now_s, tenant, new_tokens)
+        return asked, slo_class, tenant
 
     def _refuse(self, error: InvalidFieldError) -> None:
         """A request's SLO fields could not be used: it is served without a promise."""
@@ -122,12 +145,15 @@ class RequestDesk:
         """vLLM is about to free a request: judge it and forget it."""
         control, book = self._control, self._control.book
         now_s = control.now_s()
-        tracked = book.last_tokens(request.request_id, now_s)
+        book.tokens_came((request.request_id,), now_s)
+        tracked = book.by_id.get(request.request_id)
         if tracked is None:
             return
         ended = compat.finish_kind(request)
         if ended == "abort" and request.resumable and tracked.first_token_s is not None:
             ended = "stop"  # a session that its client has closed after an answer
+        if tracked.promise.slo_class is not None:
+            self._quotas.used(now_s, tracked.promise.tenant, request.num_output_tokens)
         outcome = self._outcome(tracked, ended, now_s)
         book.remove(request.request_id)
         control.forget(tracked)

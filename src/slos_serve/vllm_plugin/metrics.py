@@ -18,6 +18,7 @@ from typing import Any, Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from slos_serve.core.slo import NO_SLO_CLASS
+from slos_serve.core.trust import Denied
 from slos_serve.core.verdict import ENGINE_VERDICTS, Verdict
 from slos_serve.files.class_file import CUSTOM_CLASS
 
@@ -140,6 +141,8 @@ class SchedulerMetrics:
         self._invalid = self._one(
             self._counter("invalid_slo_fields", "Requests served without a promise: unusable SLO fields.")
         )
+        text = "Requests served without a promise: their tenant may not have it."
+        self._denied = self._series(self._counter("denied", text, "why"), [(why,) for why in Denied])
         self._held = self._one(self._counter("held_decodes", "Decodes held out of a step because they were ahead."))
         self._plan = self._one(self._histogram("plan_seconds", "Time to plan a step.", PLAN_BUCKETS_S))
         self._step_ratio = self._one(
@@ -175,6 +178,10 @@ class SchedulerMetrics:
     def invalid_field(self) -> None:
         """A request's SLO fields could not be used, so it is served without a promise."""
         self._invalid.inc()
+
+    def denied(self, why: Denied) -> None:
+        """A request asked for what its tenant may not have, so it is served without a promise."""
+        self._denied[why,].inc()
 
     def preempted(self, kind: str, count: int = 1) -> None:
         """``count`` requests lost their KV cache: ``slo`` (our plan), ``engine`` (vLLM's own)."""

@@ -18,27 +18,25 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
-from collections.abc import Iterable
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import NO_SLO_CLASS, ClassSet, SLOClass
+from slos_serve.core.trust import Denied, DeniedError
 from slos_serve.vllm_plugin.asgi import App, Message, RawHeaders, Receive, Scope, Send
-from slos_serve.vllm_plugin.body_fields import BodyFields, body_fields
+from slos_serve.vllm_plugin.body_fields import body_fields
 from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.gate import Gate, Granted
 from slos_serve.vllm_plugin.live.routes import LIVE_PATHS, LiveRoutes
-from slos_serve.vllm_plugin.slo_args import (
-    HEADER_KEYS,
-    SESSION_KEY,
-    SloArgs,
-    from_extra_args,
-    header_args,
-)
+from slos_serve.vllm_plugin.slo_args import HEADER_KEYS, SESSION_KEY
 
 if TYPE_CHECKING:
+    from slos_serve.vllm_plugin.class_versions import ClassVersion
     from slos_serve.vllm_plugin.front.desk import FrontDesk
     from slos_serve.vllm_plugin.front.explain import ExplainRoute
 
@@ -80,9 +78,9 @@ class SLOMiddleware:
     ) -> None:
         self._app = app
         config = PluginConfig.of_middleware(os.environ)
-        self._classes = config.classes if classes is None else classes
         self._max_body_bytes = config.max_body_bytes if max_body_bytes is None else max_body_bytes
-        self._custom_numbers = config.custom_numbers
+        self._classes = config.classes if classes is None else classes
+        self._gate = Gate(config, time.monotonic)
         self._front: FrontDesk | None = None
         self._live: LiveRoutes | None = None
         self._explained: ExplainRoute | None = None
@@ -108,37 +106,39 @@ class SLOMiddleware:
         version = None if self._front is None else self._front.version
         classes = self._classes if version is None else version.classes
         try:
-            slo_headers = header_args(scope["headers"])
+            headers = self._gate.headers(scope["headers"])
             if len(body.data) > self._max_body_bytes:
-                await self._pass_unread(scope, body, receive, send, given=slo_headers)
+                await self._pass_unread(scope, body, receive, send, asks=any(key != SESSION_KEY for key in headers))
                 return
-            fields = _fields(body.data, wanted=_adds_to_body(slo_headers, classes))
-            applied = _applied(self._checked(slo_headers, fields), classes, scope["headers"])
+            wanted = self._gate.wants_body(headers, body.data, classes)
+            fields = body_fields(body.data) if wanted else None
+            granted = self._gate.granted(scope["headers"], fields, classes)
         except InvalidFieldError as error:
-            await _refuse(
-                send,
-                400,
-                error.field,
-                str(error),
-                anthropic=_path(scope) == MESSAGES_PATH,
-            )
+            await self._refuse(scope, send, 400, error.field, str(error))
             return
-        asked = applied is not None or _asks_for_slo(slo_headers)
-        data = fields.with_xargs(slo_headers) if asked and fields is not None else body.data
+        except DeniedError as denied:
+            status = 403 if denied.retry_after_s is None else 429
+            await self._refuse(scope, send, status, denied.param, str(denied), denied.retry_after_s)
+            return
+        data = body.data if fields is None else fields.with_xargs(granted.added, granted.dropped)
         if data is not body.data:
             scope = {**scope, "headers": _with_length(scope["headers"], len(data))}
+        await self._serve(scope, _replay(data, receive), self._refunding(send, granted), granted, version)
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, granted: Granted, version: ClassVersion | None
+    ) -> None:
+        """Have vLLM answer; the head of its answer says what was applied and decided."""
+        announced = [*applied_headers(granted.slo_class)]
+        if granted.denied is not None:
+            announced.append(denied_header(granted.denied))
         if self._front is None:
-            await self._app(scope, _replay(data, receive), _announcing(send, applied))
+            await self._app(scope, receive, _announcing(send, announced))
             return
         from slos_serve.vllm_plugin.front.exchange import judged_exchange  # noqa: PLC0415 - loads the routing kernels
 
         await judged_exchange(
-            self._front,
-            applied,
-            applied_headers(applied),
-            lambda out: self._app(scope, _replay(data, receive), out),
-            send,
-            version,
+            self._front, granted.slo_class, announced, lambda out: self._app(scope, receive, out), send, version
         )
 
     async def _answered_here(self, scope: Scope, send: Send) -> bool:
@@ -154,16 +154,22 @@ class SLOMiddleware:
             return False
         return True
 
-    def _checked(self, slo_headers: dict[str, str | float], fields: BodyFields | None) -> SloArgs:
-        """Headers over body. The body's own fields are checked even where a header overrides them."""
-        in_body = fields.xargs if fields is not None and isinstance(fields.xargs, dict) else {}
-        asked = [from_extra_args(in_body), from_extra_args({**in_body, **slo_headers})]
-        for args in asked:
-            numbers = {"slo_ttft_ms": args.ttft_ms, "slo_tpot_ms": args.tpot_ms}
-            for name, value in numbers.items():
-                if value is not None and not self._custom_numbers:
-                    raise InvalidFieldError(name, value, "the name of a class only; this server takes no other numbers")
-        return asked[-1]
+    def _refunding(self, send: Send, granted: Granted) -> Send:
+        """A ``send`` that gives a tenant's budget back when the server refuses its request."""
+        if granted.charged is None:
+            return send
+
+        async def refunding(message: Message) -> None:
+            if message["type"] == "http.response.start" and message["status"] >= 400:
+                self._gate.refund(granted)
+            await send(message)
+
+        return refunding
+
+    async def _refuse(
+        self, scope: Scope, send: Send, status: int, field: str, message: str, retry_after_s: float | None = None
+    ) -> None:
+        await _refuse(send, status, field, message, _path(scope) == MESSAGES_PATH, retry_after_s)
 
     async def _pass_promiseless(self, scope: Scope, receive: Receive, send: Send) -> None:
         """A route that SLOs do not reach: refused when its headers ask for one and it computes output."""
@@ -174,40 +180,16 @@ class SLOMiddleware:
         message = (
             f"{given}: not applied on {_path(scope)}; allowed: no SLO header here, or one of {sorted(self._paths)}"
         )
-        await _refuse(send, 400, given, message, anthropic=_path(scope) == MESSAGES_PATH)
+        await self._refuse(scope, send, 400, given, message)
 
-    async def _pass_unread(
-        self,
-        scope: Scope,
-        body: _Body,
-        receive: Receive,
-        send: Send,
-        given: dict[str, str | float],
-    ) -> None:
-        """A body too large to look into: vLLM gets it whole, unless an SLO would be lost or bring its own numbers."""
-        if _asks_for_slo(given) or not self._custom_numbers:
-            what = "with SLO headers " if self._custom_numbers else ""
+    async def _pass_unread(self, scope: Scope, body: _Body, receive: Receive, send: Send, *, asks: bool) -> None:
+        """A body too large to look into: vLLM gets it whole, unless an SLO would be lost or might be forbidden."""
+        if asks or self._gate.reads_all:
+            what = "" if self._gate.reads_all else "with SLO headers "
             message = f"a request {what}may hold at most {self._max_body_bytes} bytes"
-            await _refuse(send, 413, "body", message, anthropic=_path(scope) == MESSAGES_PATH)
+            await self._refuse(scope, send, 413, "body", message)
             return
         await self._app(scope, _replay(body.data, receive, more_body=body.more), send)
-
-
-def _adds_to_body(slo_headers: dict[str, str | float], classes: ClassSet) -> bool:
-    """A session alone matters only to a request that has an SLO, be it by default."""
-    return _asks_for_slo(slo_headers) or (bool(slo_headers) and classes.default is not None)
-
-
-def _applied(args: SloArgs, classes: ClassSet, headers: RawHeaders) -> SLOClass | None:
-    try:
-        return args.applied(classes)
-    except InvalidFieldError as error:
-        field = "x-slo-class" if any(name.lower() == b"x-slo-class" for name, _ in headers) else error.field
-        raise InvalidFieldError(field, error.given, error.allowed) from None
-
-
-def _asks_for_slo(slo_headers: dict[str, str | float]) -> bool:
-    return any(key != SESSION_KEY for key in slo_headers)
 
 
 def _warn_without_scheduler(scope: Scope) -> None:
@@ -279,16 +261,6 @@ async def _read(receive: Receive, max_bytes: int) -> _Body | None:
             return _Body(b"".join(parts), more)
 
 
-def _fields(data: bytes, wanted: bool) -> BodyFields | None:
-    r"""What the body holds, ``None`` when it is no JSON object or need not be looked into.
-
-    A body without SLO fields is not looked into. ``\u00`` might spell an ASCII letter of a key, so it is a hint too.
-    """
-    if not wanted and b"slo_" not in data and b"\\u00" not in data:
-        return None
-    return body_fields(data)
-
-
 def _with_length(headers: RawHeaders, length: int) -> RawHeaders:
     kept = [(name, value) for name, value in headers if name.lower() not in (b"content-length", b"transfer-encoding")]
     return [*kept, (b"content-length", str(length).encode("ascii"))]
@@ -308,21 +280,23 @@ def _replay(data: bytes, receive: Receive, more_body: bool = False) -> Receive:
     return replayed
 
 
-def _announcing(send: Send, applied: SLOClass | None) -> Send:
+def _announcing(send: Send, announced: RawHeaders) -> Send:
     """A ``send`` that adds what was applied to the head of an answer (not to an error: nothing was applied then)."""
 
-    async def announced(message: Message) -> None:
+    async def announcing(message: Message) -> None:
         if message["type"] == "http.response.start" and message["status"] < 400:
-            message = {
-                **message,
-                "headers": [*message.get("headers", ()), *applied_headers(applied)],
-            }
+            message = {**message, "headers": [*message.get("headers", ()), *announced]}
         await send(message)
 
-    return announced
+    return announcing
 
 
-def applied_headers(applied: SLOClass | None) -> Iterable[tuple[bytes, bytes]]:
+def denied_header(why: Denied) -> tuple[bytes, bytes]:
+    """Response header that says why a request is served without the promise that it asked for."""
+    return b"x-slo-denied", why.encode("ascii")
+
+
+def applied_headers(applied: SLOClass | None) -> RawHeaders:
     """Response headers for the class a request got. A slowdown SLO depends on the prompt, so it is told as it is."""
     if applied is None:
         return [(b"x-slo-class", NO_SLO_CLASS.encode("ascii"))]
@@ -340,11 +314,15 @@ def _plain(value: float) -> bytes:
     return f"{value:.6f}".rstrip("0").rstrip(".").encode("ascii")
 
 
-async def _refuse(send: Send, status: int, field: str, message: str, *, anthropic: bool = False) -> None:
-    kind = "invalid_request_error"
+_KINDS = {403: "permission_error", 429: "rate_limit_error"}
+
+
+async def _refuse(
+    send: Send, status: int, field: str, message: str, anthropic: bool, retry_after_s: float | None
+) -> None:
     error: dict[str, object] = {
         "message": message,
-        "type": kind,
+        "type": _KINDS.get(status, "invalid_request_error"),
         "param": field,
         "code": status,
     }
@@ -353,5 +331,7 @@ async def _refuse(send: Send, status: int, field: str, message: str, *, anthropi
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode("ascii")),
     ]
+    if retry_after_s is not None:
+        headers.append((b"retry-after", str(max(math.ceil(retry_after_s), 1)).encode("ascii")))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

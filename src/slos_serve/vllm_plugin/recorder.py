@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from slos_serve.core.slo import NO_SLO_CLASS, ClassSet
+from slos_serve.core.trust import Denied
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.vllm_plugin.events import EventLog
@@ -221,6 +222,10 @@ class Recorder:
     def invalid_field(self) -> None:
         """A request's SLO fields could not be used; it is served without a promise."""
         self.metrics.invalid_field()
+
+    def denied(self, why: Denied) -> None:
+        """A request asked for what its tenant may not have; it is served without a promise."""
+        self.metrics.denied(why)
 
     def close(self) -> None:
         """Close the event file and the way to the API process."""

@@ -23,9 +23,12 @@ SLO_KEYS = (
     "slo_expected_tokens",
     "slo_last_round",
 )
+# The tenant as the middleware says it, sealed; a client that sends this key is refused.
+TENANT_KEY = "slo_tenant"
 SESSION_KEY = "session_id"  # vLLM's own key, shared with its session affinity
 MAX_NAME_CHARS = 63
 MAX_SESSION_CHARS = 256
+MAX_TENANT_CHARS = 128
 MAX_EXPECTED_TOKENS = 10_000_000
 
 HEADER_KEYS: Mapping[str, str] = {
@@ -49,6 +52,7 @@ class SloArgs:
         expected_tokens: the client's hint of its output length.
         session_id: which conversation or agent loop the request belongs to.
         last_round: no further call of this session follows; its class may name another one for this call.
+        tenant: who asks, sealed (:mod:`slos_serve.vllm_plugin.seal`); ``None`` where nobody said.
     """
 
     slo_class: str | None = None
@@ -57,6 +61,12 @@ class SloArgs:
     expected_tokens: int | None = None
     session_id: str | None = None
     last_round: bool = False
+    tenant: str | None = None
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether it brings promises of its own."""
+        return self.ttft_ms is not None or self.tpot_ms is not None
 
     def applied(self, classes: ClassSet) -> SLOClass | None:
         """The class it gets among ``classes``; ``None`` when nothing is promised.
@@ -75,7 +85,7 @@ def from_extra_args(extra_args: Mapping[str, object] | None) -> SloArgs:
     """
     if not extra_args:
         return SloArgs()
-    unknown = [key for key in extra_args if key.startswith(KEY_PREFIX) and key not in SLO_KEYS]
+    unknown = [key for key in extra_args if key.startswith(KEY_PREFIX) and key not in (*SLO_KEYS, TENANT_KEY)]
     if unknown:
         raise InvalidFieldError(
             "vllm_xargs",
@@ -89,6 +99,7 @@ def from_extra_args(extra_args: Mapping[str, object] | None) -> SloArgs:
         expected_tokens=_tokens(extra_args, "slo_expected_tokens"),
         session_id=_session(extra_args),
         last_round=_flag(extra_args, "slo_last_round"),
+        tenant=_text(extra_args, TENANT_KEY, MAX_TENANT_CHARS),
     )
 
 
@@ -109,6 +120,7 @@ def header_args(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str | float
         if found.setdefault(key, value) != value:
             raise InvalidFieldError(name, text, f"one value; another header says {found[key]!r}")
     _text(found, "slo_class", MAX_NAME_CHARS, field="x-slo-class")
+    _text(found, SESSION_KEY, MAX_SESSION_CHARS, field=SESSION_HEADER)
     return found
 
 

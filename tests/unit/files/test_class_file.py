@@ -155,3 +155,35 @@ def test_a_setting_that_cannot_be_used_names_its_line(line: str, field: str) -> 
         parse_class_file(f"classes: {{chat: {{}}}}\nscheduler:\n  {line}\n", "c.yaml")
     assert found.value.field == field
     assert found.value.where == "c.yaml:3"
+
+
+def test_weaker_promises_in_order() -> None:
+    chat = parse_classes(
+        "classes:\n  chat:\n    ttft_ms: 500\n    tpot_ms: 50\n"
+        "    otherwise: [{ttft_ms: 8000, tpot_ms: 150}, {tpot_ms: 300}]\n"
+        "    stages: [{tpot_ms: 20, max_tokens: 5}, {}]\n",
+        "c.yaml",
+    ).classes["chat"]
+    first, second, third = chat.promises
+    assert first is chat
+    assert [stage.slo for stage in second.stages] == [SLO(ttft_ms=8000.0, tpot_ms=150.0), SLO(tpot_ms=150.0)]
+    assert [stage.slo for stage in third.stages] == [SLO(tpot_ms=300.0), SLO(tpot_ms=300.0)]
+    assert (second.name, second.stages[0].max_tokens, second.promises) == ("chat", 5, (second,))
+    assert chat.with_overrides(ttft_ms=700.0).otherwise == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "field"),
+    [
+        ("chat:\n    tpot_ms: 5\n    otherwise: {tpot_ms: 9}", 4, "classes.chat.otherwise"),
+        ("chat:\n    tpot_ms: 5\n    otherwise: []", 4, "classes.chat.otherwise"),
+        ("chat:\n    tpot_ms: 5\n    otherwise: [{tpot_ms: 9}, {}]", 4, "classes.chat.otherwise[1]"),
+        ("chat:\n    tpot_ms: 5\n    otherwise:\n      - {weight: 9}", 5, "key of classes.chat.otherwise[0]"),
+        ("chat:\n    tpot_ms: 5\n    otherwise: [{tpot_ms: 9}, {tpot_ms: -1}]", 4, "classes.chat.otherwise[1].tpot_ms"),
+        ("chat:\n    otherwise: [{tpot_ms: 9}]", 3, "classes.chat.otherwise"),
+    ],
+)
+def test_a_weaker_promise_that_cannot_be_used_names_its_line(text: str, line: int, field: str) -> None:
+    with pytest.raises(InvalidFieldError) as caught:
+        parse_classes(f"classes:\n  {text}", "c.yaml")
+    assert (caught.value.where, caught.value.field) == (f"c.yaml:{line}", field)

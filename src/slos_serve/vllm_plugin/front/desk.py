@@ -166,7 +166,7 @@ class FrontDesk:
             return
         args = from_extra_args(getattr(params, "extra_args", None))
         now_s = self._clock_s()
-        asked = self._asked(args, judged.version, prompt, tokens, params, now_s)
+        asked = self._asked(judged.slo_class, args, prompt, tokens, params, now_s)
         answer = max(
             (self._mirror.answer(now_s, asked) for _ in range(max(int(getattr(params, "n", 1) or 1), 1))),
             key=_severity,
@@ -193,7 +193,7 @@ class FrontDesk:
             InvalidFieldError: its class is unknown.
         """
         params = SimpleNamespace(max_tokens=max_tokens)
-        asked = self._asked(args, self.version, None, tokens, params, self._clock_s())
+        asked = self._asked(args.applied(self.version.classes), args, None, tokens, params, self._clock_s())
         if not self.ready or not self._hear():
             return None
         return asked, self._mirror.look(asked.arrival_s, asked)
@@ -217,9 +217,8 @@ class FrontDesk:
         return self._mirror.newest is not None
 
     def _asked(
-        self, args: SloArgs, version: ClassVersion, prompt: object, tokens: int, params: Any, now_s: float
+        self, slo_class: SLOClass | None, args: SloArgs, prompt: object, tokens: int, params: Any, now_s: float
     ) -> RoutingRequest:
-        slo_class = args.applied(version.classes)
         if slo_class is not None and slo_class.best_effort:
             slo_class = None
         stamp = prompt.get("arrival_time") if isinstance(prompt, dict) else None

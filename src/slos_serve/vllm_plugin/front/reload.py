@@ -2,8 +2,9 @@
 
 A file is taken once it has been the same for two looks, so one that is being written is left alone. A file that cannot
 be used changes nothing: the classes stay as they were, the log names file and line, and a counter grows. Requests that
-came before keep the promise that they were given. The planner's settings (``scheduler:``) and the size of the planner's
-statistics are fixed at start: a new class shares the length forecast and the label of ``custom`` until a restart.
+came before keep the promise that they were given. The sections ``scheduler:``, ``trust:`` and ``map:`` and the size of
+the planner's statistics are fixed at start: a new class shares the length forecast and the label of ``custom`` until a
+restart.
 """
 
 from __future__ import annotations
@@ -83,6 +84,12 @@ class ClassFileWatch:
         self._counted("taken")
         names = ", ".join(slo_class.name for slo_class in found.classes)
         _logger.info("slos-serve: read %s again: classes %s, default %s.", path, names, found.classes.default or "none")
-        if found.scheduler != self._first.scheduler:
-            _logger.warning("slos-serve: the section scheduler: of %s takes effect at the next start.", path)
+        first = self._first
+        sections = {
+            "scheduler": found.scheduler != first.scheduler,
+            "trust": found.trust != first.trust,
+            "map": found.tiers != first.tiers,
+        }
+        for name in [name for name, changed in sections.items() if changed]:
+            _logger.warning("slos-serve: the section %s: of %s takes effect at the next start.", name, path)
         return True
