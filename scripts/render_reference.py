@@ -204,6 +204,8 @@ def cli_page() -> str:
 
 {_WRITTEN.format(source="src/slos_serve/cli/")}
 `slos-serve COMMAND --help` prints the same. `serve` and `profile` hand every option that is not listed here to vLLM.
+Every command ends with 0 (done), 1 (it ran and failed, or found something wrong), 2 (nothing was run: the command line,
+a file or a variable cannot be used) or 130 (interrupted).
 """
     context = click.Context(get_command(app), info_name="slos-serve")
     for name in COMMANDS:

@@ -29,10 +29,15 @@ VERDICT_HEADER, REASON_HEADER = "x-slo-verdict", "x-slo-reason"
 _REJECTED_STATUS = (429, 503)
 _LONGEST_ERROR = 300
 _STOLEN_EVERY_S = 0.25
+_LOOK_EVERY_S = 0.5
 
 
 class ServerUnreachableError(SlosServeError):
     """No OpenAI-compatible server answers at the given address."""
+
+
+class NoModelError(ServerUnreachableError):
+    """The server answers and lists no model; waiting does not help."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class ClientSettings:
         chat: chat endpoint, else plain completions.
         slo_in: where the SLO goes: "headers", "body" (``vllm_xargs``) or "none" (it is only scored).
         timeout_s: limit for one request from sending to its last byte.
+        wait_s: how long to wait for the server to answer at first.
         api_key: bearer token.
         temperature: 0 is greedy.
         keep_text: keep the answers.
@@ -57,6 +63,7 @@ class ClientSettings:
     chat: bool = True
     slo_in: str = "headers"
     timeout_s: float = 600.0
+    wait_s: float = 0.0
     api_key: str | None = field(default=None, repr=False)
     temperature: float = 0.0
     keep_text: bool = False
@@ -100,7 +107,7 @@ class LoadClient:
             connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None), headers=headers
         )
         try:
-            self._server = await self._find_server()
+            self._server = await self._wait_for_server()
         except BaseException:
             await self._session.close()
             raise
@@ -123,6 +130,16 @@ class LoadClient:
         if self._session is None:
             raise SlosServeError("LoadClient is used outside 'async with'")
         return self._session
+
+    async def _wait_for_server(self) -> ServerInfo:
+        ends_s = time.monotonic() + self._settings.wait_s
+        while True:
+            try:
+                return await self._find_server()
+            except ServerUnreachableError as fault:
+                if isinstance(fault, NoModelError) or time.monotonic() >= ends_s:
+                    raise
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     async def run(
         self, requests: Sequence[BenchRequest], on_end: Callable[[Response], None] | None = None
@@ -231,9 +248,7 @@ class LoadClient:
         try:
             return str(listed["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
-            raise ServerUnreachableError(
-                f"{self._settings.api_url}/models lists no model; name one with --model"
-            ) from None
+            raise NoModelError(f"{self._settings.api_url}/models lists no model; name one with --model") from None
 
     async def _get_json(self, url: str) -> Any:
         """The JSON at an address; ``None`` when the server has something else there."""

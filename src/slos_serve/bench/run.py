@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from slos_serve.bench.client import ClientSettings, LoadClient, ServerInfo
+from slos_serve.bench.datasets import read_dataset, requests_from_dataset
 from slos_serve.bench.record import write_record
 from slos_serve.bench.report import class_json, client_json, error_counts, throughput_json, warnings_of
 from slos_serve.bench.requests import BenchRequest, LoadResult, Response
@@ -32,8 +33,9 @@ class BenchSettings:
     """What to send and how to score it.
 
     Attributes:
-        workload: named workload; ``None`` with a trace.
-        trace: trace file; ``None`` with a named workload.
+        workload: named workload; ``None`` with a trace or a dataset.
+        trace: trace file; ``None`` without.
+        dataset: file of prompts; ``None`` without.
         rate_per_s: mean arrivals a second; may be left out with a trace.
         duration_s: length of the arrivals; may be left out with a trace.
         seed: of everything drawn.
@@ -50,6 +52,7 @@ class BenchSettings:
     arrival_cv: float = 1.0
     length_scale: float = 1.0
     ignore_eos: bool = False
+    dataset: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ class BenchRun:
             "started": datetime.fromtimestamp(self.load.started_unix_s, UTC).isoformat(timespec="seconds"),
             "workload": self.settings.workload,
             "trace": self.settings.trace.name if self.settings.trace else None,
+            "dataset": self.settings.dataset.name if self.settings.dataset else None,
             "rate_per_s": self.settings.rate_per_s,
             "duration_s": self.settings.duration_s,
             "seed": self.settings.seed,
@@ -153,8 +157,14 @@ async def _requests(settings: BenchSettings, classes: ClassSet, client: LoadClie
         words = await measure_words_per_token(client, settings.seed)
         return requests_from_trace(timed, classes, words, settings.seed)
     if settings.rate_per_s is None or settings.duration_s is None:
-        raise InvalidFieldError("rate and duration", None, "both --rate and --duration with a named workload")
-    parts = with_known_classes(find_workload(settings.workload or ""), classes)
+        raise InvalidFieldError(
+            "rate and duration", None, "both --rate and --duration with a named workload or a dataset"
+        )
     rng = np.random.default_rng(settings.seed)
+    if settings.dataset is not None:
+        rows = read_dataset(settings.dataset)
+        arrivals_s = arrival_times(rng, settings.rate_per_s, settings.duration_s, settings.arrival_cv)
+        return requests_from_dataset(rows, arrivals_s, classes, rng, ignore_eos=settings.ignore_eos)
+    parts = with_known_classes(find_workload(settings.workload or ""), classes)
     arrivals_s = arrival_times(rng, settings.rate_per_s, settings.duration_s, settings.arrival_cv)
     return make_requests(parts, arrivals_s, rng, length_scale=settings.length_scale, ignore_eos=settings.ignore_eos)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from slos_serve.cli.printed import failure, progress_bar
 from slos_serve.cli.sim_options import (
     Acceptance,
     Arrivals,
@@ -23,10 +24,8 @@ from slos_serve.cli.sim_options import (
     Router,
     conditions_of,
     console,
-    fail,
     policy_names,
     policy_of,
-    progress_bar,
     scenarios_of,
     write_json,
 )
@@ -128,7 +127,7 @@ def capacity(
 
             results = run_searches(searches, AnswerFile(cache_file), processes, on_answer, on_done)
     except SlosServeError as fault:
-        raise fail(fault) from fault
+        raise failure(fault) from fault
     wall_s = time.perf_counter() - began
     for table in tables(results):
         console.print(table)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from slos_serve.cli.printed import stdout_console
+from slos_serve.cli.printed import USAGE_ERROR, failure, say, stdout_console
 from slos_serve.core.errors import SlosServeError
 from slos_serve.core.slo import SLOClass
 from slos_serve.files.class_file import ClassFile, load_class_file
@@ -18,7 +18,6 @@ from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
 
 # Prompt lengths that a slowdown promise is shown for.
 SHOWN_PROMPTS = (100, 1000, 8000)
-USAGE_ERROR = 2
 
 classes = typer.Typer(
     add_completion=False,
@@ -44,14 +43,13 @@ def check(
         found = load_class_file(file)
         model = None if profile is None else load_profile(profile).model
     except SlosServeError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(USAGE_ERROR) from None
+        raise failure(error) from None
     console.print(_table(found, model))
     if found.classes.default is None:
         console.print("Requests that name no class get no promise: there is no default_class.")
     impossible = [] if model is None else [said for one in found.classes for said in impossible_promises(one, model)]
     for said in impossible:
-        typer.echo(f"error: {file}: {said}", err=True)
+        say(f"{file}: {said}", "bold red", "error:")
     raise typer.Exit(USAGE_ERROR if impossible else 0)
 
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress, TaskID
 
-from slos_serve.cli.printed import stdout_console
+from slos_serve.cli.printed import failure, interrupted, progress_bar, say, stdout_console
 from slos_serve.core.errors import SlosServeError
 from slos_serve.launch.folders import prepare_folders
 
@@ -59,12 +59,11 @@ def demo(
         plan, sides = _run(console, setup, settings, folder)
         result = demo_json(sides, _setup_json(setup, found, plan, time.monotonic() - began_s))
     except SlosServeError as error:
-        console.print(f"[bold red]slos-serve demo:[/] {str(error).replace('[', chr(92) + '[')}", highlight=False)
-        console.print(f"The servers' logs are in {folder}", highlight=False)
-        raise typer.Exit(1) from None
+        end = failure(error)
+        say(f"The servers' logs are in {folder}")
+        raise end from None
     except KeyboardInterrupt:
-        console.print("stopped; the servers are down and nothing was written")
-        raise typer.Exit(130) from None
+        raise interrupted() from None
     out = stdout_console()
     out.print(demo_table(result))
     for text, held in claims(result):
@@ -96,7 +95,7 @@ def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSet
     kept = (given, load_profile(given)) if given is not None else find_profile(identity)
     if kept is None:
         console.print(f"No profile of this model on this machine yet: measuring for {PROFILE_SECONDS:g} s, once.")
-        with _progress(console) as progress:
+        with progress_bar() as progress:
             task = progress.add_task("starting the engine", total=None)
             run = profile_engine(
                 path,
@@ -132,7 +131,7 @@ def _run(
     classes_path = folder / "classes.yaml"
     classes_path.write_text(classes_yaml(plan.classes), encoding="utf-8")
     _announce(console, plan)
-    with _progress(console) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("starting both servers", total=None)
         sides = run_sides(setup, plan, folder, classes=classes_path, told=_told(progress, task))
     return plan, sides
@@ -215,9 +214,3 @@ def _record(
     folder.mkdir(parents=True, exist_ok=True)
     for name, side in sides.items():
         record_side(folder / f"{name}.jsonl", side, plan, setup.profile_model, {"side": name, **header})
-
-
-def _progress(console: Console) -> Progress:
-    # Few redraws: this process shares its cores with the engine.
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True, refresh_per_second=2)

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slos_serve.cli.printed import stdout_console
+from slos_serve.cli.printed import USAGE_ERROR, failure, stdout_console
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 
 if TYPE_CHECKING:
     from slos_serve.vllm_plugin.front.explain import Explained
 
-USAGE_ERROR = 2
 TIMEOUT_S = 10.0
 MOST_REQUESTS = 4096
 
@@ -74,7 +73,7 @@ def explain(
             )
             found = described(load, classes, profile, slo_class, prompt_tokens, max_tokens, expected_tokens)
     except SlosServeError as error:
-        typer.echo(f"error: {error}", err=True)
+        failure(error)
         raise typer.Exit(USAGE_ERROR) from None
     text = json.dumps(asdict(found), indent=2)
     if json_file is not None and str(json_file) == "-":
@@ -159,8 +158,8 @@ def ask(url: str, slo_class: str | None, prompt_tokens: int, max_tokens: int, ex
 
 
 def asked_of(address: str) -> urllib.request.Request:
-    """A request with the API key of OPENAI_API_KEY, where there is one."""
-    key = os.environ.get("OPENAI_API_KEY")
+    """A request with the API key of the environment, where there is one."""
+    key = os.environ.get("VLLM_API_KEY") or os.environ.get("OPENAI_API_KEY")
     return urllib.request.Request(address, headers={"Authorization": f"Bearer {key}"} if key else {})
 
 

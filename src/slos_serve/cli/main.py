@@ -22,6 +22,7 @@ COMMANDS: dict[str, dict[str, Any]] = {
     "serve": PASS_THROUGH,
     "profile": PASS_THROUGH,
     "bench": {},
+    "compare": {},
     "classes": {},
     "doctor": {},
     "top": {},

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from slos_serve.cli.printed import stdout_console
+from slos_serve.cli.printed import failure, interrupted, progress_bar, stdout_console
 from slos_serve.core.errors import SlosServeError
 from slos_serve.files.profile_file import Profile, default_profile_path, samples_path, save_profile
 from slos_serve.launch.folders import prepare_folders
@@ -59,7 +57,7 @@ def profile(
     errors = Console(stderr=True)
     try:
         prepare_folders(os.environ, lambda said: errors.print(said, markup=False, soft_wrap=True))
-        run = _measure(errors, model, tuple(context.args), duration, seed)
+        run = _measure(model, tuple(context.args), duration, seed)
         path = output or _default_path(run.profile)
         save_profile(run.profile, path, run.samples)
         chart = plot or path.with_suffix(".png")
@@ -67,15 +65,13 @@ def profile(
         if json_file:
             _write_json(run, path, json_file)
     except SlosServeError as error:
-        errors.print(f"[bold red]slos-serve profile:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
+        raise failure(error) from None
     except KeyboardInterrupt:
-        errors.print("stopped; nothing was written")
-        raise typer.Exit(130) from None
+        raise interrupted() from None
     _report(stdout_console(), run, path, chart)
 
 
-def _measure(console: Console, model: str, vllm_args: tuple[str, ...], duration_s: float, seed: int) -> ProfileRun:
+def _measure(model: str, vllm_args: tuple[str, ...], duration_s: float, seed: int) -> ProfileRun:
     from slos_serve.launch.cpu_engine import cpu_model_args, set_cpu_environment
     from slos_serve.launch.cpu_model import resolve_model
     from slos_serve.launch.server import LOGGING_ENV
@@ -88,9 +84,7 @@ def _measure(console: Console, model: str, vllm_args: tuple[str, ...], duration_
     # Importing the engine takes seconds, which `--help` should not pay.
     from slos_serve.profiling.run import profile_engine
 
-    columns = (TextColumn("{task.description:20}"), BarColumn(), TimeElapsedColumn())
-    # Few redraws: the engine may share its processor with this one.
-    with Progress(*columns, console=console, transient=True, refresh_per_second=2) as progress:
+    with progress_bar(counted=False) as progress:
         task = progress.add_task(_PHASES["start"], total=None)
 
         def told(phase: str, part: float) -> None:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from slos_serve.cli.sim_options import JsonFile, console, fail, policy_of, write_json
+from slos_serve.cli.printed import failure
+from slos_serve.cli.sim_options import JsonFile, console, policy_of, write_json
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def replay(
         factor = fit_speed(rows, simulate_at) if speed == "auto" else _factor(speed)
         found = compare(simulate_at(factor), rows, overhead_ms / 1000.0, skip=fitted_on(rows) if speed == "auto" else 0)
     except SlosServeError as fault:
-        raise fail(fault) from fault
+        raise failure(fault) from fault
     table = Table(title=f"{found.requests} requests of {record.name}, {policy}, step times x {factor:.2f}")
     for column in ("", "measured", "simulated", "error"):
         table.add_column(column, justify="right" if column else "left")

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from slos_serve.cli.sim_options import console, fail
+from slos_serve.cli.printed import failure
+from slos_serve.cli.sim_options import console
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 
 
@@ -27,7 +28,7 @@ def report(
             rows += found if isinstance(found, list) else [found]
         charts = charts_of(rows, str(results[0]))
     except SlosServeError as fault:
-        raise fail(fault) from fault
+        raise failure(fault) from fault
     target = output or results[0].with_suffix(".html")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page(target.stem, charts, rows), encoding="utf-8")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from slos_serve.cli.printed import failure, progress_bar
 from slos_serve.cli.serve_run import Launch, run
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.core.redaction import redacted_text, secret_arguments, secrets_of
@@ -27,7 +27,7 @@ from slos_serve.launch.endpoint import Endpoint
 from slos_serve.launch.folders import prepare_folders
 from slos_serve.launch.options import API_KEY, expanded, option_value, option_values, with_config_apart, without_option
 from slos_serve.launch.serve_config import ServeConfig
-from slos_serve.launch.server import START_TIMEOUT_S, ServerStartError, with_key_in_environment
+from slos_serve.launch.server import START_TIMEOUT_S, with_key_in_environment
 from slos_serve.routing.settings import Order
 from slos_serve.vllm_plugin.config import ALLOW_MISMATCH_ENV, ENV_OF_FIELD, PluginConfig
 from slos_serve.vllm_plugin.metrics import MULTIPROC_ENV
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from slos_serve.files.engine_identity import EngineIdentity
 
 USAGE_ERROR = 2
-DEFAULT_ORDER = Order.PREFIX.value
+DEFAULT_ORDER = Order.PREFIX
 _OURS = ("--scheduler-cls", "--model")
 # Settings without an option of their own; read from the environment and handed on.
 _FROM_ENVIRONMENT = (
@@ -69,7 +69,7 @@ class Given:
     allow_profile_mismatch: bool = False
     slo_page: bool | None = None
     replicas: int | None = None
-    order: str = DEFAULT_ORDER
+    order: Order = DEFAULT_ORDER
     startup_timeout_s: float = START_TIMEOUT_S
 
 
@@ -95,9 +95,7 @@ def serve(
     replicas: Annotated[
         int | None, typer.Option(min=1, help="Serve this many replicas with Ray Serve, routed by their promises.")
     ] = None,
-    order: Annotated[
-        str, typer.Option(help="Which replica is asked first: prefix, spread or pack; with --replicas.")
-    ] = DEFAULT_ORDER,
+    order: Annotated[Order, typer.Option(help="Which replica is asked first; with --replicas.")] = DEFAULT_ORDER,
     startup_timeout: Annotated[
         float, typer.Option(min=1.0, help="Seconds that the server may take to answer; raise it for large models.")
     ] = START_TIMEOUT_S,
@@ -126,9 +124,8 @@ def serve(
         prepare_folders(os.environ, lambda said: console.print(said, markup=False, highlight=False, soft_wrap=True))
         status = run(console, _settle(console, given), json_file)
     except SlosServeError as error:
-        said = redacted_text(str(error), [*secret_arguments(words), *secrets_of(os.environ)]).replace("[", r"\[")
-        console.print(f"[bold red]slos-serve serve:[/] {said}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1 if isinstance(error, ServerStartError) else USAGE_ERROR) from None
+        secrets = [*secret_arguments(words), *secrets_of(os.environ)]
+        raise failure(error, lambda said: redacted_text(said, secrets)) from None
     raise typer.Exit(status)
 
 
@@ -149,15 +146,13 @@ def _settle(console: Console, given: Given) -> Launch:
         endpoint=endpoint,
         plugin=plugin,
         replicas=given.replicas,
-        order=Order(given.order),
+        order=given.order,
         startup_timeout_s=given.startup_timeout_s,
     )
     return Launch(config, profile, {**environment, **_multiproc_dir(console)})
 
 
 def _check(given: Given) -> None:
-    if given.order not in list(Order):
-        raise InvalidFieldError("--order", given.order, f"one of {[known.value for known in Order]}")
     for name in _OURS:
         if option_value(given.words, name) is not None:
             raise InvalidFieldError(name, option_value(given.words, name), f"not here: 'serve MODEL' sets {name}")
@@ -259,7 +254,7 @@ def _profile(
         _warn_of_differences(console, kept[1], identity, allow=False)
         return kept
     console.print(f"no profile of this model on this device yet: measuring for {seconds:g} s (once)")
-    with _progress(console) as progress:
+    with progress_bar(counted=False) as progress:
         task = progress.add_task("start", total=1.0)
         measured = profile_engine(
             model,
@@ -277,8 +272,3 @@ def _warn_of_differences(console: Console, profile: Profile, engine: EngineIdent
     if found:
         said = f"warning: {describe(found)}"
         console.print(said, style="yellow", markup=False, highlight=False, soft_wrap=True)
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:10}"), BarColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from slos_serve.cli.printed import stdout_console
-from slos_serve.core.errors import InvalidFieldError, SlosServeError
+from slos_serve.core.errors import InvalidFieldError
 from slos_serve.policies.registry import POLICIES, policy_entry
 from slos_serve.workload.scenarios import SCENARIOS, scenario_named
 
@@ -50,13 +48,6 @@ Exact = Annotated[
 ]
 
 console = stdout_console()
-errors = Console(stderr=True)
-
-
-def fail(fault: SlosServeError) -> typer.Exit:
-    """Print what is wrong; the exit code to raise."""
-    errors.print(f"[red]error:[/red] {fault}", highlight=False, soft_wrap=True)
-    return typer.Exit(2)
 
 
 def conditions_of(exact: bool) -> Conditions:
@@ -109,15 +100,3 @@ def write_json(path: Path | None, value: object) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         console.print(f"wrote {path}")
-
-
-def progress_bar() -> Progress:
-    """The bar of every command that takes more than two seconds."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=errors,
-        transient=True,
-    )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
+from slos_serve.cli.printed import failure, progress_bar
 from slos_serve.cli.sim_options import (
     Acceptance,
     Arrivals,
@@ -22,9 +23,7 @@ from slos_serve.cli.sim_options import (
     Seed,
     conditions_of,
     console,
-    fail,
     policy_of,
-    progress_bar,
     write_json,
 )
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
@@ -109,7 +108,7 @@ def simulate(
             recording = run(workload, measured.model, limits, conditions.on(settings), progress=advance)
         wall_s = time.perf_counter() - began
     except SlosServeError as fault:
-        raise fail(fault) from fault
+        raise failure(fault) from fault
     outcome = summarize_run(recording)
     speed = {
         "wall_s": wall_s,

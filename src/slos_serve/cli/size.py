@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from slos_serve.cli.printed import failure, progress_bar
 from slos_serve.cli.sim_options import (
     Exact,
     JsonFile,
@@ -15,9 +16,7 @@ from slos_serve.cli.sim_options import (
     Router,
     conditions_of,
     console,
-    fail,
     policy_of,
-    progress_bar,
     write_json,
 )
 from slos_serve.core.errors import SlosServeError
@@ -61,7 +60,7 @@ def size(
                 found = fewest_replicas(workload, measured, fleet, attain, most, tried)
                 rows.append({"policy": name, "parameters": parameters, **found})
     except SlosServeError as fault:
-        raise fail(fault) from fault
+        raise failure(fault) from fault
     table = Table(title=f"replicas of {profile} for {workload.num_requests} requests of {trace.name}")
     for column in ("policy", "replicas", "attained", "one fewer"):
         table.add_column(column, justify="left" if column == "policy" else "right")

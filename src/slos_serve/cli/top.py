@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from slos_serve.cli.printed import FILE_WIDTH
+from slos_serve.cli.printed import FILE_WIDTH, failure
 from slos_serve.core.errors import SlosServeError
 
 STATE_PATH = "/slo/state"
@@ -55,8 +55,7 @@ def top(
         else:
             _follow(url, key, every)
     except NoStateError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from None
+        raise failure(error) from None
 
 
 def _follow(url: str, key: str | None, every_s: float) -> None:

@@ -49,7 +49,9 @@ class SseServer:
 
 
 @asynccontextmanager
-async def sse_server(scripts: Mapping[str, Script], version: str | None = None) -> AsyncIterator[SseServer]:
+async def sse_server(
+    scripts: Mapping[str, Script], version: str | None = None, port: int = 0
+) -> AsyncIterator[SseServer]:
     """Serve until the block ends; ``version`` makes it look like a vLLM of that version."""
     server = SseServer()
     connections: set[asyncio.Task[None]] = set()
@@ -66,7 +68,7 @@ async def sse_server(scripts: Mapping[str, Script], version: str | None = None) 
             connections.discard(task)
             writer.close()
 
-    listening = await asyncio.start_server(handle, "127.0.0.1", 0)
+    listening = await asyncio.start_server(handle, "127.0.0.1", port)
     server.port = listening.sockets[0].getsockname()[1]
     try:
         yield server
@@ -140,13 +142,13 @@ class AnyPrompt(dict[str, Script]):
 
 
 @contextmanager
-def served(dies_after: int | None = None) -> Iterator[SseServer]:
+def served(dies_after: int | None = None, port: int = 0) -> Iterator[SseServer]:
     """A scripted server in a thread of its own, for code that runs its own event loop."""
     ready, ended = threading.Event(), threading.Event()
     found: list[SseServer] = []
 
     async def serve() -> None:
-        async with sse_server(AnyPrompt(dies_after), "0.32.0") as server:
+        async with sse_server(AnyPrompt(dies_after), "0.32.0", port) as server:
             found.append(server)
             ready.set()
             await asyncio.to_thread(ended.wait)

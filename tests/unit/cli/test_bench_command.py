@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import socket
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -73,7 +78,7 @@ def test_trace_keeps_its_lengths(classes: Path, tmp_path: Path) -> None:
         (("--workload", "chat", "--duration", 1), "--rate"),
         (("--workload", "chat", "--rate", 0, "--duration", 1), "above 0"),
         (("--workload", "coding", "--rate", 9, "--duration", 1), "coding"),
-        (("--workload", "chat", "--rate", 1, "--duration", 1, "--slo-in", "cookie"), "slo_in"),
+        (("--workload", "chat", "--rate", 1, "--duration", 1, "--slo-in", "cookie"), "headers"),
         (("--workload", "chat", "--rate", 1, "--duration", 1, "--api", "soap"), "completions"),
     ],
 )
@@ -81,14 +86,82 @@ def test_what_cannot_be_run_is_refused(arguments: tuple[object, ...], says: str,
     with served() as server:
         ran = bench("--base-url", server.url, "--classes", classes, *arguments)
         assert not server.calls, "nothing may be sent before the settings are known to fit"
-    assert ran.exit_code != 0
+    assert ran.exit_code == 2
     assert says in ran.output
     assert "Traceback" not in ran.output
 
 
 def test_no_server_says_what_to_do(classes: Path) -> None:
     ran = bench(
-        "--base-url", "http://127.0.0.1:9", "--classes", classes, "--workload", "chat", "--rate", 1, "--duration", 1
+        "--base-url", "http://127.0.0.1:9", "--classes", classes, "--workload", "chat", "--rate", 1, "--duration", 1,
+        "--wait", 0,
     )  # fmt: skip
     assert ran.exit_code == 1
     assert "is the server up" in ran.output
+
+
+def test_a_server_that_comes_up_later_is_waited_for(classes: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ready = threading.Event()
+
+    def late() -> None:
+        time.sleep(1.0)
+        with served(port=port):
+            ready.wait(20.0)
+
+    thread = threading.Thread(target=late)
+    thread.start()
+    try:
+        ran = bench(
+            "--base-url", f"http://127.0.0.1:{port}", "--classes", classes, "--workload", "chat", "--rate", 50,
+            "--duration", 0.1, "--length-scale", 0.1, "--wait", 20,
+        )  # fmt: skip
+    finally:
+        ready.set()
+        thread.join()
+    assert ran.exit_code == 0, ran.output
+
+
+def test_the_table_as_csv_and_as_a_page(classes: Path, tmp_path: Path) -> None:
+    table, page = tmp_path / "t.csv", tmp_path / "t.html"
+    common = ("--classes", classes, "--workload", "chat", "--rate", 50, "--duration", 0.2, "--length-scale", 0.1)
+    with served() as server:
+        ran = bench("--base-url", server.url, *common, "--csv", table, "--html", page, "--seed", 1)
+    assert ran.exit_code == 0, ran.output
+    rows = list(csv.DictReader(io.StringIO(table.read_text(encoding="utf-8"))))
+    assert [row["class"] for row in rows] == ["chat", "total"]
+    assert rows[0]["attained"] == rows[0]["requests"] and float(rows[0]["ttft_p50_ms"]) > 0.0
+    text = page.read_text(encoding="utf-8")
+    assert f"<td>{rows[0]['requests']}</td>" in text and "<li>workload: chat</li>" in text
+    assert "http" not in text.replace(server.url, "")  # nothing from elsewhere
+
+
+def test_a_dataset_gives_prompts_lengths_and_classes(classes: Path, tmp_path: Path) -> None:
+    dataset = tmp_path / "d.jsonl"
+    rows = [{"prompt": f"Question {n}", "output_tokens": 3 + n, "slo_class": "chat"} for n in range(3)]
+    dataset.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with served() as server:
+        ran = bench(
+            "--base-url", server.url, "--classes", classes, "--dataset", dataset, "--rate", 50, "--duration", 0.2
+        )  # fmt: skip
+        bodies = [call.body for call in server.calls]
+    assert ran.exit_code == 0, ran.output
+    asked = {(body["messages"][0]["content"], body["max_tokens"]) for body in bodies}
+    assert asked == {(row["prompt"], row["output_tokens"]) for row in rows}
+
+
+def test_two_servers_get_the_same_requests_in_turns(classes: Path, tmp_path: Path) -> None:
+    result = tmp_path / "c.json"
+    common = ("--classes", classes, "--workload", "chat", "--rate", 40, "--duration", 0.2, "--length-scale", 0.1)
+    with served() as a, served() as b:
+        arguments = ["compare", a.url, b.url, *map(str, common), "--rounds", "2", "--json", str(result)]
+        ran = CliRunner().invoke(app, arguments, env={"COLUMNS": "200"})
+        assert ran.exit_code == 0, ran.output
+        sent = [[call.body["messages"][0]["content"] for call in server.calls] for server in (a, b)]
+    assert sent[0] == sent[1] and len(set(sent[0])) > 1
+    found = json.loads(result.read_text(encoding="utf-8"))
+    assert found["rounds"] == 2 and found["a"]["requests"] == found["b"]["requests"] == len(sent[0])
+    assert found["ratios"]["output_tokens_per_s"]["median"] > 0.0
+    assert found["ratios"]["output_tokens_per_s"]["high"] is None and "no interval" in ran.output

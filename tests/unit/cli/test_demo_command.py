@@ -114,5 +114,5 @@ def test_failure_says_where_the_logs_are(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def test_a_profile_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     ran = run_demo(monkeypatch, tmp_path, good_sides, "--model", "other")
-    assert ran.exit_code == 1
+    assert ran.exit_code == 2
     assert "measured on something else" in ran.output

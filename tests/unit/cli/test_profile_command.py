@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from slos_serve.cli import profile as command
@@ -47,7 +46,7 @@ class Measured:
     max_num_seqs = 64
 
 
-def measured(_console: Console, model: str, vllm_args: tuple[str, ...], duration_s: float, seed: int) -> Measured:
+def measured(model: str, vllm_args: tuple[str, ...], duration_s: float, seed: int) -> Measured:
     assert (model, vllm_args, duration_s, seed) == ("m", ("--max-model-len", "512"), 5.0, 7)
     return Measured()
 
@@ -84,13 +83,13 @@ def test_a_bad_fit_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert "was the machine busy" in " ".join(result.output.split())
 
 
-def test_an_error_is_one_line_and_status_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_field_that_cannot_be_used_is_one_line_and_status_two(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_args: object) -> Measured:
         raise InvalidFieldError("duration", -1.0, "seconds, above 0")
 
     monkeypatch.setattr(command, "_measure", refused)
     result = CliRunner().invoke(app, ["profile", "m"])
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "duration: got -1.0; allowed: seconds, above 0" in " ".join(result.output.split())
 
 
