@@ -161,3 +161,21 @@ def test_the_table_of_when_full_has_every_kind() -> None:
     for kind in WhenFull:
         assert f"| `{kind.value}` |" in text
     assert load_classes(ROOT / "examples" / "classes.yaml").default == "chat"
+
+
+def test_the_lines_of_doctor_in_the_page_are_those_that_it_prints() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    table = page.partition("## 2.")[2].partition("## 3.")[0]
+    code = (ROOT / "src" / "slos_serve" / "cli" / "doctor.py").read_text(encoding="utf-8")
+    code = re.sub(r"\{[^}]*\}", "...", code)
+    lines = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
+    assert len(lines) == 5
+    for line in lines:
+        assert line in code or line.replace("SLOS_SERVE_PROFILE", "...") in code, line
+
+
+def test_the_reasons_in_the_page_are_those_of_the_code() -> None:
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    table = page.partition("| `x-slo-reason` | Do |")[2].partition("If it binds")[0]
+    told = set(re.findall(r"^\| `([a-z_]+)`", table, re.MULTILINE))
+    assert told == {why.value for why in Why} - {"fits", "no_slo", "passed_over"}

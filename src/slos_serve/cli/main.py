@@ -85,7 +85,6 @@ app = typer.Typer(
     help="Serve LLM requests so that each keeps its own latency promises.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 

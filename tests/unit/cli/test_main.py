@@ -36,3 +36,12 @@ def test_every_extra_that_is_named_exists() -> None:
     table = (ROOT / "pyproject.toml").read_text(encoding="utf-8").partition("[project.optional-dependencies]")[2]
     declared = set(re.findall(r"^(\w+) = \[", table.partition("\n[")[0], re.MULTILINE))
     assert set(EXTRAS.values()) == declared
+
+
+@pytest.mark.parametrize(
+    ("words", "at", "found"), [("slos-serve ex", 1, "explain"), ("slos-serve bench --dat", 2, "--dataset")]
+)
+def test_shells_complete_commands_and_options(words: str, at: int, found: str) -> None:
+    asked = {"_SLOS_SERVE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(at)}
+    said = CliRunner().invoke(app, [], prog_name="slos-serve", env=asked)
+    assert said.stdout.split() == [found]
