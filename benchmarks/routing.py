@@ -22,13 +22,14 @@ import numpy as np
 
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import SlotArray
+from slos_serve.core.verdict import Verdict
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.planning.planner import Planner
 from slos_serve.policies.base import IntArray, Policy
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publisher import own_admission, publication_of
-from slos_serve.routing.router import RouterSettings, RoutingDecision, RoutingRequest, Verdict, route, verdicts
+from slos_serve.routing.router import RouterSettings, RoutingDecision, RoutingRequest, route, verdicts
 from slos_serve.routing.settings import Order
 from slos_serve.sim.cluster import Cluster
 from slos_serve.sim.limits import ReplicaSettings
@@ -105,7 +106,7 @@ def time_route(order: Order, pending: int, hopeless: bool) -> dict[str, float]:
         "p50": p50,
         "p99": p99,
         "cpu_p99": 1e3 * float(np.percentile(computed, 99)),
-        "attain": verdict[Verdict.ATTAIN] / DECISIONS,
+        "attain": verdict[Verdict.ADMITTED] / DECISIONS,
         "update_p50": 1e3 * float(np.percentile(taken, 50)),
         "publish_p50": 1e3 * float(np.percentile(made, 50)),
     }
@@ -314,7 +315,7 @@ def print_agreement() -> bool:
             routing = SloRouting(publish_every_s=every_s, publish_delay_s=delay_s)
             tally, recording = agreement(scenario, arrivals, rate, routing, requests)
             admitted = recording.calls["admitted"] == 1
-            promised = np.array([call for call, verdict in tally.decisions if verdict is Verdict.ATTAIN], dtype=int)
+            promised = np.array([call for call, verdict in tally.decisions if verdict is Verdict.ADMITTED], dtype=int)
             others = np.array([call for call, verdict in tally.decisions if verdict is Verdict.BEST_EFFORT], dtype=int)
             age = f"{1e3 * delay_s:.0f}-{1e3 * (every_s + delay_s):.0f}"
             shares = [f"{admitted[calls].sum()} of {len(calls)}" for calls in (promised, others)]

@@ -22,6 +22,7 @@ from ray.serve._private.common import DeploymentHandleSource, DeploymentID, Repl
 from ray.serve.request_router import PendingRequest
 from starlette.requests import Request
 
+from slos_serve.core.verdict import Verdict, Why
 from slos_serve.ray_serve import compat
 from slos_serve.ray_serve.answers import answer_headers, refusal, retry_after
 from slos_serve.ray_serve.curve import CurveKeys
@@ -29,7 +30,7 @@ from slos_serve.ray_serve.ingress import MAX_ATTEMPTS, SLOIngress, events, is_lo
 from slos_serve.ray_serve.router import SLORequestRouter
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
 from slos_serve.ray_serve.wire import ADDRESS_KEY
-from slos_serve.routing.router import RoutingDecision, RoutingRequest, Verdict, Why
+from slos_serve.routing.router import RoutingDecision, RoutingRequest
 
 pytestmark = pytest.mark.ray
 
@@ -86,7 +87,7 @@ async def test_a_request_goes_where_the_dispatcher_says(router: SLORequestRouter
     assert sorted(sent) == ["a", "a", "b", "b"]
     for ticket, name in zip(tickets, sent, strict=True):
         assert ticket.decision is not None and ticket.decision.replica == name
-        assert ticket.decision.reason is Why.ALL_STALE
+        assert ticket.decision.reason is Why.NO_STATE
 
 
 async def test_a_call_without_a_ticket_is_routed_too(router: SLORequestRouter) -> None:
@@ -97,7 +98,7 @@ async def test_a_refusal_ends_the_request_at_once(router: SLORequestRouter) -> N
     ticket = a_ticket(reject=True)
     with pytest.raises(RequestRefusedError) as raised:
         await asyncio.wait_for(router._choose_replica_for_request(pending(ticket)), timeout=30.0)
-    assert raised.value.reason == Why.ALL_STALE and raised.value.retry_after_s > 0.0
+    assert raised.value.reason == Why.NO_STATE and raised.value.retry_after_s > 0.0
     assert not router._pending_requests_by_id
 
 
@@ -145,7 +146,7 @@ class Handle:
 
     def _remote(self, body: object, info: object, ticket: Ticket) -> AsyncIterator[Any]:
         ticket.attempts += 1
-        ticket.decision = RoutingDecision(f"replica-{ticket.attempts}", Verdict.ATTAIN, Why.ATTAINS)
+        ticket.decision = RoutingDecision(f"replica-{ticket.attempts}", Verdict.ADMITTED, Why.FITS)
         self.tickets.append(ticket)
         return self._answer(self.answers.pop(0))
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from starlette.responses import JSONResponse
 
-from slos_serve.core.slo import NO_SLO_CLASS
+from slos_serve.core.verdict import SENTENCES, Verdict, Why
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
 
 REJECTED = "rejected-saturated"
@@ -24,14 +24,18 @@ def answer_headers(ticket: Ticket) -> dict[str, str]:
     decision = ticket.decision
     if decision is None:
         return {}
-    verdict = str(decision.verdict) if ticket.asked.has_slo else NO_SLO_CLASS
-    found = {"x-slo-verdict": verdict, "x-slo-reason": str(decision.reason), "x-slo-attempts": str(ticket.attempts)}
+    found = {**verdict_headers(decision.verdict, decision.reason), "x-slo-attempts": str(ticket.attempts)}
     return found if decision.replica is None else {**found, "x-slo-replica": decision.replica}
+
+
+def verdict_headers(verdict: Verdict, reason: Why) -> dict[str, str]:
+    """What became of a request and why, as one server says it too."""
+    return {"x-slo-verdict": str(verdict), "x-slo-reason": str(reason), "x-slo-reason-text": SENTENCES[reason]}
 
 
 def refusal(refused: RequestRefusedError, ticket: Ticket) -> JSONResponse:
     """429, or 503 where the class says so, in the OpenAI shape, with when to ask again."""
-    asked = ticket.asked
+    asked, reason = ticket.asked, Why(refused.reason)
     told = retry_after(refused.retry_after_s)
     wait_s = told["retry-after"]
     due_ms = (asked.ttft_due_s - asked.arrival_s) * 1000.0
@@ -40,14 +44,13 @@ def refusal(refused: RequestRefusedError, ticket: Ticket) -> JSONResponse:
     )
     message = (
         f"class {ticket.slo_class or 'custom'!r} ({promise}; {asked.prompt_tokens} prompt tokens) cannot be attained "
-        f"now: {refused.reason}. Retryable; ask again in {wait_s} s."
+        f"now. {SENTENCES[reason]} Retryable; ask again in {wait_s} s."
     )
     headers = {
         **told,
         "x-llm-d-request-dropped-reason": REJECTED,
         "x-slo-class": ticket.slo_class or "custom",
-        "x-slo-verdict": "reject",
-        "x-slo-reason": refused.reason,
+        **verdict_headers(Verdict.REJECTED, reason),
     }
     return error_response(ticket.refused_status, message, "rate_limit_error", "slo_class", headers)
 

@@ -13,12 +13,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+from slos_serve.core.verdict import Verdict, Why
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import Envelope
 from slos_serve.routing.clock_offset import ClockOffset
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.retry_after import retry_after_s
-from slos_serve.routing.router import RouterSettings, RoutingDecision, Verdict, Why, route, unpromised
+from slos_serve.routing.router import RouterSettings, RoutingDecision, route, unpromised
 from slos_serve.routing.sessions import Sessions
 from slos_serve.routing.settings import STALE_AFTER_S, Order
 
@@ -113,7 +114,7 @@ class Dispatcher:
         if decision.replica is not None:
             ticket.reservation = decision.replica, self.mirrors.newest(decision.replica)
         self.decisions[decision.verdict, decision.reason] += 1
-        if decision.verdict is Verdict.REJECT:
+        if decision.verdict is Verdict.REJECTED:
             ticket.retry_after_s = retry_after_s(now_s, asked.class_index, self.mirrors, self._settings.stale_after_s)
         elif decision.replica is not None and ticket.session is not None and not ticket.last_round:
             self._sessions.sent(ticket.session, decision.replica, asked.prompt_tokens)

@@ -19,6 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import NO_SLO_CLASS
+from slos_serve.core.verdict import Verdict
 from slos_serve.ray_serve import compat
 from slos_serve.ray_serve.answers import (
     LOST,
@@ -116,8 +117,8 @@ class SLOIngress(OpenAiIngress):
         return await loop.run_in_executor(self._tokenizers, self._office.ticket, body, session, arrival_s)
 
     def _count(self, ticket: Ticket) -> None:
-        verdict = answer_headers(ticket).get("x-slo-verdict", NO_SLO_CLASS)
-        self._routed.inc(tags={"slo_class": ticket.slo_class or NO_SLO_CLASS, "verdict": verdict})
+        verdict = Verdict.NO_SLO if ticket.decision is None else ticket.decision.verdict
+        self._routed.inc(tags={"slo_class": ticket.slo_class or NO_SLO_CLASS, "verdict": str(verdict)})
 
     async def _first_part(
         self, body: Any, call_method: str, raw_request: Request, ticket: Ticket

@@ -11,13 +11,14 @@ from weakref import WeakValueDictionary
 from ray.serve import metrics
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
+from slos_serve.core.verdict import Verdict
 from slos_serve.ray_serve.compat import ClusterStore
 from slos_serve.ray_serve.curve import shared_keys
 from slos_serve.ray_serve.dispatch import Dispatcher
 from slos_serve.ray_serve.inbox import Inbox
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
 from slos_serve.ray_serve.wire import ADDRESS_KEY
-from slos_serve.routing.router import RoutingRequest, Verdict
+from slos_serve.routing.router import RoutingRequest
 
 
 class SLORequestRouter(RequestRouter):
@@ -62,7 +63,7 @@ class SLORequestRouter(RequestRouter):
             ticket = Ticket(RoutingRequest(arrival_s=0.0, prompt_tokens=1, max_tokens=1))
         await self._dispatcher.heard_somebody()
         decision = self._dispatcher.decide(ticket)
-        if decision.verdict is Verdict.REJECT and decision.replica is None and len(self._dispatcher.mirrors):
+        if decision.verdict is Verdict.REJECTED and decision.replica is None and len(self._dispatcher.mirrors):
             if not pending_request.future.done():
                 pending_request.future.set_exception(RequestRefusedError(decision.reason, ticket.retry_after_s))
             self._remove_pending_request_from_indices(pending_request)

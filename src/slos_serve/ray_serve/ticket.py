@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from slos_serve.core.errors import SlosServeError
+from slos_serve.core.verdict import Verdict
 from slos_serve.routing.mirrors import Sent
-from slos_serve.routing.router import RoutingDecision, RoutingRequest, Verdict
+from slos_serve.routing.router import RoutingDecision, RoutingRequest
 
 
 @dataclass(slots=True, weakref_slot=True, eq=False)

@@ -11,16 +11,17 @@ from dataclasses import replace
 
 import numpy as np
 
+from slos_serve.core.verdict import Verdict, Why
 from slos_serve.routing.mirror_arrays import advance, rate_beside
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publication import Publication
-from slos_serve.routing.router import RouterSettings, RoutingRequest, Verdict, Why, route
+from slos_serve.routing.router import RouterSettings, RoutingRequest, route
 from slos_serve.routing.settings import Order
 
 MOST = 32
 STANDARD_PROMPT_TOKENS = 512
 LONGEST_TTFT_S = 600.0
-_ONLY_BESIDE = frozenset({Why.ATTAINS, Why.ATTAINS_AT_PREFIX})
+_ONLY_BESIDE = frozenset({Why.FITS, Why.FITS_AT_PREFIX})
 
 
 def headroom(publication: Publication, typical: RoutingRequest, now_s: float, most: int = MOST) -> int:
@@ -39,7 +40,7 @@ def headroom(publication: Publication, typical: RoutingRequest, now_s: float, mo
     )
     for count in range(most):
         decision = route(now_s, asked, mirrors, settings)
-        if decision.verdict is not Verdict.ATTAIN or decision.reason not in _ONLY_BESIDE:
+        if decision.verdict is not Verdict.ADMITTED or decision.reason not in _ONLY_BESIDE:
             return count
     return most
 

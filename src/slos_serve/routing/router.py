@@ -10,42 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 
 import numpy as np
 
 from slos_serve.core.request import RequestArray
 from slos_serve.core.slo import check_number
+from slos_serve.core.verdict import Verdict, Why
 from slos_serve.routing import mirror_kernel as kernel
 from slos_serve.routing.mirror_arrays import advance
 from slos_serve.routing.mirrors import Mirrors, Sent, request_row
 from slos_serve.routing.settings import STALE_AFTER_S, Order
-
-
-class Verdict(StrEnum):
-    """What becomes of a request."""
-
-    ATTAIN = "attain"
-    """Its replica's mirror can promise it."""
-    BEST_EFFORT = "best_effort"
-    """Sent without a promise; the replica may still make one."""
-    REJECT = "reject"
-    """Not sent."""
-
-
-class Why(StrEnum):
-    """Reason of a decision."""
-
-    ATTAINS = "attains"
-    ATTAINS_AT_PREFIX = "attains where its prefix is"
-    ATTAINS_ELSEWHERE = "attains with another router"
-    INSTEAD = "attains in the place of one that has not begun"
-    NO_SLO = "asks for nothing"
-    MISSED = "a promise of its session is broken already"
-    ALL_FULL = "no replica attains it"
-    ALL_STALE = "no replica has published lately"
-    NO_REPLICA = "there is no replica"
-    OUT_OF_REACH = "the replica decided on could not be reached"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +62,7 @@ class RoutingDecision:
 
     Attributes:
         replica: its name; ``None`` when the request is rejected.
-        verdict, reason: see :class:`Verdict` and :class:`Why`.
+        verdict, reason: see :mod:`slos_serve.core.verdict`.
     """
 
     replica: str | None
@@ -127,29 +101,30 @@ def route(
         settings: order and bound.
     """
     if not len(mirrors):
-        return RoutingDecision(None, Verdict.REJECT, Why.NO_REPLICA)
+        return RoutingDecision(None, Verdict.REJECTED, Why.NO_REPLICA)
     row = _row_of(request)
     usable = mirrors.usable(now_s, settings.stale_after_s)
     cached = np.zeros(len(usable), dtype=np.int64)
     for name, tokens in request.cached.items():
         if name in mirrors:
             cached[mirrors.position(name)] = min(tokens, request.prompt_tokens - 1)
-    k, why = kernel.NOBODY, Why.MISSED if request.missed else Why.NO_SLO
+    k, why = kernel.NOBODY, Why.SESSION_MISSED if request.missed else Why.NO_SLO
     if request.has_slo:
         home = int(cached.argmax()) if settings.order is Order.PREFIX and cached.any() else kernel.NOBODY
         asking = kernel.PACK if settings.order is Order.PACK else kernel.SPREAD
         k, answer = kernel.choose(mirrors.arrays, asking, now_s, row, cached, usable, home)
-        why = Why.INSTEAD if answer == kernel.INSTEAD else Why.ATTAINS_AT_PREFIX if k == home else Why.ATTAINS
+        why = Why.FITS_INSTEAD if answer == kernel.INSTEAD else Why.FITS_AT_PREFIX if k == home else Why.FITS
     if k != kernel.NOBODY:
         mirrors.send(k, Sent(now_s, row, int(cached[k]), promised=True))
-        return RoutingDecision(mirrors.name_of(k), Verdict.ATTAIN, why)
+        return RoutingDecision(mirrors.name_of(k), Verdict.ADMITTED, why)
     if request.has_slo:
-        why = Why.ALL_FULL if usable.any() else Why.ALL_STALE
+        why = Why.ALL_FULL if usable.any() else Why.NO_STATE
         if request.reject_when_full:
-            return RoutingDecision(None, Verdict.REJECT, why)
+            return RoutingDecision(None, Verdict.REJECTED, why)
     k = kernel.least_loaded(mirrors.arrays, now_s, mirrors.present, usable)
     mirrors.send(k, Sent(now_s, row, int(cached[k]), promised=False))
-    return RoutingDecision(mirrors.name_of(k), Verdict.BEST_EFFORT, why)
+    verdict = Verdict.NO_SLO if why is Why.NO_SLO else Verdict.BEST_EFFORT
+    return RoutingDecision(mirrors.name_of(k), verdict, why)
 
 
 def verdicts(

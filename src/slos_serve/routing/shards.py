@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.verdict import Verdict, Why
 from slos_serve.routing.mirrors import Mirrors
-from slos_serve.routing.router import DEFAULT, RouterSettings, RoutingDecision, RoutingRequest, Verdict, Why, route
+from slos_serve.routing.router import DEFAULT, RouterSettings, RoutingDecision, RoutingRequest, route
 
 
 def route_sharded(
@@ -47,12 +48,12 @@ def route_sharded(
     # One that refuses what it cannot promise reserves no room for it.
     offered = replace(request, reject_when_full=True)
     refusal = route(now_s, offered, shards[home], settings)
-    if refusal.verdict is Verdict.ATTAIN:
+    if refusal.verdict is Verdict.ADMITTED:
         return refusal
     for step in range(1, others + 1):
         decision = route(now_s, offered, shards[(home + step) % len(shards)], settings)
-        if decision.verdict is Verdict.ATTAIN:
-            return replace(decision, reason=Why.ATTAINS_ELSEWHERE)
+        if decision.verdict is Verdict.ADMITTED:
+            return replace(decision, reason=Why.FITS_ELSEWHERE)
     if request.reject_when_full:
         return refusal
     unpromised = route(now_s, replace(request, missed=True), shards[home], settings)

@@ -15,13 +15,14 @@ import numpy as np
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import SlotArray
+from slos_serve.core.verdict import Verdict
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.policies.base import IntArray, Policy
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.publisher import Publisher
-from slos_serve.routing.router import RouterSettings, RoutingDecision, RoutingRequest, Verdict
+from slos_serve.routing.router import RouterSettings, RoutingDecision, RoutingRequest
 from slos_serve.routing.sessions import Sessions
 from slos_serve.routing.settings import PUBLISH_EVERY_S, Order
 from slos_serve.routing.shards import route_sharded
@@ -171,7 +172,7 @@ class SloRouter:
         request = self.request_of(now_s, call, session)
         decision = self._decide(now_s, call, request, session % len(self.shards))
         self.decisions[decision.reason] = self.decisions.get(decision.reason, 0) + 1
-        if decision.verdict is Verdict.REJECT or decision.replica is None:
+        if decision.verdict is Verdict.REJECTED or decision.replica is None:
             return None
         index = int(decision.replica)
         self._idle.pop(index, None)

@@ -8,10 +8,10 @@ import pickle
 
 import pytest
 
+from slos_serve.core.verdict import Verdict, Why
 from slos_serve.ray_serve.dispatch import Dispatcher
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import Envelope
-from slos_serve.routing.router import Verdict, Why
 from tests.builders import EngineBuilder
 from tests.unit.routing.fleet import NOW_S, loaded, published, request
 
@@ -79,13 +79,13 @@ def test_routes_by_mirrors_on_the_routers_clock(dispatcher: Dispatcher, postman:
     postman.bring("b", loaded(3))
     asked = ticket()
     decision = dispatcher.decide(asked)
-    assert (decision.replica, decision.verdict) == ("b", Verdict.ATTAIN)
+    assert (decision.replica, decision.verdict) == ("b", Verdict.ADMITTED)
     assert asked.decision is decision and asked.attempts == 1
-    assert dispatcher.decisions[Verdict.ATTAIN, Why.ATTAINS] == 1
+    assert dispatcher.decisions[Verdict.ADMITTED, Why.FITS] == 1
 
 
 def test_until_a_replica_publishes_it_counts_as_full(dispatcher: Dispatcher, postman: Postman) -> None:
-    assert dispatcher.decide(ticket()).reason is Why.ALL_STALE
+    assert dispatcher.decide(ticket()).reason is Why.NO_STATE
     postman.bring("b", loaded(0))
     assert dispatcher.decide(ticket()).replica == "b"
 
@@ -97,7 +97,7 @@ async def test_the_first_request_waits_for_the_first_publication(dispatcher: Dis
     assert not waiting.done()
     postman.bring("b", loaded(0))
     await waiting
-    assert dispatcher.decide(ticket()).verdict is Verdict.ATTAIN
+    assert dispatcher.decide(ticket()).verdict is Verdict.ADMITTED
 
 
 async def test_it_does_not_wait_for_silent_replicas_twice(
@@ -114,7 +114,7 @@ async def test_it_does_not_wait_for_silent_replicas_twice(
     looks.clear()
     await dispatcher.heard_somebody()
     assert not looks
-    assert dispatcher.decide(ticket()).reason is Why.ALL_STALE
+    assert dispatcher.decide(ticket()).reason is Why.NO_STATE
 
 
 def test_a_resting_replica_stays_fresh_and_a_silent_one_does_not(
@@ -122,20 +122,20 @@ def test_a_resting_replica_stays_fresh_and_a_silent_one_does_not(
 ) -> None:
     postman.bring("a", loaded(0))
     postman.bring("b", loaded(0))
-    assert dispatcher.decide(ticket()).verdict is Verdict.ATTAIN
+    assert dispatcher.decide(ticket()).verdict is Verdict.ADMITTED
     clock.now_s += 30.0
     postman.bring("b", loaded(0), at_s=30.0, unchanged=True)
     later = ticket(due_in_s=31.0)
     assert dispatcher.decide(later).replica == "b"
     clock.now_s += 2.0
-    assert dispatcher.decide(ticket(due_in_s=33.0)).reason is Why.ALL_STALE
+    assert dispatcher.decide(ticket(due_in_s=33.0)).reason is Why.NO_STATE
 
 
 def test_a_burst_between_two_publications_is_reserved(dispatcher: Dispatcher, postman: Postman) -> None:
     postman.bring("a", loaded(0))
     postman.bring("b", loaded(0))
     sent = [dispatcher.decide(ticket(3000, due_in_s=0.8)) for _ in range(6)]
-    assert [decision.verdict for decision in sent].count(Verdict.ATTAIN) == 2
+    assert [decision.verdict for decision in sent].count(Verdict.ADMITTED) == 2
     assert {decision.replica for decision in sent[:2]} == {"a", "b"}
 
 
@@ -150,7 +150,7 @@ def test_a_session_returns_to_its_prefix_until_its_last_round(dispatcher: Dispat
         dispatcher.decide(ticket(600))  # whoever is less busy by now
     again = ticket(1200, session="s")
     decision = dispatcher.decide(again)
-    assert (decision.replica, decision.reason) == ("b", Why.ATTAINS_AT_PREFIX)
+    assert (decision.replica, decision.reason) == ("b", Why.FITS_AT_PREFIX)
 
 
 def test_what_is_lost_goes_elsewhere(dispatcher: Dispatcher, postman: Postman) -> None:
@@ -182,7 +182,7 @@ def test_a_refusal_says_when_to_ask_again(dispatcher: Dispatcher, postman: Postm
     postman.bring("b", busy)
     asked = ticket(9000, due_in_s=0.3, reject_when_full=True)
     decision = dispatcher.decide(asked)
-    assert (decision.verdict, decision.replica) == (Verdict.REJECT, None)
+    assert (decision.verdict, decision.replica) == (Verdict.REJECTED, None)
     assert 1.0 <= asked.retry_after_s <= 60.0
 
 
@@ -190,7 +190,7 @@ def test_rubbish_is_not_a_publication(dispatcher: Dispatcher, postman: Postman) 
     postman.waiting["a"] = Envelope(NOW_S, False, b"[]", NOW_S + AHEAD_S)
     postman.waiting["b"] = Envelope(NOW_S, False, b"{", NOW_S + AHEAD_S)
     postman.waiting["stranger"] = Envelope(NOW_S, False, b"{}", NOW_S + AHEAD_S)
-    assert dispatcher.decide(ticket()).reason is Why.ALL_STALE
+    assert dispatcher.decide(ticket()).reason is Why.NO_STATE
 
 
 def test_a_retry_gives_back_what_the_first_try_held(dispatcher: Dispatcher, postman: Postman) -> None:
@@ -198,7 +198,7 @@ def test_a_retry_gives_back_what_the_first_try_held(dispatcher: Dispatcher, post
     postman.bring("b", loaded(0))
     asked = ticket(3000, due_in_s=0.8)
     for _ in range(5):
-        assert dispatcher.decide(asked).verdict is Verdict.ATTAIN
+        assert dispatcher.decide(asked).verdict is Verdict.ADMITTED
         asked.again()
     assert sum(dispatcher.mirrors.in_flight(name) for name in "ab") == 1
     assert asked.attempts == 5
@@ -210,7 +210,7 @@ def test_who_served_is_told_where_ray_chose_another(dispatcher: Dispatcher, post
     asked = ticket()
     assert dispatcher.decide(asked).replica == "b"
     dispatcher.routed(asked, "b")
-    assert asked.decision is not None and asked.decision.verdict is Verdict.ATTAIN
+    assert asked.decision is not None and asked.decision.verdict is Verdict.ADMITTED
     dispatcher.routed(asked, "a")
     decision = asked.decision
     assert (decision.replica, decision.verdict, decision.reason) == ("a", Verdict.BEST_EFFORT, Why.OUT_OF_REACH)

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.verdict import Verdict, Why
 from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.ray_serve.demand import FORGET_S, FULLNESS, HEADROOM, Demand
 from slos_serve.ray_serve.prompts import PromptCounter
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.ticket_office import TicketOffice, session_of
-from slos_serve.routing.router import RoutingDecision, Verdict, Why
+from slos_serve.routing.router import RoutingDecision
 from slos_serve.vllm_plugin.config import PluginConfig
 from tests.builders import OPT_13B_A100
 from tests.unit.routing.fleet import NOW_S, loaded, published, request
@@ -126,12 +127,12 @@ def test_estimates_without_a_tokenizer_and_when_it_fails() -> None:
 
 
 def asking(verdict: Verdict) -> Ticket:
-    return Ticket(request(), slo_class="chat", decision=RoutingDecision("a", verdict, Why.ATTAINS))
+    return Ticket(request(), slo_class="chat", decision=RoutingDecision("a", verdict, Why.FITS))
 
 
 def test_fullness_and_headroom_follow_the_load() -> None:
     demand = Demand()
-    demand.began(1, asking(Verdict.ATTAIN), NOW_S)
+    demand.began(1, asking(Verdict.ADMITTED), NOW_S)
     demand.began(2, None, NOW_S)
     idle, half, full = (demand.stats(published(loaded(n, total_blocks=2000)), NOW_S) for n in (0, 50, 200))
     name = f"{HEADROOM}chat"
@@ -152,7 +153,7 @@ def test_those_that_wait_for_a_promise_make_a_replica_more_than_full() -> None:
 
 def test_a_class_that_nobody_asks_for_is_forgotten() -> None:
     demand = Demand()
-    demand.began(1, asking(Verdict.ATTAIN), NOW_S)
+    demand.began(1, asking(Verdict.ADMITTED), NOW_S)
     publication = published(loaded(1))
     assert f"{HEADROOM}chat" in demand.stats(publication, NOW_S + FORGET_S)
     assert list(demand.stats(publication, NOW_S + FORGET_S + 1.0)) == [FULLNESS]

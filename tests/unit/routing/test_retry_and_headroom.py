@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from slos_serve.core.verdict import Why
 from slos_serve.routing import warm_up
 from slos_serve.routing.clock_offset import WINDOW_S, ClockOffset
 from slos_serve.routing.headroom import LONGEST_TTFT_S, MOST, fullness, headroom, promises, standard_ttft_s
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.retry_after import LATEST_S, SOONEST_S, UNKNOWN_S, retry_after_s, room_in_s
-from slos_serve.routing.router import RoutingDecision, Why, route
+from slos_serve.routing.router import RoutingDecision, route
 from tests.builders import OPT_13B_A100
 from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, published, request
 
@@ -89,7 +90,7 @@ def test_warming_up_takes_every_branch_and_leaves_nothing(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(warm_up, "route", watched)
     warm_up.warm_up_routing()
-    assert seen == [Why.ATTAINS_AT_PREFIX, Why.ALL_FULL, Why.NO_SLO, Why.ATTAINS]
+    assert seen == [Why.FITS_AT_PREFIX, Why.ALL_FULL, Why.NO_SLO, Why.FITS]
 
 
 def test_a_standard_prompt_waits_behind_what_is_owed() -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.verdict import Verdict, Why
 from slos_serve.routing.mirrors import Mirrors
-from slos_serve.routing.router import RouterSettings, Verdict, Why, route, verdicts
+from slos_serve.routing.router import RouterSettings, route, verdicts
 from slos_serve.routing.settings import Order
 from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, published, request
 
@@ -26,7 +27,7 @@ def test_pack_asks_the_busiest_first_and_spread_the_least_busy() -> None:
 def test_pack_goes_on_to_the_next_when_the_busiest_cannot() -> None:
     engines = {"idle": loaded(0), "full": loaded(600, total_blocks=40_000)}
     decision = route(NOW_S, request(), mirrors_of(**engines), PACK)
-    assert (decision.replica, decision.verdict, decision.reason) == ("idle", Verdict.ATTAIN, Why.ATTAINS)
+    assert (decision.replica, decision.verdict, decision.reason) == ("idle", Verdict.ADMITTED, Why.FITS)
 
 
 def test_declined_everywhere_goes_unpromised_to_the_fewest_of_its_kind() -> None:
@@ -49,10 +50,10 @@ def test_a_short_request_takes_the_place_of_a_long_one_that_has_not_begun() -> N
     longer, shorter = request(3800, due_in_s=0.65), request(1000, due_in_s=0.5)
     assert route(NOW_S, longer, mirrors).verdict is Verdict.BEST_EFFORT
     decision = route(NOW_S, shorter, mirrors)
-    assert (decision.verdict, decision.reason) == (Verdict.ATTAIN, Why.INSTEAD)
+    assert (decision.verdict, decision.reason) == (Verdict.ADMITTED, Why.FITS_INSTEAD)
     # The long one waits unpromised now, so there is room for more.
     assert mirrors.arrays.num_unpromised[0] == 2 and mirrors.arrays.num_owed[0] == 1
-    assert route(NOW_S, shorter, mirrors).reason is Why.ATTAINS
+    assert route(NOW_S, shorter, mirrors).reason is Why.FITS
 
 
 @pytest.mark.parametrize("change", ["begun", "heavier"])
@@ -70,26 +71,26 @@ def test_one_that_has_not_begun_gives_its_memory_too() -> None:
     full.wait(1500, due_in_s=9.0)
     mirrors = mirrors_of(a=full)
     assert route(NOW_S, request(1600, due_in_s=9.0), mirrors).verdict is Verdict.BEST_EFFORT
-    assert route(NOW_S, request(900, due_in_s=9.0), mirrors).reason is Why.INSTEAD
+    assert route(NOW_S, request(900, due_in_s=9.0), mirrors).reason is Why.FITS_INSTEAD
     assert mirrors.arrays.memory_left[0, 0] == 150 - -(-1000 // 16)
 
 
 def test_a_class_may_prefer_rejection() -> None:
     mirrors = mirrors_of(a=loaded(0))
     decision = route(NOW_S, request(9000, due_in_s=0.3, reject_when_full=True), mirrors)
-    assert (decision.replica, decision.verdict, decision.reason) == (None, Verdict.REJECT, Why.ALL_FULL)
+    assert (decision.replica, decision.verdict, decision.reason) == (None, Verdict.REJECTED, Why.ALL_FULL)
     assert mirrors.in_flight("a") == 0
 
 
 def test_no_slo_is_best_effort_without_asking() -> None:
     decision = route(NOW_S, request(due_in_s=np.inf, tpot_s=np.inf), mirrors_of(a=loaded(0)))
-    assert (decision.replica, decision.verdict, decision.reason) == ("a", Verdict.BEST_EFFORT, Why.NO_SLO)
+    assert (decision.replica, decision.verdict, decision.reason) == ("a", Verdict.NO_SLO, Why.NO_SLO)
 
 
 def test_a_session_that_missed_takes_no_promised_place() -> None:
     mirrors = mirrors_of(a=loaded(0))
     decision = route(NOW_S, request(missed=True), mirrors)
-    assert (decision.verdict, decision.reason) == (Verdict.BEST_EFFORT, Why.MISSED)
+    assert (decision.verdict, decision.reason) == (Verdict.BEST_EFFORT, Why.SESSION_MISSED)
     assert verdicts(NOW_S, request(missed=True), mirrors) == {"a": False}
     assert mirrors.arrays.num_owed[0] == 0
 
@@ -101,7 +102,7 @@ def test_no_replica_rejects() -> None:
 def test_a_burst_does_not_slip_through_between_two_publications() -> None:
     mirrors = mirrors_of(a=loaded(0), b=loaded(0))
     found = [route(NOW_S, request(1000, due_in_s=0.5), mirrors, PACK) for _ in range(40)]
-    promised = Counter(one.replica for one in found if one.verdict is Verdict.ATTAIN)
+    promised = Counter(one.replica for one in found if one.verdict is Verdict.ADMITTED)
     # At most 9,000 tokens a second for half a second.
     assert promised["a"] == promised["b"] and 2 <= promised["a"] <= 5
     assert found[-1].verdict is Verdict.BEST_EFFORT
@@ -111,7 +112,7 @@ def test_memory_of_what_is_in_flight_is_reserved() -> None:
     mirrors = mirrors_of(a=loaded(0, total_blocks=100))
     # 200 + 100 tokens are 19 blocks of 16.
     found = [route(NOW_S, request(due_in_s=20.0), mirrors).verdict for _ in range(6)]
-    assert found == [Verdict.ATTAIN] * 5 + [Verdict.BEST_EFFORT]
+    assert found == [Verdict.ADMITTED] * 5 + [Verdict.BEST_EFFORT]
 
 
 def test_a_publication_that_lacks_what_was_sent_does_not_free_its_place() -> None:
@@ -123,7 +124,7 @@ def test_a_publication_that_lacks_what_was_sent_does_not_free_its_place() -> Non
     assert route(NOW_S + 0.06, request(due_in_s=20.0), mirrors).verdict is Verdict.BEST_EFFORT
     mirrors.update(published(loaded(0, total_blocks=100), sequence=2, time_s=NOW_S + 0.07))
     assert mirrors.in_flight("a") == 0
-    assert route(NOW_S + 0.08, request(due_in_s=20.0), mirrors).verdict is Verdict.ATTAIN
+    assert route(NOW_S + 0.08, request(due_in_s=20.0), mirrors).verdict is Verdict.ADMITTED
 
 
 def test_requests_on_their_way_when_a_publication_was_made_stay_reserved() -> None:
@@ -146,7 +147,7 @@ def test_stale_and_silent_replicas_count_as_full() -> None:
     assert route(later, asked, mirrors, SPREAD).replica == "b"
     far = NOW_S + 60.0
     decision = route(far, request(due_in_s=70.0), mirrors, SPREAD)
-    assert (decision.verdict, decision.reason) == (Verdict.BEST_EFFORT, Why.ALL_STALE)
+    assert (decision.verdict, decision.reason) == (Verdict.BEST_EFFORT, Why.NO_STATE)
     # The unpromised go round, whatever is known of their replicas.
     assert {route(far, request(), mirrors).replica for _ in range(2)} | {decision.replica} == {"a", "b", "silent"}
 
@@ -154,7 +155,7 @@ def test_stale_and_silent_replicas_count_as_full() -> None:
 def test_an_idle_replica_may_renew_its_publication() -> None:
     mirrors = mirrors_of(a=loaded(0))
     mirrors.renew("a", NOW_S + 5.0)
-    assert route(NOW_S + 5.5, request(due_in_s=7.0), mirrors).verdict is Verdict.ATTAIN
+    assert route(NOW_S + 5.5, request(due_in_s=7.0), mirrors).verdict is Verdict.ADMITTED
 
 
 def test_old_publications_and_strangers_are_ignored() -> None:
@@ -168,7 +169,7 @@ def test_old_publications_and_strangers_are_ignored() -> None:
 def test_a_round_goes_where_its_prefix_is_while_that_replica_attains() -> None:
     asked = request(2000, due_in_s=0.35, cached={"home": 1900})
     decision = route(NOW_S, asked, mirrors_of(home=loaded(20), idle=loaded(0)))
-    assert (decision.replica, decision.reason) == ("home", Why.ATTAINS_AT_PREFIX)
+    assert (decision.replica, decision.reason) == ("home", Why.FITS_AT_PREFIX)
     full = loaded(600, total_blocks=40_000)
     assert route(NOW_S, asked, mirrors_of(home=full, idle=loaded(0))).replica == "idle"
 
@@ -193,7 +194,7 @@ def test_a_replica_that_is_gone_gets_nothing_and_its_place_is_reused() -> None:
 def test_many_replicas_and_long_queues_grow_the_arrays() -> None:
     mirrors = mirrors_of(**{f"r{k}": loaded(0, total_blocks=40_000) for k in range(9)})
     found = [route(NOW_S, request(20, due_in_s=30.0, max_tokens=2), mirrors, PACK) for _ in range(150)]
-    assert {one.verdict for one in found} == {Verdict.ATTAIN}
+    assert {one.verdict for one in found} == {Verdict.ADMITTED}
     assert max(Counter(one.replica for one in found).values()) > 64
 
 
@@ -201,7 +202,7 @@ def test_more_tiers_than_places_count_as_tighter_ones() -> None:
     mirrors = mirrors_of(a=loaded(1))
     for step in range(20):
         decision = route(NOW_S, request(20, tpot_s=0.3 - 0.01 * step), mirrors)
-        assert decision.verdict is Verdict.ATTAIN
+        assert decision.verdict is Verdict.ADMITTED
     assert mirrors.arrays.num_tiers[0] == mirrors.arrays.pace_s.shape[1]
     assert mirrors.arrays.in_tier[0].sum() == 21
 
@@ -216,14 +217,14 @@ def test_room_that_is_given_back_can_be_promised_again() -> None:
     before = [part.copy() for part in mirrors.arrays]
     asked = request(3000, due_in_s=0.8)
     sent = []
-    while route(NOW_S, replace(asked, reject_when_full=True), mirrors).verdict is Verdict.ATTAIN:
+    while route(NOW_S, replace(asked, reject_when_full=True), mirrors).verdict is Verdict.ADMITTED:
         sent.append(mirrors.newest("a"))
     assert sent
     mirrors.withdraw("a", sent[0])
     mirrors.withdraw("a", sent[0])
     mirrors.withdraw("unknown", sent[0])
     assert mirrors.in_flight("a") == len(sent) - 1
-    assert route(NOW_S, asked, mirrors).verdict is Verdict.ATTAIN
+    assert route(NOW_S, asked, mirrors).verdict is Verdict.ADMITTED
     sent.append(mirrors.newest("a"))
     for each in sent[1:]:
         mirrors.withdraw("a", each)

@@ -17,7 +17,6 @@ from slos_serve.perf.step_time import roofline_s
 from slos_serve.planning.demand import is_lost
 from slos_serve.planning.feasible import TOLERANCE
 from slos_serve.routing import mirror_kernel as kernel
-from slos_serve.routing import router
 from slos_serve.routing.headroom import MOST
 from slos_serve.routing.mirror_arrays import advance, rate_beside
 from slos_serve.routing.mirrors import Mirrors, Sent, request_row
@@ -30,7 +29,6 @@ ENGINE = "engine"
 # From the hand-over in the API process to the scheduler's queue.
 TRANSIT_S = 0.01
 _SETTINGS = RouterSettings(Order.SPREAD, STALE_AFTER_S)
-_BY_ROUTER = {router.Why.INSTEAD: Why.FITS_INSTEAD, router.Why.ALL_STALE: Why.NO_STATE, router.Why.NO_SLO: Why.NO_SLO}
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,14 +117,13 @@ class EngineMirror:
         decision = route(now_s, asked, self._mirrors, _SETTINGS)
         if not asked.has_slo:
             return Answer(Verdict.NO_SLO, Why.NO_SLO)
-        if decision.verdict is router.Verdict.ATTAIN:
+        if decision.verdict is Verdict.ADMITTED:
             assert predicted is not None
-            return Answer(
-                Verdict.ADMITTED, _BY_ROUTER.get(decision.reason, Why.FITS), predicted.ttft_s, predicted.tpot_s
-            )
-        verdict = Verdict.REJECTED if decision.verdict is router.Verdict.REJECT else Verdict.BEST_EFFORT
-        reason = _BY_ROUTER.get(decision.reason) or (Why.TTFT_TOO_LATE if predicted is None else predicted.obstacle)
-        return Answer(verdict, reason)
+            return Answer(decision.verdict, decision.reason, predicted.ttft_s, predicted.tpot_s)
+        reason = decision.reason
+        if reason is Why.ALL_FULL:  # of one engine it is known what binds
+            reason = Why.TTFT_TOO_LATE if predicted is None else predicted.obstacle
+        return Answer(decision.verdict, reason)
 
     def look(self, now_s: float, asked: RoutingRequest, most: int = MOST) -> Looked:
         """Judge a request without counting it, and find how many like it there is room for, ``most`` at most."""
