@@ -117,7 +117,9 @@ RESPONSE_HEADERS = {
     "x-slo-verdict": "What the request is given; see below.",
     "x-slo-reason": "Why, as a token; see below.",
     "x-slo-reason-text": "The reason as a sentence.",
+    "x-slo-rank": "Which promise of `otherwise` a `second-best` request is given; 1 is the first one.",
     "x-slo-target-ttft-ms": "First-token promise of this request in milliseconds.",
+    "x-slo-target-tpot-ms": "Time per output token promised to this request in the first stage.",
     "x-slo-predicted-ttft-ms": "Predicted time to first token of an admitted request.",
     "x-slo-predicted-tpot-ms": "Predicted time per output token of an admitted request.",
 }

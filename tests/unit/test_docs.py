@@ -43,7 +43,12 @@ def test_the_page_of_headers_has_every_field_and_header() -> None:
     classes = [single_stage("a", SLO(ttft_ms=1.0, tpot_ms=1.0)), single_stage("b", SLO(ttft_slowdown=2.0)), None]
     sent = {name.decode() for one in classes for name, _ in applied_headers(one)}
     judged = Judged(
-        classes[0], 0.0, ClassVersion(ClassSet()), Answer(Verdict.ADMITTED, Why.FITS, 1.0, 1.0), ttft_target_s=1.0
+        classes[0],
+        0.0,
+        ClassVersion(ClassSet()),
+        Answer(Verdict.SECOND_BEST, Why.FITS, 1.0, 1.0, rank=1),
+        classes[0],
+        ttft_target_s=1.0,
     )
     told = {name.decode() for name, _ in (*verdict_headers(judged), denied_header(Denied.CLASS))}
     assert set(RESPONSE_HEADERS) == sent | told

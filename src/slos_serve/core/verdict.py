@@ -61,4 +61,4 @@ SENTENCES: Mapping[Why, str] = {
     Why.OUT_OF_REACH: "The replica decided on could not be reached, so another one serves it.",
 }
 # Verdicts that an engine's scheduler gives; it refuses nobody.
-ENGINE_VERDICTS = (Verdict.ADMITTED, Verdict.BEST_EFFORT, Verdict.NO_SLO)
+ENGINE_VERDICTS = (Verdict.ADMITTED, Verdict.SECOND_BEST, Verdict.BEST_EFFORT, Verdict.NO_SLO)

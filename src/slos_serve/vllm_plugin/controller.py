@@ -50,6 +50,7 @@ class Proposal:
         chosen: what of it vLLM would accept now.
         plan_s: seconds that it took.
         busy_s: processor seconds of them.
+        end_s: when the step would end.
     """
 
     view: EngineView
@@ -57,6 +58,7 @@ class Proposal:
     chosen: Selection
     plan_s: float
     busy_s: float
+    end_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +178,8 @@ class StepController:
             self.publisher.after_plan(start_s, view, plan, seen_until_s=seen_s)
         chosen = select(self.scheduler, plan, self.book, self.limits.needs, self.hits.loads())
         # Processor time: a plan is not to blame for a core that something else kept busy.
-        proposal = Proposal(view, plan, chosen, time.perf_counter() - wall_s, time.thread_time() - busy_s)
+        wall_s, busy_s = time.perf_counter() - wall_s, time.thread_time() - busy_s
+        proposal = Proposal(view, plan, chosen, wall_s, busy_s, start_s + plan.predicted_s)
         if not (chosen.run or chosen.start or chosen.loads):
             # Nobody can run now (last tokens in flight, cadence, nothing fits): vLLM may know better.
             self._fallback = "empty_plan"
@@ -268,6 +271,7 @@ class StepController:
         """Make the promises of a plan, for what really ran."""
         self.book.note(proposal.plan, ran)
         self.policy.commit(proposal.plan, proposal.view, ran)
+        self.book.fall_back(proposal.plan.demoted, proposal.end_s)
 
     def _note_moves(self, chosen: Selection, now_s: float) -> None:
         """Tell the queues who started, whose KV is being loaded and who was preempted."""

@@ -6,6 +6,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from vllm.logger import init_logger
@@ -89,12 +90,19 @@ class RequestDesk:
                 self.continued(tracked.request)
 
     def _promise_of(self, request: Request, new_tokens: int) -> Promise:
-        control, settings = self._control, self._settings
         extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
         asked, slo_class, tenant = self._granted(extra_args, new_tokens)
         # The front end stamps arrivals on the wall clock; only a difference on that same clock is carried over.
         waited_s = min(max(time.time() - request.arrival_time, 0.0), MAX_FRONT_END_S)
-        arrival_s = control.now_s() - waited_s
+        arrival_s = self._control.now_s() - waited_s
+        first, *weaker = [None] if slo_class is None else slo_class.promises
+        several = [self._one_promise(request, asked, one, new_tokens, arrival_s) for one in (first, *weaker)]
+        return replace(several[0], tenant=tenant, weaker=tuple(several[1:]))
+
+    def _one_promise(
+        self, request: Request, asked: SloArgs, slo_class: SLOClass | None, new_tokens: int, arrival_s: float
+    ) -> Promise:
+        control, settings = self._control, self._settings
         ttft_s = float("inf")
         if slo_class is not None:
             ttft_s = slo_class.slo.ttft_s(control.policy.model.zero_load_s(new_tokens))
@@ -107,7 +115,6 @@ class RequestDesk:
             planned_due_s=arrival_s + ttft_s - settings.planner.ttft_margin_s - encoder_s,
             hint_tokens=asked.expected_tokens or 0,
             max_tokens=max(min(request.max_tokens, control.scheduler.max_model_len - request.num_prompt_tokens), 1),
-            tenant=tenant,
         )
 
     def _granted(
@@ -153,7 +160,7 @@ class RequestDesk:
         if ended == "abort" and request.resumable and tracked.first_token_s is not None:
             ended = "stop"  # a session that its client has closed after an answer
         if tracked.promise.slo_class is not None:
-            self._quotas.used(now_s, tracked.promise.tenant, request.num_output_tokens)
+            self._quotas.used(now_s, tracked.first.tenant, request.num_output_tokens)
         outcome = self._outcome(tracked, ended, now_s)
         book.remove(request.request_id)
         control.forget(tracked)
@@ -179,12 +186,15 @@ class RequestDesk:
             self._control.policy.on_request_done(*self._found.popleft())
 
     def _outcome(self, tracked: Tracked, ended: str, now_s: float) -> Outcome:
-        slo_class, request = tracked.promise.slo_class, tracked.request
+        request, given = tracked.request, tracked.given
+        given_up = tracked.rank != given or self._control.book.status(tracked) == Status.BEST_EFFORT
+        tracked.hold_to_given()
+        slo_class = tracked.promise.slo_class
         verdict = Verdict.NO_SLO
         if slo_class is not None:
-            verdict = Verdict.ADMITTED if tracked.was_admitted else Verdict.BEST_EFFORT
+            verdict = Verdict.BEST_EFFORT if given is None else Verdict.SECOND_BEST if given else Verdict.ADMITTED
         has_slo = slo_class is not None
-        lost = verdict is Verdict.ADMITTED and self._control.book.status(tracked) == Status.BEST_EFFORT
+        lost = given is not None and given_up
         kept = tracked.ttft_kept(now_s)
         if ended in FINISHED:
             kept = kept and tracked.first_token_s is not None
@@ -192,6 +202,7 @@ class RequestDesk:
             request_id=request.request_id,
             slo_class=slo_class.name if slo_class is not None else None,
             verdict=verdict,
+            rank=given,
             lost=lost,
             reason=why(verdict, lost, tracked.reason),
             prompt_tokens=request.num_prompt_tokens,
@@ -218,7 +229,7 @@ def why(verdict: Verdict, lost: bool, given_up: str) -> Why:
     """The reason of an engine's verdict; ``given_up`` is the promise that was, ``ttft`` or ``tpot``."""
     if verdict is Verdict.NO_SLO:
         return Why.NO_SLO
-    if verdict is Verdict.ADMITTED and not lost:
+    if verdict in (Verdict.ADMITTED, Verdict.SECOND_BEST) and not lost:
         return Why.FITS
     return {"ttft": Why.TTFT_TOO_LATE, "tpot": Why.DECODE_RATE}.get(given_up, Why.PASSED_OVER)
 

@@ -90,7 +90,7 @@ class SchedulerMetrics:
 
     def _set_up_requests(self) -> None:
         names, promised = self._classes, [name for name in self._classes if name != NO_SLO_CLASS]
-        given = (Verdict.ADMITTED, Verdict.BEST_EFFORT)
+        given = (Verdict.ADMITTED, Verdict.SECOND_BEST, Verdict.BEST_EFFORT)
         by = ("slo_class", "verdict")
         pairs = [(name, verdict) for name in promised for verdict in given]
         self._requests = self._series(

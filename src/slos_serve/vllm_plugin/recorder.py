@@ -69,7 +69,8 @@ class Outcome:
         request_id: vLLM's id.
         slo_class: name of its class; ``None`` without a promise.
         verdict, reason: what was decided and why; for a promise that was given up later, why it was.
-        lost: admitted, and its promise given up later.
+        rank: which promise was given: 0 for the one asked for, then those of ``otherwise``; ``None`` for none.
+        lost: a promise was given, and given up later.
         prompt_tokens, output_tokens: lengths.
         num_preemptions: preemptions of any kind.
         engine_preemptions: those that vLLM decided on.
@@ -83,6 +84,7 @@ class Outcome:
     request_id: str
     slo_class: str | None
     verdict: Verdict
+    rank: int | None
     lost: bool
     reason: Why
     prompt_tokens: int

@@ -219,11 +219,29 @@ class RequestBook:
         """Remember what a committed plan decided about each request's promise."""
         rows = self.table.rows
         for slot in promises_made(plan, rows, ran).tolist():
-            self.by_slot[slot].was_admitted = True
+            self.by_slot[slot].given = self.by_slot[slot].rank
         for slot in plan.preempt.tolist():
             self.by_slot[slot].planned_preemptions += 1
         for slot in plan.demoted.tolist():
             self.by_slot[slot].reason = "ttft" if rows["output_tokens"][slot] == 0 else "tpot"
+
+    def fall_back(self, demoted: SlotArray, earliest_s: float) -> None:
+        """Promises that a committed plan gave up before a first token: ask for the next weaker ones from now on.
+
+        Args:
+            demoted: slots.
+            earliest_s: when a first token of theirs can come at the earliest: the end of the plan's step.
+        """
+        rows = self.table.rows
+        for slot in demoted[rows["output_tokens"][demoted] == 0].tolist():
+            tracked = self.by_slot[slot]
+            if not tracked.first.weaker:
+                continue
+            rows["status"][slot] = Status.UNDECIDED if tracked.fall_back(earliest_s) else Status.BEST_EFFORT
+            slo_class = tracked.promise.slo_class
+            assert slo_class is not None  # only promises have weaker ones
+            rows["ttft_due_s"][slot] = tracked.promise.planned_due_s
+            rows["tpot_s"][slot] = slo_class.slo.tpot_s
 
     def slots_of(self, request_ids: Iterable[str]) -> SlotArray:
         """Rows of requests by vLLM's id; int64, those that are not known left out."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from slos_serve.core.slo import SLOClass, Stage
@@ -26,6 +26,7 @@ class Promise:
         hint_tokens: the client's own forecast of its answer; 0 without one.
         max_tokens: most output tokens.
         tenant: in whose budget it counts; ``None`` for nobody's.
+        weaker: what is asked for in its place, in order, once it cannot be kept.
     """
 
     slo_class: SLOClass | None
@@ -36,6 +37,7 @@ class Promise:
     hint_tokens: int
     max_tokens: int
     tenant: str | None = None
+    weaker: tuple[Promise, ...] = ()
 
 
 @dataclass(slots=True)
@@ -45,8 +47,10 @@ class Tracked:
     Attributes:
         request: vLLM's object.
         slot: its row in the planner's table.
-        promise: of its current turn.
-        was_admitted: whether its promise was ever made.
+        promise: what is asked for, or was given, in its current turn.
+        first: what its current turn asked for at first.
+        rank: place of ``promise`` in the order of those asked for; 0 for ``first``.
+        given: rank of the promise that was made last; ``None`` while none was.
         reason: which promise was given up, ``ttft`` or ``tpot``, when one was.
         planned_preemptions: preemptions that a plan asked for.
         stage: index of the current stage.
@@ -56,7 +60,7 @@ class Tracked:
         seen_tokens: output tokens accounted for.
         fixed_blocks: KV blocks that it takes when it starts, beside those that grow with its tokens.
         turn_prompt_tokens: prompt tokens with which the current turn began.
-        first_in_time: False once a first token came late.
+        turns_in_time: False once the first token of an earlier turn came late.
         stages_kept: False once a finished stage missed its TPOT.
         slowest_stage: mean time per output token over its target, of the slowest finished stage.
         drafts_in_flight: drafts in steps whose tokens have not come yet.
@@ -68,7 +72,9 @@ class Tracked:
     request: Request
     slot: int
     promise: Promise
-    was_admitted: bool = False
+    first: Promise = field(init=False)
+    rank: int = 0
+    given: int | None = None
     reason: str = ""
     planned_preemptions: int = 0
     stage: int = 0
@@ -79,7 +85,7 @@ class Tracked:
     seen_tokens: int = 0
     fixed_blocks: int = 0
     turn_prompt_tokens: int = 0
-    first_in_time: bool = True
+    turns_in_time: bool = True
     stages_kept: bool = True
     slowest_stage: float = 0.0
     drafts_in_flight: int = 0
@@ -88,7 +94,14 @@ class Tracked:
     forbearance: int = 2
 
     def __post_init__(self) -> None:
+        self.first = self.promise
         self.turn_prompt_tokens = int(self.request.num_prompt_tokens)
+
+    @property
+    def first_in_time(self) -> bool:
+        """Whether every first token that came was in time for the promise it is held to."""
+        came_late = self.first_token_s is not None and self.first_token_s > self.promise.ttft_due_s
+        return self.turns_in_time and not came_late
 
     @property
     def more_stages(self) -> bool:
@@ -104,10 +117,28 @@ class Tracked:
         """Judge the turn that ended and begin the next one."""
         self.stages_kept = self.tpot_kept()
         self.slowest_stage = self.tpot_ratio() or 0.0
-        self.promise = promise
+        self.turns_in_time = self.first_in_time
+        self.promise = self.first = promise
+        self.rank, self.given = 0, None if self.given is None else 0
         self.turn_prompt_tokens = int(self.request.num_prompt_tokens)
         self.stage = self.stage_offset = self.seen_tokens = 0
         self.stage_start_s = self.first_token_s = self.last_token_s = None
+
+    def fall_back(self, earliest_s: float) -> bool:
+        """Ask for the next weaker promise; when there is none, what was asked for at first is what it is held to.
+
+        True when there was one: a first token that comes at ``earliest_s`` would be in time for it.
+        """
+        for rank, weaker in enumerate(self.first.weaker[self.rank :], self.rank + 1):
+            if weaker.planned_due_s >= earliest_s:
+                self.rank, self.promise = rank, weaker
+                return True
+        self.rank, self.promise = 0, self.first
+        return False
+
+    def hold_to_given(self) -> None:
+        """Before it is judged: what counts is the promise that was made, else the one asked for at first."""
+        self.promise = (self.first, *self.first.weaker)[self.given or 0]
 
     def tokens_came(self, total: int, now_s: float) -> None:
         """Output tokens up to the ``total``-th came at ``now_s``."""
@@ -115,7 +146,6 @@ class Tracked:
             self.stage_start_s = now_s
         if self.first_token_s is None:
             self.first_token_s = now_s
-            self.first_in_time &= now_s <= self.promise.ttft_due_s
         self.last_token_s = now_s
         if len(self.stages) > 1:
             self._cross_stages(total, now_s)

@@ -22,8 +22,11 @@ def verdict_headers(judged: Judged) -> Headers:
         (b"x-slo-reason", answer.reason.encode("ascii")),
         (b"x-slo-reason-text", SENTENCES[answer.reason].encode("ascii")),
     ]
+    if answer.rank:
+        found.append((b"x-slo-rank", str(answer.rank).encode("ascii")))
     seconds = {
         b"x-slo-target-ttft-ms": judged.ttft_target_s,
+        b"x-slo-target-tpot-ms": None if judged.given is None else judged.given.slo.tpot_s,
         b"x-slo-predicted-ttft-ms": answer.ttft_s,
         b"x-slo-predicted-tpot-ms": answer.tpot_s,
     }
@@ -73,8 +76,9 @@ def measured(judged: Judged, output_tokens: int) -> dict[str, object]:
     answer, slo_class = judged.answer, judged.slo_class
     found: dict[str, object] = {"class": None if slo_class is None else slo_class.name}
     if answer is not None:
-        found |= {"verdict": answer.verdict, "reason": answer.reason}
-    target_tpot_s = math.inf if slo_class is None else slo_class.slo.tpot_s
+        found |= {"verdict": answer.verdict, "reason": answer.reason, "rank": answer.rank}
+    held_to = judged.given or slo_class
+    target_tpot_s = math.inf if held_to is None else held_to.slo.tpot_s
     first_s, last_s = judged.first_s, judged.last_s
     ttft_s = None if first_s is None else first_s - judged.arrival_s
     tpot_s = None

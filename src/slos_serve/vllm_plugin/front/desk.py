@@ -60,6 +60,7 @@ class Judged:
         arrival_s: when it arrived.
         version: of the class file that it is judged by.
         answer: the verdict; ``None`` while, or where, it is not judged. Of several prompts the worst.
+        given: the class with the promise that it was given, or that it asked for; ``None`` while it is not judged.
         ttft_target_s: promised seconds to the first token; ``inf`` without.
         refusal: status and seconds to wait, for a request that is refused.
         first_s, last_s: when the first and the newest part of the answer were sent.
@@ -69,6 +70,7 @@ class Judged:
     arrival_s: float
     version: ClassVersion
     answer: Answer | None = None
+    given: SLOClass | None = None
     ttft_target_s: float = math.inf
     refusal: tuple[int, int] | None = None
     first_s: float | None = None
@@ -166,13 +168,13 @@ class FrontDesk:
             return
         args = from_extra_args(getattr(params, "extra_args", None))
         now_s = self._clock_s()
-        asked = self._asked(judged.slo_class, args, prompt, tokens, params, now_s)
-        answer = max(
-            (self._mirror.answer(now_s, asked) for _ in range(max(int(getattr(params, "n", 1) or 1), 1))),
-            key=_severity,
-        )
+        promises = (None,) if judged.slo_class is None else judged.slo_class.promises
+        several = [self._asked(one, args, prompt, tokens, params, now_s) for one in promises]
+        count = max(int(getattr(params, "n", 1) or 1), 1)
+        answer = max((self._mirror.answer(now_s, several[0], several[1:]) for _ in range(count)), key=_severity)
+        asked = several[answer.rank]
         if judged.answer is None or _severity(answer) > _severity(judged.answer):
-            judged.answer = answer
+            judged.answer, judged.given = answer, promises[answer.rank]
         judged.arrival_s = min(judged.arrival_s, asked.arrival_s)
         if math.isfinite(asked.ttft_due_s):
             judged.ttft_target_s = asked.ttft_due_s + self._config.planner.ttft_margin_s - asked.arrival_s
@@ -184,7 +186,7 @@ class FrontDesk:
             judged.refusal = self._refusal(judged.slo_class, asked, now_s)
             return
         if name is not None:
-            self._remember(request_id, answer.verdict, name, asked)
+            self._remember(request_id, answer.verdict, name, several[0])
 
     def look(self, args: SloArgs, tokens: int, max_tokens: int | None) -> tuple[RoutingRequest, Looked] | None:
         """What would be said now of a request that is not there; ``None`` while nothing can be judged.
@@ -365,5 +367,5 @@ def prompt_tokens(prompt: object) -> int | None:
 _ORDER = (Verdict.NO_SLO, Verdict.ADMITTED, Verdict.SECOND_BEST, Verdict.BEST_EFFORT, Verdict.REJECTED)
 
 
-def _severity(answer: Answer) -> int:
-    return _ORDER.index(answer.verdict)
+def _severity(answer: Answer) -> tuple[int, int]:
+    return _ORDER.index(answer.verdict), answer.rank

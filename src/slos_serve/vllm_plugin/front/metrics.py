@@ -61,8 +61,9 @@ class FrontMetrics:
             if name != NO_SLO_CLASS:
                 self._answers.labels(*self._names, name, Verdict.ADMITTED, Why.FITS)
                 self.headroom(name, 0)
-        for told in (Verdict.ADMITTED, Verdict.BEST_EFFORT):
-            for did in (Verdict.ADMITTED, Verdict.BEST_EFFORT):
+        words = (Verdict.ADMITTED, Verdict.SECOND_BEST, Verdict.BEST_EFFORT)
+        for told in words:
+            for did in words:
                 self._agreement.labels(*self._names, told, did)
 
     def answered(self, slo_class: str | None, verdict: Verdict, reason: Why) -> None:

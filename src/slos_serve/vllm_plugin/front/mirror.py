@@ -8,6 +8,7 @@ later; how often both agree is a metric.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +23,7 @@ from slos_serve.routing.mirror_arrays import advance, rate_beside
 from slos_serve.routing.mirrors import Mirrors, Sent, request_row
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.retry_after import LATEST_S, SOONEST_S, UNKNOWN_S, room_in_s
-from slos_serve.routing.router import RouterSettings, RoutingRequest, route
+from slos_serve.routing.router import RouterSettings, RoutingRequest, route, verdicts
 from slos_serve.routing.settings import STALE_AFTER_S, Order
 
 ENGINE = "engine"
@@ -38,12 +39,14 @@ class Answer:
     Attributes:
         verdict, reason: see :mod:`slos_serve.core.verdict`.
         ttft_s, tpot_s: predicted; ``None`` where nothing is promised, because nothing is known then.
+        rank: which promise was given: 0 for the one asked for, then the weaker ones in order.
     """
 
     verdict: Verdict
     reason: Why
     ttft_s: float | None = None
     tpot_s: float | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,21 +112,34 @@ class EngineMirror:
         """The newest publication, ``None`` before the first."""
         return self._newest
 
-    def answer(self, now_s: float, asked: RoutingRequest) -> Answer:
-        """Judge a request and count it from here on, unless it is to be rejected."""
+    def answer(self, now_s: float, asked: RoutingRequest, weaker: Sequence[RoutingRequest] = ()) -> Answer:
+        """Judge a request and count it from here on, unless it is to be rejected.
+
+        Args:
+            now_s: present time.
+            asked: with the promise that it asks for.
+            weaker: with those asked for in its place, in order; the first that fits is given.
+        """
         now_s = self._now_s = max(now_s, self._now_s)
         self._keep_fresh(now_s)
+        several = (asked, *weaker)
+        rank = next((rank for rank, one in enumerate(several) if self._fits(now_s, one)), 0) if weaker else 0
+        asked = several[rank]
         predicted = self._predicted(now_s, asked) if asked.has_slo else None
         decision = route(now_s, asked, self._mirrors, _SETTINGS)
         if not asked.has_slo:
             return Answer(Verdict.NO_SLO, Why.NO_SLO)
         if decision.verdict is Verdict.ADMITTED:
             assert predicted is not None
-            return Answer(decision.verdict, decision.reason, predicted.ttft_s, predicted.tpot_s)
+            word = Verdict.SECOND_BEST if rank else decision.verdict
+            return Answer(word, decision.reason, predicted.ttft_s, predicted.tpot_s, rank)
         reason = decision.reason
         if reason is Why.ALL_FULL:  # of one engine it is known what binds
             reason = Why.TTFT_TOO_LATE if predicted is None else predicted.obstacle
         return Answer(decision.verdict, reason)
+
+    def _fits(self, now_s: float, asked: RoutingRequest) -> bool:
+        return verdicts(now_s, asked, self._mirrors, _SETTINGS).get(ENGINE, False)
 
     def look(self, now_s: float, asked: RoutingRequest, most: int = MOST) -> Looked:
         """Judge a request without counting it, and find how many like it there is room for, ``most`` at most."""

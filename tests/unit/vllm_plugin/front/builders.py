@@ -24,6 +24,7 @@ classes:
   chat: {ttft_ms: 1000, tpot_ms: 100}
   strict: {ttft_ms: 1000, tpot_ms: 100, when_full: reject}
   spare: {ttft_ms: 1000, tpot_ms: 100, when_full: reject_503}
+  patient: {ttft_ms: 1000, tpot_ms: 100, otherwise: [{ttft_ms: 9000, tpot_ms: 150}]}
   batch: {}
 """
 

@@ -72,6 +72,26 @@ async def test_a_hundred_at_once_get_what_there_is_room_for(tmp_path: Path) -> N
     assert waits == sorted(waits) and waits[-1] > waits[0], "each refusal is told a later time"
 
 
+async def test_who_cannot_have_the_first_promise_is_told_the_next_one(tmp_path: Path) -> None:
+    engine = loaded(0)
+    for _ in range(2):
+        engine.prefilling(1500, 100, due_in_s=1.0)
+    server = Server(desk(tmp_path, engine))
+    answers = [(await server.ask("patient", prompt_tokens=400))[1:] for _ in range(40)]
+    words = [headers["x-slo-verdict"] for headers, _ in answers]
+    assert {"admitted", "second-best"} <= set(words) and words[0] == "admitted"
+    for headers, body in answers:
+        if headers["x-slo-verdict"] == "second-best":
+            assert headers["x-slo-rank"] == "1" and b'"rank":1' in body and b'"target_tpot_ms":150.0' in body
+            assert (headers["x-slo-target-ttft-ms"], headers["x-slo-target-tpot-ms"]) == ("9000", "150")
+            assert int(headers["x-slo-predicted-ttft-ms"]) <= 9000
+        elif headers["x-slo-verdict"] == "admitted":
+            assert "x-slo-rank" not in headers and headers["x-slo-target-ttft-ms"] == "1000"
+    alone = Server(desk(tmp_path, engine))
+    first = [(await alone.ask("chat", prompt_tokens=400))[1]["x-slo-verdict"] for _ in range(40)]
+    assert words.count("admitted") == first.count("admitted"), "the weaker promises cost nobody the first"
+
+
 async def test_a_refusal_says_why_in_openais_shape_and_reaches_no_engine(tmp_path: Path) -> None:
     engine = loaded(0)
     for _ in range(8):

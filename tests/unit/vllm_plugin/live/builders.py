@@ -53,6 +53,7 @@ class Engine:
             request_id="secret-name",
             slo_class=None if slo_class is None else slo_class.name,
             verdict=verdict,
+            rank=0,
             lost=False,
             reason=Why.FITS,
             prompt_tokens=10,
