@@ -22,6 +22,7 @@ from slos_serve.core.errors import (
 from slos_serve.metrics.attainment import stage_starts_of
 from slos_serve.planning.state import next_due_s
 from slos_serve.routing.publication import Publication
+from slos_serve.vllm_plugin.class_versions import VERSION_KEY, ClassVersions, digest_of, keep_copy
 from slos_serve.vllm_plugin.config import PROFILE_ENV, PUBLISH_ENV
 from slos_serve.vllm_plugin.publish import EnginePublisher
 from slos_serve.vllm_plugin.scheduler import SLOScheduler
@@ -228,6 +229,28 @@ def test_bad_fields_that_reach_the_engine_leave_stock_service(start: Start) -> N
     engine.run()
     assert len(engine.answers["bad"]) == len(engine.answers["typo"]) == 4
     assert engine.scheduler._slo.guard.counts == {"field slo_ttft_ms": 1, "field vllm_xargs": 1}
+
+
+def test_requests_are_judged_by_the_version_of_the_class_file_that_they_name(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "versions"
+    folder.mkdir()
+    named = "slos_serve.vllm_plugin.class_versions.socket_path"
+    monkeypatch.setattr(named, lambda kind, process: folder / f"{process}.{kind}")
+    text = "classes: {newer: {ttft_ms: 4321, tpot_ms: 99}}\n"
+    assert keep_copy(text, 77)
+    engine = start()
+    desk = engine.scheduler._slo_desk
+    desk._versions = ClassVersions(desk._settings.classes, 77)
+    engine.add("new", [5, 6, 7], 4, {"slo_class": "newer", VERSION_KEY: digest_of(text)})
+    engine.add("unknown", [5, 6, 7], 4, {"slo_class": "newer", VERSION_KEY: "0" * 16})
+    promised = engine.scheduler._slo.book.by_id
+    assert promised["new"].promise.slo_class.slo.ttft_ms == 4321
+    assert promised["unknown"].promise.slo_class is None
+    engine.run()
+    assert len(engine.answers["new"]) == len(engine.answers["unknown"]) == 4
+    assert engine.scheduler._slo.guard.counts == {f"field {VERSION_KEY}": 1}
 
 
 def test_priority_scheduling_is_refused_at_start(start: Start) -> None:
