@@ -183,4 +183,5 @@ def test_the_reasons_in_the_page_are_those_of_the_code() -> None:
     page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
     table = page.partition("| `x-slo-reason` | Do |")[2].partition("If it binds")[0]
     told = set(re.findall(r"^\| `([a-z_]+)`", table, re.MULTILINE))
-    assert told == {why.value for why in Why} - {"fits", "no_slo", "passed_over"}
+    kept = {"fits", "fits_at_prefix", "fits_elsewhere", "no_slo", "passed_over"}  # nothing to do about
+    assert told == {why.value for why in Why} - kept
