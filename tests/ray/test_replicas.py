@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -161,6 +162,23 @@ async def test_forty_mixed_requests_are_served_by_both(server: ServerProcess) ->
         ("batch", "no-slo"): 10,
         ("none", "no-slo"): 10,
     }
+
+
+def test_the_live_page_shows_both_replicas(server: ServerProcess) -> None:
+    shown = httpx.get(f"{server.base_url}/slo", timeout=30.0)
+    assert shown.status_code == 200 and "default-src 'none'" in shown.headers["content-security-policy"]
+    complete(server, "chat")
+    until_s = time.monotonic() + 30.0
+    while True:
+        state = httpx.get(f"{server.base_url}/slo/state", timeout=30.0).json()
+        served = sum(sum(row["requests"].values()) for row in state["classes"])
+        if served and state["steps"]:
+            break
+        assert time.monotonic() < until_s, state
+        time.sleep(1.0)
+    assert len(state["replicas"]) == 2 and all(row["requests"] is not None for row in state["replicas"])
+    assert state["armed"] is True and state["verdicts"][0]["slo_class"] == "chat"
+    assert {row["name"] for row in state["classes"]} >= {"chat", "code", "batch"}
 
 
 def test_what_nobody_attains_is_refused_or_served_without_a_promise(server: ServerProcess, client: OpenAI) -> None:

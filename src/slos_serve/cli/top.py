@@ -165,12 +165,11 @@ def bars(history: dict[str, list[int]] | None) -> Text:
 
 
 def _replicas(replicas: list[dict[str, Any]]) -> Table:
-    columns = ("replica", "requests", "no promise", "prompts owed", "tokens owed", "KV used, %", "correction", "heard")
+    columns = ("replica", "requests", "no promise", "prompts owed", "tokens owed", "KV used, %", "correction")
     table = _table("Replicas", *columns, left=("replica",))
     for each in replicas:
-        ago = "-" if each["heard_s_ago"] is None else f"{each['heard_s_ago']:.1f} s ago"
         numbers = ("requests", "unpromised", "owed_prompts", "owed_tokens", "kv_used_percent", "correction")
-        table.add_row(each["name"], *("-" if each[name] is None else f"{each[name]:g}" for name in numbers), ago)
+        table.add_row(each["name"], *("-" if each[name] is None else f"{each[name]:g}" for name in numbers))
     return table
 
 

@@ -14,7 +14,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.vllm_plugin.api_keys import KeyDigests, bearer_key
+from slos_serve.vllm_plugin.api_keys import CHALLENGE, KeyDigests, bearer_key, browser_key
+from slos_serve.vllm_plugin.live.routes import LIVE_PATHS
 
 API_KEYS_ENV = "SLOS_SERVE_API_KEYS"
 VLLM_API_KEY_ENV = "VLLM_API_KEY"
@@ -31,7 +32,9 @@ class ApiKeyRequired:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass the request on, or answer it."""
-        if self._is_open(scope) or self._keys.accept(bearer_key(scope)):
+        on_page = scope["type"] == "http" and _path(scope) in LIVE_PATHS
+        key_of = browser_key if on_page else bearer_key
+        if self._is_open(scope) or self._keys.accept(key_of(scope)):
             await self._app(scope, receive, send)
             return
         if scope["type"] == "websocket":
@@ -43,14 +46,18 @@ class ApiKeyRequired:
             "param": "authorization",
             "code": 401,
         }
-        refusal = JSONResponse({"error": error}, 401, headers={"www-authenticate": "Bearer"})
+        challenge = CHALLENGE.decode("ascii") if on_page else "Bearer"
+        refusal = JSONResponse({"error": error}, 401, headers={"www-authenticate": challenge})
         await refusal(scope, receive, send)
 
     def _is_open(self, scope: Scope) -> bool:
         if scope["type"] not in ("http", "websocket"):
             return True  # the application's own start and end
-        path = str(scope["path"]).removeprefix(str(scope.get("root_path", ""))).rstrip("/")
-        return scope.get("method") == "OPTIONS" or path in OPEN_PATHS
+        return scope.get("method") == "OPTIONS" or _path(scope) in OPEN_PATHS
+
+
+def _path(scope: Scope) -> str:
+    return str(scope["path"]).removeprefix(str(scope.get("root_path", ""))).rstrip("/")
 
 
 def take_keys(environment: MutableMapping[str, str] = os.environ) -> tuple[str, ...]:

@@ -35,10 +35,16 @@ from slos_serve.ray_serve.server import HANG_AFTER_S, HANG_ENV, SLOServer
 from slos_serve.routing.settings import STALE_AFTER_S, Order
 from slos_serve.vllm_plugin.api_keys import KeyDigests
 from slos_serve.vllm_plugin.config import PLUGIN_KEYS, PluginConfig, invalid_field
+from slos_serve.vllm_plugin.live.routes import PAGE_PATH, STATE_PATH
 from slos_serve.vllm_plugin.middleware import SLOMiddleware
 
 ROUTER_CLASS = "slos_serve.ray_serve.router:SLORequestRouter"
-ENDPOINTS = {**compat.DEFAULT_ENDPOINTS, "health": lambda app: app.get("/health")}
+ENDPOINTS = {
+    **compat.DEFAULT_ENDPOINTS,
+    "health": lambda app: app.get("/health"),
+    "slo": lambda app: app.get(PAGE_PATH),
+    "slo_state": lambda app: app.get(STATE_PATH),
+}
 # Streams that run when a replica is to go (scaling down, a new version) may end first.
 DRAIN_S = 600.0
 MOST_ONGOING = 100_000

@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -30,14 +31,17 @@ from slos_serve.ray_serve.answers import (
     refusal,
     retry_after,
 )
+from slos_serve.ray_serve.live import FleetLive
 from slos_serve.ray_serve.prompts import PromptCounter, context_tokens
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
 from slos_serve.ray_serve.ticket_office import TicketOffice, session_of
 from slos_serve.routing.warm_up import warm_up_routing
 from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.live.routes import page, page_headers
 
 MAX_ATTEMPTS = 3
 HEALTH_TIMEOUT_S = 1.5
+LOOK_EVERY_S, LOOK_TIMEOUT_S = 0.5, 5.0
 GENERATING = ("chat", "completions")
 # Ray needs some seconds to notice and replace a replica.
 UNAVAILABLE_RETRY_S = 4.0
@@ -66,9 +70,39 @@ class SLOIngress(OpenAiIngress):
         longest = max_model_len or context_tokens(tokenizer, trust_remote_code)
         self._office = TicketOffice(settings, prompts, longest)
         self._tokenizers = ThreadPoolExecutor(TOKENIZER_THREADS, "slos-serve tokenizer")
+        classes = tuple(settings.classes)
+        self._live = FleetLive(next(iter(llm_deployments)), classes) if settings.live_page else None
+        self._looking = asyncio.Lock()
+        self._shown: dict[str, Any] | None = None
+        self._shown_s = 0.0
         self._routed = metrics.Counter(
             "slos_serve_routed", "Requests by class and what became of them.", tag_keys=("slo_class", "verdict")
         )
+
+    async def slo(self) -> Response:
+        """The live page."""
+        if self._live is None:
+            return Response(status_code=404)
+        text = page()
+        headers = {name.decode(): value.decode() for name, value in page_headers(text)}
+        return Response(text, headers=headers)
+
+    async def slo_state(self) -> Response:
+        """What the live page shows: all replicas are asked, twice a second at most."""
+        if self._live is None:
+            return Response(status_code=404)
+        async with self._looking:
+            now_s = time.monotonic()
+            if self._shown is None or now_s - self._shown_s >= LOOK_EVERY_S:
+                handle = next(iter(self._default_serve_handles.values()))
+                try:
+                    answers = await handle.broadcast("live_state").results_async(timeout_s=LOOK_TIMEOUT_S)
+                except Exception as error:
+                    fault = f"no replica answers ({type(error).__name__})"
+                    return error_response(503, fault, "service_unavailable", headers=retry_after(UNAVAILABLE_RETRY_S))
+                self._shown = self._live.document([answer for answer in answers if answer is not None])
+                self._shown_s = now_s
+        return JSONResponse(self._shown, headers={"cache-control": "no-store"})
 
     async def health(self) -> Response:
         """200 when a replica answers, 503 while none does."""
@@ -117,6 +151,8 @@ class SLOIngress(OpenAiIngress):
         return await loop.run_in_executor(self._tokenizers, self._office.ticket, body, session, arrival_s)
 
     def _count(self, ticket: Ticket) -> None:
+        if self._live is not None:
+            self._live.told(ticket)
         verdict = Verdict.NO_SLO if ticket.decision is None else ticket.decision.verdict
         self._routed.inc(tags={"slo_class": ticket.slo_class or NO_SLO_CLASS, "verdict": str(verdict)})
 

@@ -20,6 +20,7 @@ from slos_serve.ray_serve.compat import ClusterStore
 from slos_serve.ray_serve.curve import shared_keys
 from slos_serve.ray_serve.demand import Demand
 from slos_serve.ray_serve.engine import SLOEngine
+from slos_serve.ray_serve.live import ReplicaLive
 from slos_serve.ray_serve.ports import DEFAULT_PORTS, PORTS_ENV, PortRange
 from slos_serve.ray_serve.pulse import Pulse
 from slos_serve.ray_serve.relay import Relay
@@ -50,6 +51,7 @@ class SLOServer(LLMServer):
         )
         self._hang_after_s = float(os.environ.get(HANG_ENV, HANG_AFTER_S))
         self._demand = Demand()
+        self._live = ReplicaLive() if settings.live_page else None
         # vLLM starts its engine core with this process's environment.
         os.environ[PUBLISH_ENV] = self._relay.engine_address
         if settings.events_path is not None:
@@ -79,6 +81,14 @@ class SLOServer(LLMServer):
     async def record_replica_metadata(self) -> dict[str, Any]:
         """Where routers hear what this replica publishes."""
         return {ADDRESS_KEY: self._relay.address}
+
+    async def live_state(self) -> dict[str, Any] | None:
+        """What the live page shows of this replica; ``None`` without a page."""
+        live = self._live
+        if live is None:
+            return None
+        name = serve.get_replica_context().replica_id.unique_id
+        return await asyncio.to_thread(lambda: live.told(name, self._relay.latest()))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What :func:`slos_serve.ray_serve.autoscaling.headroom_policy` scales on, and headroom by class."""

@@ -65,6 +65,7 @@ PLUGIN_KEYS: Mapping[str, str] = {
     "allow_profile_mismatch": "allow_profile_mismatch",
     "max_body_mib": "max_body_mib",
     "custom_numbers": "custom_numbers",
+    "live_page": "live_page",
 }
 _MILLISECONDS = "milliseconds, 0 to 60000"
 

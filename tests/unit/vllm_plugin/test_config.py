@@ -85,4 +85,4 @@ def test_the_profile_can_be_replaced(tmp_path: Path) -> None:
 
 def test_names_cover_the_fields() -> None:
     assert set(ENV_OF_FIELD) == set(PluginConfig.model_fields)
-    assert set(PLUGIN_KEYS) == set(PluginConfig.model_fields) - {"publish_to", "front_end", "live_page"}
+    assert set(PLUGIN_KEYS) == set(PluginConfig.model_fields) - {"publish_to", "front_end"}
