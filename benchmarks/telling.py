@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import signal
 import sys
 import tempfile
 import threading
@@ -190,6 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=100, help="of the first burst")
     parser.add_argument("--model", default="smollm2", help="what vLLM loads")
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the servers end with it
     settings = Settings(given.rounds, given.burst_seconds, given.seed, given.model)
     with tempfile.TemporaryDirectory(prefix="slos-serve-telling-") as folder:
         ratios = run(settings, Path(folder))

@@ -27,6 +27,7 @@ from slos_serve.ray_serve import compat
 from slos_serve.ray_serve.answers import answer_headers, refusal, retry_after
 from slos_serve.ray_serve.curve import CurveKeys
 from slos_serve.ray_serve.ingress import MAX_ATTEMPTS, SLOIngress, events, is_loss
+from slos_serve.ray_serve.live import FleetLive
 from slos_serve.ray_serve.router import SLORequestRouter
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
 from slos_serve.ray_serve.wire import ADDRESS_KEY
@@ -167,6 +168,52 @@ def ingress_of(handle: Handle) -> SLOIngress:
 async def first_part(handle: Handle, ticket: Ticket) -> tuple[Any, Any]:
     request = Request({"type": "http", "headers": []})
     return await ingress_of(handle)._first_part(SimpleNamespace(model="m"), "completions", request, ticket)
+
+
+class Fleet:
+    """A deployment handle whose replicas answer for the live page, or fail."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers = answers
+        self.asked = 0
+
+    def broadcast(self, method: str) -> SimpleNamespace:
+        assert method == "live_state"
+        self.asked += 1
+        return SimpleNamespace(results_async=self._results)
+
+    async def _results(self, *, timeout_s: float) -> list[Any]:
+        if not self.answers:
+            raise TimeoutError(timeout_s)
+        return list(self.answers)
+
+
+def showing(fleet: Fleet, live: FleetLive | None) -> SLOIngress:
+    ingress = SLOIngress.__new__(SLOIngress)
+    ingress._default_serve_handles = {"m": fleet}
+    ingress._live, ingress._looking, ingress._shown, ingress._shown_s = live, asyncio.Lock(), None, 0.0
+    return ingress
+
+
+async def test_the_live_page_asks_all_replicas_but_not_for_every_viewer() -> None:
+    fleet = Fleet({"engine": None, "row": {"name": "a"}}, None, {"engine": None, "row": {"name": "b"}})
+    ingress = showing(fleet, FleetLive("m", ()))
+    first, second = await asyncio.gather(ingress.slo_state(), ingress.slo_state())
+    assert first.body == second.body and fleet.asked == 1
+    assert [row["name"] for row in json.loads(bytes(first.body))["replicas"]] == ["a", "b"]
+    shown = await ingress.slo()
+    assert shown.status_code == 200 and shown.media_type is None
+    assert (
+        shown.headers["content-type"].startswith("text/html")
+        and "script-src" in shown.headers["content-security-policy"]
+    )
+
+
+async def test_without_replicas_or_without_a_page_there_is_no_state() -> None:
+    silent = showing(Fleet(), FleetLive("m", ()))
+    assert (await silent.slo_state()).status_code == 503
+    off = showing(Fleet(), None)
+    assert (await off.slo_state()).status_code == (await off.slo()).status_code == 404
 
 
 DEAD_ENGINE = 'data: {"error": {"message": "EngineCore encountered an issue", "code": 500}}\n\n'
