@@ -1,8 +1,8 @@
 """Play a random episode on stock and on ours, and say what of ours is wrong.
 
-Wrong is: an exception, a fault of the plug-in, a request that never ends, KV blocks that are not free at the end, an
-answer other than stock's, a fault on the device that stock has not, and no progress for longer than stock's worst case
-plus the planner's ``aging_s``.
+Wrong is: an exception, a fault of the plug-in, a row that says other than vLLM's counters, a request that never ends,
+KV blocks that are not free at the end, an answer other than stock's, a fault on the device that stock has not, and no
+progress for longer than stock's worst case plus the planner's ``aging_s``.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from slos_serve.vllm_plugin.scheduler import SLOScheduler
 from tests.builders import OPT_13B_A100
 from tests.vllm.episodes import STEPS, Episode, episode_of
 from tests.vllm.feature_probes import SOFT_KINDS, counts_of
+from tests.vllm.progress_check import check_rows
 
 MOST_STEPS = 6000
 
@@ -48,6 +49,7 @@ def run_episode(episode: Episode, folder: Path, cls: type[Any] | None = None) ->
     scheduler = make_scheduler(cls, folder, setup=episode.setup, **episode.arguments)
     engine = DryEngine(scheduler, OPT_13B_A100, depth=None)
     scheduler.slo_clock_s = lambda: engine.now_s
+    check_rows(scheduler)
     entered: dict[str, float] = {}
     start_s = time.process_time()
     try:

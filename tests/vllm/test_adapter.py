@@ -16,7 +16,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from slos_serve.core.errors import PlanMismatchError
 from slos_serve.core.plan import StepPlan
-from slos_serve.testing.scheduler import make_scheduler
+from slos_serve.testing.scheduler import Setup, make_scheduler
 from slos_serve.vllm_plugin import compat, compat_kv, self_test
 from slos_serve.vllm_plugin import scheduler as scheduler_module
 from slos_serve.vllm_plugin.config import PROFILE_ENV, PUBLISH_ENV
@@ -178,8 +178,26 @@ def test_kv_needs_of_a_sliding_window_stop_growing() -> None:
     assert _most_blocks(MambaSpec(), 16, 512) == 5
     assert _most_blocks(FullAttentionSpec(), 16, 512) is None
     needs = KVNeeds.__new__(KVNeeds)
-    needs._fixed, needs.pool_blocks_each = [_Group(16, 41)], 1.0
+    needs._fixed, needs.pool_blocks_each = [_Group(16, 41, 9)], 1.0
     assert (needs.fixed_blocks(160), needs.fixed_blocks(100_000)) == (10, 41)
+    assert (needs.decode_blocks(80), needs.decode_blocks(100_000)) == (5, 9)
+
+
+def test_a_decode_is_charged_its_window_not_a_chunk_beside_it(start: Start) -> None:
+    engine = start(num_blocks=2000, setup=Setup(kv_groups=("full", "sliding")))
+    rng = np.random.default_rng(3)
+    for number, slo in enumerate(({"slo_class": "chat"}, None)):
+        engine.add(f"r{number}", prompt(rng, 1500), 60, slo)
+    scheduler, control = engine.scheduler, engine.scheduler._slo
+    first = control.book.by_id["r0"]
+    assert control.book.table.rows["fixed_blocks"][first.slot] == first.fixed_blocks > 90
+    while any(len(answer) < 6 for answer in engine.answers.values()):
+        engine.step()
+    control.look(engine.now_s)
+    windows = scheduler.kv_cache_manager.coordinator.single_type_managers[1]
+    for name, tracked in control.book.by_id.items():
+        held = sum(not block.is_null for block in windows.req_to_blocks[name])
+        assert held <= control.book.table.rows["fixed_blocks"][tracked.slot] <= held + 2
 
 
 def test_prefix_hits_are_found_by_bisection(start: Start) -> None:
@@ -196,7 +214,7 @@ def test_prefix_hits_are_found_by_bisection(start: Start) -> None:
         hit = engine.scheduler.kv_cache_manager.coordinator.find_longest_cache_hit(
             request.block_hashes, request.num_tokens - 1
         )
-        cached, in_use = compat_kv.local_hit(engine.scheduler, request)
+        cached, in_use = compat_kv.LocalHits(engine.scheduler).find(request)
         assert cached == hit[1]
         assert in_use == cached  # the first request runs and holds these blocks
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -24,14 +25,20 @@ _PROMPT, _MOST = operator.attrgetter("num_prompt_tokens"), operator.attrgetter("
 _TURN = operator.attrgetter("next_decode_eligible_step")
 
 
-def counters(requests: Sequence[Request]) -> tuple[IntArray, IntArray, IntArray]:
-    """Computed tokens, output tokens and output tokens in flight of requests; int64 [n] each.
+def advances_alone(scheduler: Scheduler) -> bool:
+    """Whether computed tokens tell all progress of a running request: see :mod:`slos_serve.vllm_plugin.progress`."""
+    return (
+        isinstance(scheduler, AsyncScheduler)
+        and not scheduler.num_spec_tokens
+        and scheduler.connector is None
+        and scheduler.vllm_config.parallel_config.pipeline_parallel_size == 1
+        and getattr(scheduler, "num_sampled_tokens_per_step", 1) == 1
+    )
 
-    Read before every plan for all running requests, so past vLLM's properties and without a Python call for each.
-    """
-    count = len(requests)
-    outputs = map(len, map(_OUTPUTS, requests))
-    return computed_tokens(requests), np.fromiter(outputs, np.int64, count), _numbers(_PLACEHOLDERS, requests)
+
+def counters(requests: Sequence[Request]) -> tuple[IntArray, IntArray, IntArray]:
+    """Computed tokens, output tokens and output tokens in flight of requests; int64 [n] each."""
+    return computed_tokens(requests), output_tokens(requests), _numbers(_PLACEHOLDERS, requests)
 
 
 def computed_tokens(requests: Sequence[Request]) -> IntArray:
@@ -39,10 +46,21 @@ def computed_tokens(requests: Sequence[Request]) -> IntArray:
     return _numbers(_COMPUTED, requests)
 
 
-def ends_of(requests: Sequence[Request]) -> tuple[IntArray, IntArray]:
-    """Prompt tokens of requests, and tokens that each has when it ends at the latest; int64 [n] each."""
-    prompts = _numbers(_PROMPT, requests)
-    return prompts, prompts + _numbers(_MOST, requests)
+def output_tokens(requests: Sequence[Request]) -> IntArray:
+    """Output tokens that have come of requests; int64 [n]. Past vLLM's property, which is a Python call for each."""
+    return np.fromiter(map(len, map(_OUTPUTS, requests)), np.int64, len(requests))
+
+
+def ends_of(requests: Sequence[Request]) -> IntArray:
+    """Tokens that each request has when it ends at the latest; int64 [n]."""
+    return _numbers(_PROMPT, requests) + _numbers(_MOST, requests)
+
+
+def last_in_flight(requests: Sequence[Request], computed: IntArray, ends: IntArray) -> NDArray[np.bool_]:
+    """Which requests wait for nothing but a last token that is in flight, as vLLM tells it; bool [n]."""
+    in_flight = _numbers(_PLACEHOLDERS, requests)
+    found: NDArray[np.bool_] = (in_flight > 0) & (computed + 2 - in_flight >= ends)
+    return found
 
 
 def _numbers(get: Callable[[Any], Any], requests: Sequence[Request]) -> IntArray:
@@ -53,7 +71,7 @@ def cannot_run_now(
     scheduler: Scheduler,
     requests: Sequence[Request],
     counted: tuple[IntArray, IntArray, IntArray],
-    ends: tuple[IntArray, IntArray],
+    ends: IntArray,
 ) -> NDArray[np.bool_]:
     """Which running requests vLLM's next ``schedule()`` would pass over; bool [n].
 
@@ -66,12 +84,11 @@ def cannot_run_now(
         ends: their :func:`ends_of`.
     """
     computed, outputs, in_flight = counted
-    prompts, most = ends
-    tokens = prompts + outputs + in_flight
+    tokens = _numbers(_PROMPT, requests) + outputs + in_flight
     if scheduler.num_spec_tokens:
         tokens += np.fromiter(map(len, map(_DRAFTS, requests)), np.int64, len(requests))
     cannot: NDArray[np.bool_] = tokens <= computed
-    cannot |= (in_flight > 0) & (computed + 2 - in_flight >= most)
+    cannot |= last_in_flight(requests, computed, ends)
     if scheduler.vllm_config.parallel_config.pipeline_parallel_size > 1:
         cannot |= _numbers(_TURN, requests) > scheduler.current_step + 1
     return cannot

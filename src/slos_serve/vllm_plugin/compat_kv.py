@@ -23,19 +23,51 @@ def total_pool_blocks(scheduler: Scheduler) -> int:
     return int(scheduler.kv_cache_manager.block_pool.num_gpu_blocks) - 1
 
 
-def local_hit(scheduler: Scheduler, request: Request) -> tuple[int, int]:
-    """Prompt tokens that the engine's own prefix cache holds now, and how many of them running requests hold as well.
+class LocalHits:
+    """Look-ups in the prefix cache of one scheduler. vLLM's hit statistics are left alone."""
 
-    Blocks of the latter are shared: they take nothing from the pool. Leaves vLLM's hit statistics alone.
-    """
-    manager = scheduler.kv_cache_manager
-    if not getattr(manager, "enable_caching", False) or request.skip_reading_prefix_cache:
-        return 0, 0
-    if _hashes_blocks(scheduler):
-        return _cached_prefix(scheduler, request)
-    hit = manager.coordinator.find_longest_cache_hit(request.block_hashes, request.num_tokens - 1)
-    replayed = int(getattr(scheduler, "prefix_replay_tokens", 0))  # computed anew after a hit
-    return max(int(hit[1]) - replayed, 0), 0
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._caches = bool(getattr(scheduler.kv_cache_manager, "enable_caching", False))
+        self._hashes_blocks = _hashes_blocks(scheduler)
+        self._size = int(scheduler.block_size)
+
+    def find(self, request: Request, before: tuple[int, int] = (0, 0)) -> tuple[int, int]:
+        """Prompt tokens that the engine's own cache holds now, and how many of them running requests hold as well.
+
+        Blocks of the latter are shared: they take nothing from the pool.
+
+        Args:
+            request: waits to start.
+            before: the answer of an earlier look-up, where the search begins.
+        """
+        if not self._caches or request.skip_reading_prefix_cache:
+            return 0, 0
+        if self._hashes_blocks:
+            return self._cached_prefix(request, before)
+        scheduler = self._scheduler
+        hit = scheduler.kv_cache_manager.coordinator.find_longest_cache_hit(
+            request.block_hashes, request.num_tokens - 1
+        )
+        replayed = int(getattr(scheduler, "prefix_replay_tokens", 0))  # computed anew after a hit
+        return max(int(hit[1]) - replayed, 0), 0
+
+    def _cached_prefix(self, request: Request, before: tuple[int, int]) -> tuple[int, int]:
+        """Cached and shared prefix by bisection: vLLM evicts a prefix from its end, so both are beginnings."""
+        cached, hashes = self._scheduler.kv_cache_manager.block_pool.get_cached_block, request.block_hashes
+        size = self._size
+
+        def found(count: int) -> bool:
+            return cached(hashes[count - 1], [0]) is not None
+
+        def shared(count: int) -> bool:
+            blocks = cached(hashes[count - 1], [0])
+            return blocks is not None and blocks[0].ref_cnt > 0
+
+        most = _largest(min(len(hashes), (request.num_tokens - 1) // size), found, before[0] // size)
+        if not most:
+            return 0, 0
+        return most * size, _largest(most, shared, before[1] // size) * size
 
 
 def _hashes_blocks(scheduler: Scheduler) -> bool:
@@ -45,25 +77,22 @@ def _hashes_blocks(scheduler: Scheduler) -> bool:
     return bool(getattr(scheduler, "hash_block_size", scheduler.block_size) == scheduler.block_size)
 
 
-def _cached_prefix(scheduler: Scheduler, request: Request) -> tuple[int, int]:
-    """Cached and shared prefix of a request by bisection: vLLM evicts a prefix from its end, so both are beginnings."""
-    cached, hashes = scheduler.kv_cache_manager.block_pool.get_cached_block, request.block_hashes
-    size = int(scheduler.block_size)
+def _largest(high: int, holds: Callable[[int], bool], guess: int) -> int:
+    """Largest count in [0, high] for which ``holds``; it holds for every smaller count then, and for 0.
 
-    def found(count: int) -> bool:
-        return cached(hashes[count - 1], [0]) is not None
-
-    def shared(count: int) -> bool:
-        blocks = cached(hashes[count - 1], [0])
-        return blocks is not None and blocks[0].ref_cnt > 0
-
-    most = _largest(min(len(hashes), (request.num_tokens - 1) // size), found)
-    return most * size, _largest(most, shared) * size
-
-
-def _largest(high: int, holds: Callable[[int], bool]) -> int:
-    """Largest count in [0, high] for which ``holds``; it holds for every smaller count then, and for 0."""
-    low = 0
+    The search begins at ``guess``: where that is right, two questions are enough.
+    """
+    low, guess = 0, min(guess, high)
+    if guess and not holds(guess):
+        high = guess - 1
+    elif guess < high:
+        low = guess
+        if holds(guess + 1):
+            low = guess + 1
+        else:
+            high = guess
+    else:
+        low = high
     while low < high:
         middle = (low + high + 1) // 2
         if holds(middle):

@@ -19,7 +19,7 @@ from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.request import SlotArray
 from slos_serve.perf.step_time import alone_s
 from slos_serve.policies.slos_serve import SLOsServePolicy
-from slos_serve.vllm_plugin import compat
+from slos_serve.vllm_plugin import compat, compat_counters
 from slos_serve.vllm_plugin.engine_view import EngineLimits
 from slos_serve.vllm_plugin.guard import Guard
 from slos_serve.vllm_plugin.kv_loads import KVLoads
@@ -103,7 +103,7 @@ class StepController:
         self.recorder = reporting.recorder
         self.telemetry = reporting.telemetry
         self.publisher = reporting.publisher
-        self.book = RequestBook()
+        self.book = RequestBook(advances_alone=compat_counters.advances_alone(scheduler))
         self.queues = Queues(scheduler, self.book)
         self.hits = PrefixHits(scheduler)
         self.loads = KVLoads(self.book, lambda tokens, done: alone_s(policy.planner.coefficients, tokens, done))
@@ -140,12 +140,17 @@ class StepController:
             made_s = time.perf_counter()
         if self.book.num_slo or proposal is not None:
             if not self.guard.run("commit", self._commit, output, proposal, ready_s - entered_s, made_s):
-                self.queues.changed()  # what it was told of the step may be half of it
+                self._look_anew()  # what was written down of the step may be half of it
         elif self.publisher is not None:
             self.guard.run("publish", self._publish_when_due)
         if proposal is None:
-            self.queues.changed()
+            self._look_anew()
         return output
+
+    def _look_anew(self) -> None:
+        """A step was vLLM's own, or it is not known what it was."""
+        self.queues.changed()
+        self.book.read_anew()
 
     def _may_plan(self, throttle_prefills: bool) -> bool:
         """Whether this step is to be planned: a promise is there, and nothing speaks for the engine's own order."""
@@ -229,7 +234,7 @@ class StepController:
     def _steering_fault(self, kind: str, error: Exception) -> None:
         """Putting vLLM's lists back failed; they were put together from the requests' states."""
         self.guard.fault(kind, error)
-        self.queues.changed()
+        self._look_anew()
 
     def _commit(self, output: SchedulerOutput, proposal: Proposal | None, before_s: float, made_s: float) -> bool:
         """Write down what the step was; the lists are vLLM's own again. True once all of it is written."""

@@ -67,8 +67,10 @@ class RequestDesk:
         """vLLM has taken a new request in."""
         control = self._control
         promise = self._promise_of(request, request.num_prompt_tokens)
-        fixed = control.limits.needs.fixed_blocks(request.num_prompt_tokens + promise.max_tokens)
-        tracked = control.book.add(request, promise, fixed_blocks=fixed)
+        needs, most_tokens = control.limits.needs, request.num_prompt_tokens + promise.max_tokens
+        fixed = needs.fixed_blocks(most_tokens)
+        decoding = needs.decode_blocks(most_tokens) if needs.shrinks else fixed
+        tracked = control.book.add(request, promise, fixed_blocks=fixed, decode_blocks=decoding)
         control.hits.waits((tracked,))
         control.queues.entered(tracked)
         if stop_strings_of(request):
@@ -152,8 +154,7 @@ class RequestDesk:
         """vLLM is about to free a request: judge it and forget it."""
         control, book = self._control, self._control.book
         now_s = control.now_s()
-        book.tokens_came((request.request_id,), now_s)
-        tracked = book.by_id.get(request.request_id)
+        tracked = book.last_tokens(request.request_id, now_s)
         if tracked is None:
             return
         ended = compat.finish_kind(request)

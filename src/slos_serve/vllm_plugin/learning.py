@@ -65,9 +65,9 @@ class StepLearner:
         if drafts:
             self._book.drafts_sent(drafts)
             self._drafting.add(id(output))
-        if plan is not None:
+        if plan is not None and len(plan.draft_tokens):
             self._note_missing_drafts(plan, drafts)
-        shape = self._book.shape(ran, output.num_scheduled_tokens, drafts)
+        shape = self._book.shape(ran, output.num_scheduled_tokens, drafts, planned=plan is not None)
         predicted_s = self._policy.model.step_s(shape) * self._policy.correction.factor
         beside = _Beside(self._encoder_embeds(output), self._loaded_tokens(output))
         predicted_s += beside.embeds * self.encoder_s_each + beside.loaded * self.loaded_s_each

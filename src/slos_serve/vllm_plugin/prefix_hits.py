@@ -33,6 +33,7 @@ class PrefixHits:
         self._loads: dict[int, Tracked] = {}
         self._within: dict[int, Tracked] = {}
         caches = getattr(scheduler.kv_cache_manager, "enable_caching", False)
+        self._local = compat_kv.LocalHits(scheduler)
         self._needed = bool(caches or scheduler.connector is not None)
 
     def waits(self, several: Sequence[Tracked]) -> None:
@@ -77,7 +78,11 @@ class PrefixHits:
     def _look_up(self, tracked: Tracked, rows: RequestArray) -> None:
         """Write what is cached of one request."""
         scheduler, request = self._scheduler, tracked.request
-        cached, shared = compat_kv.local_hit(scheduler, request)
+        hit = self._local.find(request, tracked.local_hit)
+        if hit == tracked.local_hit and tracked.slot in self._asked and scheduler.connector is None:
+            return  # the row says so already
+        tracked.local_hit = hit
+        cached, shared = hit
         rows["fixed_blocks"][tracked.slot] = tracked.fixed_blocks - shared // int(scheduler.block_size)
         self._loads.pop(tracked.slot, None)
         self._within.pop(tracked.slot, None)

@@ -11,15 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from slos_serve.core.errors import PlanMismatchError
 from slos_serve.core.plan import StepPlan
 from slos_serve.core.request import RequestTable, SlotArray, Status
 from slos_serve.core.slo import SLOClass
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.planning.planner import promises_made
 from slos_serve.vllm_plugin import compat, compat_counters
+from slos_serve.vllm_plugin.progress import AUDIT_EVERY, Progress
 from slos_serve.vllm_plugin.tracked import Promise, Tracked
 
 if TYPE_CHECKING:
@@ -27,46 +26,39 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-class _Running:
-    """Requests of which rows are written together, with what of them stays the same from step to step.
-
-    Attributes:
-        tracked, slots, requests: the requests, their rows, vLLM's objects.
-        ends: see :func:`slos_serve.vllm_plugin.compat_counters.ends_of`.
-        stage_offsets: int64 [n], output tokens that came before each one's stage.
-    """
-
-    def __init__(self, several: Sequence[Tracked], slots: SlotArray) -> None:
-        self.tracked, self.slots = several, slots
-        self.requests = [tracked.request for tracked in several]
-        self.ends = compat_counters.ends_of(self.requests)
-        self.stage_offsets = np.array([tracked.stage_offset for tracked in several], dtype=np.int64)
-
-
 class RequestBook:
     """Every unfinished request of one engine.
+
+    Args:
+        advances_alone: see :func:`slos_serve.vllm_plugin.compat_counters.advances_alone`.
 
     Attributes:
         table: the planner's rows.
         by_id, by_slot: the requests by vLLM's id and by row.
         sessions: of them, streaming-input sessions by row.
         num_slo: how many of them carry a promise.
+        progress: columns beside the table.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, advances_alone: bool = False) -> None:
         self.table = RequestTable()
         self.by_id: dict[str, Tracked] = {}
         self.by_slot: dict[int, Tracked] = {}
         self.sessions: dict[int, Tracked] = {}
         self.num_slo = 0
         self._slot_by_id: dict[str, int] = {}
-        self._was_running: set[int] = set()
+        self._slot_by_object: dict[int, int] = {}
+        self.progress = Progress(len(self.table.rows))
+        self._listed: SlotArray = np.empty(0, dtype=np.int64)
+        self._removed: set[int] = set()
         self._running_list: list[Request] | None = None
-        self._running = _Running([], np.empty(0, dtype=np.int64))
-        self._requests: NDArray[np.object_] = np.full(len(self.table.rows), None, dtype=object)
+        self._running: list[Request] = []
+        self._running_slots: SlotArray = np.empty(0, dtype=np.int64)
+        self._advances_alone = advances_alone
+        self._has_advanced, self._steps_certain, self._shrinks = False, 0, False
 
-    def add(self, request: Request, promise: Promise, *, fixed_blocks: int = 0) -> Tracked:
-        """Enter a new request."""
+    def add(self, request: Request, promise: Promise, *, fixed_blocks: int = 0, decode_blocks: int = 0) -> Tracked:
+        """Enter a new request, with what it takes of KV beside its tokens: see :class:`Tracked`."""
         slo_class = promise.slo_class
         slot = self.table.add(
             arrival_s=promise.arrival_s,
@@ -81,13 +73,12 @@ class RequestBook:
             adapter=compat.adapter_of(request),
             fixed_blocks=fixed_blocks,
         )
-        tracked = Tracked(request, slot, promise, fixed_blocks=fixed_blocks)
+        tracked = Tracked(request, slot, promise, fixed_blocks=fixed_blocks, decode_blocks=decode_blocks)
+        self._shrinks |= decode_blocks < fixed_blocks
         self.by_id[request.request_id] = tracked
-        self._slot_by_id[request.request_id] = slot
+        self._slot_by_id[request.request_id] = self._slot_by_object[id(request)] = slot
         self.by_slot[slot] = tracked
-        if slot >= len(self._requests):
-            self._requests = np.append(self._requests, np.full(slot + 1, None, dtype=object))
-        self._requests[slot] = request
+        self.progress.enter(tracked, len(self.table.rows))
         if request.resumable:
             self.sessions[slot] = tracked
         self.num_slo += slo_class is not None
@@ -96,7 +87,9 @@ class RequestBook:
     def begin_turn(self, tracked: Tracked, promise: Promise) -> None:
         """A streaming-input session goes on with another chunk: a promise of its own."""
         self.num_slo += (promise.slo_class is not None) - (tracked.promise.slo_class is not None)
+        self.progress.settle(tracked)
         tracked.begin_turn(promise)
+        self.progress.enter(tracked, len(self.table.rows))
         self._running_list = None
         slo_class, row = promise.slo_class, self.table.rows[tracked.slot]
         has_slo = bool(np.isfinite(promise.planned_due_s) or (slo_class and np.isfinite(slo_class.slo.tpot_s)))
@@ -117,11 +110,11 @@ class RequestBook:
         """Forget a finished request; ``None`` if it was not known."""
         tracked = self.by_id.pop(request_id, None)
         if tracked is not None:
-            del self.by_slot[tracked.slot], self._slot_by_id[request_id]
-            self._requests[tracked.slot] = None
+            del self.by_slot[tracked.slot], self._slot_by_id[request_id], self._slot_by_object[id(tracked.request)]
+            self.progress.leave(tracked.slot)
             self._running_list = None
             self.sessions.pop(tracked.slot, None)
-            self._was_running.discard(tracked.slot)
+            self._removed.add(tracked.slot)
             self.table.remove(tracked.slot)
             self.num_slo -= tracked.promise.slo_class is not None
         return tracked
@@ -132,6 +125,11 @@ class RequestBook:
 
     # Before a plan -------------------------------------------------------------------------------------------
 
+    def read_anew(self) -> None:
+        """vLLM made a step by itself: all counters are to be read before the next plan."""
+        self._steps_certain = 0
+        self._running_list = None
+
     def sync_running(self, scheduler: Scheduler, pending_first_s: float) -> SlotArray:
         """Bring the rows of running requests up to date; int64 slots in vLLM's order.
 
@@ -140,23 +138,48 @@ class RequestBook:
             pending_first_s: when a first token that is in flight will come.
         """
         if scheduler.running != self._running_list:
-            self._running_list = list(scheduler.running)
-            known = self.known_of(self._running_list)
-            self._running = _Running(known, np.array([tracked.slot for tracked in known], dtype=np.int64))
-            now_running = set(self._running.slots.tolist())
-            self.sync_waiting([self.by_slot[slot] for slot in self._was_running - now_running])
-            self._was_running = now_running
-        running, rows = self._running, self.table.rows
-        slots = running.slots
+            self._list_changed(scheduler.running)
+        certain = self._advances_alone and not self.sessions
+        self._has_advanced = certain and self._steps_certain % AUDIT_EVERY > 0
+        slots, rows = self._running_slots, self.table.rows
         if len(slots):
-            counted = compat_counters.counters(running.requests)
-            self._write(running, counted, speculates=bool(scheduler.num_spec_tokens))
-            rows["running"][slots] = 1
-            rows["blocked"][slots] = compat_counters.cannot_run_now(scheduler, running.requests, counted, running.ends)
+            if self._has_advanced:
+                self.progress.advance(self.table, slots, self._running)
+            else:
+                counted = self._read(self._running, slots, speculates=bool(scheduler.num_spec_tokens))
+                ends = self.progress.ends[slots]
+                rows["blocked"][slots] = compat_counters.cannot_run_now(scheduler, self._running, counted, ends)
+            if self._shrinks:
+                self.progress.charge_blocks(self.table, slots)
             pending = slots[np.isnan(rows["stage_start_s"][slots]) & (rows["stage_tokens"][slots] > 0)]
             rows["stage_start_s"][pending] = pending_first_s
             rows["last_token_s"][pending] = pending_first_s
+        self._steps_certain += certain
         return slots
+
+    def _list_changed(self, running: Sequence[Request]) -> None:
+        """Requests have begun or ceased to run: read all counters of these."""
+        self._running_list = self._running = list(running)
+        slots = list(map(self._slot_by_object.get, map(id, running)))
+        if None in slots:
+            self._running = [one for one, slot in zip(running, slots, strict=True) if slot is not None]
+            slots = [slot for slot in slots if slot is not None]
+        self._running_slots = np.array(slots, dtype=np.int64)
+        now, before, listed = self._running_slots, self._listed, self.progress.listed
+        come = now[~listed[now]]
+        listed[before] = False
+        listed[now] = True
+        gone = before[~listed[before]].tolist()
+        self.sync_waiting([self.by_slot[slot] for slot in gone if slot not in self._removed])
+        self._listed = now
+        self._removed.clear()
+        if len(come):
+            self._read(self.progress.requests_of(come), come, speculates=False)
+        self.table.rows["running"][self._running_slots] = 1
+
+    def runs(self, slots: SlotArray) -> bool:
+        """Whether all of these rows were in vLLM's running list when it was last looked at."""
+        return bool(self.progress.listed[slots].all())
 
     def sync_waiting(self, several: Sequence[Tracked]) -> None:
         """Bring the rows of requests up to date that do not run (any more)."""
@@ -165,53 +188,45 @@ class RequestBook:
     def sync_sessions(self, sessions: Sequence[Tracked]) -> SlotArray:
         """Bring the rows of sessions up to date that wait for a turn with their slot; int64 slots."""
         slots = self._sync_at_rest(sessions, running=1)
-        self._was_running.update(slots.tolist())
+        self.progress.listed[slots] = True
+        self._listed = np.union1d(self._listed, slots)
         self._running_list = None
         return slots
 
     def _sync_at_rest(self, several: Sequence[Tracked], running: int) -> SlotArray:
         slots = np.array([tracked.slot for tracked in several], dtype=np.int64)
         if len(slots):
-            at_rest = _Running(several, slots)
-            counted = compat_counters.counters(at_rest.requests)
-            self._write(at_rest, counted, speculates=True)
+            counted = self._read([tracked.request for tracked in several], slots, speculates=True)
             rows = self.table.rows
             rows["running"][slots], rows["blocked"][slots] = running, 0
+            if self._shrinks:
+                rows["fixed_blocks"][slots] = self.progress.fixed_blocks[slots]
             # KV that a request holds is computed; what a cache had of it is part of that.
             rows["cached_tokens"][slots[counted[0] > 0]] = 0
         return slots
 
-    def _write(self, several: _Running, counted: tuple[SlotArray, SlotArray, SlotArray], *, speculates: bool) -> None:
+    def _read(
+        self, requests: Sequence[Request], slots: SlotArray, *, speculates: bool
+    ) -> tuple[SlotArray, SlotArray, SlotArray]:
         """Write vLLM's counters into rows. It counts drafts in flight as if all were right; a plan counts on none."""
-        computed, outputs, in_flight = counted
-        rows, slots = self.table.rows, several.slots
+        computed, outputs, in_flight = counted = compat_counters.counters(requests)
+        rows = self.table.rows
         if speculates:
-            drafts = np.array([tracked.drafts_in_flight for tracked in several.tracked], dtype=np.int64)
+            by_slot = self.by_slot
+            drafts = np.array([by_slot[slot].drafts_in_flight for slot in slots.tolist()], dtype=np.int64)
             unsure = np.minimum(drafts, in_flight)
             computed, in_flight = computed - unsure, in_flight - unsure
-            rows["draft_limit"][slots] = [len(request.spec_token_ids) for request in several.requests]
+            rows["draft_limit"][slots] = [len(request.spec_token_ids) for request in requests]
         outputs = outputs + in_flight
         rows["computed_tokens"][slots] = computed
         rows["output_tokens"][slots] = outputs
-        rows["stage_tokens"][slots] = outputs - several.stage_offsets
+        rows["stage_tokens"][slots] = outputs - self.progress.stage_offsets[slots]
+        return counted
 
     def known_of(self, requests: Iterable[Request]) -> list[Tracked]:
         """What is tracked of vLLM's requests, in the same order."""
         by_id = self.by_id
         return [by_id[request.request_id] for request in requests if request.request_id in by_id]
-
-    def requests_of(self, slots: SlotArray) -> list[Request]:
-        """vLLM's requests in these rows.
-
-        Raises:
-            PlanMismatchError: a slot holds no request.
-        """
-        if len(slots) and not (slots.min() >= 0 and slots.max() < len(self._requests)):
-            raise PlanMismatchError("the plan names a slot that is not there")
-        found: list[Request] = self._requests[slots].tolist()
-        if None in found:
-            raise PlanMismatchError("the plan names a slot that holds no request")
-        return found
 
     # After a step --------------------------------------------------------------------------------------------
 
@@ -248,7 +263,7 @@ class RequestBook:
         slots = list(map(self._slot_by_id.get, request_ids))
         if None in slots:
             slots = [slot for slot in slots if slot is not None]
-        return np.array(slots, dtype=np.int64)
+        return np.fromiter(slots, np.int64, len(slots))
 
     def drafts_sent(self, drafts: Mapping[str, Sequence[int]]) -> None:
         """Note the drafts of a step that was scheduled."""
@@ -264,54 +279,73 @@ class RequestBook:
                 tracked.drafts_in_flight = max(tracked.drafts_in_flight - len(tokens), 0)
 
     def shape(
-        self, slots: SlotArray, num_scheduled_tokens: Mapping[str, int], drafts: Mapping[str, Sequence[int]]
+        self,
+        slots: SlotArray,
+        num_scheduled_tokens: Mapping[str, int],
+        drafts: Mapping[str, Sequence[int]],
+        *,
+        planned: bool,
     ) -> BatchShape:
         """What a batch that vLLM has just scheduled asks of the hardware; its counters include the batch already.
 
         Args:
             slots: its :meth:`slots_of`.
             num_scheduled_tokens, drafts: what vLLM says of it.
+            planned: whether the rows were brought up to date just before the batch.
         """
         if len(slots) < len(num_scheduled_tokens):
             num_scheduled_tokens = {key: count for key, count in num_scheduled_tokens.items() if key in self.by_id}
         if not len(slots):
             return BatchShape(new_tokens=0)
         tokens = np.fromiter(num_scheduled_tokens.values(), dtype=np.int64, count=len(slots))
-        done = compat_counters.computed_tokens(self.requests_of(slots)) - tokens
-        drafted = np.zeros(len(slots), dtype=np.int64)
-        if drafts:
-            drafted[:] = [len(drafts.get(key, ())) for key in num_scheduled_tokens]
-        quad = np.where((tokens > 1) & (drafted == 0), tokens * (tokens + 2 * done), 0)
+        done = self._computed_before(slots, tokens, planned=planned)
+        if planned and self._advances_alone:
+            self.table.rows["computed_tokens"][slots] = done + tokens
+        drafted = np.array([len(drafts.get(key, ())) for key in num_scheduled_tokens] if drafts else (), dtype=np.int64)
+        chunks = tokens > 1
+        if len(drafted):
+            chunks &= drafted == 0
+        chunk_tokens = tokens[chunks]
         return BatchShape(
             new_tokens=int(tokens.sum()),
             context_tokens=int(done.sum()),
-            quad_tokens2=int(quad.sum()),
+            quad_tokens2=int((chunk_tokens * (chunk_tokens + 2 * done[chunks])).sum()),
             num_seqs=len(slots),
-            draft_steps=int(drafted.max()),
+            draft_steps=int(drafted.max(initial=0)),
             draft_tokens=int(drafted.sum()),
         )
 
+    def _computed_before(self, slots: SlotArray, tokens: SlotArray, *, planned: bool) -> SlotArray:
+        """Tokens with KV that requests had before a batch of ``tokens``."""
+        rows, requests_of = self.table.rows, self.progress.requests_of
+        if not (planned and self._has_advanced):
+            return compat_counters.computed_tokens(requests_of(slots)) - tokens
+        done: SlotArray = rows["computed_tokens"][slots]
+        started = np.flatnonzero(rows["running"][slots] == 0)
+        if len(started):
+            done[started] = compat_counters.computed_tokens(requests_of(slots[started])) - tokens[started]
+        return done
+
     def tokens_came(self, request_ids: Iterable[str], now_s: float) -> None:
         """Note the time of new tokens of requests that carry a promise, and cross stage boundaries."""
-        by_id, came = self.by_id, []
-        for request_id in request_ids:
-            tracked = by_id.get(request_id)
-            if tracked is None or tracked.promise.slo_class is None:
-                continue
-            total = tracked.request.num_output_tokens
-            if total == tracked.seen_tokens:
-                continue
-            came.append(tracked.slot)
-            if tracked.stage_start_s is None or tracked.more_stages:
-                self._stage_goes_on(tracked, total, now_s)
-            else:
-                tracked.last_token_s, tracked.seen_tokens = now_s, total
+        came, staged, totals = self.progress.came(self.slots_of(request_ids), now_s)
+        for slot, total in zip(staged.tolist(), totals.tolist(), strict=True):
+            self._stage_goes_on(self.by_slot[slot], total, now_s)
         self.table.rows["last_token_s"][came] = now_s
+
+    def last_tokens(self, request_id: str, now_s: float) -> Tracked | None:
+        """Note a request's last tokens before it is judged; ``None`` if it is not known."""
+        tracked = self.by_id.get(request_id)
+        if tracked is not None:
+            self.tokens_came((request_id,), now_s)
+            self.progress.settle(tracked)
+        return tracked
 
     def _stage_goes_on(self, tracked: Tracked, total: int, now_s: float) -> None:
         """New tokens of a request of which a stage begins, or may end, with them."""
         stage_before = tracked.stage
         tracked.tokens_came(total, now_s)
+        self.progress.note(tracked)
         row = self.table.rows[tracked.slot]
         row["stage_start_s"] = np.nan if tracked.stage_start_s is None else tracked.stage_start_s
         # A broken promise cannot be made up for: a first token that came late, a finished stage that was slow.
@@ -319,7 +353,6 @@ class RequestBook:
         if tracked.stage != stage_before:
             row["tpot_s"] = tracked.stages[tracked.stage].slo.tpot_s
             row["stage_tokens"] = total - tracked.stage_offset
-            self._running_list = None
 
 
 def class_index_of(classes: Mapping[str, int], slo_class: SLOClass | None) -> int:

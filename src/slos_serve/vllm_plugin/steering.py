@@ -66,8 +66,8 @@ def select(
     rows, slots = book.table.rows, plan.slots
     if len(set(slots.tolist())) < len(slots):
         raise PlanMismatchError("the plan names a request twice")
-    requests = book.requests_of(slots)
-    chosen, starts = Selection(preempt=book.requests_of(plan.preempt)), True
+    requests = book.progress.requests_of(slots)
+    chosen, starts = Selection(preempt=book.progress.requests_of(plan.preempt)), True
     if chosen.preempt and not _give_back(scheduler, chosen.preempt):
         # Blocks that stay fenced help nobody in this step: no preemption, and nobody starts on the strength of it.
         chosen.preempt, starts = [], False
@@ -80,8 +80,8 @@ def select(
     if len(plan.preempt):
         may_run &= ~np.isin(slots, plan.preempt)
     runs = np.flatnonzero(may_run)
-    chosen.run = [requests[position] for position in runs.tolist()]
-    if not set(map(id, chosen.run)) <= set(map(id, scheduler.running)):
+    chosen.run = [requests[position] for position in runs.tolist()] if len(runs) < len(slots) else requests
+    if not book.runs(slots[runs]):
         raise PlanMismatchError("the plan runs a request that waits")
     planned = plan.draft_tokens[runs] if len(plan.draft_tokens) else np.zeros(len(runs), dtype=np.int64)
     chosen.drafts = limits.take_running(chosen.run, plan.tokens[runs], planned)

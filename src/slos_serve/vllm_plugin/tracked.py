@@ -59,12 +59,14 @@ class Tracked:
         first_token_s: when the first token of the turn came; ``None`` before.
         seen_tokens: output tokens accounted for.
         fixed_blocks: KV blocks that it takes when it starts, beside those that grow with its tokens.
+        decode_blocks: what of them it keeps once its prompt is computed.
         turn_prompt_tokens: prompt tokens with which the current turn began.
         turns_in_time: False once the first token of an earlier turn came late.
         stages_kept: False once a finished stage missed its TPOT.
         slowest_stage: mean time per output token over its target, of the slowest finished stage.
         drafts_in_flight: drafts in steps whose tokens have not come yet.
         external_tokens: prompt tokens whose KV a connector is to load before it starts, or as it starts.
+        local_hit: prompt tokens in the engine's own prefix cache at the last look-up, and the shared ones of them.
         unserved_plans: plans in a row that had it in and whose step left it out.
         forbearance: such plans that are tolerated before a step is stock for it.
     """
@@ -84,12 +86,14 @@ class Tracked:
     last_token_s: float | None = None
     seen_tokens: int = 0
     fixed_blocks: int = 0
+    decode_blocks: int = 0
     turn_prompt_tokens: int = 0
     turns_in_time: bool = True
     stages_kept: bool = True
     slowest_stage: float = 0.0
     drafts_in_flight: int = 0
     external_tokens: int = 0
+    local_hit: tuple[int, int] = (0, 0)
     unserved_plans: int = 0
     forbearance: int = 2
 
