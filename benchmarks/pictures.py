@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from slos_serve.bench.plots import STYLE
 from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.slo import SLO, single_stage
+from slos_serve.perf.lengths import EDGES, LengthForecast, forecast_lengths
 from slos_serve.planning.demand import SIZES, build_demand, is_lost
-from slos_serve.planning.lengths import EDGES, LengthForecast, forecast_lengths
 from slos_serve.planning.memory import forecast
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings

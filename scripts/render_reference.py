@@ -102,6 +102,8 @@ REQUEST_FIELDS = {
     "slo_class": f"A class, at most {MAX_NAME_CHARS} characters. `none` takes the request out of the default class.",
     "slo_ttft_ms": "Milliseconds to the first token: this request's own promise.",
     "slo_tpot_ms": "Milliseconds per output token, for every stage of this request.",
+    "slo_e2e_ms": "Milliseconds from the arrival to the last token of this request.",
+    "slo_due_at": "When the last token is due, in Unix seconds; the earlier counts where `slo_e2e_ms` is given too.",
     "slo_expected_tokens": f"Whole number, 1 to {MAX_EXPECTED_TOKENS:,}: a hint of the answer's length.",
     "slo_last_round": "0 or 1: no further call of this session follows (`last_round` of its class).",
     "session_id": "Conversation or agent loop that this call belongs to (vLLM's own key); "
@@ -112,6 +114,7 @@ RESPONSE_HEADERS = {
     "x-slo-ttft-ms": "First-token promise of the class in milliseconds, when it is absolute.",
     "x-slo-ttft-slowdown": "First-token promise as a multiple of the prompt's time alone, when it is one.",
     "x-slo-tpot-ms": "Time per output token promised in the first stage.",
+    "x-slo-e2e-ms": "Time from the arrival to the last token promised.",
     "x-slo-denied": "Why a request is served without the promise it asked for: `class`, `numbers` or `promises`; "
     "see [who may ask](promises.md#who-may-ask).",
     "x-slo-verdict": "What the request is given; see below.",

@@ -40,7 +40,11 @@ def test_a_generated_page_is_what_the_code_says(page: str) -> None:
 
 def test_the_page_of_headers_has_every_field_and_header() -> None:
     assert set(REQUEST_FIELDS) == {*SLO_KEYS, SESSION_KEY} >= set(HEADER_KEYS.values())
-    classes = [single_stage("a", SLO(ttft_ms=1.0, tpot_ms=1.0)), single_stage("b", SLO(ttft_slowdown=2.0)), None]
+    classes = [
+        single_stage("a", SLO(ttft_ms=1.0, tpot_ms=1.0, e2e_ms=1.0)),
+        single_stage("b", SLO(ttft_slowdown=2.0)),
+        None,
+    ]
     sent = {name.decode() for one in classes for name, _ in applied_headers(one)}
     judged = Judged(
         classes[0],

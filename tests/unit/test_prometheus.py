@@ -38,7 +38,7 @@ class Traffic:
         """What ``/metrics`` shows after some more requests."""
         engine, front = self.engine, self.front
         for ratio in (0.5, 0.9, 1.3):
-            engine.request_done("chat", Verdict.ADMITTED, Kept(ratio < 1.0, True, ratio, 0.8))
+            engine.request_done("chat", Verdict.ADMITTED, Kept(ratio < 1.0, True, ttft_ratio=ratio, tpot_ratio=0.8))
             engine.answered("chat", 30, 20.0)
             front.answered("chat", Verdict.ADMITTED, Why.FITS)
             front.compared(Verdict.ADMITTED, Verdict.ADMITTED)

@@ -232,7 +232,8 @@ class LoadClient:
     def _headers(self, request: BenchRequest) -> dict[str, str]:
         headers = {"Content-Type": "application/json", "X-Request-Id": request.request_id}
         if self._settings.slo_in == "headers":
-            names = {"slo_class": CLASS_HEADER, "slo_ttft_ms": "x-slo-ttft-ms", "slo_tpot_ms": "x-slo-tpot-ms"}
+            names = {"slo_class": CLASS_HEADER}
+            names |= {f"slo_{key}_ms": f"x-slo-{key}-ms" for key in ("ttft", "tpot", "e2e")}
             headers |= {names[key]: f"{value}" for key, value in _slo_fields(request).items()}
         return headers
 
@@ -290,5 +291,6 @@ async def _read_refusal(http: aiohttp.ClientResponse, response: Response) -> Non
 
 def _slo_fields(request: BenchRequest) -> dict[str, str | float]:
     """What the request says about its SLO, by its name in ``vllm_xargs``; only what it says itself."""
-    given = {"slo_class": request.slo_class, "slo_ttft_ms": request.ttft_ms, "slo_tpot_ms": request.tpot_ms}
+    given: dict[str, str | float | None] = {"slo_class": request.slo_class, "slo_ttft_ms": request.ttft_ms}
+    given |= {"slo_tpot_ms": request.tpot_ms, "slo_e2e_ms": request.e2e_ms}
     return {key: value for key, value in given.items() if value is not None}

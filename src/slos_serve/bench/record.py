@@ -49,7 +49,11 @@ def write_record(
 
 
 def request_row(
-    response: Response, scored: ScoredRequest, targets: Sequence[StageTarget], verdict: str | None
+    response: Response,
+    scored: ScoredRequest,
+    targets: Sequence[StageTarget],
+    verdict: str | None,
+    e2e_s: float = math.inf,
 ) -> dict[str, Any]:
     """One request of a record; promises that were not made are ``null``."""
     request = response.request
@@ -67,6 +71,7 @@ def request_row(
         "slo_class": scored.slo_class,
         "ttft_ms": _finite_ms(targets[0].ttft_s),
         "tpot_ms": [_finite_ms(target.tpot_s) for target in targets],
+        "e2e_ms": _finite_ms(e2e_s),
         "first_token_s": times[0] if times else None,
         "token_times_s": times,
         "outcome": scored.outcome.value,

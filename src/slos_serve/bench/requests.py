@@ -23,7 +23,7 @@ class BenchRequest:
         prompt: text; the user's message on the chat endpoint.
         max_tokens: hard cap on the answer.
         slo_class: name of its class, ``None`` for a request without an SLO.
-        ttft_ms, tpot_ms: the request's own numbers, above those of its class.
+        ttft_ms, tpot_ms, e2e_ms: the request's own numbers, above those of its class.
         phase: part of the run it belongs to ("calm", "burst"); empty when the run has one.
         ignore_eos: ask for exactly ``max_tokens`` (an extension of vLLM and SGLang).
     """
@@ -35,6 +35,7 @@ class BenchRequest:
     slo_class: str | None = None
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    e2e_ms: float | None = None
     phase: str = ""
     ignore_eos: bool = False
 

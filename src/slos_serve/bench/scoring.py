@@ -26,9 +26,8 @@ def class_of(request: BenchRequest, classes: ClassSet) -> SLOClass | None:
     Raises:
         InvalidFieldError: its class is unknown.
     """
-    found = classes.resolve(request.slo_class, request.ttft_ms, request.tpot_ms)
-    promised = found is not None and any(not stage.slo.best_effort for stage in found.stages)
-    return found if promised else None
+    found = classes.resolve(request.slo_class, request.ttft_ms, request.tpot_ms, e2e_ms=request.e2e_ms)
+    return None if found is None or found.best_effort else found
 
 
 def check_scorable(requests: Iterable[BenchRequest], classes: ClassSet, model: BatchTimeModel | None) -> None:
@@ -37,7 +36,7 @@ def check_scorable(requests: Iterable[BenchRequest], classes: ClassSet, model: B
     Raises:
         InvalidFieldError: an unknown class, or a slowdown TTFT without a batch-time model.
     """
-    asked = {(request.slo_class, request.ttft_ms, request.tpot_ms): request for request in requests}
+    asked = {(request.slo_class, request.ttft_ms, request.tpot_ms, request.e2e_ms): request for request in requests}
     for request in asked.values():
         found = class_of(request, classes)
         if model is None and found is not None and found.slo.ttft_ms is None and found.slo.ttft_slowdown is not None:
@@ -65,7 +64,8 @@ def score_response(response: Response, classes: ClassSet, model: BatchTimeModel 
     slo_class = class_of(response.request, classes)
     times = response.token_times_s
     starts = stage_starts_of(slo_class.stages, len(times), response.token_ids or None) if slo_class else [0]
-    score = score_request(response.sent_s, times, targets_for(response, classes, model), starts)
+    targets, e2e_s = targets_for(response, classes, model), slo_class.slo.e2e_s if slo_class else math.inf
+    score = score_request(response.sent_s, times, targets, starts, e2e_s)
     if response.outcome is Outcome.COMPLETED and slo_class is not None and response.prompt_tokens == 0:
         _require_prompt_tokens(slo_class)
     return ScoredRequest(

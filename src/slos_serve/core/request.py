@@ -28,8 +28,11 @@ class Status(IntEnum):
 REQUEST_DTYPE = np.dtype(
     [
         ("arrival_s", np.float64),
-        ("ttft_due_s", np.float64),  # when the first token is due; inf without a TTFT promise
-        ("tpot_s", np.float64),  # of the current stage; inf without a TPOT promise
+        ("ttft_due_s", np.float64),  # when the plan has the first token due; inf without a promise
+        ("tpot_s", np.float64),  # time per output token as planned, of the current stage; inf without a promise
+        ("promised_ttft_due_s", np.float64),  # what the promise itself says; the plan may ask for more, to keep
+        ("promised_tpot_s", np.float64),  # the deadline of the complete answer
+        ("answer_due_s", np.float64),  # when the last token is due; inf without such a promise
         ("stage_start_s", np.float64),  # when its first token came (predicted while in flight); nan before
         ("last_token_s", np.float64),  # when the newest token came or will come; arrival_s before the first
         ("max_stall_s", np.float64),
@@ -81,6 +84,7 @@ class RequestTable:
         max_tokens: int,
         ttft_due_s: float = np.inf,
         tpot_s: float = np.inf,
+        answer_due_s: float = np.inf,
         class_index: int = 0,
         weight: float = 1.0,
         max_stall_s: float = np.inf,
@@ -95,10 +99,11 @@ class RequestTable:
             self._grow()
         slot = self._free.pop()
         row = self.rows[slot]
-        has_slo = bool(np.isfinite(ttft_due_s) or np.isfinite(tpot_s))
+        has_slo = bool(np.isfinite(min(ttft_due_s, tpot_s, answer_due_s)))
         row["arrival_s"] = arrival_s
-        row["ttft_due_s"] = ttft_due_s
-        row["tpot_s"] = tpot_s
+        row["ttft_due_s"] = row["promised_ttft_due_s"] = ttft_due_s
+        row["tpot_s"] = row["promised_tpot_s"] = tpot_s
+        row["answer_due_s"] = answer_due_s
         row["stage_start_s"] = np.nan
         row["last_token_s"] = arrival_s
         row["max_stall_s"] = max_stall_s

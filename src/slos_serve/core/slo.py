@@ -1,7 +1,8 @@
 """What a request is promised: SLOs, the stages they apply to, and the classes that name them.
 
-A promise is per stage. The first stage begins with the prompt and carries the time to first token; each stage carries
-a time per output token. Times are in milliseconds where people write them and in seconds everywhere else.
+A promise is per stage. The first stage begins with the prompt and carries the time to first token and the time of the
+complete answer; each stage carries a time per output token. Times are in milliseconds where people write them and in
+seconds everywhere else.
 """
 
 from __future__ import annotations
@@ -34,15 +35,17 @@ class SLO:
             prompt). Used when ``ttft_ms`` is not given.
         ttft_floor_ms: least TTFT that a slowdown can ask for; a ten-token prompt cannot beat a running batch.
         tpot_ms: mean time per output token after the first.
+        e2e_ms: the last token of the answer within this many milliseconds of the request's arrival.
     """
 
     ttft_ms: float | None = None
     ttft_slowdown: float | None = None
     ttft_floor_ms: float = DEFAULT_TTFT_FLOOR_MS
     tpot_ms: float | None = None
+    e2e_ms: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ttft_ms", "tpot_ms", "ttft_floor_ms"):
+        for name in ("ttft_ms", "tpot_ms", "ttft_floor_ms", "e2e_ms"):
             value = getattr(self, name)
             if value is not None:
                 check_number(name, value, low=0.0, high=MAX_LATENCY_MS)
@@ -52,7 +55,8 @@ class SLO:
     @property
     def best_effort(self) -> bool:
         """True when nothing is promised."""
-        return self.ttft_ms is None and self.ttft_slowdown is None and self.tpot_ms is None
+        given = (self.ttft_ms, self.ttft_slowdown, self.tpot_ms, self.e2e_ms)
+        return all(value is None for value in given)
 
     def ttft_s(self, zero_load_s: float) -> float:
         """Promised time to first token in seconds (``inf`` when none), given the prompt's zero-load time."""
@@ -66,6 +70,11 @@ class SLO:
     def tpot_s(self) -> float:
         """Promised time per output token in seconds, ``inf`` when none."""
         return math.inf if self.tpot_ms is None else self.tpot_ms / 1000.0
+
+    @property
+    def e2e_s(self) -> float:
+        """Promised seconds from arrival to the last token, ``inf`` when none."""
+        return math.inf if self.e2e_ms is None else self.e2e_ms / 1000.0
 
 
 class WhenFull(StrEnum):
@@ -84,7 +93,7 @@ class Stage:
     """One decode stage of a request and what ends it.
 
     Attributes:
-        slo: promises of the stage; its TTFT counts only for the first stage of a call.
+        slo: promises of the stage; TTFT and complete answer count only for the first stage of a call.
         end_token_id: token that ends the stage (a think-end token), ``None`` when it runs to the end.
         max_tokens: token count that ends the stage, ``None`` when unbounded.
     """
@@ -106,7 +115,7 @@ class SLOClass:
 
     Attributes:
         name: letters, digits, ``_ . -``; bounded so that it can label a metric.
-        stages: one or more stages in order; ``stages[0].slo`` holds the TTFT.
+        stages: one or more stages in order; ``stages[0].slo`` holds the TTFT and the time of the complete answer.
         weight: what attaining one request is worth to admission, relative to others.
         max_stall_ms: longest gap the scheduler may cause between two tokens of a stream.
         when_full: what becomes of a request that cannot be promised now.
@@ -157,9 +166,14 @@ class SLOClass:
         stages = [replace(stage, slo=SLO(tpot_ms=slo.tpot_ms)) for stage in later]
         return replace(self, stages=(replace(first, slo=slo), *stages), otherwise=())
 
-    def with_overrides(self, ttft_ms: float | None = None, tpot_ms: float | None = None) -> SLOClass:
-        """The same class with a request's own absolute TTFT, or TPOT for every stage; nothing weaker instead."""
+    def with_overrides(
+        self, ttft_ms: float | None = None, tpot_ms: float | None = None, e2e_ms: float | None = None
+    ) -> SLOClass:
+        """The same class with a request's own absolute TTFT, TPOT for every stage, or time of the complete answer;
+        nothing weaker instead."""
         stages = self.stages
+        if e2e_ms is not None:
+            stages = (replace(stages[0], slo=replace(stages[0].slo, e2e_ms=e2e_ms)), *stages[1:])
         if tpot_ms is not None:
             stages = tuple(replace(stage, slo=replace(stage.slo, tpot_ms=tpot_ms)) for stage in stages)
         if ttft_ms is not None:
@@ -207,6 +221,7 @@ class ClassSet:
         ttft_ms: float | None = None,
         tpot_ms: float | None = None,
         *,
+        e2e_ms: float | None = None,
         last_round: bool = False,
     ) -> SLOClass | None:
         """The class a request gets, its own numbers applied; ``None`` when it asked for nothing.
@@ -218,16 +233,17 @@ class ClassSet:
         """
         chosen = self.default if name is None else name
         if chosen is None or (chosen == NO_SLO_CLASS and chosen not in self.classes):
-            if ttft_ms is None and tpot_ms is None:
-                return None
-            return single_stage("custom", SLO(ttft_ms=ttft_ms, tpot_ms=tpot_ms))
+            own = SLO(ttft_ms=ttft_ms, tpot_ms=tpot_ms, e2e_ms=e2e_ms)
+            return None if own.best_effort else single_stage("custom", own)
         found = self.classes.get(chosen)
         if found is None:
             known = sorted({*self.classes, NO_SLO_CLASS})
             raise InvalidFieldError("slo_class", chosen, f"one of {known}")
         if last_round and found.last_round is not None:
             found = self.classes[found.last_round]
-        return found if ttft_ms is None and tpot_ms is None else found.with_overrides(ttft_ms, tpot_ms)
+        if ttft_ms is None and tpot_ms is None and e2e_ms is None:
+            return found
+        return found.with_overrides(ttft_ms, tpot_ms, e2e_ms)
 
 
 def check_number(

@@ -11,10 +11,11 @@
           - {tpot_ms: 100}                        # the answer
 
 A class without promises (``batch: {}``) is a name for best effort. ``tpot_ms`` of a class holds for each of its stages
-that gives none. ``when_full: reject`` refuses a request that cannot be promised now with 429, ``reject_503`` with 503
-(``best_effort``, the default, serves it all the same); ``last_round: chat`` gives the call that a client marks as its
-session's last the promises of another class. The section ``scheduler:`` sets the planner's settings (docs/settings.md),
-``trust:`` says who may ask for what and ``map:`` which class a field of others stands for (docs/promises.md).
+that gives none; ``e2e_ms`` is the time of the complete answer. ``when_full: reject`` refuses a request that cannot be
+promised now with 429, ``reject_503`` with 503 (``best_effort``, the default, serves it all the same);
+``last_round: chat`` gives the call that a client marks as its session's last the promises of another class. The section
+``scheduler:`` sets the planner's settings (docs/settings.md), ``trust:`` says who may ask for what and ``map:`` which
+class a field of others stands for (docs/promises.md).
 Nothing is guessed: an unknown key, a key given twice or a number out of range is an error that names the file, the
 line, the field, what was given and what is allowed.
 """
@@ -22,7 +23,7 @@ line, the field, what was given and what is allowed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import yaml
@@ -57,6 +58,7 @@ _CLASS_KEYS = (
     "ttft_slowdown",
     "ttft_floor_ms",
     "tpot_ms",
+    "e2e_ms",
     "weight",
     "max_stall_ms",
     "stages",
@@ -64,7 +66,7 @@ _CLASS_KEYS = (
     "last_round",
     "otherwise",
 )
-_PROMISE_KEYS = ("ttft_ms", "ttft_slowdown", "ttft_floor_ms", "tpot_ms")
+_PROMISE_KEYS = ("ttft_ms", "ttft_slowdown", "ttft_floor_ms", "tpot_ms", "e2e_ms")
 _STAGE_KEYS = ("tpot_ms", "end_token_id", "max_tokens")
 _RESERVED = (NO_SLO_CLASS, CUSTOM_CLASS)
 
@@ -233,6 +235,7 @@ class _FileReader(NodeReader):
             ttft_slowdown=self._number(keys, field, "ttft_slowdown", 10_000.0, low=1.0, low_included=True),
             ttft_floor_ms=DEFAULT_TTFT_FLOOR_MS if floor_ms is None else floor_ms,
             tpot_ms=self._number(keys, field, "tpot_ms", MAX_LATENCY_MS),
+            e2e_ms=self._number(keys, field, "e2e_ms", MAX_LATENCY_MS),
         )
 
     def _stages(self, node: yaml.Node, field: str, first: SLO) -> tuple[Stage, ...]:
@@ -257,9 +260,7 @@ class _FileReader(NodeReader):
         own_tpot_ms = self._number(keys, field, "tpot_ms", MAX_LATENCY_MS)
         tpot_ms = first.tpot_ms if own_tpot_ms is None else own_tpot_ms
         return Stage(
-            slo=SLO(first.ttft_ms, first.ttft_slowdown, first.ttft_floor_ms, tpot_ms)
-            if is_first
-            else SLO(tpot_ms=tpot_ms),
+            slo=replace(first, tpot_ms=tpot_ms) if is_first else SLO(tpot_ms=tpot_ms),
             end_token_id=self._whole(keys, field, "end_token_id", 0),
             max_tokens=self._whole(keys, field, "max_tokens", 1),
         )

@@ -121,6 +121,7 @@ def _promise_properties() -> dict[str, Any]:
             "description": "Least time that ttft_slowdown may ask for.",
         },
         "tpot_ms": {**_MS, "description": "Mean time per output token after the first, in each stage without one."},
+        "e2e_ms": {**_MS, "description": "The complete answer within this many milliseconds of the arrival."},
     }
 
 

@@ -38,7 +38,8 @@ class Score:
         longest_stall_s: longest gap between two tokens; 0 below two tokens.
         ttft_met: the first token came in time.
         tpot_met: the mean TPOT of every stage is at or under its target.
-        strict: the first token and every later token k came in time, by t_first + k * TPOT within each stage.
+        e2e_met: the last token came in time.
+        strict: the first token, the last one and every token k in time, by t_first + k * TPOT within each stage.
     """
 
     num_tokens: int
@@ -47,12 +48,13 @@ class Score:
     longest_stall_s: float
     ttft_met: bool
     tpot_met: bool
+    e2e_met: bool
     strict: bool
 
     @property
     def attained(self) -> bool:
-        """Every stage kept its promises."""
-        return self.ttft_met and self.tpot_met
+        """Every stage and the complete answer kept their promises."""
+        return self.ttft_met and self.tpot_met and self.e2e_met
 
 
 def score_request(
@@ -60,6 +62,7 @@ def score_request(
     token_times_s: ArrayLike,
     targets: Sequence[StageTarget],
     stage_starts: Sequence[int] = (0,),
+    e2e_s: float = math.inf,
 ) -> Score:
     """Score a finished request.
 
@@ -68,14 +71,17 @@ def score_request(
         token_times_s: float [n], when each output token arrived, not decreasing.
         targets: one or more, in stage order; the TTFT of the first one counts.
         stage_starts: index of the first token of each stage that was reached, rising, beginning with 0.
+        e2e_s: promised seconds from arrival to the last token.
     """
     times = np.asarray(token_times_s, dtype=np.float64)
     count = len(times)
     if count == 0:
-        promised = any(math.isfinite(value) for target in targets for value in (target.ttft_s, target.tpot_s))
-        return Score(0, math.nan, math.nan, 0.0, not promised, True, not promised)
+        by_stage = any(math.isfinite(value) for target in targets for value in (target.ttft_s, target.tpot_s))
+        promised = by_stage or math.isfinite(e2e_s)
+        return Score(0, math.nan, math.nan, 0.0, not by_stage, True, not math.isfinite(e2e_s), not promised)
     ttft_s = float(times[0]) - arrival_s
     ttft_met = ttft_s <= targets[0].ttft_s + _ROUNDING_S
+    e2e_met = float(times[-1]) - arrival_s <= e2e_s + _ROUNDING_S
     ends = (*stage_starts[1:], count)
     stages = [times[start:end] for start, end in zip(stage_starts, ends, strict=True)]
     limits = [target.tpot_s for target in targets[: len(stages)]]
@@ -88,7 +94,8 @@ def score_request(
         longest_stall_s=float(np.diff(times).max()) if count > 1 else 0.0,
         ttft_met=ttft_met,
         tpot_met=tpot_met,
-        strict=ttft_met and every_token,
+        e2e_met=e2e_met,
+        strict=ttft_met and every_token and e2e_met,
     )
 
 

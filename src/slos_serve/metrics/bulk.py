@@ -29,12 +29,14 @@ class CallTargets:
         ttft_s: first token.
         tpot_s: mean of the first stage.
         next_tpot_s: mean of the second stage.
+        e2e_s: last token.
         first_stage_tokens: int64 [calls], tokens of the first stage; at least the answer's when there is one stage.
     """
 
     ttft_s: Floats
     tpot_s: Floats
     next_tpot_s: Floats
+    e2e_s: Floats
     first_stage_tokens: Ints
 
 
@@ -46,7 +48,7 @@ class CallScores:
         completed: all of its tokens came.
         ttft_s, tpot_s: first token after arrival, and mean time per output token after it (nan below two tokens).
         longest_stall_s: longest gap between two of its tokens.
-        ttft_met, tpot_met: promises of the first token, of every stage's mean.
+        ttft_met, tpot_met, e2e_met: promises of the first token, of every stage's mean, of the complete answer.
         strict: every token in time.
     """
 
@@ -56,12 +58,13 @@ class CallScores:
     longest_stall_s: Floats
     ttft_met: Bools
     tpot_met: Bools
+    e2e_met: Bools
     strict: Bools
 
     @property
     def attained(self) -> Bools:
-        """bool [calls]: completed, first token and every stage in time."""
-        return np.asarray(self.completed & self.ttft_met & self.tpot_met)
+        """bool [calls]: completed, first token, every stage and the last token in time."""
+        return np.asarray(self.completed & self.ttft_met & self.tpot_met & self.e2e_met)
 
 
 def score_calls(
@@ -79,7 +82,7 @@ def score_calls(
     if len(token_start) == 0:
         nothing = np.empty(0)
         none = np.empty(0, dtype=np.bool_)
-        return CallScores(none, nothing, nothing, nothing, none, none, none)
+        return CallScores(none, nothing, nothing, nothing, none, none, none, none)
     parts = []
     for first in range(0, len(token_start), _CALLS_AT_ONCE):
         rows = slice(first, first + _CALLS_AT_ONCE)
@@ -106,6 +109,7 @@ def _score(
     tpot_met = _mean_met(times, token_start, first_end, targets.tpot_s)
     tpot_met &= ~two_stages | _mean_met(times, second_start, last, targets.next_tpot_s)
     ttft_met = ttft_s <= targets.ttft_s * (1.0 + _ROUNDING_SHARE) + _ROUNDING_S
+    e2e_met = times[last] <= targets.e2e_s * (1.0 + _ROUNDING_SHARE) + _ROUNDING_S
     with np.errstate(invalid="ignore", divide="ignore"):
         tpot_s = (times[last] - times[token_start]) / (output_tokens - 1)
     gaps = np.diff(times, prepend=times[:1])
@@ -118,7 +122,8 @@ def _score(
         longest_stall_s=np.maximum.reduceat(gaps, token_start),
         ttft_met=np.asarray(ttft_met),
         tpot_met=np.asarray(tpot_met),
-        strict=np.asarray(completed & ttft_met & every_token),
+        e2e_met=np.asarray(e2e_met),
+        strict=np.asarray(completed & ttft_met & every_token & e2e_met),
     )
 
 

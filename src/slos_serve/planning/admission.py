@@ -34,7 +34,7 @@ class Question(NamedTuple):
         tiers: decode tiers, drafts of each.
         longest_s: longest a step of prompts may take, for the sake of those that arrive meanwhile.
         load: float64 [2, SIZES], see :class:`slos_serve.planning.arrivals.Arrivals`.
-        survival: float64 [classes, bins + 1], see :meth:`slos_serve.planning.lengths.LengthForecast.survival`.
+        survival: float64 [classes, bins + 1], see :meth:`slos_serve.perf.lengths.LengthForecast.survival`.
         total_blocks: KV blocks less what is kept for others.
         max_implied_ttft_s, length_weight: see :class:`slos_serve.planning.settings.PlannerSettings`.
     """

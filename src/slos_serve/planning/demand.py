@@ -66,14 +66,14 @@ def is_lost(state: State, slot: int) -> bool:
     forecast tokens, each as fast as a batch can be, would not bring its mean back to the target.
     """
     rows, coefficients, now_s = state.rows, state.coefficients, state.now_s
-    if rows["missed"][slot] == 1:
+    if rows["missed"][slot] == 1 or rows["tpot_s"][slot] <= 0.0:
         return True
     if rows["output_tokens"][slot] == 0:
         left = float(max(tokens_left(rows, slot), 1))
         return bool(now_s + alone_s(coefficients, left, tokens_done(rows, slot)) > rows["ttft_due_s"][slot])
-    if rows["stage_tokens"][slot] == 0 or not np.isfinite(rows["tpot_s"][slot]):
+    if rows["stage_tokens"][slot] == 0 or not np.isfinite(rows["promised_tpot_s"][slot]):
         return False
-    fastest_s, tpot_s = alone_s(coefficients, 1.0, 0.0), rows["tpot_s"][slot]
+    fastest_s, tpot_s = alone_s(coefficients, 1.0, 0.0), rows["promised_tpot_s"][slot]
     late_s = now_s + fastest_s - (rows["stage_start_s"][slot] + rows["stage_tokens"][slot] * tpot_s)
     left = rows["expected_tokens"][slot] - rows["output_tokens"][slot]
     return bool(late_s > 0.0 and late_s > (left - 1) * (tpot_s - fastest_s))

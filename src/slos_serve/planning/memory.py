@@ -10,8 +10,8 @@ import numpy as np
 from numba import njit
 
 from slos_serve.core.request import RequestArray
+from slos_serve.perf.lengths import share_left, survives
 from slos_serve.planning.demand import Demand
-from slos_serve.planning.lengths import share_left, survives
 from slos_serve.planning.state import ADMITTED, FloatArray, State, blocks_for, is_decode
 from slos_serve.planning.supply import MOMENT_TOKENS
 
@@ -72,7 +72,7 @@ def forecast(
 
     Args:
         pace_s: the pace that moments count in, see :func:`slos_serve.planning.supply.pace_of_moments_s`.
-        survival: float64 [classes, bins + 1], see :meth:`slos_serve.planning.lengths.LengthForecast.survival`.
+        survival: float64 [classes, bins + 1], see :meth:`slos_serve.perf.lengths.LengthForecast.survival`.
         total_blocks: of the KV cache, less what is kept for others.
 
     Returns:

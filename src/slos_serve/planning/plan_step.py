@@ -2,8 +2,8 @@
 
     state -> who is lost, who asks -> tiers, arrivals, turn, drafts -> admission -> step
 
-Engines call this before every step; one compiled call costs a fraction of a dozen. It writes length forecasts into the
-request table and nothing else.
+Engines call this before every step; one compiled call costs a fraction of a dozen. It writes length forecasts, and the
+paces of deadlines that follow from them, into the request table and nothing else.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ import numpy as np
 from numba import njit
 
 from slos_serve.core.request import SlotArray
+from slos_serve.perf.lengths import forecast_lengths
 from slos_serve.perf.step_time import per_token_s
 from slos_serve.planning.admission import Asked, Question, admission_of
 from slos_serve.planning.arrivals import Arrivals, count_arrivals, longest_step_s
 from slos_serve.planning.best_effort import NOBODY, Turn, next_turn
+from slos_serve.planning.deadlines import pace_answers
 from slos_serve.planning.demand import give_up_lost, most_urgent
 from slos_serve.planning.drafting import DraftPlan, plan_drafts
 from slos_serve.planning.form import PREFILL_DEADLINE, form_step
-from slos_serve.planning.lengths import forecast_lengths
 from slos_serve.planning.state import (
     ADMITTED,
     BEST_EFFORT,
@@ -44,8 +45,8 @@ class Known(NamedTuple):
     """What is learnt and set.
 
     Attributes:
-        lengths: float64 [classes, bins], see :meth:`slos_serve.planning.lengths.LengthForecast.table`.
-        survival: float64 [classes, bins + 1], see :meth:`slos_serve.planning.lengths.LengthForecast.survival`.
+        lengths: float64 [classes, bins], see :meth:`slos_serve.perf.lengths.LengthForecast.table`.
+        survival: float64 [classes, bins + 1], see :meth:`slos_serve.perf.lengths.LengthForecast.survival`.
         acceptance: float64 [classes], of drafts, as it is planned with.
         max_draft_tokens .. length_weight: see :class:`slos_serve.planning.settings.PlannerSettings`.
     """
@@ -114,9 +115,10 @@ def question_of(state: State, known: Known, memory: Memory, tiers: Tiers) -> Que
 
 @njit(cache=True)
 def forecast_and_give_up(state: State, known: Known) -> tuple[SlotArray, SlotArray]:
-    """Write the length forecasts; returns the requests whose promise is lost, and the waiting ones that ask."""
+    """Write forecasts and the paces of deadlines; returns those whose promise is lost, and who waits and asks."""
     forecast_lengths(state.rows, state.running, known.lengths)
     forecast_lengths(state.rows, state.waiting, known.lengths)
+    pace_answers(state, known.survival)
     return give_up_lost(state), most_urgent(state)
 
 

@@ -3,7 +3,7 @@
     view -> Demand, Supply -> who is admitted -> Step -> StepPlan          (``plan_step.py``)
 
 A waiting request is promised nothing until its first prefill chunk runs: until then every plan decides anew, so a
-request that fits badly gives way to two that fit well. Planning writes length forecasts into the table, nothing else.
+request that fits badly gives way to two that fit well. Planning writes forecasts into the table, nothing else.
 Promises are written by :meth:`Planner.commit`, once it is known what ran; a plan that is dropped leaves no trace.
 """
 
@@ -17,12 +17,12 @@ from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.acceptance import AcceptanceEstimate
 from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.perf.lengths import LengthForecast
 from slos_serve.planning import arrivals
 from slos_serve.planning.admission import Asked
 from slos_serve.planning.algorithm1 import INFEASIBLE, STOPPED
 from slos_serve.planning.best_effort import NO_TURN
 from slos_serve.planning.drafting import DraftPlan, no_drafts
-from slos_serve.planning.lengths import LengthForecast
 from slos_serve.planning.plan_step import Admission, Known, Memory, ask_now, plan_step
 from slos_serve.planning.settings import PlannerSettings
 from slos_serve.planning.state import ADMITTED, BEST_EFFORT, State, state_of

@@ -154,7 +154,8 @@ def next_due_s(rows: RequestArray, slot: int, margin: float) -> float:
     """When the next token is due: the first by the TTFT, token k of a stage by its start + k * TPOT.
 
     ``margin`` is taken off every TPOT until a stage is ``AHEAD_TOKENS`` ahead; from then on it keeps that lead. Nobody
-    promises when a later stage begins: its first token gets the pace of those that follow.
+    promises when a later stage begins: its first token gets the pace of those that follow. An answer with a deadline
+    saves no lead, see :mod:`slos_serve.planning.deadlines`.
     """
     if rows["output_tokens"][slot] == 0:
         return float(rows["ttft_due_s"][slot])
@@ -163,4 +164,7 @@ def next_due_s(rows: RequestArray, slot: int, margin: float) -> float:
         paced_s = rows["last_token_s"][slot] + tpot_s * (1.0 - margin)
     else:
         paced_s = rows["stage_start_s"][slot] + tpot_s * (stage_tokens - min(stage_tokens * margin, AHEAD_TOKENS))
-    return float(min(paced_s, rows["last_token_s"][slot] + rows["max_stall_s"][slot]))
+    gap_s = rows["max_stall_s"][slot]
+    if rows["answer_due_s"][slot] < np.inf:
+        gap_s = min(gap_s, tpot_s)
+    return float(min(paced_s, rows["last_token_s"][slot] + gap_s))

@@ -13,8 +13,8 @@ import numpy as np
 from numba import njit
 
 from slos_serve.core.request import RequestArray, SlotArray
+from slos_serve.perf.lengths import share_left, survives
 from slos_serve.perf.step_time import decode_s, per_token_s, roofline_s, roofline_tokens
-from slos_serve.planning.lengths import share_left, survives
 from slos_serve.planning.state import ADMITTED, AHEAD_TOKENS, BEST_EFFORT, FloatArray, State, is_decode, next_due_s
 
 MAX_TIERS = 4

@@ -25,6 +25,7 @@ def warm_up(planner: Planner) -> None:
         table.add(arrival_s=0.9, prompt_tokens=2000, max_tokens=64, ttft_due_s=due_s, tpot_s=tpot_s, max_stall_s=2.0)
         for due_s, tpot_s in ((1.5, 0.1), (1.6, 0.2), (1.7, 0.1), (np.inf, 0.2), (np.inf, np.inf))
     ]
+    table.rows["answer_due_s"][waiting[-1]] = 20.0
     for free_blocks in (1000, 0):
         view = EngineView(
             table=table,

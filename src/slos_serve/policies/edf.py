@@ -1,4 +1,4 @@
-"""Earliest deadline first: all decodes, then prefill chunks in order of first-token deadline, in a fixed token budget.
+"""Earliest deadline first: all decodes, then prefill chunks in order of deadline, in a fixed token budget.
 
 The textbook answer to deadlines, and what a priority queue in front of a chunked engine amounts to. It admits everyone,
 so under overload it works on requests that are late already (the domino effect); ``drop_late`` puts those last. A
@@ -45,7 +45,7 @@ class EarliestDeadlineFirst(StockPolicy):
         """Fill the budget in order of deadline."""
         rows, out = view.table.rows, room_for(view)
         everyone = np.concatenate((view.running, view.waiting))
-        due_s = rows["ttft_due_s"][everyone]
+        due_s = np.minimum(rows["ttft_due_s"][everyone], rows["answer_due_s"][everyone])
         late = (due_s < now_s) & (rows["output_tokens"][everyone] == 0) & self._drop_late
         ordered = everyone[np.lexsort((rows["order"][everyone], due_s, late))]
         room = room_of(view, self._token_budget, self._watermark)

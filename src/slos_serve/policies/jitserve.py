@@ -24,7 +24,7 @@ from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.planning.lengths import LengthForecast, forecast_lengths
+from slos_serve.perf.lengths import LengthForecast, forecast_lengths
 from slos_serve.policies.base import StockPolicy
 from slos_serve.policies.queue_order import (
     IntArray,
@@ -152,6 +152,7 @@ class JitServe(StockPolicy):
         with np.errstate(invalid="ignore"):  # an answer without a pace is never late
             allowed_s = np.where(np.isinf(rows["tpot_s"][slots]), np.inf, ttft_s + answer * rows["tpot_s"][slots])
         allowed_s = np.where(np.isinf(ttft_s), np.inf, allowed_s)
+        allowed_s = np.minimum(allowed_s, rows["answer_due_s"][slots] - rows["arrival_s"][slots])
         late_prompt = _ratio(ttft_s, waited_s + self._step_s * prompt_steps) ** self._power
         late_answer = _ratio(allowed_s, waited_s + service_s) ** self._power
         in_time = (generated > 0) & (rows["missed"][slots] == 0)
@@ -163,6 +164,7 @@ class JitServe(StockPolicy):
     def _too_late(self, now_s: float, rows: RequestArray, waiting: SlotArray) -> SlotArray:
         waited_s = now_s - rows["arrival_s"][waiting]
         late = (rows["ttft_due_s"][waiting] < now_s) & (rows["output_tokens"][waiting] == 0)
+        late |= rows["answer_due_s"][waiting] < now_s
         return np.asarray(waiting[late & (waited_s > self._drop_after_s)])
 
     def _joining(self, rows: RequestArray, slots: SlotArray, density: FloatArray, batch: int) -> SlotArray:

@@ -20,8 +20,6 @@ nearly full cache is left out: a watermark keeps room instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -70,7 +68,6 @@ class QoServe(StockPolicy):
         time_margin: share by which steps are taken for longer than predicted.
         max_tokens: the largest step.
         watermark: share of the KV blocks that stays free when a prompt starts.
-        ttlt_s: class index -> seconds until the last token is due, for non-interactive tiers.
         draft_tokens: drafts of every decode, where the engine has a drafter.
     """
 
@@ -83,7 +80,6 @@ class QoServe(StockPolicy):
         time_margin: float = 0.2,
         max_tokens: int = LARGEST_STEP,
         watermark: float = 0.01,
-        ttlt_s: Mapping[int, float] | None = None,
         draft_tokens: int = 0,
     ) -> None:
         self._coefficients = model.coefficients
@@ -91,9 +87,6 @@ class QoServe(StockPolicy):
         self._stretch = 1.0 + check_number("time_margin", time_margin, low=0.0, high=10.0, low_included=True)
         self._sizes = step_sizes(checked_tokens("max_tokens", max_tokens))
         self._watermark = checked_watermark(watermark)
-        self._ttlt_s = np.full(num_classes, np.inf)
-        for index, seconds in (ttlt_s or {}).items():
-            self._ttlt_s[index] = check_number("ttlt_s", seconds, low=0.0, high=1e6)
         self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._answers = np.tile([1.0, PRIOR_OUTPUT_TOKENS, PRIOR_OUTPUT_TOKENS**2], (num_classes, 1))
         self._relegated = SlotMarks()
@@ -142,8 +135,7 @@ class QoServe(StockPolicy):
 
     def first_due_s(self, rows: RequestArray, slots: SlotArray) -> FloatArray:
         """When first tokens are due; of a non-interactive tier, so that the last one is in time."""
-        last_due_s = rows["arrival_s"][slots] + self._ttlt_s[rows["class_index"][slots]]
-        in_time_s = last_due_s - self._longest_likely(rows, slots) * TIER_PACE_S
+        in_time_s = rows["answer_due_s"][slots] - self._longest_likely(rows, slots) * TIER_PACE_S
         return np.asarray(np.minimum(rows["ttft_due_s"][slots], in_time_s))
 
     def _next_due_s(self, rows: RequestArray, decodes: SlotArray) -> FloatArray:
@@ -153,7 +145,7 @@ class QoServe(StockPolicy):
         with np.errstate(invalid="ignore"):  # no token yet times no pace
             paced_s = np.where(tokens > 0, start_s + tokens * tpot_s, last_s + tpot_s)
         left = np.maximum(self._longest_likely(rows, decodes) - rows["output_tokens"][decodes], 1.0)
-        tier_s = rows["arrival_s"][decodes] + self._ttlt_s[rows["class_index"][decodes]] - left * TIER_PACE_S
+        tier_s = rows["answer_due_s"][decodes] - left * TIER_PACE_S
         counts = (rows["missed"][decodes] == 0) & ~self._relegated.of(rows, decodes)
         return np.asarray(np.where(counts, np.minimum(paced_s, tier_s), np.inf))
 

@@ -72,13 +72,15 @@ class TicketOffice:
         except DeniedError:
             slo_class = None  # it came around the middleware: its replica's scheduler promises nothing either
         prompt_tokens = self._prompts.prompt_tokens(body)
-        ttft_s, tpot_s = self._promise(slo_class, prompt_tokens)
+        ttft_s, tpot_s, e2e_s = self._promise(slo_class, prompt_tokens)
+        margin_s = self._settings.planner.ttft_margin_s
         request = RoutingRequest(
             arrival_s=arrival_s,
             prompt_tokens=prompt_tokens,
             max_tokens=self._max_tokens(body, prompt_tokens),
-            ttft_due_s=arrival_s + ttft_s - self._settings.planner.ttft_margin_s,
+            ttft_due_s=arrival_s + ttft_s - margin_s,
             tpot_s=tpot_s,
+            answer_due_s=arrival_s + e2e_s - margin_s,
             class_index=self._index(slo_class),
             weight=max(slo_class.weight, 1e-6) if slo_class is not None else 1.0,
             hint_tokens=asked.expected_tokens or 0,
@@ -92,12 +94,13 @@ class TicketOffice:
             refused_status=503 if slo_class is not None and slo_class.when_full is WhenFull.REJECT_503 else 429,
         )
 
-    def _promise(self, slo_class: SLOClass | None, prompt_tokens: int) -> tuple[float, float]:
-        """Seconds to the first token and per output token of the first stage; ``inf`` where nothing is promised."""
+    def _promise(self, slo_class: SLOClass | None, prompt_tokens: int) -> tuple[float, float, float]:
+        """Seconds to the first token, per output token of the first stage, and to the last token; ``inf`` where nothing
+        is promised."""
         if slo_class is None or slo_class.best_effort or self._settings.profile is None:
-            return math.inf, math.inf
+            return math.inf, math.inf, math.inf
         zero_load_s = self._settings.profile.model.zero_load_s(prompt_tokens)
-        return slo_class.slo.ttft_s(zero_load_s), slo_class.slo.tpot_s
+        return slo_class.slo.ttft_s(zero_load_s), slo_class.slo.tpot_s, slo_class.slo.e2e_s
 
     def _index(self, slo_class: SLOClass | None) -> int:
         """As the scheduler numbers them: the file's classes, one for custom numbers, one for none."""

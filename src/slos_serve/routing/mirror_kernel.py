@@ -11,11 +11,12 @@ from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.core.request import RequestArray
+from slos_serve.perf.lengths import forecast_lengths
 from slos_serve.perf.step_time import decode_s, roofline_s
 from slos_serve.planning.admission import CUT_SHORT, CUT_SHORT_WITH_DRAFTS
+from slos_serve.planning.deadlines import pace_answer
 from slos_serve.planning.demand import SIZES, Demand, build_demand, is_lost
 from slos_serve.planning.feasible import TOLERANCE, first_missed
-from slos_serve.planning.lengths import forecast_lengths
 from slos_serve.planning.state import UNDECIDED, FloatArray, IntArray, State, peak_blocks
 from slos_serve.planning.supply import Supply
 from slos_serve.routing.mirror_arrays import MirrorArrays, advance, load_of, supply_of
@@ -65,9 +66,12 @@ def state_of_one(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int)
     forecast_lengths(row, one, m.forecast_tokens[k])
     blocks, size, many = m.total_blocks[k], m.block_size[k], 1 << 40
     status = np.full(1, UNDECIDED)
-    return State(
+    state = State(
         row, status, none, one, m.coefficients[k], m.clock_s[k], m.margin[k], blocks, blocks, size, many, many, 0, 1, 0
     )
+    if row["answer_due_s"][0] < np.inf:
+        pace_answer(state, 0)
+    return state
 
 
 @njit(cache=True)

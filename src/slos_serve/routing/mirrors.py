@@ -290,6 +290,7 @@ def request_row(
     max_tokens: int,
     ttft_due_s: float,
     tpot_s: float,
+    answer_due_s: float,
     class_index: int,
     weight: float,
     hint_tokens: int,
@@ -297,7 +298,9 @@ def request_row(
     """:data:`slos_serve.core.request.REQUEST_DTYPE` [1]: a request as a replica's own table would hold it."""
     row = np.zeros(1, dtype=REQUEST_DTYPE)
     row["arrival_s"] = row["last_token_s"] = arrival_s
-    row["ttft_due_s"], row["tpot_s"] = ttft_due_s, tpot_s
+    row["ttft_due_s"] = row["promised_ttft_due_s"] = ttft_due_s
+    row["tpot_s"] = row["promised_tpot_s"] = tpot_s
+    row["answer_due_s"] = answer_due_s
     row["stage_start_s"], row["max_stall_s"] = np.nan, np.inf
     row["weight"], row["class_index"] = weight, class_index
     row["prompt_tokens"], row["max_tokens"], row["hint_tokens"] = prompt_tokens, max_tokens, hint_tokens

@@ -31,6 +31,7 @@ class RoutingRequest:
         prompt_tokens, max_tokens: length, and the cap on the answer's.
         ttft_due_s: when the first token is due; ``inf`` without such a promise.
         tpot_s: promised time per output token; ``inf`` without such a promise.
+        answer_due_s: when the last token is due; ``inf`` without such a promise.
         class_index, weight: its class.
         hint_tokens: the client's forecast of the answer's length, 0 without one.
         cached: replica -> prompt tokens that its prefix cache would supply.
@@ -43,6 +44,7 @@ class RoutingRequest:
     max_tokens: int
     ttft_due_s: float = np.inf
     tpot_s: float = np.inf
+    answer_due_s: float = np.inf
     class_index: int = 0
     weight: float = 1.0
     hint_tokens: int = 0
@@ -53,7 +55,7 @@ class RoutingRequest:
     @property
     def has_slo(self) -> bool:
         """Whether there is a promise to be kept."""
-        return not self.missed and bool(np.isfinite(self.ttft_due_s) or np.isfinite(self.tpot_s))
+        return not self.missed and bool(np.isfinite(min(self.ttft_due_s, self.tpot_s, self.answer_due_s)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,7 @@ def _row_of(request: RoutingRequest) -> RequestArray:
         max_tokens=request.max_tokens,
         ttft_due_s=request.ttft_due_s,
         tpot_s=request.tpot_s,
+        answer_due_s=request.answer_due_s,
         class_index=request.class_index,
         weight=request.weight,
         hint_tokens=request.hint_tokens,

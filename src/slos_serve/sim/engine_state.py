@@ -97,6 +97,7 @@ class EngineState:
             max_tokens=int(row["max_tokens"]),
             ttft_due_s=arrival_s + float(row["ttft_s"]),
             tpot_s=float(row["tpot_s"]),
+            answer_due_s=arrival_s + float(row["e2e_s"]),
             class_index=int(row["class_index"]),
             weight=slo_class.weight,
             max_stall_s=slo_class.max_stall_ms / 1000.0,

@@ -85,6 +85,7 @@ def score(recording: Recording) -> CallScores:
         np.ascontiguousarray(calls["ttft_s"]),
         np.ascontiguousarray(calls["tpot_s"]),
         np.ascontiguousarray(calls["next_tpot_s"]),
+        np.ascontiguousarray(calls["e2e_s"]),
         np.ascontiguousarray(calls["first_stage_tokens"]),
     )
     outputs = np.ascontiguousarray(calls["output_tokens"])

@@ -156,9 +156,9 @@ def compare(recording: Recording, rows: Sequence[Row], overhead_s: float = 0.0, 
     measured = [_measured(row) for row in rows]
     simulated_ttft = scores.ttft_s + overhead_s
     calls = recording.workload.calls
-    promised = np.isfinite(calls["ttft_s"]) | np.isfinite(calls["tpot_s"])
+    promised = np.isfinite(calls["ttft_s"]) | np.isfinite(calls["tpot_s"]) | np.isfinite(calls["e2e_s"])
     promised[:skip] = False
-    kept = scores.completed & scores.tpot_met & (simulated_ttft <= calls["ttft_s"] + 1e-6)
+    kept = scores.completed & scores.tpot_met & scores.e2e_met & (simulated_ttft <= calls["ttft_s"] + 1e-6)
     real_kept = np.array([score.attained for score in measured])
     shares = (float(real_kept[promised].mean()), float(kept[promised].mean())) if promised.any() else (1.0, 1.0)
     return Fidelity(
@@ -174,7 +174,8 @@ def _measured(row: Row) -> Any:
         ttft_s=_number(row.get("ttft_ms"), np.inf) / 1000.0,
         tpot_s=_number(row["tpot_ms"][0] if row["tpot_ms"] else None, np.inf) / 1000.0,
     )
-    return score_request(float(row["sent_s"]), row["token_times_s"], (targets,))
+    e2e_s = _number(row.get("e2e_ms"), np.inf) / 1000.0
+    return score_request(float(row["sent_s"]), row["token_times_s"], (targets,), e2e_s=e2e_s)
 
 
 def _number(value: object, missing: float = float("nan")) -> float:

@@ -197,6 +197,7 @@ class SloRouter:
             max_tokens=int(row["max_tokens"]),
             ttft_due_s=arrival_s + float(row["ttft_s"]),
             tpot_s=float(row["tpot_s"]),
+            answer_due_s=arrival_s + float(row["e2e_s"]),
             class_index=index,
             weight=self._weights[index],
             hint_tokens=int(row["output_tokens"]) if self._routing.oracle_lengths else 0,

@@ -338,17 +338,20 @@ def _count_token(
     At the end of the first of two stages the promise changes; the new stage begins with the next token. ``missed``
     becomes 1 with a promise that is broken for good: what scores the run (``metrics.bulk``) decides the same.
     """
-    if position == 0 and _later(end_s - rows["arrival_s"][slot], rows["ttft_due_s"][slot] - rows["arrival_s"][slot]):
+    took_s, arrival_s = end_s - rows["arrival_s"][slot], rows["arrival_s"][slot]
+    if position == 0 and _later(took_s, rows["promised_ttft_due_s"][slot] - arrival_s):
+        rows["missed"][slot] = 1
+    if position + 1 == target and _later(took_s, rows["answer_due_s"][slot] - arrival_s):
         rows["missed"][slot] = 1
     if rows["stage_tokens"][slot] == 0:
         rows["stage_start_s"][slot] = end_s
     rows["stage_tokens"][slot] += 1
     if position + 1 == calls["first_stage_tokens"][call] or position + 1 == target:
         gaps = rows["stage_tokens"][slot] - 1
-        if gaps > 0 and _later(end_s - rows["stage_start_s"][slot], gaps * rows["tpot_s"][slot]):
+        if gaps > 0 and _later(end_s - rows["stage_start_s"][slot], gaps * rows["promised_tpot_s"][slot]):
             rows["missed"][slot] = 1
     if position + 1 == calls["first_stage_tokens"][call] and position + 1 < target:
-        rows["tpot_s"][slot] = calls["next_tpot_s"][call]
+        rows["tpot_s"][slot] = rows["promised_tpot_s"][slot] = calls["next_tpot_s"][call]
         rows["stage_start_s"][slot] = np.nan
         rows["stage_tokens"][slot] = 0
 

@@ -93,7 +93,7 @@ class RequestDesk:
 
     def _promise_of(self, request: Request, new_tokens: int) -> Promise:
         extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
-        asked, slo_class, tenant = self._granted(extra_args, new_tokens)
+        asked, slo_class, tenant = self._granted(extra_args, new_tokens, request.arrival_time)
         # The front end stamps arrivals on the wall clock; only a difference on that same clock is carried over.
         waited_s = min(max(time.time() - request.arrival_time, 0.0), MAX_FRONT_END_S)
         arrival_s = self._control.now_s() - waited_s
@@ -108,6 +108,7 @@ class RequestDesk:
         ttft_s = float("inf")
         if slo_class is not None:
             ttft_s = slo_class.slo.ttft_s(control.policy.model.zero_load_s(new_tokens))
+        e2e_s = float("inf") if slo_class is None else slo_class.slo.e2e_s
         encoder_s = compat.encoder_embeds(request) * control.learner.encoder_s_each
         return Promise(
             slo_class=slo_class,
@@ -115,17 +116,19 @@ class RequestDesk:
             arrival_s=arrival_s,
             ttft_due_s=arrival_s + ttft_s,
             planned_due_s=arrival_s + ttft_s - settings.planner.ttft_margin_s - encoder_s,
+            answer_due_s=arrival_s + e2e_s,
+            planned_answer_due_s=arrival_s + e2e_s - settings.planner.ttft_margin_s,
             hint_tokens=asked.expected_tokens or 0,
             max_tokens=max(min(request.max_tokens, control.scheduler.max_model_len - request.num_prompt_tokens), 1),
         )
 
     def _granted(
-        self, extra_args: Mapping[str, object] | None, new_tokens: int
+        self, extra_args: Mapping[str, object] | None, new_tokens: int, arrival_at: float
     ) -> tuple[SloArgs, SLOClass | None, str | None]:
         """What it asks for, the class it gets, and who asks; judged here again, whatever the front end said."""
         trust, now_s = self._settings.trust, self._control.now_s()
         try:
-            asked = from_extra_args(extra_args)
+            asked = from_extra_args(extra_args, arrival_at)
             tenant = None if self._seal is None else self._seal.opened(asked.tenant)
             slo_class = allowed_class(trust, self._versions.classes_of(extra_args), asked, tenant)
             if slo_class is None or slo_class.best_effort:
@@ -213,6 +216,7 @@ class RequestDesk:
             finished=ended,
             ttft_ok=kept if has_slo else None,
             tpot_ok=tracked.tpot_kept() if has_slo else None,
+            e2e_ok=tracked.answer_kept(now_s, ended=ended in FINISHED) if has_slo else None,
             ttft_s=rounded(tracked.ttft_s()),
             tpot_s=rounded(tracked.tpot_s()),
             ttft_ratio=rounded(tracked.ttft_ratio()) if has_slo else None,

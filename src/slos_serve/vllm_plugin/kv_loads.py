@@ -93,6 +93,7 @@ class KVLoads:
         for tracked in self._shown:
             if self._book.by_slot.get(tracked.slot) is tracked:
                 rows["ttft_due_s"][tracked.slot] = tracked.promise.planned_due_s
+                rows["promised_ttft_due_s"][tracked.slot] = tracked.promise.planned_due_s
                 rows["blocked"][tracked.slot] = 0
         self._shown.clear()
 
@@ -153,4 +154,5 @@ class KVLoads:
         if load_s > most_s and row["status"] == Status.UNDECIDED:
             return False
         row["ttft_due_s"] = tracked.promise.planned_due_s - min(load_s, max(most_s, 0.0))
+        row["promised_ttft_due_s"] = row["ttft_due_s"]
         return True

@@ -56,14 +56,20 @@ class Kept:
     """What became of a request's promises.
 
     Attributes:
-        ttft_ok, tpot_ok: whether each was kept; True where there was none.
+        ttft_ok, tpot_ok, e2e_ok: whether each was kept; True where there was none.
         ttft_ratio, tpot_ratio: measured over promised; ``None`` where nothing was promised or measured.
     """
 
     ttft_ok: bool
     tpot_ok: bool
+    e2e_ok: bool = True
     ttft_ratio: float | None = None
     tpot_ratio: float | None = None
+
+    @property
+    def attained(self) -> bool:
+        """Whether all of them were."""
+        return self.ttft_ok and self.tpot_ok and self.e2e_ok
 
 
 class SchedulerMetrics:
@@ -102,7 +108,7 @@ class SchedulerMetrics:
         )
         self._violations = self._series(
             self._counter("slo_violation", "Promises broken, by which.", *by, "type"),
-            [(*pair, kind) for pair in pairs for kind in ("ttft", "tpot")],
+            [(*pair, kind) for pair in pairs for kind in ("ttft", "tpot", "e2e")],
         )
         self._ttft_ratio = self._series(
             self._histogram("ttft_over_target", "Time to first token over its target.", TARGET_BUCKETS, *by), pairs
@@ -235,13 +241,15 @@ class SchedulerMetrics:
             self._ttft_ratio[key].observe(kept.ttft_ratio)
         if kept.tpot_ratio is not None:
             self._tpot_ratio[key].observe(kept.tpot_ratio)
-        if kept.ttft_ok and kept.tpot_ok:
+        if kept.attained:
             self._attained[key].inc()
             return
         if not kept.ttft_ok:
             self._violations[(*key, "ttft")].inc()
         if not kept.tpot_ok:
             self._violations[(*key, "tpot")].inc()
+        if not kept.e2e_ok:
+            self._violations[(*key, "e2e")].inc()
 
     def request_ended(self, slo_class: str | None, end: End) -> None:
         """A request ended because its client went away or the engine failed; it counts neither way."""

@@ -305,6 +305,7 @@ def applied_headers(applied: SLOClass | None) -> RawHeaders:
         "x-slo-ttft-ms": slo.ttft_ms,
         "x-slo-ttft-slowdown": slo.ttft_slowdown if slo.ttft_ms is None else None,
         "x-slo-tpot-ms": slo.tpot_ms,
+        "x-slo-e2e-ms": slo.e2e_ms,
     }
     told = [(name.encode("ascii"), _plain(value)) for name, value in numbers.items() if value is not None]
     return [(b"x-slo-class", applied.name.encode("ascii")), *told]

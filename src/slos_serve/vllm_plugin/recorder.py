@@ -75,7 +75,7 @@ class Outcome:
         num_preemptions: preemptions of any kind.
         engine_preemptions: those that vLLM decided on.
         finished: ``stop``, ``length``, ``repetition``, ``abort`` or ``error``.
-        ttft_ok, tpot_ok: whether each promise was kept (for an abort: whether it was not broken yet); ``None`` without.
+        ttft_ok, tpot_ok, e2e_ok: whether each promise was kept (for an abort: not broken yet); ``None`` without.
         ttft_s, tpot_s: measured; ``None`` before the first and the second token.
         ttft_ratio, tpot_ratio: measured over promised (of the slowest stage); ``None`` without a promise.
         forecast_tokens: output tokens that the planner expected of it when it came.
@@ -94,6 +94,7 @@ class Outcome:
     finished: str
     ttft_ok: bool | None
     tpot_ok: bool | None
+    e2e_ok: bool | None
     ttft_s: float | None
     tpot_s: float | None
     ttft_ratio: float | None
@@ -179,13 +180,15 @@ class Recorder:
     def request_done(self, outcome: Outcome, time_s: float) -> None:
         """A request left the engine."""
         self.metrics.preempted("engine", outcome.engine_preemptions)
-        ttft_ok, tpot_ok = outcome.ttft_ok is not False, outcome.tpot_ok is not False
+        ttft_ok, tpot_ok, e2e_ok = outcome.ttft_ok, outcome.tpot_ok, outcome.e2e_ok
+        kept = Kept(
+            ttft_ok is not False, tpot_ok is not False, e2e_ok is not False, outcome.ttft_ratio, outcome.tpot_ratio
+        )
         if outcome.finished in FINISHED:
             self.metrics.answered(outcome.slo_class, outcome.output_tokens, outcome.forecast_tokens)
-        if outcome.finished in FINISHED or (outcome.finished == "abort" and not (ttft_ok and tpot_ok)):
-            kept = Kept(ttft_ok, tpot_ok, outcome.ttft_ratio, outcome.tpot_ratio)
+        if outcome.finished in FINISHED or (outcome.finished == "abort" and not kept.attained):
             self.metrics.request_done(outcome.slo_class, outcome.verdict, kept)
-            self._ended(outcome.slo_class, outcome.verdict, ttft_ok and tpot_ok)
+            self._ended(outcome.slo_class, outcome.verdict, kept.attained)
         else:
             end: End = "error" if outcome.finished == "error" else "aborted"
             self.metrics.request_ended(outcome.slo_class, end)

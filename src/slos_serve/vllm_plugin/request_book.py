@@ -66,6 +66,7 @@ class RequestBook:
             max_tokens=promise.max_tokens,
             ttft_due_s=promise.planned_due_s,
             tpot_s=slo_class.slo.tpot_s if slo_class else np.inf,
+            answer_due_s=promise.planned_answer_due_s,
             class_index=promise.class_index,
             weight=max(slo_class.weight, 1e-6) if slo_class else 1.0,
             max_stall_s=slo_class.max_stall_ms / 1000.0 if slo_class else np.inf,
@@ -92,14 +93,14 @@ class RequestBook:
         self.progress.enter(tracked, len(self.table.rows))
         self._running_list = None
         slo_class, row = promise.slo_class, self.table.rows[tracked.slot]
-        has_slo = bool(np.isfinite(promise.planned_due_s) or (slo_class and np.isfinite(slo_class.slo.tpot_s)))
+        tpot_s = slo_class.slo.tpot_s if slo_class else np.inf
+        has_slo = bool(np.isfinite(min(promise.planned_due_s, tpot_s, promise.planned_answer_due_s)))
         row["arrival_s"] = row["last_token_s"] = promise.arrival_s
         row["prompt_tokens"] = tracked.request.num_prompt_tokens
         row["max_tokens"] = promise.max_tokens
         row["expected_tokens"] = min(promise.hint_tokens, promise.max_tokens) or promise.max_tokens
         row["hint_tokens"] = promise.hint_tokens
-        row["ttft_due_s"] = promise.planned_due_s
-        row["tpot_s"] = slo_class.slo.tpot_s if slo_class else np.inf
+        self._write_promise(tracked.slot, promise, tpot_s)
         row["class_index"] = promise.class_index
         row["stage_start_s"] = np.nan
         row["stage_tokens"] = row["output_tokens"] = 0
@@ -255,8 +256,14 @@ class RequestBook:
             rows["status"][slot] = Status.UNDECIDED if tracked.fall_back(earliest_s) else Status.BEST_EFFORT
             slo_class = tracked.promise.slo_class
             assert slo_class is not None  # only promises have weaker ones
-            rows["ttft_due_s"][slot] = tracked.promise.planned_due_s
-            rows["tpot_s"][slot] = slo_class.slo.tpot_s
+            self._write_promise(slot, tracked.promise, slo_class.slo.tpot_s)
+
+    def _write_promise(self, slot: int, promise: Promise, tpot_s: float) -> None:
+        """What a promise says, into a row; ``tpot_s`` is that of its first stage."""
+        row = self.table.rows[slot]
+        row["ttft_due_s"] = row["promised_ttft_due_s"] = promise.planned_due_s
+        row["tpot_s"] = row["promised_tpot_s"] = tpot_s
+        row["answer_due_s"] = promise.planned_answer_due_s
 
     def slots_of(self, request_ids: Iterable[str]) -> SlotArray:
         """Rows of requests by vLLM's id; int64, those that are not known left out."""
@@ -351,7 +358,7 @@ class RequestBook:
         # A broken promise cannot be made up for: a first token that came late, a finished stage that was slow.
         row["missed"] |= not (tracked.first_in_time and tracked.stages_kept)
         if tracked.stage != stage_before:
-            row["tpot_s"] = tracked.stages[tracked.stage].slo.tpot_s
+            row["tpot_s"] = row["promised_tpot_s"] = tracked.stages[tracked.stage].slo.tpot_s
             row["stage_tokens"] = total - tracked.stage_offset
 
 

@@ -20,7 +20,8 @@ def dry_plan(scheduler: Scheduler, control: StepController) -> Exception | None:
     """
     probe = compat.probe_request()
     queue, book = scheduler.waiting, control.book
-    promise = Promise(None, 0, 0.0, float("inf"), float("inf"), 0, 1)
+    never = float("inf")
+    promise = Promise(None, 0, 0.0, never, never, never, never, hint_tokens=0, max_tokens=1)
     scheduler.waiting = compat.queue_of((probe,))
     try:
         control.hits.waits((book.add(probe, promise),))

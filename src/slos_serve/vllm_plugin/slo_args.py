@@ -9,6 +9,7 @@ that changes nothing is worse than an error; other keys belong to others and pas
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -20,6 +21,8 @@ SLO_KEYS = (
     "slo_class",
     "slo_ttft_ms",
     "slo_tpot_ms",
+    "slo_e2e_ms",
+    "slo_due_at",
     "slo_expected_tokens",
     "slo_last_round",
 )
@@ -30,6 +33,7 @@ MAX_NAME_CHARS = 63
 MAX_SESSION_CHARS = 256
 MAX_TENANT_CHARS = 128
 MAX_EXPECTED_TOKENS = 10_000_000
+MAX_UNIX_S = 1e11
 
 HEADER_KEYS: Mapping[str, str] = {
     "x-slo-class": "slo_class",
@@ -37,9 +41,12 @@ HEADER_KEYS: Mapping[str, str] = {
     "x-llm-d-slo-ttft-ms": "slo_ttft_ms",
     "x-slo-tpot-ms": "slo_tpot_ms",
     "x-llm-d-slo-tpot-ms": "slo_tpot_ms",
+    "x-slo-e2e-ms": "slo_e2e_ms",
+    "x-slo-due-at": "slo_due_at",
 }
 SESSION_HEADER = "x-session-id"
 _HEADER_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?")
+_HEADER_TIME = re.compile(r"[0-9]{1,11}(\.[0-9]{1,6})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +55,8 @@ class SloArgs:
 
     Attributes:
         slo_class: class by name; ``None`` takes the server's default.
-        ttft_ms, tpot_ms: the request's own promises in milliseconds, over those of its class.
+        ttft_ms, tpot_ms, e2e_ms: the request's own promises in milliseconds, over those of its class; ``slo_due_at``
+            is an ``e2e_ms`` that is given as a time of day, and the earlier of the two counts.
         expected_tokens: the client's hint of its output length.
         session_id: which conversation or agent loop the request belongs to.
         last_round: no further call of this session follows; its class may name another one for this call.
@@ -58,6 +66,7 @@ class SloArgs:
     slo_class: str | None = None
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    e2e_ms: float | None = None
     expected_tokens: int | None = None
     session_id: str | None = None
     last_round: bool = False
@@ -66,7 +75,7 @@ class SloArgs:
     @property
     def has_numbers(self) -> bool:
         """Whether it brings promises of its own."""
-        return self.ttft_ms is not None or self.tpot_ms is not None
+        return any(value is not None for value in (self.ttft_ms, self.tpot_ms, self.e2e_ms))
 
     def applied(self, classes: ClassSet) -> SLOClass | None:
         """The class it gets among ``classes``; ``None`` when nothing is promised.
@@ -74,11 +83,17 @@ class SloArgs:
         Raises:
             InvalidFieldError: the class is unknown.
         """
-        return classes.resolve(self.slo_class, self.ttft_ms, self.tpot_ms, last_round=self.last_round)
+        return classes.resolve(
+            self.slo_class, self.ttft_ms, self.tpot_ms, e2e_ms=self.e2e_ms, last_round=self.last_round
+        )
 
 
-def from_extra_args(extra_args: Mapping[str, object] | None) -> SloArgs:
+def from_extra_args(extra_args: Mapping[str, object] | None, arrival_at: float | None = None) -> SloArgs:
     """Read the SLO fields of ``vllm_xargs``, which the scheduler sees as ``sampling_params.extra_args``.
+
+    Args:
+        extra_args: fields of the request.
+        arrival_at: Unix seconds at which it came, which ``slo_due_at`` counts from; ``None`` for now.
 
     Raises:
         InvalidFieldError: a ``slo_*`` key is unknown or its value cannot be used.
@@ -96,6 +111,7 @@ def from_extra_args(extra_args: Mapping[str, object] | None) -> SloArgs:
         slo_class=_text(extra_args, "slo_class", MAX_NAME_CHARS),
         ttft_ms=_milliseconds(extra_args, "slo_ttft_ms"),
         tpot_ms=_milliseconds(extra_args, "slo_tpot_ms"),
+        e2e_ms=_complete_answer_ms(extra_args, time.time() if arrival_at is None else arrival_at),
         expected_tokens=_tokens(extra_args, "slo_expected_tokens"),
         session_id=_session(extra_args),
         last_round=_flag(extra_args, "slo_last_round"),
@@ -116,7 +132,11 @@ def header_args(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str | float
         if key is None:
             continue
         text = raw_value.decode("latin-1").strip()
-        value = header_number(name, text) if key.endswith("_ms") else text
+        value: str | float = text
+        if key == "slo_due_at":
+            value = header_time(name, text)
+        elif key.endswith("_ms"):
+            value = header_number(name, text)
         if found.setdefault(key, value) != value:
             raise InvalidFieldError(name, text, f"one value; another header says {found[key]!r}")
     _text(found, "slo_class", MAX_NAME_CHARS, field="x-slo-class")
@@ -130,6 +150,26 @@ def header_number(name: str, text: str) -> float:
         raise InvalidFieldError(name, text, f"milliseconds as digits, in (0, {MAX_LATENCY_MS:g}]")
     value = check_number(name, float(text), low=0.0, high=MAX_LATENCY_MS)
     return int(value) if value.is_integer() else value
+
+
+def header_time(name: str, text: str) -> float:
+    """A header's Unix seconds: digits, with at most one decimal point."""
+    if not _HEADER_TIME.fullmatch(text):
+        raise InvalidFieldError(name, text, "Unix seconds as digits")
+    return float(text)
+
+
+def _complete_answer_ms(args: Mapping[str, object], arrival_at: float) -> float | None:
+    """Milliseconds from arrival to the last token, by whichever of the two fields is the earlier."""
+    own_ms = _milliseconds(args, "slo_e2e_ms")
+    if "slo_due_at" not in args:
+        return own_ms
+    due_at = check_number("slo_due_at", args["slo_due_at"], low=0.0, high=MAX_UNIX_S)
+    within_ms = 1000.0 * (due_at - arrival_at)
+    if not 0.0 < within_ms <= MAX_LATENCY_MS:
+        allowed = f"Unix seconds after now ({arrival_at:.0f}), at most {MAX_LATENCY_MS / 1000.0:g} s after it"
+        raise InvalidFieldError("slo_due_at", args["slo_due_at"], allowed)
+    return within_ms if own_ms is None else min(own_ms, within_ms)
 
 
 def _text(args: Mapping[str, object], key: str, max_chars: int, field: str | None = None) -> str | None:

@@ -23,6 +23,8 @@ class Promise:
         arrival_s: when it reached the server, on the scheduler's clock.
         ttft_due_s: when its first token is due; inf without a TTFT.
         planned_due_s: when the planner has it due: earlier by margins and by its encoder's time.
+        answer_due_s: when its last token is due; inf without such a promise.
+        planned_answer_due_s: when the planner has that due: earlier by a margin.
         hint_tokens: the client's own forecast of its answer; 0 without one.
         max_tokens: most output tokens.
         tenant: in whose budget it counts; ``None`` for nobody's.
@@ -34,6 +36,8 @@ class Promise:
     arrival_s: float
     ttft_due_s: float
     planned_due_s: float
+    answer_due_s: float
+    planned_answer_due_s: float
     hint_tokens: int
     max_tokens: int
     tenant: str | None = None
@@ -134,7 +138,7 @@ class Tracked:
         True when there was one: a first token that comes at ``earliest_s`` would be in time for it.
         """
         for rank, weaker in enumerate(self.first.weaker[self.rank :], self.rank + 1):
-            if weaker.planned_due_s >= earliest_s:
+            if min(weaker.planned_due_s, weaker.planned_answer_due_s) >= earliest_s:
                 self.rank, self.promise = rank, weaker
                 return True
         self.rank, self.promise = 0, self.first
@@ -166,6 +170,11 @@ class Tracked:
             return self.stages_kept
         in_stage = self.seen_tokens - self.stage_offset
         return self.stages_kept and self._stage_kept(in_stage, self.last_token_s)
+
+    def answer_kept(self, now_s: float, *, ended: bool) -> bool:
+        """Whether the complete answer came in time; of one that has not ended: whether that is not yet broken."""
+        last_s = self.last_token_s if ended and self.last_token_s is not None else now_s
+        return last_s <= self.promise.answer_due_s
 
     def ttft_s(self) -> float | None:
         """Measured time to first token of the turn; ``None`` before it."""

@@ -31,9 +31,11 @@ CALL_DTYPE = np.dtype(
         ("next_call", np.int64),  # -1 for the last
         ("own_ttft_ms", np.float64),  # the call's own numbers, nan when its class decides
         ("own_tpot_ms", np.float64),
+        ("own_e2e_ms", np.float64),
         ("ttft_s", np.float64),  # promises in seconds, filled by Workload.bound
         ("tpot_s", np.float64),
         ("next_tpot_s", np.float64),  # of the second stage
+        ("e2e_s", np.float64),  # of the complete answer
         ("acceptance", np.float64),  # probability that a draft token is right
     ]
 )
@@ -88,8 +90,11 @@ class Workload:
                 calls["ttft_s"][rows] = np.inf
             calls["tpot_s"][rows] = slo.tpot_s
             calls["next_tpot_s"][rows] = slo_class.stages[-1].slo.tpot_s
-        own_ttft, own_tpot = calls["own_ttft_ms"], calls["own_tpot_ms"]
-        calls["ttft_s"] = np.where(np.isnan(own_ttft), calls["ttft_s"], own_ttft / 1000.0)
+            calls["e2e_s"][rows] = slo_class.slo.e2e_s
+        own_tpot = calls["own_tpot_ms"]
+        for name in ("ttft", "e2e"):
+            own = calls[f"own_{name}_ms"]
+            calls[f"{name}_s"] = np.where(np.isnan(own), calls[f"{name}_s"], own / 1000.0)
         for name in ("tpot_s", "next_tpot_s"):
             calls[name] = np.where(np.isnan(own_tpot), calls[name], own_tpot / 1000.0)
         return replace(self, calls=calls)
@@ -106,6 +111,6 @@ def empty_calls(count: int) -> CallArray:
     calls = np.zeros(count, dtype=CALL_DTYPE)
     calls["next_call"] = -1
     calls["session"] = np.arange(count)
-    for name in ("own_ttft_ms", "own_tpot_ms", "ttft_s", "tpot_s", "next_tpot_s"):
+    for name in ("own_ttft_ms", "own_tpot_ms", "own_e2e_ms", "ttft_s", "tpot_s", "next_tpot_s", "e2e_s"):
         calls[name] = np.nan
     return calls

@@ -47,6 +47,12 @@ REASONING = SLOClass(
     ),
 )
 
+# What JITServe (NSDI 26) promises: answers within 8 s times 1 to 4 beside a chat of 2 s and 100 ms.
+INTERACTIVE = single_stage("interactive", SLO(ttft_ms=2000.0, tpot_ms=100.0))
+ANSWER_S = 8.0
+ANSWERS = tuple(single_stage(f"answer-{n}", SLO(e2e_ms=1000.0 * ANSWER_S * n)) for n in range(1, 5))
+BATCH = single_stage("batch", SLO(e2e_ms=600_000.0))
+
 LONG_CONTEXT = single_stage("long-context", SLO(ttft_slowdown=LOOSE_SLOWDOWN, tpot_ms=LOOSE_TPOT_MS))
 
 Builder = Callable[[int, Generator], CallArray]
@@ -192,6 +198,18 @@ def mixed(*parts: Builder) -> Builder:
     return build
 
 
+def _with_deadlines(count: int, random: Generator) -> CallArray:
+    """Chats of which every other one has a deadline for its complete answer instead."""
+    calls = from_table("azure_conv_lengths", 1024)(count, random)
+    calls["class_index"] = np.where(random.random(count) < 0.5, 0, random.integers(1, len(ANSWERS) + 1, count))
+    return calls
+
+
+def _batch_with_deadline(count: int, random: Generator) -> CallArray:
+    """Papers to summarize within ten minutes, beside a chat."""
+    return mixed(from_table("azure_conv_lengths", 1024, 0), from_table("arxiv_lengths", 2048, 1))(count, random)
+
+
 def _long_context(count: int, random: Generator) -> CallArray:
     """First turns and their answers; what turns continue is decided by ``share``."""
     calls = empty_calls(count)
@@ -215,6 +233,8 @@ SCENARIOS: dict[str, Scenario] = {
             from_table("azure_conv_lengths", 1024, 2),
         ),
     ),
+    "answers": Scenario((INTERACTIVE, *ANSWERS), _with_deadlines),
+    "batch-with-deadline": Scenario((CHAT, BATCH), _batch_with_deadline),
     "long": Scenario((LONG_CONTEXT,), _long_context, share=continue_turns),
 }
 

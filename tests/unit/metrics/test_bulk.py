@@ -23,12 +23,13 @@ def test_same_as_one_at_a_time(data: st.DataObject, count: int) -> None:
     tpot[random.random(count) < 0.2] = np.inf
     times = [np.cumsum(random.uniform(0.0, 0.1, n)).astype(np.float32) for n in outputs]
     starts = np.concatenate(([0], np.cumsum(outputs)[:-1]))
-    targets = CallTargets(ttft, tpot, following, split)
+    answer = np.where(random.random(count) < 0.5, np.inf, random.uniform(0.1, 0.6, count))
+    targets = CallTargets(ttft, tpot, following, answer, split)
     scores = score_calls(np.concatenate(times), starts, outputs, np.ones(count, dtype=np.bool_), targets)
     for i in range(count):
         stages = (StageTarget(ttft[i], tpot[i]), StageTarget(tpot_s=following[i]))
         two = (0, int(split[i])) if split[i] < outputs[i] else (0,)
-        one = score_request(0.0, times[i], stages, two)
+        one = score_request(0.0, times[i], stages, two, float(answer[i]))
         assert scores.attained[i] == one.attained
         assert scores.strict[i] == one.strict
         np.testing.assert_allclose(scores.ttft_s[i], one.ttft_s, rtol=1e-6)
@@ -37,8 +38,8 @@ def test_same_as_one_at_a_time(data: st.DataObject, count: int) -> None:
 
 
 def test_calls_without_all_tokens_miss() -> None:
-    nothing = np.full(3, np.nan, dtype=np.float32)
-    targets = CallTargets(np.full(1, np.inf), np.full(1, np.inf), np.full(1, np.inf), np.full(1, 3))
+    nothing, never = np.full(3, np.nan, dtype=np.float32), np.full(1, np.inf)
+    targets = CallTargets(never, never, never, never, np.full(1, 3))
     scores = score_calls(nothing, np.zeros(1, dtype=np.int64), np.full(1, 3), np.zeros(1, dtype=np.bool_), targets)
     assert not scores.attained[0] and not scores.strict[0]
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from slos_serve.core.request import Status
+from slos_serve.perf.lengths import LengthForecast
 from slos_serve.planning.demand import SIZES, Demand, build_demand
-from slos_serve.planning.lengths import LengthForecast
 from slos_serve.planning.memory import forecast
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.state import State, peak_blocks

@@ -159,7 +159,8 @@ def test_a_tier_with_a_last_token_deadline_is_due_a_likely_answer_earlier() -> N
     engine = EngineBuilder()
     batch, chat = engine.wait(1000, due_in_s=np.inf, max_tokens=10_000), engine.wait(1000, due_in_s=12.0)
     engine.table.rows["class_index"][batch] = 1
-    chosen = policy(max_tokens=512, alpha_ms=0.0, ttlt_s={1: 20.0})
+    engine.table.rows["answer_due_s"][batch] = engine.now_s + 20.0
+    chosen = policy(max_tokens=512, alpha_ms=0.0)
     assert plan_of(chosen, engine).slots.tolist() == [batch]  # no answer seen: 256 tokens at 50 ms, due in 7.2 s
     for _ in range(100):
         chosen.on_request_done(1, 100, 40)
@@ -171,7 +172,8 @@ def test_the_spread_of_answers_counts_twice() -> None:
     engine = EngineBuilder()
     batch = engine.wait(1000, max_tokens=10_000)
     engine.table.rows["class_index"][batch] = 1
-    chosen = policy(ttlt_s={1: 100.0})
+    engine.table.rows["answer_due_s"][batch] = engine.now_s + 100.0
+    chosen = policy()
     for tokens in (100, 500) * 500:
         chosen.on_request_done(1, 100, tokens)
     engine.table.rows["ttft_due_s"][batch] = np.inf
@@ -185,8 +187,9 @@ def test_a_decode_of_such_a_tier_bounds_steps_only_when_its_deadline_nears() -> 
     engine.table.rows["class_index"][slot] = 1
     engine.wait(5000, due_in_s=60.0)
     # It arrived 10 s ago and has 246 tokens left at 50 ms: 12.3 s.
-    assert plan_of(policy(ttlt_s={1: 100.0}), engine).num_tokens == 2552
-    assert plan_of(policy(ttlt_s={1: 22.35}), engine).num_tokens == 256
+    for within_s, tokens in ((100.0, 2552), (22.35, 256)):
+        engine.table.rows["answer_due_s"][slot] = engine.now_s - 10.0 + within_s
+        assert plan_of(policy(), engine).num_tokens == tokens
 
 
 def test_drafts_are_charged() -> None:
@@ -202,5 +205,3 @@ def test_drafts_are_charged() -> None:
 def test_parameters_out_of_range_are_named() -> None:
     with pytest.raises(InvalidFieldError, match="alpha_ms"):
         policy(alpha_ms=-1.0)
-    with pytest.raises(InvalidFieldError, match="ttlt_s"):
-        policy(ttlt_s={0: 0.0})

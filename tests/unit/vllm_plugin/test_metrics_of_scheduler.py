@@ -66,7 +66,7 @@ def test_labels_are_never_what_a_client_wrote() -> None:
 
 def test_measured_over_promised_and_predicted() -> None:
     metrics = SchedulerMetrics(["chat"], LABELS)
-    metrics.request_done("chat", Verdict.ADMITTED, Kept(False, True, 1.3, 0.6))
+    metrics.request_done("chat", Verdict.ADMITTED, Kept(False, True, ttft_ratio=1.3, tpot_ratio=0.6))
     metrics.request_done("chat", Verdict.BEST_EFFORT, Kept(True, True))
     metrics.answered("chat", 30, 20.0)
     metrics.answered("chat", 30, 0.0)

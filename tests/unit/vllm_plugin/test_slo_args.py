@@ -21,13 +21,14 @@ def test_reads_every_key_and_leaves_others_alone() -> None:
             "slo_class": "chat",
             "slo_ttft_ms": 500,
             "slo_tpot_ms": 20.5,
+            "slo_e2e_ms": 9000,
             "slo_expected_tokens": 128,
             "slo_last_round": 1,
             "session_id": "s-1",
             "kv_transfer_params": {"anything": None},
         }
     )
-    assert args == SloArgs("chat", 500.0, 20.5, 128, "s-1", last_round=True)
+    assert args == SloArgs("chat", 500.0, 20.5, 9000.0, 128, "s-1", last_round=True)
 
 
 @pytest.mark.parametrize("empty", [None, {}, {"other": 1}])
@@ -110,6 +111,28 @@ def test_a_header_that_is_no_number_in_range_is_refused_by_name(text: str) -> No
 def test_a_class_header_is_bounded(name: str) -> None:
     with pytest.raises(InvalidFieldError, match="x-slo-class"):
         header_args([(b"x-slo-class", name.encode())])
+
+
+def test_a_due_time_counts_from_the_arrival_and_the_earlier_of_two_counts() -> None:
+    assert from_extra_args({"slo_due_at": 1_700_000_030.5}, 1_700_000_000.0).e2e_ms == 30_500.0
+    both = {"slo_due_at": 1_700_000_030, "slo_e2e_ms": 12_000.0}
+    assert from_extra_args(both, 1_700_000_000.0).e2e_ms == 12_000.0
+    assert from_extra_args(both, 1_700_000_025.0).e2e_ms == 5000.0
+    assert header_args([(b"x-slo-due-at", b"1700000030.5")]) == {"slo_due_at": 1_700_000_030.5}
+
+
+@pytest.mark.parametrize(
+    "due_at", [1_699_999_999.0, 1_700_000_000.0, 1_700_086_401.0, 0, -5, float("nan"), "soon", True]
+)
+def test_a_due_time_in_the_past_or_too_far_ahead_is_refused(due_at: object) -> None:
+    with pytest.raises(InvalidFieldError, match="slo_due_at"):
+        from_extra_args({"slo_due_at": due_at}, 1_700_000_000.0)
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1e9", "170000003000000", "12.1234567"])
+def test_a_due_time_header_is_digits(text: str) -> None:
+    with pytest.raises(InvalidFieldError, match="x-slo-due-at"):
+        header_args([(b"x-slo-due-at", text.encode())])
 
 
 def test_the_class_applied_follows_request_then_default() -> None:

@@ -31,6 +31,9 @@ def test_rank_correlations_are_kept() -> None:
     np.testing.assert_allclose(np.corrcoef(ranks), load_table("reasoning_lengths")["rank_correlation"], atol=0.05)
 
 
+DEADLINES = ("answers", "batch-with-deadline")
+
+
 @pytest.mark.parametrize("scenario", sorted(SCENARIOS))
 def test_every_scenario_is_well_formed(scenario: str) -> None:
     workload = make_workload(scenario, 2.0, 300, seed=3)
@@ -42,7 +45,9 @@ def test_every_scenario_is_well_formed(scenario: str) -> None:
     assert np.all((calls["first_stage_tokens"] >= 1) & (calls["first_stage_tokens"] <= calls["output_tokens"]))
     assert calls["class_index"].max() < len(workload.classes)
     bound = workload.bound(MODEL).calls
-    assert np.all(bound["ttft_s"] >= 0.2) and np.all(bound["tpot_s"] <= 0.1)
+    complete = np.isfinite(bound["e2e_s"])
+    assert np.all(bound["ttft_s"] >= 0.2) and np.all(bound["tpot_s"][~complete] <= 0.1)
+    assert np.all(np.isinf(bound["tpot_s"][complete])) and complete.any() == (scenario in DEADLINES)
 
 
 def test_same_seed_same_requests_at_every_rate() -> None:

@@ -146,6 +146,7 @@ class FrontDesk:
                 max_tokens=STANDARD_ANSWER_TOKENS,
                 ttft_due_s=slo_class.slo.ttft_s(zero_load_s) - self._config.planner.ttft_margin_s,
                 tpot_s=slo_class.slo.tpot_s,
+                answer_due_s=slo_class.slo.e2e_s - self._config.planner.ttft_margin_s,
                 class_index=self._indices.get(slo_class.name, len(self._indices)),
                 weight=max(slo_class.weight, 1e-6),
             )
@@ -227,15 +228,16 @@ class FrontDesk:
         waited_s = min(max(time.time() - stamp, 0.0), 60.0) if isinstance(stamp, float) else 0.0
         arrival_s, room = now_s - waited_s, max(self._max_model_len - tokens, 1)
         ttft_s = math.inf if slo_class is None else slo_class.slo.ttft_s(self._model.zero_load_s(tokens))
-        index = len(self._indices) + 1
+        index, margin_s = len(self._indices) + 1, self._config.planner.ttft_margin_s
         if slo_class is not None:
             index = self._indices.get(slo_class.name, len(self._indices))
         return RoutingRequest(
             arrival_s=arrival_s,
             prompt_tokens=tokens,
             max_tokens=max(min(getattr(params, "max_tokens", None) or room, room), 1),
-            ttft_due_s=arrival_s + ttft_s - self._config.planner.ttft_margin_s,
+            ttft_due_s=arrival_s + ttft_s - margin_s,
             tpot_s=math.inf if slo_class is None else slo_class.slo.tpot_s,
+            answer_due_s=math.inf if slo_class is None else arrival_s + slo_class.slo.e2e_s - margin_s,
             class_index=index,
             weight=1.0 if slo_class is None else max(slo_class.weight, 1e-6),
             hint_tokens=args.expected_tokens or 0,

@@ -217,6 +217,7 @@ def _enter(
         max_tokens=load.answer_tokens,
         ttft_due_s=LOAD_NOW_S + ttft_s - ttft_margin_s,
         tpot_s=slo_class.slo.tpot_s,
+        answer_due_s=LOAD_NOW_S + slo_class.slo.e2e_s - ttft_margin_s,
         class_index=index,
         weight=max(slo_class.weight, 1e-6),
         max_stall_s=slo_class.max_stall_ms / 1000.0,

@@ -204,6 +204,7 @@ class EngineMirror:
             max_tokens=asked.max_tokens,
             ttft_due_s=asked.ttft_due_s,
             tpot_s=asked.tpot_s,
+            answer_due_s=asked.answer_due_s,
             class_index=asked.class_index,
             weight=asked.weight,
             hint_tokens=asked.hint_tokens,

@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from slos_serve.files.class_file import parse_classes
 from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.vllm_plugin.asgi import Message, Send
 from slos_serve.vllm_plugin.config import PluginConfig
@@ -88,7 +87,7 @@ class Server:
         self, slo_class: str | None, prompt_tokens: int = 200, max_tokens: int = 100, **given: Any
     ) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of a streamed answer."""
-        applied = None if slo_class is None else parse_classes(CLASSES, "classes.yaml").classes[slo_class]
+        applied = None if slo_class is None else self.front.version.classes.classes[slo_class]
         self._sent += 1
         messages: list[Message] = []
 

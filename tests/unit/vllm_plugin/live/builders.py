@@ -63,6 +63,7 @@ class Engine:
             finished=finished,
             ttft_ok=kept,
             tpot_ok=True,
+            e2e_ok=True,
             ttft_s=0.1,
             tpot_s=0.05,
             ttft_ratio=0.5,

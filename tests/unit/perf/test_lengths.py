@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.planning.lengths import EDGES, NUM_BINS, LengthForecast, bin_of, share_left, survives
+from slos_serve.perf.lengths import EDGES, NUM_BINS, LengthForecast, bin_of, share_left, survives
 from tests.builders import EngineBuilder
 
 
