@@ -183,7 +183,8 @@ def metrics_page() -> str:
     """Every series of a server."""
     rows = []
     for registry in (SchedulerMetrics([]).registry, FrontMetrics([], EngineLabels()).registry):
-        for collector in list(registry._collector_to_names):
+        collectors: list[Any] = list(registry._collector_to_names)
+        for collector in collectors:
             family = next(iter(collector.describe()))
             labels = getattr(collector, "_labelnames", ())
             own = [f"`{label}`" for label in labels if label not in COMMON]
@@ -212,7 +213,8 @@ def cli_page() -> str:
 Every command ends with 0 (done), 1 (it ran and failed, or found something wrong), 2 (nothing was run: the command line,
 a file or a variable cannot be used) or 130 (interrupted).
 """
-    context = click.Context(get_command(app), info_name="slos-serve")
+    whole: Any = get_command(app)  # typer has a copy of click of its own, with types of its own
+    context = click.Context(whole, info_name="slos-serve")
     for name in COMMANDS:
         for words, command in _commands(context, name):
             page += f"\n## {words}\n\n{_help_of(command)}\n" + _options(command)
