@@ -169,6 +169,8 @@ def _print(outcome: Outcome, title: str, speed: dict[str, Any]) -> None:
     table.add_row("every token in time", f"{100 * outcome.strict:.1f} %")
     if outcome.admitted:
         table.add_row("of the admitted", f"{outcome.admitted_attained} of {outcome.admitted}")
+    if outcome.second_best:
+        table.add_row("of the second best", f"{outcome.second_best_attained} of {outcome.second_best}")
     for name, share in outcome.by_class.items():
         strict = 100 * outcome.strict_by_class[name]
         table.add_row(f"class {name}", f"{100 * share:.1f} % of calls, every token in time {strict:.1f} %")

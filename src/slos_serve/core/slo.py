@@ -19,6 +19,8 @@ MAX_LATENCY_MS = 86_400_000.0
 MAX_WEIGHT = 1000.0
 MAX_CLASSES = 32
 MAX_OTHERWISE = 4
+# What a kept weaker promise is worth, of the first one: those who can have their first promise come first.
+WEAKER_WEIGHT = 0.1
 DEFAULT_TTFT_FLOOR_MS = 200.0
 DEFAULT_MAX_STALL_MS = 2000.0
 NO_SLO_CLASS = "none"
@@ -161,10 +163,11 @@ class SLOClass:
         return (self, *(self._weakened(slo) for slo in self.otherwise))
 
     def _weakened(self, slo: SLO) -> SLOClass:
-        """The same class with ``slo`` for its first stage, and the pace of it for every stage."""
+        """The same class with ``slo`` for its first stage, the pace of it for every stage, and less weight."""
         first, *later = self.stages
         stages = [replace(stage, slo=SLO(tpot_ms=slo.tpot_ms)) for stage in later]
-        return replace(self, stages=(replace(first, slo=slo), *stages), otherwise=())
+        weight = WEAKER_WEIGHT * self.weight
+        return replace(self, stages=(replace(first, slo=slo), *stages), weight=weight, otherwise=())
 
     def with_overrides(
         self, ttft_ms: float | None = None, tpot_ms: float | None = None, e2e_ms: float | None = None

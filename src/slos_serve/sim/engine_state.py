@@ -10,6 +10,7 @@ import numpy as np
 
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestTable, SlotArray, Status
+from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.sim import step as rules
 from slos_serve.sim.block_cache import empty_cache, look_up, with_room
 from slos_serve.sim.faults import PlanFaultError
@@ -184,6 +185,36 @@ class EngineState:
         self.num_waiting = len(kept)
         for slot in slots:
             self._remove(int(slot))
+
+    def fall_back(self, slots: SlotArray, earliest_s: float, batch_time: BatchTimeModel) -> None:
+        """Promises that were given up before a first token: ask for the class's next weaker one that can still be kept.
+
+        Args:
+            slots: whose promises were given up.
+            earliest_s: when a first token can come at the earliest.
+            batch_time: what a TTFT given as a slowdown is a multiple of.
+        """
+        rows, recording = self.view.table.rows, self._recording
+        waits = (rows["output_tokens"][slots] == 0) & (rows["status"][slots] == Status.BEST_EFFORT)
+        for slot in slots[waits].tolist():
+            call = int(self.slots.call_of[slot])
+            promises = self._classes[int(self.calls["class_index"][call])].promises
+            arrival_s, rank = self.arrivals_s[call], int(recording.calls["rank"][call])
+            for position in range(rank + 1, len(promises)):
+                slo, prompt_tokens = promises[position].slo, int(self.calls["prompt_tokens"][call])
+                promise = slo.ttft_s(batch_time.zero_load_s(prompt_tokens)), slo.tpot_s, slo.e2e_s
+                if arrival_s + min(promise[0], promise[2]) >= earliest_s:
+                    recording.calls["rank"][call], recording.weaker[call] = position, promise
+                    self._ask_for(slot, arrival_s, promise, promises[position].weight)
+                    break
+
+    def _ask_for(self, slot: int, arrival_s: float, promise: tuple[float, float, float], weight: float) -> None:
+        row = self.view.table.rows[slot]
+        row["weight"] = weight
+        row["ttft_due_s"] = row["promised_ttft_due_s"] = arrival_s + promise[0]
+        row["tpot_s"] = row["promised_tpot_s"] = promise[1]
+        row["answer_due_s"] = arrival_s + promise[2]
+        row["status"] = Status.UNDECIDED
 
     # ------------------------------------------------------------------------------------------------- a step
 

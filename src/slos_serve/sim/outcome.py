@@ -32,7 +32,8 @@ class Outcome:
     """A run in numbers; counts are of requests (sessions), times of completed calls.
 
     Attributes:
-        requests, attained, admitted, admitted_attained, rejected, unfinished: counts.
+        requests, attained, admitted, admitted_attained, rejected, unfinished: counts; of the first promise of a class.
+        second_best, second_best_attained: requests that were made a weaker promise of their class, and that kept it.
         attainment, low, high: share attained and its Wilson 95 % interval.
         strict: share whose every token was in time.
         by_class, strict_by_class: class -> share of its calls that attained, and with every token in time.
@@ -51,6 +52,8 @@ class Outcome:
     attained: int
     admitted: int
     admitted_attained: int
+    second_best: int
+    second_best_attained: int
     demoted: int
     rejected: int
     unfinished: int
@@ -79,17 +82,28 @@ class Outcome:
 
 
 def score(recording: Recording) -> CallScores:
-    """Scores of every call."""
+    """Scores of every call, held to the first promise of its class."""
     calls = recording.workload.calls
-    targets = CallTargets(
-        np.ascontiguousarray(calls["ttft_s"]),
-        np.ascontiguousarray(calls["tpot_s"]),
-        np.ascontiguousarray(calls["next_tpot_s"]),
-        np.ascontiguousarray(calls["e2e_s"]),
-        np.ascontiguousarray(calls["first_stage_tokens"]),
-    )
+    names = ("ttft_s", "tpot_s", "next_tpot_s", "e2e_s")
+    return _score(recording, *(np.ascontiguousarray(calls[name]) for name in names))
+
+
+def score_given(recording: Recording) -> CallScores:
+    """Scores of every call, held to the promise that it asked for last."""
+    calls = recording.workload.calls
+    ttft_s, tpot_s, next_tpot_s, e2e_s = (calls[name].copy() for name in ("ttft_s", "tpot_s", "next_tpot_s", "e2e_s"))
+    for call, promise in recording.weaker.items():
+        ttft_s[call], tpot_s[call], e2e_s[call] = promise
+        next_tpot_s[call] = promise[1]
+    return _score(recording, ttft_s, tpot_s, next_tpot_s, e2e_s)
+
+
+def _score(recording: Recording, *targets: NDArray[np.float64]) -> CallScores:
+    calls = recording.workload.calls
+    ttft_s, tpot_s, next_tpot_s, e2e_s = targets
+    promised = CallTargets(ttft_s, tpot_s, next_tpot_s, e2e_s, np.ascontiguousarray(calls["first_stage_tokens"]))
     outputs = np.ascontiguousarray(calls["output_tokens"])
-    return score_calls(recording.token_s, recording.token_start, outputs, recording.completed, targets)
+    return score_calls(recording.token_s, recording.token_start, outputs, recording.completed, promised)
 
 
 def summarize_run(recording: Recording, measured: NDArray[np.bool_] | None = None) -> Outcome:
@@ -100,7 +114,10 @@ def summarize_run(recording: Recording, measured: NDArray[np.bool_] | None = Non
     chosen = np.ones(count, dtype=np.bool_) if measured is None else measured
     attained = requests_attained(scores.attained, session, count)
     strict = requests_attained(scores.strict, session, count)
-    admitted = requests_attained(recording.calls["admitted"] == 1, session, count)
+    promised, weaker = recording.calls["admitted"] == 1, recording.calls["rank"] > 0
+    admitted = requests_attained(promised & ~weaker, session, count)
+    second_best = requests_attained(promised, session, count) & ~requests_attained(~weaker, session, count)
+    kept = requests_attained(score_given(recording).attained, session, count) if weaker.any() else attained
     finished = requests_attained(scores.completed, session, count)
     rejected = ~requests_attained(~recording.rejected, session, count)
     demoted = ~requests_attained(recording.calls["demoted"] == 0, session, count)
@@ -114,6 +131,8 @@ def summarize_run(recording: Recording, measured: NDArray[np.bool_] | None = Non
         attained=int(attained[chosen].sum()),
         admitted=int(admitted[chosen].sum()),
         admitted_attained=int((admitted & attained)[chosen].sum()),
+        second_best=int(second_best[chosen].sum()),
+        second_best_attained=int((second_best & kept)[chosen].sum()),
         demoted=int(demoted[chosen].sum()),
         rejected=int(rejected[chosen].sum()),
         unfinished=int((~finished & ~rejected)[chosen].sum()),

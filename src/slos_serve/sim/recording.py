@@ -21,6 +21,7 @@ CALL_RECORD_DTYPE = np.dtype(
         ("outcome", np.int32),  # PENDING, COMPLETED, REJECTED, LOST of sim.step
         ("admitted", np.int32),  # 1 when a promise was made to it
         ("demoted", np.int32),  # 1 when a promise made was taken back
+        ("rank", np.int32),  # which of its class's promises it asks for or was made: 0 the first, then the weaker ones
         ("preemptions", np.int32),
         ("cached_tokens", np.int32),  # prompt tokens that a prefix cache supplied
         ("output_tokens", np.int64),  # tokens that came
@@ -75,6 +76,8 @@ class Recording:
         end_s: virtual time at the end.
         num_steps, num_preemptions, num_empty_plans, num_no_room: counts over all replicas.
         num_recomputed: tokens computed again after a preemption.
+        weaker: call -> seconds of the weaker promise that it asks for or was made: first token, per output token, last
+            token.
         num_drafted, num_accepted: draft tokens verified, and those that were right; verifications that ended an answer
             are left out.
         stopped_early: the run was cut short because its attainment could no longer reach what was asked.
@@ -91,6 +94,7 @@ class Recording:
     num_empty_plans: int = 0
     num_no_room: int = 0
     num_recomputed: int = 0
+    weaker: dict[int, tuple[float, float, float]] = field(default_factory=dict)
     num_drafted: int = 0
     num_accepted: int = 0
     stopped_early: bool = False

@@ -55,6 +55,7 @@ class Replica:
         self._recording = recording
         self._settings = settings
         self._state = EngineState(limits, recording, prefill_only, settings.oracle_lengths)
+        self._offers_weaker = any(slo_class.otherwise for slo_class in recording.workload.classes)
         self._factors = StepFactors(settings.error, settings.seed, index)
         self._empty_plans = 0
         self._unseen: list[int] = []
@@ -149,7 +150,7 @@ class Replica:
         except PlanFaultError as error:
             raise self._fault(now_s, str(error)) from error
         if len(plan.slots) == 0:
-            self._commit(plan, plan.slots)
+            self._commit(now_s, plan, plan.slots)
             self._idle(now_s)
             return None
         broken = state.check(plan)
@@ -177,7 +178,7 @@ class Replica:
         self._recording.num_no_room += totals[rules.NO_ROOM]
         self._recording.num_recomputed += totals[rules.RECOMPUTED]
         self._step_count = totals[rules.NUM_SEQS]
-        self._commit(plan, self._state.slots.step_slots[: self._step_count])
+        self._commit(now_s, plan, self._state.slots.step_slots[: self._step_count])
         if self._step_count == 0:
             self._idle(now_s)
             return None
@@ -241,8 +242,8 @@ class Replica:
             self.policy.on_request_done(int(row["class_index"]), int(row["prompt_tokens"]), int(row["output_tokens"]))
         return call
 
-    def _commit(self, plan: StepPlan, ran: SlotArray) -> None:
-        """Let the policy make its promises, and record them."""
+    def _commit(self, now_s: float, plan: StepPlan, ran: SlotArray) -> None:
+        """Let the policy make its promises, and record them; who lost one asks for a weaker one, where there is any."""
         self.policy.commit(plan, self.view, ran)
         if not len(plan.admitted) and not len(plan.demoted):
             return
@@ -250,6 +251,8 @@ class Replica:
         promised = plan.admitted[status[plan.admitted] == Status.ADMITTED]
         calls["admitted"][call_of[promised]] = 1
         calls["demoted"][call_of[plan.demoted]] = 1
+        if len(plan.demoted) and self._offers_weaker:
+            self._state.fall_back(plan.demoted, now_s + plan.predicted_s, self._batch_time)
 
     def die(self) -> tuple[list[int], list[int]]:
         """Stop for good; returns the calls that had not begun to stream, and those that had (lost)."""

@@ -100,7 +100,7 @@ class RequestBook:
         row["max_tokens"] = promise.max_tokens
         row["expected_tokens"] = min(promise.hint_tokens, promise.max_tokens) or promise.max_tokens
         row["hint_tokens"] = promise.hint_tokens
-        self._write_promise(tracked.slot, promise, tpot_s)
+        self._write_promise(tracked.slot, promise)
         row["class_index"] = promise.class_index
         row["stage_start_s"] = np.nan
         row["stage_tokens"] = row["output_tokens"] = 0
@@ -254,16 +254,15 @@ class RequestBook:
             if not tracked.first.weaker:
                 continue
             rows["status"][slot] = Status.UNDECIDED if tracked.fall_back(earliest_s) else Status.BEST_EFFORT
-            slo_class = tracked.promise.slo_class
-            assert slo_class is not None  # only promises have weaker ones
-            self._write_promise(slot, tracked.promise, slo_class.slo.tpot_s)
+            self._write_promise(slot, tracked.promise)
 
-    def _write_promise(self, slot: int, promise: Promise, tpot_s: float) -> None:
-        """What a promise says, into a row; ``tpot_s`` is that of its first stage."""
-        row = self.table.rows[slot]
+    def _write_promise(self, slot: int, promise: Promise) -> None:
+        """What a promise says of its first stage, into a row."""
+        row, slo_class = self.table.rows[slot], promise.slo_class
         row["ttft_due_s"] = row["promised_ttft_due_s"] = promise.planned_due_s
-        row["tpot_s"] = row["promised_tpot_s"] = tpot_s
+        row["tpot_s"] = row["promised_tpot_s"] = slo_class.slo.tpot_s if slo_class else np.inf
         row["answer_due_s"] = promise.planned_answer_due_s
+        row["weight"] = max(slo_class.weight, 1e-6) if slo_class else 1.0
 
     def slots_of(self, request_ids: Iterable[str]) -> SlotArray:
         """Rows of requests by vLLM's id; int64, those that are not known left out."""
