@@ -20,7 +20,7 @@ demo: setup  ## serve the same requests with stock vLLM and with SLOs-Serve, and
 test: setup  ## run every test but those of `make test-long` (ARGS="-m 'not engine'" leaves out those that start a real engine)
 	$(PY) -m pytest $(ARGS)
 
-test-long: setup  ## what `make test` leaves out: two engines under Ray Serve, one of them killed; drafts and refusals on a real engine
+test-long: setup  ## what `make test` leaves out: two engines under Ray Serve, one of them killed; drafts, refusals and tenants on a real engine; the live page in Chromium
 	$(PY) -m pytest -m long $(ARGS)
 
 lint: setup  ## ruff, mypy --strict, import-linter

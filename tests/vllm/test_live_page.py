@@ -25,7 +25,10 @@ from tests.browser import CHROMIUM, DRIVER, Browser
 from tests.vllm.dry_load import starting
 from tests.vllm.live_site import LiveSite
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="wants chromium and chromium-driver")
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None or DRIVER is None, reason="wants chromium and chromium-driver"),
+    pytest.mark.long,
+]
 
 REFRESH_S = 1.0
 # A refresh of the page, a round of the engine's feed, and what the two threads of this process take from each other.

@@ -216,6 +216,7 @@ main(parser.parse_args())
 """
 
 
+@pytest.mark.long
 def test_vllms_own_benchmark_runs(server: ServerProcess, tmp_path: Path, cpu_model: str) -> None:
     result = tmp_path / "bench.json"
     command = [sys.executable, "-c", VLLM_BENCH, "--backend", "openai"]

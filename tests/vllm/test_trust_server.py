@@ -19,7 +19,7 @@ from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.identity import device_name
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.long]
 TRUST = """
 classes:
   gold: {ttft_ms: 20000, tpot_ms: 5000}
