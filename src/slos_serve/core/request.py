@@ -28,10 +28,10 @@ class Status(IntEnum):
 REQUEST_DTYPE = np.dtype(
     [
         ("arrival_s", np.float64),
-        ("ttft_due_s", np.float64),  # when the plan has the first token due; inf without a promise
-        ("tpot_s", np.float64),  # time per output token as planned, of the current stage; inf without a promise
-        ("promised_ttft_due_s", np.float64),  # what the promise itself says; the plan may ask for more, to keep
-        ("promised_tpot_s", np.float64),  # the deadline of the complete answer
+        ("ttft_due_s", np.float64),  # when the plan has the first token due: as promised, or earlier for answer_due_s
+        ("tpot_s", np.float64),  # of the current stage, as planned: as promised, or shorter for answer_due_s
+        ("promised_ttft_due_s", np.float64),  # when the first token is due; inf without a TTFT promise
+        ("promised_tpot_s", np.float64),  # of the current stage; inf without a TPOT promise
         ("answer_due_s", np.float64),  # when the last token is due; inf without such a promise
         ("stage_start_s", np.float64),  # when its first token came (predicted while in flight); nan before
         ("last_token_s", np.float64),  # when the newest token came or will come; arrival_s before the first
