@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from slos_serve.cli.main import COMMANDS, app
 from slos_serve.core.slo import MAX_LATENCY_MS
+from slos_serve.core.tasks import MAX_TASK_CALLS
 from slos_serve.core.verdict import SENTENCES, Verdict
 from slos_serve.files.class_schema import class_file_schema
 from slos_serve.vllm_plugin.front.metrics import FrontMetrics
@@ -104,8 +105,10 @@ REQUEST_FIELDS = {
     "slo_tpot_ms": "Milliseconds per output token, for every stage of this request.",
     "slo_e2e_ms": "Milliseconds from the arrival to the last token of this request.",
     "slo_due_at": "When the last token is due, in Unix seconds; the earlier counts where `slo_e2e_ms` is given too.",
+    "slo_task_ms": "Milliseconds for a whole task: from the first call of a `session_id` to the end of its last.",
+    "slo_task_calls": f"Whole number, 1 to {MAX_TASK_CALLS:,}: a hint of how many calls the task has.",
     "slo_expected_tokens": f"Whole number, 1 to {MAX_EXPECTED_TOKENS:,}: a hint of the answer's length.",
-    "slo_last_round": "0 or 1: no further call of this session follows (`last_round` of its class).",
+    "slo_last_round": "0 or 1: no further call of this session follows (`last_round` of its class); its task ends.",
     "session_id": "Conversation or agent loop that this call belongs to (vLLM's own key); "
     f"1 to {MAX_SESSION_CHARS} characters in the header.",
 }
@@ -115,6 +118,7 @@ RESPONSE_HEADERS = {
     "x-slo-ttft-slowdown": "First-token promise as a multiple of the prompt's time alone, when it is one.",
     "x-slo-tpot-ms": "Time per output token promised in the first stage.",
     "x-slo-e2e-ms": "Time from the arrival to the last token promised.",
+    "x-slo-task-ms": "Time promised to the whole task.",
     "x-slo-denied": "Why a request is served without the promise it asked for: `class`, `numbers` or `promises`; "
     "see [who may ask](promises.md#who-may-ask).",
     "x-slo-verdict": "What the request is given; see below.",
@@ -123,6 +127,8 @@ RESPONSE_HEADERS = {
     "x-slo-rank": "Which promise of `otherwise` a `second-best` request is given; 1 is the first one.",
     "x-slo-target-ttft-ms": "First-token promise of this request in milliseconds.",
     "x-slo-target-tpot-ms": "Time per output token promised to this request in the first stage.",
+    "x-slo-target-e2e-ms": "What this call may take of its task: from its arrival to its last token.",
+    "x-slo-task-left-ms": "What was left of the task when this call came.",
     "x-slo-predicted-ttft-ms": "Predicted time to first token of an admitted request.",
     "x-slo-predicted-tpot-ms": "Predicted time per output token of an admitted request.",
 }

@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 from scripts.render_reference import PAGES, REQUEST_FIELDS, RESPONSE_HEADERS
 from slos_serve.cli.main import COMMANDS, app
 from slos_serve.core.slo import SLO, ClassSet, WhenFull, single_stage
+from slos_serve.core.tasks import TaskPromise, with_task
 from slos_serve.core.trust import Denied
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.files.class_file import load_classes, parse_classes
+from slos_serve.perf.tasks import CallDue, TaskKey
 from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.front.answers import verdict_headers
 from slos_serve.vllm_plugin.front.desk import Judged
@@ -41,7 +43,7 @@ def test_a_generated_page_is_what_the_code_says(page: str) -> None:
 def test_the_page_of_headers_has_every_field_and_header() -> None:
     assert set(REQUEST_FIELDS) == {*SLO_KEYS, SESSION_KEY} >= set(HEADER_KEYS.values())
     classes = [
-        single_stage("a", SLO(ttft_ms=1.0, tpot_ms=1.0, e2e_ms=1.0)),
+        with_task(single_stage("a", SLO(ttft_ms=1.0, tpot_ms=1.0, e2e_ms=1.0)), TaskPromise(1.0)),
         single_stage("b", SLO(ttft_slowdown=2.0)),
         None,
     ]
@@ -53,6 +55,7 @@ def test_the_page_of_headers_has_every_field_and_header() -> None:
         Answer(Verdict.SECOND_BEST, Why.FITS, 1.0, 1.0, rank=1),
         classes[0],
         ttft_target_s=1.0,
+        call=CallDue(TaskKey("", "s"), 1, 1.0, 1.0, 1.0, 1),
     )
     told = {name.decode() for name, _ in (*verdict_headers(judged), denied_header(Denied.CLASS))}
     assert set(RESPONSE_HEADERS) == sent | told

@@ -11,9 +11,10 @@
           - {tpot_ms: 100}                        # the answer
 
 A class without promises (``batch: {}``) is a name for best effort. ``tpot_ms`` of a class holds for each of its stages
-that gives none; ``e2e_ms`` is the time of the complete answer. ``when_full: reject`` refuses a request that cannot be
-promised now with 429, ``reject_503`` with 503 (``best_effort``, the default, serves it all the same);
-``last_round: chat`` gives the call that a client marks as its session's last the promises of another class. The section
+that gives none; ``e2e_ms`` is the time of the complete answer, ``task_ms`` that of a whole task of several calls.
+``when_full: reject`` refuses a request that cannot be promised now with 429, ``reject_503`` with 503 (``best_effort``,
+the default, serves it all the same); ``last_round: chat`` gives the call that a client marks as its session's last the
+promises of another class. The section
 ``scheduler:`` sets the planner's settings (docs/settings.md), ``trust:`` says who may ask for what and ``map:`` which
 class a field of others stands for (docs/promises.md).
 Nothing is guessed: an unknown key, a key given twice or a number out of range is an error that names the file, the
@@ -43,6 +44,7 @@ from slos_serve.core.slo import (
     WhenFull,
     check_number,
 )
+from slos_serve.core.tasks import TaskPromise, check_calls, with_task
 from slos_serve.core.tiers import TierMap
 from slos_serve.core.trust import Trust
 from slos_serve.files.trust_section import TrustReader
@@ -51,6 +53,8 @@ from slos_serve.planning.settings import RANGES, WHOLE, PlannerSettings
 
 CUSTOM_CLASS = "custom"
 MAX_STAGES = 16
+# What time between the calls of a task does: the first counts it.
+PAUSES = ("count", "free")
 MAX_STAGE_TOKENS = MOST_WHOLE
 _TOP_KEYS = ("classes", "default_class", "map", "max_stall_ms", "scheduler", "trust")
 _CLASS_KEYS = (
@@ -59,6 +63,9 @@ _CLASS_KEYS = (
     "ttft_floor_ms",
     "tpot_ms",
     "e2e_ms",
+    "task_ms",
+    "task_calls",
+    "task_pauses",
     "weight",
     "max_stall_ms",
     "stages",
@@ -186,8 +193,9 @@ class _FileReader(NodeReader):
         stall_ms = self._number(keys, field, "max_stall_ms", MAX_LATENCY_MS)
         when_full = self._when_full(keys, field)
         otherwise = self._otherwise(keys["otherwise"], f"{field}.otherwise") if "otherwise" in keys else ()
+        task = self._task(keys, field)
         try:
-            return SLOClass(
+            found = SLOClass(
                 name=name,
                 stages=stages,
                 weight=1.0 if weight is None else weight,
@@ -196,8 +204,32 @@ class _FileReader(NodeReader):
                 last_round=self._name_of(keys["last_round"], f"{field}.last_round") if "last_round" in keys else None,
                 otherwise=otherwise,
             )
+            if task is None:
+                return found
+            if otherwise:
+                raise InvalidFieldError(f"{field}.otherwise", "task_ms", "no weaker promises beside task_ms")
+            return with_task(found, task)
         except InvalidFieldError as error:
             raise self._placed(error, node) from None
+
+    def _task(self, keys: Mapping[str, yaml.Node], field: str) -> TaskPromise | None:
+        task_ms = self._number(keys, field, "task_ms", MAX_LATENCY_MS)
+        if task_ms is None:
+            for key in ("task_calls", "task_pauses"):
+                if key in keys:
+                    raise InvalidFieldError(
+                        f"{field}.{key}", "no task_ms", "only beside task_ms", self._where(keys[key])
+                    )
+            return None
+        calls = self._scalar(keys["task_calls"]) if "task_calls" in keys else None
+        known = (
+            check_calls(f"{field}.task_calls", calls, self._where(keys["task_calls"])) if calls is not None else None
+        )
+        pauses = self._name_of(keys["task_pauses"], f"{field}.task_pauses") if "task_pauses" in keys else PAUSES[0]
+        if pauses not in PAUSES:
+            allowed = f"one of {list(PAUSES)}"
+            raise InvalidFieldError(f"{field}.task_pauses", pauses, allowed, self._where(keys["task_pauses"]))
+        return TaskPromise(task_ms, known, pauses == PAUSES[0])
 
     def _otherwise(self, node: yaml.Node, field: str) -> tuple[SLO, ...]:
         """Weaker promises, in the order in which they are asked for."""

@@ -17,9 +17,10 @@ from slos_serve.core.slo import (
     MAX_WEIGHT,
     WhenFull,
 )
+from slos_serve.core.tasks import MAX_TASK_CALLS
 from slos_serve.core.tiers import BODY_FIELDS, MAX_MAPPED
 from slos_serve.core.trust import MAX_PER_MINUTE, MAX_TENANTS, WhenDenied
-from slos_serve.files.class_file import MAX_STAGE_TOKENS, MAX_STAGES
+from slos_serve.files.class_file import MAX_STAGE_TOKENS, MAX_STAGES, PAUSES
 from slos_serve.files.trust_section import DIGEST_PATTERN, HEADER_PATTERN
 from slos_serve.planning.settings import RANGES, WHOLE, PlannerSettings
 
@@ -32,6 +33,9 @@ _WHEN_FULL = (
     "(reject) or 503 (reject_503) and Retry-After."
 )
 _LAST_ROUND = "Class that a call gets instead when the client marks it as its session's last (slo_last_round)."
+_TASK = "The whole task, all calls of a session_id, within this many milliseconds of its first call."
+_TASK_CALLS = "How many calls a task has, where that is known; else it is learnt."
+_TASK_PAUSES = "Time between a task's calls, in tools: it counts (count) or only time in the server does (free)."
 _ONE_TTFT = {
     "not": {"required": ["ttft_ms", "ttft_slowdown"]},
     "dependentRequired": {"ttft_floor_ms": ["ttft_slowdown"]},
@@ -84,6 +88,9 @@ def _class_schema() -> dict[str, Any]:
                     **_ONE_TTFT,
                 },
             },
+            "task_ms": {**_MS, "description": _TASK},
+            "task_calls": {"type": "integer", "minimum": 1, "maximum": MAX_TASK_CALLS, "description": _TASK_CALLS},
+            "task_pauses": {"enum": list(PAUSES), "default": PAUSES[0], "description": _TASK_PAUSES},
             "weight": {
                 "type": "number",
                 "exclusiveMinimum": 0,
@@ -106,7 +113,8 @@ def _class_schema() -> dict[str, Any]:
                 "description": "Decode stages in order, for answers that think first. The last one runs to the end.",
             },
         },
-        **_ONE_TTFT,
+        "not": {"anyOf": [_ONE_TTFT["not"], {"required": ["task_ms", "otherwise"]}]},
+        "dependentRequired": {**_ONE_TTFT["dependentRequired"], "task_calls": ["task_ms"], "task_pauses": ["task_ms"]},
     }
 
 

@@ -14,8 +14,11 @@ from vllm.logger import init_logger
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.request import Status
 from slos_serve.core.slo import SLOClass
+from slos_serve.core.tasks import task_of
 from slos_serve.core.trust import DeniedError, Quotas
 from slos_serve.core.verdict import Verdict, Why
+from slos_serve.files.class_file import CUSTOM_CLASS
+from slos_serve.perf.tasks import CallAsked, TaskBook, TaskEnded, TaskKey
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.class_versions import ClassVersions
 from slos_serve.vllm_plugin.config import PluginConfig
@@ -52,11 +55,13 @@ class RequestDesk:
         self._settings = settings
         self._stop_strings = stop_strings
         self._versions = ClassVersions(settings.classes, front)
+        self._class_names = {index: slo_class.name for index, slo_class in enumerate(settings.classes)}
         self._class_indices = {slo_class.name: index for index, slo_class in enumerate(settings.classes)}
         # Lengths that the telemetry thread found to be of finished answers: (class index, prompt, output tokens).
         self._found: deque[tuple[int, int, int]] = deque()
         self._refused: dict[str, int] = {}
         self._quotas = Quotas(settings.trust)
+        self._tasks = TaskBook(control.policy.model.zero_load_s)
         self._seal: Seal | None = None
         if settings.trust.knows_tenants:
             self._seal = seal_of(os.environ, may_make=settings.publish_to is None)
@@ -66,7 +71,7 @@ class RequestDesk:
     def entered(self, request: Request) -> None:
         """vLLM has taken a new request in."""
         control = self._control
-        promise = self._promise_of(request, request.num_prompt_tokens)
+        promise = self._with_task(request, *self._promise_of(request, request.num_prompt_tokens))
         needs, most_tokens = control.limits.needs, request.num_prompt_tokens + promise.max_tokens
         fixed = needs.fixed_blocks(most_tokens)
         decoding = needs.decode_blocks(most_tokens) if needs.shrinks else fixed
@@ -82,7 +87,8 @@ class RequestDesk:
         if tracked is None or compat.is_parked(request):
             return
         chunk_tokens = max(request.num_prompt_tokens - request.num_computed_tokens, 1)
-        self._control.book.begin_turn(tracked, self._promise_of(request, chunk_tokens))
+        promise, _ = self._promise_of(request, chunk_tokens)
+        self._control.book.begin_turn(tracked, promise)
         self._control.queues.changed()
 
     def turns_begun(self) -> None:
@@ -91,7 +97,8 @@ class RequestDesk:
             if tracked.request.num_prompt_tokens != tracked.turn_prompt_tokens:
                 self.continued(tracked.request)
 
-    def _promise_of(self, request: Request, new_tokens: int) -> Promise:
+    def _promise_of(self, request: Request, new_tokens: int) -> tuple[Promise, SloArgs]:
+        """What it is promised by itself, and what it asks for."""
         extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
         asked, slo_class, tenant = self._granted(extra_args, new_tokens, request.arrival_time)
         # The front end stamps arrivals on the wall clock; only a difference on that same clock is carried over.
@@ -99,7 +106,33 @@ class RequestDesk:
         arrival_s = self._control.now_s() - waited_s
         first, *weaker = [None] if slo_class is None else slo_class.promises
         several = [self._one_promise(request, asked, one, new_tokens, arrival_s) for one in (first, *weaker)]
-        return replace(several[0], tenant=tenant, weaker=tuple(several[1:]))
+        return replace(several[0], tenant=tenant, weaker=tuple(several[1:])), asked
+
+    def _with_task(self, request: Request, promise: Promise, asked: SloArgs) -> Promise:
+        """The promise of a call of a task: its answer is due when its share of the task is over."""
+        task = task_of(promise.slo_class)
+        if task is None or asked.session_id is None or request.resumable:
+            return promise
+        call, ended = self._tasks.begin(
+            TaskKey(promise.tenant or "", asked.session_id),
+            CallAsked(
+                task=task,
+                class_index=promise.class_index,
+                arrival_s=promise.arrival_s,
+                prompt_tokens=request.num_prompt_tokens,
+                max_tokens=promise.max_tokens,
+                hint_tokens=promise.hint_tokens,
+            ),
+        )
+        self._tasks_ended(ended)
+        margin_s = self._settings.planner.ttft_margin_s
+        return replace(
+            promise,
+            call=call,
+            last_call=asked.last_round,
+            answer_due_s=min(promise.answer_due_s, call.task_due_s),
+            planned_answer_due_s=min(promise.planned_answer_due_s, call.due_s - margin_s),
+        )
 
     def _one_promise(
         self, request: Request, asked: SloArgs, slo_class: SLOClass | None, new_tokens: int, arrival_s: float
@@ -166,6 +199,7 @@ class RequestDesk:
         if tracked.promise.slo_class is not None:
             self._quotas.used(now_s, tracked.first.tenant, request.num_output_tokens)
         outcome = self._outcome(tracked, ended, now_s)
+        self._call_ended(tracked, outcome, now_s)
         book.remove(request.request_id)
         control.forget(tracked)
         stop = stop_strings_of(request)
@@ -178,6 +212,28 @@ class RequestDesk:
         if ended in ("stop", "length"):
             control.policy.on_request_done(*lengths)
         control.telemetry.post(control.recorder.request_done, outcome, time.time())
+
+    def _call_ended(self, tracked: Tracked, outcome: Outcome, now_s: float) -> None:
+        """A call of a task left. One that a stop string may have cut is taken for whole."""
+        call = tracked.first.call
+        if call is None:
+            return
+        finished = outcome.finished in FINISHED
+        cut = outcome.finished == "abort" and bool(outcome.output_tokens and stop_strings_of(tracked.request))
+        ended = self._tasks.call_ended(
+            call,
+            tracked.last_token_s if finished and tracked.last_token_s is not None else now_s,
+            outcome.output_tokens,
+            finished=finished or cut,
+            promised=tracked.given is not None,
+            last=tracked.first.last_call,
+        )
+        self._tasks_ended([] if ended is None else [ended])
+
+    def _tasks_ended(self, several: list[TaskEnded]) -> None:
+        for ended in several:
+            name = self._class_names.get(ended.class_index, CUSTOM_CLASS)
+            self._control.telemetry.post(self._control.recorder.task_done, name, ended, time.time())
 
     def _judge_abort(self, outcome: Outcome, tail: list[int], stop: list[str], lengths: tuple[int, int, int]) -> None:
         """In the telemetry thread: an answer that a stop string ended teaches its length like any other."""

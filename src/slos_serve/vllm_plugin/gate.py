@@ -31,7 +31,7 @@ from slos_serve.vllm_plugin.slo_args import (
 )
 
 MOST_WARNINGS = 16
-NUMBER_KEYS = ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms", "slo_due_at")
+NUMBER_KEYS = ("slo_ttft_ms", "slo_tpot_ms", "slo_e2e_ms", "slo_due_at", "slo_task_ms")
 _logger = logging.getLogger(__name__)
 
 
@@ -182,7 +182,12 @@ class Gate:
     def _check_numbers(self, own: SloArgs, asked: SloArgs) -> None:
         """The server's own switch is off: numbers are an error, wherever they stand."""
         for args in (own, asked):
-            numbers = {"slo_ttft_ms": args.ttft_ms, "slo_tpot_ms": args.tpot_ms, "slo_e2e_ms": args.e2e_ms}
+            numbers = {
+                "slo_ttft_ms": args.ttft_ms,
+                "slo_tpot_ms": args.tpot_ms,
+                "slo_e2e_ms": args.e2e_ms,
+                "slo_task_ms": args.task_ms,
+            }
             for name, value in numbers.items():
                 if value is not None and not self._custom_numbers:
                     raise InvalidFieldError(name, value, "the name of a class only; this server takes no other numbers")

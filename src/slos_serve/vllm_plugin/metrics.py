@@ -108,7 +108,15 @@ class SchedulerMetrics:
         )
         self._violations = self._series(
             self._counter("slo_violation", "Promises broken, by which.", *by, "type"),
-            [(*pair, kind) for pair in pairs for kind in ("ttft", "tpot", "e2e")],
+            [(*pair, kind) for pair in pairs for kind in ("ttft", "tpot", "e2e", "task")],
+        )
+        by_task = [(name, verdict) for name in promised for verdict in (Verdict.ADMITTED, Verdict.BEST_EFFORT)]
+        self._tasks = self._series(
+            self._counter("tasks", "Tasks that ended, by whether all calls were promised their share.", *by),
+            [*by_task, *((name, "aborted") for name in promised)],
+        )
+        self._tasks_attained = self._series(
+            self._counter("tasks_attained", "Tasks whose last answer ended in time.", *by), by_task
         )
         self._ttft_ratio = self._series(
             self._histogram("ttft_over_target", "Time to first token over its target.", TARGET_BUCKETS, *by), pairs
@@ -250,6 +258,18 @@ class SchedulerMetrics:
             self._violations[(*key, "tpot")].inc()
         if not kept.e2e_ok:
             self._violations[(*key, "e2e")].inc()
+
+    def task_done(self, slo_class: str, verdict: Verdict, kept: bool | None) -> None:
+        """A task ended; ``kept`` is ``None`` where its client left before that was decided."""
+        key = self.label(slo_class), verdict
+        if kept is None:
+            self._tasks[key[0], "aborted"].inc()
+            return
+        self._tasks[key].inc()
+        if kept:
+            self._tasks_attained[key].inc()
+        else:
+            self._violations[(*key, "task")].inc()
 
     def request_ended(self, slo_class: str | None, end: End) -> None:
         """A request ended because its client went away or the engine failed; it counts neither way."""

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import NO_SLO_CLASS, ClassSet, SLOClass
+from slos_serve.core.tasks import task_of
 from slos_serve.core.trust import Denied, DeniedError
 from slos_serve.vllm_plugin.asgi import App, Message, RawHeaders, Receive, Scope, Send
 from slos_serve.vllm_plugin.body_fields import body_fields
@@ -300,12 +301,13 @@ def applied_headers(applied: SLOClass | None) -> RawHeaders:
     """Response headers for the class a request got. A slowdown SLO depends on the prompt, so it is told as it is."""
     if applied is None:
         return [(b"x-slo-class", NO_SLO_CLASS.encode("ascii"))]
-    slo = applied.slo
+    slo, task = applied.slo, task_of(applied)
     numbers = {
         "x-slo-ttft-ms": slo.ttft_ms,
         "x-slo-ttft-slowdown": slo.ttft_slowdown if slo.ttft_ms is None else None,
         "x-slo-tpot-ms": slo.tpot_ms,
         "x-slo-e2e-ms": slo.e2e_ms,
+        "x-slo-task-ms": None if task is None else task.task_ms,
     }
     told = [(name.encode("ascii"), _plain(value)) for name, value in numbers.items() if value is not None]
     return [(b"x-slo-class", applied.name.encode("ascii")), *told]

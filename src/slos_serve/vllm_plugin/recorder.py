@@ -12,6 +12,7 @@ from slos_serve.core.slo import NO_SLO_CLASS, ClassSet
 from slos_serve.core.trust import Denied
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.perf.batch_time import BatchShape
+from slos_serve.perf.tasks import TaskEnded
 from slos_serve.vllm_plugin.events import EventLog
 from slos_serve.vllm_plugin.front.link import OutcomeLink
 from slos_serve.vllm_plugin.live.feed import LiveFeed
@@ -198,6 +199,21 @@ class Recorder:
         self.events.write("request", time_s, **fields)
         if self._front is not None:
             self._front.write(fields)
+
+    def task_done(self, slo_class: str, ended: TaskEnded, time_s: float) -> None:
+        """A task ended: its last answer, or ``IDLE_S`` after it."""
+        verdict = Verdict.ADMITTED if ended.promised else Verdict.BEST_EFFORT
+        self.metrics.task_done(slo_class, verdict, ended.kept)
+        self.events.write(
+            "task",
+            time_s,
+            session=ended.key.session,
+            slo_class=slo_class,
+            verdict=verdict,
+            calls=ended.calls,
+            spent_s=round(ended.spent_s, 4),
+            kept=ended.kept,
+        )
 
     def _ended(self, slo_class: str | None, end: str, attained: bool) -> None:
         if self._live is not None:

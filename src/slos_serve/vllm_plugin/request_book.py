@@ -68,7 +68,7 @@ class RequestBook:
             tpot_s=slo_class.slo.tpot_s if slo_class else np.inf,
             answer_due_s=promise.planned_answer_due_s,
             class_index=promise.class_index,
-            weight=max(slo_class.weight, 1e-6) if slo_class else 1.0,
+            weight=promise.weight,
             max_stall_s=slo_class.max_stall_ms / 1000.0 if slo_class else np.inf,
             hint_tokens=promise.hint_tokens,
             adapter=compat.adapter_of(request),
@@ -262,7 +262,7 @@ class RequestBook:
         row["ttft_due_s"] = row["promised_ttft_due_s"] = promise.planned_due_s
         row["tpot_s"] = row["promised_tpot_s"] = slo_class.slo.tpot_s if slo_class else np.inf
         row["answer_due_s"] = promise.planned_answer_due_s
-        row["weight"] = max(slo_class.weight, 1e-6) if slo_class else 1.0
+        row["weight"] = promise.weight
 
     def slots_of(self, request_ids: Iterable[str]) -> SlotArray:
         """Rows of requests by vLLM's id; int64, those that are not known left out."""

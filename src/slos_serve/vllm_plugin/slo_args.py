@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import MAX_LATENCY_MS, ClassSet, SLOClass, check_number
+from slos_serve.core.tasks import check_calls, task_applied, task_of
 
 KEY_PREFIX = "slo_"
 SLO_KEYS = (
@@ -23,6 +24,8 @@ SLO_KEYS = (
     "slo_tpot_ms",
     "slo_e2e_ms",
     "slo_due_at",
+    "slo_task_ms",
+    "slo_task_calls",
     "slo_expected_tokens",
     "slo_last_round",
 )
@@ -43,9 +46,12 @@ HEADER_KEYS: Mapping[str, str] = {
     "x-llm-d-slo-tpot-ms": "slo_tpot_ms",
     "x-slo-e2e-ms": "slo_e2e_ms",
     "x-slo-due-at": "slo_due_at",
+    "x-slo-task-ms": "slo_task_ms",
+    "x-slo-task-calls": "slo_task_calls",
 }
 SESSION_HEADER = "x-session-id"
 _HEADER_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?")
+_HEADER_WHOLE = re.compile(r"[0-9]{1,6}")
 _HEADER_TIME = re.compile(r"[0-9]{1,11}(\.[0-9]{1,6})?")
 
 
@@ -57,6 +63,8 @@ class SloArgs:
         slo_class: class by name; ``None`` takes the server's default.
         ttft_ms, tpot_ms, e2e_ms: the request's own promises in milliseconds, over those of its class; ``slo_due_at``
             is an ``e2e_ms`` that is given as a time of day, and the earlier of the two counts.
+        task_ms: the request's own promise for the whole task, over that of its class.
+        task_calls: the client's hint of how many calls the task has.
         expected_tokens: the client's hint of its output length.
         session_id: which conversation or agent loop the request belongs to.
         last_round: no further call of this session follows; its class may name another one for this call.
@@ -71,21 +79,29 @@ class SloArgs:
     session_id: str | None = None
     last_round: bool = False
     tenant: str | None = None
+    task_ms: float | None = None
+    task_calls: int | None = None
 
     @property
     def has_numbers(self) -> bool:
         """Whether it brings promises of its own."""
-        return any(value is not None for value in (self.ttft_ms, self.tpot_ms, self.e2e_ms))
+        return any(value is not None for value in (self.ttft_ms, self.tpot_ms, self.e2e_ms, self.task_ms))
 
     def applied(self, classes: ClassSet) -> SLOClass | None:
         """The class it gets among ``classes``; ``None`` when nothing is promised.
 
         Raises:
-            InvalidFieldError: the class is unknown.
+            InvalidFieldError: the class is unknown, or a task is promised and no session says which one.
         """
-        return classes.resolve(
+        found = classes.resolve(
             self.slo_class, self.ttft_ms, self.tpot_ms, e2e_ms=self.e2e_ms, last_round=self.last_round
         )
+        named = classes.resolve(self.slo_class) if self.last_round else found
+        applied = task_applied(found, named, self.task_ms, self.task_calls)
+        if task_of(applied) is not None and self.session_id is None:
+            allowed = f"the task that this call belongs to, 1 to {MAX_SESSION_CHARS} characters, beside task_ms"
+            raise InvalidFieldError(SESSION_KEY, None, allowed)
+        return applied
 
 
 def from_extra_args(extra_args: Mapping[str, object] | None, arrival_at: float | None = None) -> SloArgs:
@@ -116,6 +132,8 @@ def from_extra_args(extra_args: Mapping[str, object] | None, arrival_at: float |
         session_id=_session(extra_args),
         last_round=_flag(extra_args, "slo_last_round"),
         tenant=_text(extra_args, TENANT_KEY, MAX_TENANT_CHARS),
+        task_ms=_milliseconds(extra_args, "slo_task_ms"),
+        task_calls=check_calls("slo_task_calls", extra_args.get("slo_task_calls")),
     )
 
 
@@ -137,6 +155,8 @@ def header_args(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str | float
             value = header_time(name, text)
         elif key.endswith("_ms"):
             value = header_number(name, text)
+        elif key == "slo_task_calls":
+            value = header_calls(name, text)
         if found.setdefault(key, value) != value:
             raise InvalidFieldError(name, text, f"one value; another header says {found[key]!r}")
     _text(found, "slo_class", MAX_NAME_CHARS, field="x-slo-class")
@@ -157,6 +177,13 @@ def header_time(name: str, text: str) -> float:
     if not _HEADER_TIME.fullmatch(text):
         raise InvalidFieldError(name, text, "Unix seconds as digits")
     return float(text)
+
+
+def header_calls(name: str, text: str) -> int:
+    """A header's number of calls: digits."""
+    value = check_calls(name, int(text) if _HEADER_WHOLE.fullmatch(text) else text)
+    assert value is not None
+    return value
 
 
 def _complete_answer_ms(args: Mapping[str, object], arrival_at: float) -> float | None:

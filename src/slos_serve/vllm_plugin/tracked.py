@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from slos_serve.core.slo import SLOClass, Stage
+from slos_serve.perf.tasks import CallDue
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -23,12 +24,14 @@ class Promise:
         arrival_s: when it reached the server, on the scheduler's clock.
         ttft_due_s: when its first token is due; inf without a TTFT.
         planned_due_s: when the planner has it due: earlier by margins and by its encoder's time.
-        answer_due_s: when its last token is due; inf without such a promise.
-        planned_answer_due_s: when the planner has that due: earlier by a margin.
+        answer_due_s: when its last token is due, or its task; inf without such a promise.
+        planned_answer_due_s: when the planner has that due: earlier by a margin, or at the call's share of its task.
         hint_tokens: the client's own forecast of its answer; 0 without one.
         max_tokens: most output tokens.
         tenant: in whose budget it counts; ``None`` for nobody's.
         weaker: what is asked for in its place, in order, once it cannot be kept.
+        call: the call of a task that it is; ``None`` for none.
+        last_call: its client says that no call of the task follows.
     """
 
     slo_class: SLOClass | None
@@ -42,6 +45,15 @@ class Promise:
     max_tokens: int
     tenant: str | None = None
     weaker: tuple[Promise, ...] = ()
+    call: CallDue | None = None
+    last_call: bool = False
+
+    @property
+    def weight(self) -> float:
+        """What keeping it is worth to admission."""
+        if self.slo_class is None:
+            return 1.0
+        return max(self.slo_class.weight * (1.0 if self.call is None else self.call.weight), 1e-6)
 
 
 @dataclass(slots=True)

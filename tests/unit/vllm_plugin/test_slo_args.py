@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import SLO, ClassSet, single_stage
+from slos_serve.core.tasks import TaskPromise, task_of, with_task
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args, header_args
 
 CLASSES = ClassSet({"chat": single_stage("chat", SLO(ttft_ms=2000.0, tpot_ms=100.0))}, default="chat")
@@ -52,6 +54,14 @@ def test_nothing_asked_is_nothing_given(empty: dict[str, object] | None) -> None
         ("slo_tpot_ms", math.nan),
         ("slo_tpot_ms", math.inf),
         ("slo_tpot_ms", [50]),
+        ("slo_task_ms", 0),
+        ("slo_task_ms", -5),
+        ("slo_task_ms", "60000"),
+        ("slo_task_ms", 1e12),
+        ("slo_task_calls", 0),
+        ("slo_task_calls", 1001),
+        ("slo_task_calls", 2.0),
+        ("slo_task_calls", True),
         ("slo_expected_tokens", 0),
         ("slo_expected_tokens", 1.5),
         ("slo_expected_tokens", True),
@@ -133,6 +143,34 @@ def test_a_due_time_in_the_past_or_too_far_ahead_is_refused(due_at: object) -> N
 def test_a_due_time_header_is_digits(text: str) -> None:
     with pytest.raises(InvalidFieldError, match="x-slo-due-at"):
         header_args([(b"x-slo-due-at", text.encode())])
+
+
+def test_a_task_is_asked_for_in_headers_and_in_the_body() -> None:
+    found = header_args([(b"x-slo-task-ms", b"60000"), (b"x-slo-task-calls", b"5"), (b"x-session-id", b"s-1")])
+    assert found == {"slo_task_ms": 60000, "slo_task_calls": 5, "session_id": "s-1"}
+    args = from_extra_args(found)
+    assert (args.task_ms, args.task_calls, args.has_numbers) == (60_000.0, 5, True)
+    assert task_of(args.applied(CLASSES)) == TaskPromise(60_000.0, 5)
+    assert not SloArgs(task_calls=5).has_numbers
+    for text in (b"0", b"1001", b"-1", b"2.5", b"five", b"1e2"):
+        with pytest.raises(InvalidFieldError, match="x-slo-task-calls"):
+            header_args([(b"x-slo-task-calls", text)])
+
+
+def test_a_task_without_a_session_is_refused_by_name() -> None:
+    tasks = ClassSet({"coder": with_task(single_stage("coder", SLO()), TaskPromise(60_000.0))}, default="coder")
+    for args, classes in ((SloArgs(task_ms=5000.0), CLASSES), (SloArgs(), tasks), (SloArgs(last_round=True), tasks)):
+        with pytest.raises(InvalidFieldError, match="session_id"):
+            args.applied(classes)
+    assert task_of(SloArgs(session_id="s").applied(tasks)) == TaskPromise(60_000.0)
+
+
+def test_the_last_call_of_a_task_is_of_another_class_and_of_the_same_task() -> None:
+    coder = with_task(single_stage("coder", SLO()), TaskPromise(60_000.0))
+    classes = ClassSet({**CLASSES.classes, "coder": replace(coder, last_round="chat")})
+    last = SloArgs(slo_class="coder", session_id="s", last_round=True).applied(classes)
+    assert last is not None
+    assert (last.name, last.slo.ttft_ms, task_of(last)) == ("chat", 2000.0, TaskPromise(60_000.0))
 
 
 def test_the_class_applied_follows_request_then_default() -> None:

@@ -27,6 +27,8 @@ def verdict_headers(judged: Judged) -> Headers:
     seconds = {
         b"x-slo-target-ttft-ms": judged.ttft_target_s,
         b"x-slo-target-tpot-ms": None if judged.given is None else judged.given.slo.tpot_s,
+        b"x-slo-target-e2e-ms": None if judged.call is None else judged.call.due_s - judged.arrival_s,
+        b"x-slo-task-left-ms": None if judged.call is None else judged.call.task_due_s - judged.arrival_s,
         b"x-slo-predicted-ttft-ms": answer.ttft_s,
         b"x-slo-predicted-tpot-ms": answer.tpot_s,
     }

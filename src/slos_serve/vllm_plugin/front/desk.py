@@ -18,7 +18,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +27,7 @@ import zmq
 from slos_serve.core.slo import SLOClass, WhenFull
 from slos_serve.core.verdict import Verdict
 from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.perf.tasks import CallDue
 from slos_serve.routing.headroom import MOST, STANDARD_PROMPT_TOKENS, headroom, standard_ttft_s
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.router import RoutingRequest
@@ -37,6 +38,7 @@ from slos_serve.vllm_plugin.front.link import FrontSockets, socket_path
 from slos_serve.vllm_plugin.front.metrics import FrontMetrics
 from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror, Looked
 from slos_serve.vllm_plugin.front.reload import ClassFileWatch
+from slos_serve.vllm_plugin.front.tasks import FrontTasks
 from slos_serve.vllm_plugin.live.feed import LIVE_KEY, WATCHED
 from slos_serve.vllm_plugin.live.state import LiveState, Watch
 from slos_serve.vllm_plugin.metrics import EngineLabels
@@ -64,6 +66,7 @@ class Judged:
         ttft_target_s: promised seconds to the first token; ``inf`` without.
         refusal: status and seconds to wait, for a request that is refused.
         first_s, last_s: when the first and the newest part of the answer were sent.
+        call: the call of a task that it is; ``None`` for none.
     """
 
     slo_class: SLOClass | None
@@ -75,6 +78,7 @@ class Judged:
     refusal: tuple[int, int] | None = None
     first_s: float | None = None
     last_s: float | None = None
+    call: CallDue | None = None
 
 
 class FrontDesk:
@@ -109,6 +113,7 @@ class FrontDesk:
         self._received: Publication | None = None  # not taken over by the mirror yet
         self._newest: Publication | None = None
         self._told: OrderedDict[str, Verdict] = OrderedDict()
+        self._tasks = FrontTasks(config)
         self._gauges_s = -math.inf
         self.ready = False
         self._ended = threading.Event()
@@ -138,18 +143,11 @@ class FrontDesk:
         """A request of each class that promises something: what is typical until real ones have come."""
         if self._config.profile is None:
             return {}
-        zero_load_s = self._model.zero_load_s(STANDARD_PROMPT_TOKENS)
+        params = SimpleNamespace(max_tokens=STANDARD_ANSWER_TOKENS)
         return {
-            slo_class.name: RoutingRequest(
-                arrival_s=0.0,
-                prompt_tokens=STANDARD_PROMPT_TOKENS,
-                max_tokens=STANDARD_ANSWER_TOKENS,
-                ttft_due_s=slo_class.slo.ttft_s(zero_load_s) - self._config.planner.ttft_margin_s,
-                tpot_s=slo_class.slo.tpot_s,
-                answer_due_s=slo_class.slo.e2e_s - self._config.planner.ttft_margin_s,
-                class_index=self._indices.get(slo_class.name, len(self._indices)),
-                weight=max(slo_class.weight, 1e-6),
-            )
+            slo_class.name: self._tasks.with_task(
+                slo_class, SloArgs(), self._asked(slo_class, SloArgs(), None, STANDARD_PROMPT_TOKENS, params, 0.0)
+            )[0]
             for slo_class in self.version.classes
             if not slo_class.best_effort
         }
@@ -171,6 +169,7 @@ class FrontDesk:
         now_s = self._clock_s()
         promises = (None,) if judged.slo_class is None else judged.slo_class.promises
         several = [self._asked(one, args, prompt, tokens, params, now_s) for one in promises]
+        several[0], judged.call = self._tasks.with_task(judged.slo_class, args, several[0], begins=True)
         count = max(int(getattr(params, "n", 1) or 1), 1)
         answer = max((self._mirror.answer(now_s, several[0], several[1:]) for _ in range(count)), key=_severity)
         asked = several[answer.rank]
@@ -185,9 +184,11 @@ class FrontDesk:
             self.live.told(name, answer.verdict, answer.reason, answer.ttft_s, judged.ttft_target_s)
         if answer.verdict is Verdict.REJECTED and judged.slo_class is not None:
             judged.refusal = self._refusal(judged.slo_class, asked, now_s)
+            self._tasks.refused(judged.call)
             return
         if name is not None:
             self._remember(request_id, answer.verdict, name, several[0])
+        self._tasks.sent(request_id, judged.call, last=args.last_round)
 
     def look(self, args: SloArgs, tokens: int, max_tokens: int | None) -> tuple[RoutingRequest, Looked] | None:
         """What would be said now of a request that is not there; ``None`` while nothing can be judged.
@@ -196,10 +197,21 @@ class FrontDesk:
             InvalidFieldError: its class is unknown.
         """
         params = SimpleNamespace(max_tokens=max_tokens)
-        asked = self._asked(args.applied(self.version.classes), args, None, tokens, params, self._clock_s())
+        applied = self.applied(args)
+        asked, _ = self._tasks.with_task(
+            applied, args, self._asked(applied, args, None, tokens, params, self._clock_s())
+        )
         if not self.ready or not self._hear():
             return None
         return asked, self._mirror.look(asked.arrival_s, asked)
+
+    def applied(self, args: SloArgs) -> SLOClass | None:
+        """The class of a request that is only asked about: without a session it is the first call of a task.
+
+        Raises:
+            InvalidFieldError: the class is unknown.
+        """
+        return replace(args, session_id=args.session_id or "").applied(self.version.classes)
 
     def now_s(self) -> float:
         """Time on the clock of what is measured."""
@@ -317,6 +329,7 @@ class FrontDesk:
     def _ended_with(self, outcome: dict[str, Any]) -> None:
         """A request left the engine: compare what its client was told with what the engine did."""
         key = self._key_of(str(outcome["request_id"]))
+        self._tasks.left(key, outcome, self._clock_s())
         told = self._told.pop(key, None)
         if told is not None and outcome["finished"] not in ("abort", "error"):
             self.metrics.compared(told, Verdict(outcome["verdict"]))

@@ -117,7 +117,7 @@ def explain(desk: FrontDesk, args: SloArgs, prompt_tokens: int, max_tokens: int 
         InvalidFieldError: the class is unknown.
         NothingKnownError: nothing can be judged now.
     """
-    slo_class = args.applied(desk.version.classes)
+    slo_class = desk.applied(args)
     found = desk.look(args, prompt_tokens, max_tokens)
     if found is None:
         raise NothingKnownError("nothing can be judged: no profile, or the engine has not published its state yet")
