@@ -171,6 +171,18 @@ PANELS = (
             (f"sum(slos_serve:denied_total{{{MODEL}}})", "denied to tenants"),
         ),
     ),
+    Panel(
+        "Tasks kept",
+        "Share of whole tasks whose last answer ended in time: of those whose every call was promised its share, and of all.",
+        "percentunit",
+        tuple(
+            (
+                f"{rate('tasks_attained', 'slo_class', where)} / {rate('tasks', 'slo_class', where)}",
+                f"{{{{slo_class}}}}{said}",
+            )
+            for where, said in (('verdict="admitted"', ", promised"), ('verdict!="aborted"', ", all"))
+        ),
+    ),
 )
 
 
