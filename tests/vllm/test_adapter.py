@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from slos_serve.core.errors import PlanMismatchError
 from slos_serve.core.plan import StepPlan
 from slos_serve.testing.scheduler import Setup, make_scheduler
-from slos_serve.vllm_plugin import compat, compat_kv, self_test
+from slos_serve.vllm_plugin import compat, compat_kv, entry, self_test
 from slos_serve.vllm_plugin import scheduler as scheduler_module
 from slos_serve.vllm_plugin.config import PROFILE_ENV, PUBLISH_ENV
 from slos_serve.vllm_plugin.kv_needs import KVNeeds, _Group, _most_blocks
@@ -257,3 +258,23 @@ def test_a_slot_that_is_used_again_belongs_to_a_waiting_request(start: Start) ->
         engine.run()
     assert_answers(engine)
     assert engine.scheduler._slo.guard.counts == {}
+
+
+def test_a_hiccup_between_two_clocks_does_not_change_the_order_of_arrivals(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal promises are due in the order in which the front end stamped their requests."""
+    engine = start()
+    delays = itertools.cycle((0.002, 0.0, 0.001))
+
+    def slow_time() -> float:
+        """The wall clock, after which the thread loses its core for a while."""
+        now_at = engine.now_s
+        engine.now_s += next(delays)
+        return now_at
+
+    monkeypatch.setattr(entry, "time", SimpleNamespace(time=slow_time))
+    arrivals = [engine.scheduler._slo_desk._arrival_s(engine.now_s - 0.5 + number * 1e-5) for number in range(9)]
+    assert arrivals == sorted(arrivals)
+    earlier_s = engine.scheduler._slo_desk._arrival_s(engine.now_s - 10.0)
+    assert earlier_s < arrivals[0] - 9.0, "one that came before them is due before them"

@@ -153,3 +153,22 @@ def test_a_load_that_does_not_begin_gets_a_step_in_stock_order(start: Start, mon
         engine.step()
     assert engine.answers["loaded"]
     assert control.guard.counts.get("unserved", 0) >= 1
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_a_load_that_would_take_reserved_blocks_costs_no_step(start: Start, steps: int) -> None:
+    """Little KV: what is loaded starts in the step after its load, though the plan would rather begin another load."""
+    engine = start(setup=CONSUMER, num_blocks=10)
+    scheduler = engine.scheduler
+    add(engine, "loaded", 128, 16, "chat", load(64, steps))
+    request = scheduler.requests["loaded"]
+    while request.status.name != "WAITING_FOR_REMOTE_KVS":
+        engine.step()
+    add(engine, "other", 80, 16, "chat", load(64, steps))
+    while request.request_id not in scheduler.finished_recving_kv_req_ids:
+        engine.step()
+    engine.step()
+    assert request.status.name == "RUNNING"
+    assert scheduler.requests["other"].num_computed_tokens == 0
+    engine.run()
+    assert_answers(engine)

@@ -23,6 +23,15 @@ def total_pool_blocks(scheduler: Scheduler) -> int:
     return int(scheduler.kv_cache_manager.block_pool.num_gpu_blocks) - 1
 
 
+def reserved_pool_blocks(scheduler: Scheduler) -> int | None:
+    """KV blocks that prompts in progress, loads among them, still need: vLLM begins no load that would take them.
+
+    ``None`` for releases without that rule.
+    """
+    needs = getattr(scheduler, "_inflight_prefill_reserved_blocks", None)
+    return None if needs is None else int(needs()) + int(getattr(scheduler, "_spec_decode_step_blocks", 0))
+
+
 class LocalHits:
     """Look-ups in the prefix cache of one scheduler. vLLM's hit statistics are left alone."""
 

@@ -297,11 +297,12 @@ class StepController:
     def _note_unserved(self, chosen: Selection, output: SchedulerOutput) -> None:
         """A request that is planned again and again and never scheduled gets a step in the engine's own order."""
         ran, book = output.num_scheduled_tokens, self.book
-        if len(ran) == len(chosen.run) + len(chosen.start) and len(chosen.loading) >= len(chosen.loads):
+        all_ran = len(ran) == len(chosen.run) + len(chosen.start)
+        if all_ran and len(chosen.loading) >= len(chosen.loads) and not chosen.unfit_loads:
             if self._passed_over:
                 self._passed_over = {key for key in self._passed_over if key not in ran and key in book.by_id}
             return
-        for tracked in book.known_of((*chosen.run, *chosen.start, *chosen.loads)):
+        for tracked in book.known_of((*chosen.run, *chosen.start, *chosen.loads, *chosen.unfit_loads)):
             request = tracked.request
             if request.request_id in ran or not (request.status.name == "RUNNING" or compat.may_start(request)):
                 self._passed_over.discard(request.request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import deque
@@ -60,6 +61,8 @@ class RequestDesk:
         # Lengths that the telemetry thread found to be of finished answers: (class index, prompt, output tokens).
         self._found: deque[tuple[int, int, int]] = deque()
         self._refused: dict[str, int] = {}
+        # The newest arrival: as the front end stamped it, and on the scheduler's clock.
+        self._latest_arrival = (-math.inf, -math.inf)
         self._quotas = Quotas(settings.trust)
         self._tasks = TaskBook(control.policy.model.zero_load_s)
         self._seal: Seal | None = None
@@ -101,9 +104,7 @@ class RequestDesk:
         """What it is promised by itself, and what it asks for."""
         extra_args = request.sampling_params.extra_args if request.sampling_params is not None else None
         asked, slo_class, tenant = self._granted(extra_args, new_tokens, request.arrival_time)
-        # The front end stamps arrivals on the wall clock; only a difference on that same clock is carried over.
-        waited_s = min(max(time.time() - request.arrival_time, 0.0), MAX_FRONT_END_S)
-        arrival_s = self._control.now_s() - waited_s
+        arrival_s = self._arrival_s(request.arrival_time)
         first, *weaker = [None] if slo_class is None else slo_class.promises
         several = [self._one_promise(request, asked, one, new_tokens, arrival_s) for one in (first, *weaker)]
         return replace(several[0], tenant=tenant, weaker=tuple(several[1:])), asked
@@ -133,6 +134,21 @@ class RequestDesk:
             answer_due_s=min(promise.answer_due_s, call.task_due_s),
             planned_answer_due_s=min(promise.planned_answer_due_s, call.due_s - margin_s),
         )
+
+    def _arrival_s(self, stamped_at: float) -> float:
+        """When a request came, on the scheduler's clock.
+
+        The front end stamps arrivals on the wall clock; only a difference on that same clock is carried over. The two
+        clocks are read one after the other, and a thread that is interrupted in between must not make a later request
+        due before an earlier one of its class.
+        """
+        waited_s = min(max(time.time() - stamped_at, 0.0), MAX_FRONT_END_S)
+        arrival_s = self._control.now_s() - waited_s
+        latest_at, latest_s = self._latest_arrival
+        if stamped_at >= latest_at:
+            arrival_s = max(arrival_s, latest_s)
+            self._latest_arrival = stamped_at, arrival_s
+        return arrival_s
 
     def _one_promise(
         self, request: Request, asked: SloArgs, slo_class: SLOClass | None, new_tokens: int, arrival_s: float

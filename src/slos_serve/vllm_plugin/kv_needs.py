@@ -57,6 +57,11 @@ class KVNeeds:
         """Growing blocks that can be had now; blocks whose freeing is deferred are not counted."""
         return int(compat_kv.free_pool_blocks(self._scheduler) / self.pool_blocks_each)
 
+    def unreserved_blocks(self) -> tuple[int, bool]:
+        """Growing blocks that a load may take; whether what prompts in progress still need is left out of them."""
+        free, reserved = compat_kv.free_pool_blocks(self._scheduler), compat_kv.reserved_pool_blocks(self._scheduler)
+        return int((free - (reserved or 0)) / self.pool_blocks_each), reserved is not None
+
     def total_blocks(self) -> int:
         """Growing blocks in all."""
         return int(compat_kv.total_pool_blocks(self._scheduler) / self.pool_blocks_each)

@@ -36,6 +36,7 @@ class Selection:
         start: waiting requests that start, in order, behind the running ones.
         preempt: running requests that give their KV back before the step.
         loads: waiting requests whose KV a connector is to load; they take no tokens.
+        unfit_loads: planned ones whose load would take blocks that prompts in progress still need.
         budget: tokens of the step.
         most_tokens_each: no request may get more tokens than this; 0 for no such limit.
         drafts: drafts that each of ``run`` is to verify; empty without speculation.
@@ -46,6 +47,7 @@ class Selection:
     start: list[Request] = field(default_factory=list)
     preempt: list[Request] = field(default_factory=list)
     loads: list[Request] = field(default_factory=list)
+    unfit_loads: list[Request] = field(default_factory=list)
     budget: int = 0
     most_tokens_each: int = 0
     drafts: list[int] = field(default_factory=list)
@@ -91,7 +93,7 @@ def select(
         if slot not in to_load and compat.may_start(request) and limits.takes_start(request, count):
             chosen.start.append(request)
     chosen.budget = limits.tokens
-    chosen.loads = _loads_that_fit(scheduler, plan, book, needs, loads)
+    chosen.loads, chosen.unfit_loads = _loads_that_fit(scheduler, plan, book, needs, loads)
     if chosen.loads:
         # vLLM looks at waiting requests only while budget is left. One token more is enough, if no chunk takes it.
         chosen.budget, chosen.most_tokens_each = limits.with_one_left(chosen), limits.largest
@@ -179,28 +181,34 @@ class _Room:
 
 def _loads_that_fit(
     scheduler: Scheduler, plan: StepPlan, book: RequestBook, needs: KVNeeds, loads: Sequence[Tracked]
-) -> list[Request]:
-    """Loads whose blocks are free beside those of the plan: vLLM ends its scan at the first that does not fit.
+) -> tuple[list[Request], list[Request]]:
+    """Loads whose blocks are free beside the plan's and those of prompts in progress, and planned ones that do not fit.
 
-    Requests that the plan would start come first; in this step only their loads begin.
+    vLLM ends its scan at the first that does not fit. Requests that the plan would start come first; in this step only
+    their loads begin.
     """
     if not loads or compat.most_running(scheduler) <= len(scheduler.running):
-        return []
-    free = needs.free_blocks()
+        return [], []
+    free, reserves = needs.unreserved_blocks()
     rows = book.table.rows
     to_load = {tracked.slot for tracked in loads}
     for slot, tokens in zip(plan.slots.tolist(), plan.tokens.tolist(), strict=True):
-        if slot in to_load:
+        row = rows[slot]
+        most = int(row["prompt_tokens"] + row["output_tokens"])
+        in_progress = row["computed_tokens"] > 0 and most - row["computed_tokens"] > 1
+        if slot in to_load or (reserves and in_progress):
             continue
-        whole = tokens if rows["running"][slot] else rows["prompt_tokens"][slot] + rows["output_tokens"][slot]
-        free -= -(-int(whole) // needs.block_size) + 1 + int(rows["fixed_blocks"][slot]) * (not rows["running"][slot])
+        whole = tokens if row["running"] else most
+        free -= -(-int(whole) // needs.block_size) + 1 + int(row["fixed_blocks"]) * (not row["running"])
     fitting, planned = [], set(plan.slots.tolist())
-    for tracked in sorted(loads, key=lambda one: one.slot not in planned):
+    wished = sorted(loads, key=lambda one: one.slot not in planned)
+    for tracked in wished:
         free -= needs.load_blocks(tracked.request)
         if free < 0:
             break
         fitting.append(tracked.request)
-    return fitting
+    unfit = [tracked.request for tracked in wished[len(fitting) :] if tracked.slot in planned]
+    return fitting, unfit
 
 
 @dataclass(slots=True)
