@@ -6,7 +6,9 @@ import asyncio
 import gc
 import json
 import pickle
+import threading
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,21 +19,26 @@ import pytest
 pytest.importorskip("ray")
 pytest.importorskip("vllm")
 
+import ray
 from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentHandleSource, DeploymentID, ReplicaID, RequestMetadata
 from ray.serve.request_router import PendingRequest
 from starlette.requests import Request
 
+from slos_serve.core.errors import UnsupportedEngineError
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.ray_serve import compat
 from slos_serve.ray_serve.answers import answer_headers, refusal, retry_after
 from slos_serve.ray_serve.curve import CurveKeys
 from slos_serve.ray_serve.ingress import MAX_ATTEMPTS, SLOIngress, events, is_loss
 from slos_serve.ray_serve.live import FleetLive
+from slos_serve.ray_serve.prompts import PromptCounter
 from slos_serve.ray_serve.router import SLORequestRouter
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
+from slos_serve.ray_serve.ticket_office import TicketOffice
 from slos_serve.ray_serve.wire import ADDRESS_KEY
 from slos_serve.routing.router import RoutingDecision, RoutingRequest
+from slos_serve.vllm_plugin.config import PluginConfig
 
 pytestmark = pytest.mark.ray
 
@@ -134,6 +141,16 @@ async def test_a_request_that_ended_leaves_nothing_behind(router: SLORequestRout
     assert not router._tickets
 
 
+@pytest.mark.parametrize("old", ["2.59.1", "1.13.0"])
+def test_a_ray_that_is_too_old_is_refused_in_one_sentence(old: str) -> None:
+    with pytest.raises(
+        UnsupportedEngineError, match=r"Ray Serve LLM 2\.60 or later; .*pip install 'ray\[serve\]>=2\.60'"
+    ):
+        compat.check_version(old)
+    for new in (ray.__version__, "2.60.0", "2.100.0", "3.0.0.dev0", "of today"):
+        compat.check_version(new)
+
+
 # The ingress ----------------------------------------------------------------------------------------------------------
 
 
@@ -225,6 +242,28 @@ async def test_what_has_not_begun_is_routed_again(lost: object) -> None:
     first, _ = await first_part(handle, ticket)
     assert first == "data: {}\n\n"
     assert ticket.tried == ["replica-1"] and answer_headers(ticket)["x-slo-replica"] == "replica-2"
+
+
+async def test_a_long_prompt_is_counted_beside_the_event_loop() -> None:
+    """While one prompt is tokenized the endpoint goes on: other streams are not held up."""
+    counting, go_on = threading.Event(), threading.Event()
+
+    class Slow:
+        def encode(self, text: str) -> list[str]:
+            counting.set()
+            assert go_on.wait(30.0), "the event loop waits for the tokenizer"
+            return text.split()
+
+    ingress = SLOIngress.__new__(SLOIngress)
+    ingress._office = TicketOffice(PluginConfig(), PromptCounter(Slow()), 100)
+    ingress._tokenizers = ThreadPoolExecutor(1)
+    waiting = asyncio.create_task(ingress._ticket(SimpleNamespace(prompt="one two", vllm_xargs=None), None))
+    while not counting.is_set():
+        await asyncio.sleep(0.01)
+    assert not waiting.done()
+    go_on.set()
+    assert (await waiting).asked.prompt_tokens == 2
+    ingress._tokenizers.shutdown()
 
 
 async def test_not_for_ever() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -278,3 +279,13 @@ def test_a_hiccup_between_two_clocks_does_not_change_the_order_of_arrivals(
     assert arrivals == sorted(arrivals)
     earlier_s = engine.scheduler._slo_desk._arrival_s(engine.now_s - 10.0)
     assert earlier_s < arrivals[0] - 9.0, "one that came before them is due before them"
+
+
+def test_vllms_look_at_every_module_passes_llvmlite(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``scheduler_cls=SLOScheduler``: numba is loaded before the CPU engine looks for kernels in all modules."""
+    dispatcher = pytest.importorskip("vllm.triton_utils.dispatcher")
+    modules = {name: module for name, module in sys.modules.items() if name.startswith("llvmlite")}
+    assert "llvmlite.binding.ffi" in modules
+    monkeypatch.setattr(dispatcher, "sys", SimpleNamespace(modules=modules))
+    dispatcher._rebind_kernels([(object(), object())])
+    assert modules["llvmlite.binding.ffi"].lib.LLVMPY_GetVersionInfo() > 0

@@ -1,7 +1,7 @@
 """Every name of Ray Serve LLM that is not public and that this package uses.
 
 ``ray.serve.llm`` publishes classes to be extended, not the functions that its ingress is made of. They are imported
-here and nowhere else, so that a release which moves one fails at start with one message.
+here and nowhere else, so that a release which is too old or moves one fails at start with one message.
 """
 
 from __future__ import annotations
@@ -17,6 +17,26 @@ OLDEST = (2, 60)
 # Part of what vLLM answers when its engine is dead, in an error of a stream that has begun.
 ENGINE_DEAD = ("EngineDead", "EngineCore")
 
+
+def check_version(found: str) -> None:
+    """Refuse a Ray that is older than what this package was made for, whose names may be there and mean less.
+
+    Raises:
+        UnsupportedEngineError: says which release is needed.
+    """
+    numbers = tuple(int(part) for part in found.split(".")[:2] if part.isdecimal())
+    if len(numbers) == len(OLDEST) and numbers < OLDEST:
+        raise UnsupportedEngineError(_needs(f"pip install 'ray[serve]>={OLDEST[0]}.{OLDEST[1]}'"))
+
+
+def _needs(what: str) -> str:
+    return (
+        f"slos-serve serves replicas with Ray Serve LLM {OLDEST[0]}.{OLDEST[1]} or later; this is Ray "
+        f"{ray.__version__}: {what}"
+    )
+
+
+check_version(ray.__version__)
 try:
     from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
     from ray.llm._internal.common.callbacks.base import CallbackBase
@@ -38,10 +58,7 @@ try:
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
     from ray.serve.context import _get_global_client
 except ImportError as fault:
-    raise UnsupportedEngineError(
-        f"slos-serve serves replicas with Ray Serve LLM {OLDEST[0]}.{OLDEST[1]} or later; this is Ray "
-        f"{ray.__version__}, and it lacks what is needed: {fault}"
-    ) from fault
+    raise UnsupportedEngineError(_needs(f"it lacks what is needed: {fault}")) from fault
 
 __all__ = [
     "DEFAULT_ENDPOINTS",

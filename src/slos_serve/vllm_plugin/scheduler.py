@@ -29,6 +29,7 @@ from slos_serve.vllm_plugin.front.link import OutcomeLink, front_process
 from slos_serve.vllm_plugin.guard import Guard
 from slos_serve.vllm_plugin.identity import check_profile, engine_labels
 from slos_serve.vllm_plugin.live.feed import LiveFeed
+from slos_serve.vllm_plugin.llvmlite_names import hide_special_names
 from slos_serve.vllm_plugin.orphan import end_with_parent
 from slos_serve.vllm_plugin.publish import publisher_of
 from slos_serve.vllm_plugin.recorder import Recorder
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = init_logger("vllm.slos_serve")
+hide_special_names()
 
 
 class Steered(Scheduler):
