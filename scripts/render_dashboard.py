@@ -173,7 +173,7 @@ PANELS = (
     ),
     Panel(
         "Tasks kept",
-        "Share of whole tasks whose last answer ended in time: of those whose every call was promised its share, and of all.",
+        "Share of whole tasks that ended in time: of those whose every call was promised its share, and of all.",
         "percentunit",
         tuple(
             (

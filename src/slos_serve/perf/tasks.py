@@ -61,6 +61,7 @@ class CallAsked:
         arrival_s: when it came.
         prompt_tokens, max_tokens: of its prompt, and at most of its answer.
         hint_tokens: the client's forecast of its answer; 0 without one.
+        last: its client says that no other call of the task follows: it may take all that is left.
     """
 
     task: TaskPromise
@@ -69,6 +70,7 @@ class CallAsked:
     prompt_tokens: int
     max_tokens: int
     hint_tokens: int = 0
+    last: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +222,7 @@ class TaskBook:
         class_index = asked.class_index if task is None else task.class_index
         number = 1 if task is None else task.begun + 1
         left_s = promise.task_s - (0.0 if task is None else task.spent_s(now_s))
-        allowed_s = self._allowed_s(promise, class_index, number, left_s)
+        allowed_s = left_s if asked.last else self._allowed_s(promise, class_index, number, left_s)
         context_tokens = 0 if task is None else task.context_tokens
         alone_s = self._alone_s(asked, self.history.tokens(class_index, number), context_tokens)
         needed_s = NEEDED_OF_ALONE * alone_s

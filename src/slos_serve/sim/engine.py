@@ -20,6 +20,7 @@ from slos_serve.sim.replica import Replica
 from slos_serve.sim.rival_routers import RIVAL_ROUTERS
 from slos_serve.sim.routers import SLO_ORDERS, Router, make_router
 from slos_serve.sim.slo_router import SloRouter, SloRouting
+from slos_serve.sim.tasks import SimTasks
 from slos_serve.workload.calls import Workload
 
 KV_TRANSFER_BYTES_PER_S = 50e9
@@ -95,8 +96,11 @@ def simulate(
     """
     _check_split(settings)
     recording = Recording.of(workload.bound(batch_time))
-    router = _router(recording, batch_time, limits, settings)
-    replicas = [_replica(index, recording, batch_time, limits, settings, router) for index in range(settings.replicas)]
+    tasks = SimTasks(recording, batch_time, oracle_lengths=settings.oracle_lengths)
+    router = _router(recording, batch_time, limits, settings, tasks)
+    replicas = [
+        _replica(index, recording, batch_time, limits, settings, router, tasks) for index in range(settings.replicas)
+    ]
     handover = None
     if settings.disaggregated:
         seconds_per_token = settings.kv_bytes_per_token / settings.transfer_bytes_per_s
@@ -105,7 +109,9 @@ def simulate(
     return cluster.run()
 
 
-def _router(recording: Recording, batch_time: BatchTimeModel, limits: EngineLimits, settings: SimSettings) -> Router:
+def _router(
+    recording: Recording, batch_time: BatchTimeModel, limits: EngineLimits, settings: SimSettings, tasks: SimTasks
+) -> Router:
     if settings.router in RIVAL_ROUTERS:
         return RIVAL_ROUTERS[settings.router](recording, batch_time)
     if settings.router not in SLO_ORDERS:
@@ -122,7 +128,7 @@ def _router(recording: Recording, batch_time: BatchTimeModel, limits: EngineLimi
         shards=settings.routers,
         tries=settings.router_tries,
     )
-    return SloRouter(recording, routing)
+    return SloRouter(recording, routing, tasks)
 
 
 def _replica(
@@ -132,6 +138,7 @@ def _replica(
     limits: EngineLimits,
     settings: SimSettings,
     router: Router,
+    tasks: SimTasks,
 ) -> Replica:
     prefill_only = settings.disaggregated and index < settings.prefill_replicas
     decode = settings.disaggregated and not prefill_only
@@ -142,7 +149,7 @@ def _replica(
     replica_settings = ReplicaSettings(
         true_lengths, settings.error, settings.seed, settings.plan_ahead, settings.scheduling_s
     )
-    return Replica(index, policy, batch_time, limits, recording, replica_settings, prefill_only)
+    return Replica(index, policy, batch_time, limits, recording, replica_settings, prefill_only, tasks)
 
 
 def _policy(settings: SimSettings, batch_time: BatchTimeModel, num_classes: int, decode: bool) -> Policy:

@@ -17,6 +17,7 @@ from slos_serve.sim.faults import PlanFaultError
 from slos_serve.sim.limits import EngineLimits
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.slots import grown
+from slos_serve.sim.tasks import SimTasks
 
 _FAULTS = {
     rules.TOO_MANY_TOKENS: "more tokens than max_num_batched_tokens",
@@ -42,7 +43,12 @@ class EngineState:
     """
 
     def __init__(
-        self, limits: EngineLimits, recording: Recording, prefill_only: bool = False, oracle_lengths: bool = False
+        self,
+        limits: EngineLimits,
+        recording: Recording,
+        tasks: SimTasks,
+        prefill_only: bool = False,
+        oracle_lengths: bool = False,
     ) -> None:
         """``prefill_only``: answers end with their first token; ``oracle_lengths``: the policy is told their length."""
         self.calls = recording.workload.calls
@@ -54,6 +60,7 @@ class EngineState:
         self._waiting, self.num_waiting = np.empty(64, dtype=np.int64), 0
         self._limits = limits
         self._recording = recording
+        self._tasks = tasks
         self._classes = recording.workload.classes
         self._oracle_lengths = oracle_lengths
         table = RequestTable(64)
@@ -92,15 +99,17 @@ class EngineState:
         row = self.calls[call]
         slo_class = self._classes[int(row["class_index"])]
         table = self.view.table
+        due = self._tasks.begin(call, arrival_s)
+        answer_due_s = arrival_s + float(row["e2e_s"])
         slot = table.add(
             arrival_s=arrival_s,
             prompt_tokens=int(row["prompt_tokens"]),
             max_tokens=int(row["max_tokens"]),
             ttft_due_s=arrival_s + float(row["ttft_s"]),
             tpot_s=float(row["tpot_s"]),
-            answer_due_s=arrival_s + float(row["e2e_s"]),
+            answer_due_s=answer_due_s if due is None else min(answer_due_s, due.due_s),
             class_index=int(row["class_index"]),
-            weight=slo_class.weight,
+            weight=slo_class.weight * (1.0 if due is None else due.weight),
             max_stall_s=slo_class.max_stall_ms / 1000.0,
             hint_tokens=self._true_length(call) if self._oracle_lengths else 0,
             cached_tokens=tokens_done or self.cached_tokens(call),
@@ -298,6 +307,7 @@ class EngineState:
         if whole:
             record["outcome"] = rules.COMPLETED
             record["done_s"] = now_s
+            self._tasks.ended(call, now_s, whole=True)
         self._remove(slot)
         return call, whole
 

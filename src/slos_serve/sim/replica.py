@@ -19,6 +19,7 @@ from slos_serve.sim.faults import PlanFaultError, StuckError
 from slos_serve.sim.limits import EngineLimits, ReplicaSettings
 from slos_serve.sim.model_error import StepFactors
 from slos_serve.sim.recording import Recording
+from slos_serve.sim.tasks import SimTasks
 
 # A replica that plans nothing is asked again after this long, this often at most before the run is called stuck.
 IDLE_TICK_S = 0.005
@@ -44,7 +45,9 @@ class Replica:
         recording: Recording,
         settings: ReplicaSettings,
         prefill_only: bool = False,
+        tasks: SimTasks | None = None,
     ) -> None:
+        """``prefill_only``: calls leave with their first token; ``tasks``: shared with other replicas."""
         self.index = index
         self.prefill_only = prefill_only
         self.policy = policy
@@ -54,7 +57,8 @@ class Replica:
         self._limits = limits
         self._recording = recording
         self._settings = settings
-        self._state = EngineState(limits, recording, prefill_only, settings.oracle_lengths)
+        tasks = SimTasks(recording, batch_time) if tasks is None else tasks
+        self._state = EngineState(limits, recording, tasks, prefill_only, settings.oracle_lengths)
         self._offers_weaker = any(slo_class.otherwise for slo_class in recording.workload.classes)
         self._factors = StepFactors(settings.error, settings.seed, index)
         self._empty_plans = 0

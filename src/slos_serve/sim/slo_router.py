@@ -29,6 +29,7 @@ from slos_serve.routing.shards import route_sharded
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.replica import Replica
 from slos_serve.sim.step import COMPLETED
+from slos_serve.sim.tasks import SimTasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +121,9 @@ class _Idle:
 class SloRouter:
     """See :class:`slos_serve.sim.routers.Router`; :meth:`watch` every replica's policy before the run."""
 
-    def __init__(self, recording: Recording, routing: SloRouting) -> None:
+    def __init__(self, recording: Recording, routing: SloRouting, tasks: SimTasks | None = None) -> None:
         self._recording = recording
+        self._tasks = tasks
         self._routing = routing
         classes = recording.workload.classes
         unknown = sorted(set(routing.reject_classes) - {slo_class.name for slo_class in classes})
@@ -191,15 +193,17 @@ class SloRouter:
         sent_s = float(self._recording.calls["arrival_s"][call])
         arrival_s = now_s if np.isnan(sent_s) else sent_s
         index = int(row["class_index"])
+        due = None if self._tasks is None else self._tasks.begin(call, arrival_s)
+        answer_due_s = arrival_s + float(row["e2e_s"])
         return RoutingRequest(
             arrival_s=arrival_s,
             prompt_tokens=int(row["prompt_tokens"]),
             max_tokens=int(row["max_tokens"]),
             ttft_due_s=arrival_s + float(row["ttft_s"]),
             tpot_s=float(row["tpot_s"]),
-            answer_due_s=arrival_s + float(row["e2e_s"]),
+            answer_due_s=answer_due_s if due is None else min(answer_due_s, due.due_s),
             class_index=index,
-            weight=self._weights[index],
+            weight=self._weights[index] * (1.0 if due is None else due.weight),
             hint_tokens=int(row["output_tokens"]) if self._routing.oracle_lengths else 0,
             cached=self._cached(session, int(row["prompt_tokens"])),
             reject_when_full=bool(self._rejects[index]),

@@ -123,6 +123,7 @@ class RequestDesk:
                 prompt_tokens=request.num_prompt_tokens,
                 max_tokens=promise.max_tokens,
                 hint_tokens=promise.hint_tokens,
+                last=asked.last_round,
             ),
         )
         self._tasks_ended(ended)

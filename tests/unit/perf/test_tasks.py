@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -68,6 +70,12 @@ def test_a_call_may_take_one_of_the_calls_that_its_client_expects() -> None:
     assert first.due_s == pytest.approx(100.0 + 10.0 / 4)
     assert second.due_s == pytest.approx(102.0 + 8.0 / 3)
     assert first.task_due_s == second.task_due_s == pytest.approx(110.0)
+
+
+def test_the_call_that_is_marked_as_the_last_may_take_all_that_is_left() -> None:
+    book = TaskBook(alone_s)
+    serve(book, 0.0, 1.0, key())
+    assert book.due(key(), replace(call(4.0), last=True)).due_s == pytest.approx(10.0)
 
 
 def test_pauses_count_or_do_not() -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import SLO, ClassSet, single_stage
+from slos_serve.core.tasks import task_of
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.workload.lengths import length_table, load_table
 from slos_serve.workload.prefixes import cached_at_best
@@ -31,7 +32,7 @@ def test_rank_correlations_are_kept() -> None:
     np.testing.assert_allclose(np.corrcoef(ranks), load_table("reasoning_lengths")["rank_correlation"], atol=0.05)
 
 
-DEADLINES = ("answers", "batch-with-deadline")
+DEADLINES = ("agents", "answers", "batch-with-deadline")
 
 
 @pytest.mark.parametrize("scenario", sorted(SCENARIOS))
@@ -46,7 +47,9 @@ def test_every_scenario_is_well_formed(scenario: str) -> None:
     assert calls["class_index"].max() < len(workload.classes)
     bound = workload.bound(MODEL).calls
     complete = np.isfinite(bound["e2e_s"])
-    assert np.all(bound["ttft_s"] >= 0.2) and np.all(bound["tpot_s"][~complete] <= 0.1)
+    tasks = np.array([task_of(one) is not None for one in workload.classes])[calls["class_index"]]
+    assert np.all(bound["ttft_s"] >= 0.2) and np.all(bound["tpot_s"][~complete & ~tasks] <= 0.1)
+    assert tasks.any() == (scenario == "agents")
     assert np.all(np.isinf(bound["tpot_s"][complete])) and complete.any() == (scenario in DEADLINES)
 
 

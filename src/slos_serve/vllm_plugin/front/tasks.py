@@ -55,7 +55,13 @@ class FrontTasks:
             return asked, None
         key = TaskKey(args.tenant or "", args.session_id or "")
         wanted = CallAsked(
-            task, asked.class_index, asked.arrival_s, asked.prompt_tokens, asked.max_tokens, asked.hint_tokens
+            task,
+            asked.class_index,
+            asked.arrival_s,
+            asked.prompt_tokens,
+            asked.max_tokens,
+            asked.hint_tokens,
+            args.last_round,
         )
         if begins:
             while self._left:
