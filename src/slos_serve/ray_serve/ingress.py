@@ -78,6 +78,8 @@ class SLOIngress(OpenAiIngress):
         self._routed = metrics.Counter(
             "slos_serve_routed", "Requests by class and what became of them.", tag_keys=("slo_class", "verdict")
         )
+        said = "Whole tasks that ended, by whether all calls were promised their share, and in time."
+        self._tasks = metrics.Counter("slos_serve_tasks", said, tag_keys=("slo_class", "verdict", "outcome"))
 
     async def slo(self) -> Response:
         """The live page."""
@@ -127,22 +129,45 @@ class SLOIngress(OpenAiIngress):
             try:
                 first, rest = await self._first_part(body, call_method, raw_request, ticket)
             except RequestRefusedError as refused:
+                self._office.tasks.refused(ticket)
                 self._count(ticket)
                 return refusal(refused, ticket)
             except RayActorError as error:
+                self._left(ticket)
                 fault = type(error).__name__
                 headers = {**answer_headers(ticket), **retry_after(UNAVAILABLE_RETRY_S)}
                 return error_response(503, lost_message(ticket, fault), LOST, headers=headers)
         self._count(ticket)
         if isinstance(first, compat.ErrorResponse):
+            self._left(ticket)
             kind = first.error
             return JSONResponse({"error": kind.model_dump()}, kind.code, headers=answer_headers(ticket))
         if isinstance(first, compat.NON_STREAMING_RESPONSE_TYPES):
             if first.usage is not None:
                 ticket.output_tokens = first.usage.completion_tokens or 0
+            ticket.whole = True
+            self._left(ticket)
             return JSONResponse(first.model_dump(), headers=answer_headers(ticket))
-        stream = events(first, rest, ticket)
+        stream = self._streamed(events(first, rest, ticket), ticket)
         return StreamingResponse(stream, media_type="text/event-stream", headers=answer_headers(ticket))
+
+    async def _streamed(self, parts: AsyncGenerator[str, None], ticket: Ticket) -> AsyncGenerator[str, None]:
+        """An answer part by part; its call ends with it, or when its client leaves."""
+        try:
+            async for part in parts:
+                yield part
+        finally:
+            await parts.aclose()
+            self._left(ticket)
+
+    def _left(self, ticket: Ticket) -> None:
+        """A call ended: its task goes on, or is counted."""
+        self._office.tasks.left(ticket, self._office.now_s(), finished=ticket.whole)
+        for ended in self._office.tasks.take_ended():
+            outcome = {True: "kept", False: "late", None: "aborted"}[ended.kept]
+            verdict = Verdict.ADMITTED if ended.promised else Verdict.BEST_EFFORT
+            name = self._office.class_name(ended.class_index)
+            self._tasks.inc(tags={"slo_class": name, "verdict": str(verdict), "outcome": outcome})
 
     async def _ticket(self, body: Any, session: str | None) -> Ticket:
         """Made in a thread; the time that it takes counts against the request's promise."""
@@ -203,7 +228,7 @@ async def events(first: Any, rest: AsyncIterator[Any], ticket: Ticket) -> AsyncG
             part = await anext(rest)
         yield lost_event(ticket, "EngineDeadError")
     except StopAsyncIteration:
-        pass
+        ticket.whole = True
     except Exception as fault:
         if not is_lost_replica(fault):
             _logger.exception("slos-serve: a stream broke off")

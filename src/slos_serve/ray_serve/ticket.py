@@ -12,6 +12,7 @@ from typing import Any
 
 from slos_serve.core.errors import SlosServeError
 from slos_serve.core.verdict import Verdict
+from slos_serve.perf.tasks import CallDue
 from slos_serve.routing.mirrors import Sent
 from slos_serve.routing.router import RoutingDecision, RoutingRequest
 
@@ -30,6 +31,8 @@ class Ticket:
         output_tokens: of the answer, as far as it has come.
         attempts: how often it was sent.
         tried: replicas that were lost under it.
+        call: the call of a task that it is; ``None`` for none.
+        whole: the whole answer has gone out.
         reservation: replica and room that its router holds for it there; stays with the router.
         refused_status: HTTP status of its refusal.
     """
@@ -43,6 +46,8 @@ class Ticket:
     output_tokens: int = 0
     attempts: int = 0
     refused_status: int = 429
+    call: CallDue | None = None
+    whole: bool = False
     tried: list[str] = field(default_factory=list)
     reservation: tuple[str, Sent] | None = None
 

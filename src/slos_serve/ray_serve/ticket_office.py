@@ -14,11 +14,14 @@ from typing import Any
 
 from slos_serve.core.slo import SLOClass, WhenFull
 from slos_serve.core.trust import DeniedError
+from slos_serve.files.class_file import CUSTOM_CLASS
+from slos_serve.ray_serve.fleet_tasks import FleetTasks
 from slos_serve.ray_serve.prompts import PromptCounter
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.routing.router import RoutingRequest
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.gate import allowed_class
+from slos_serve.vllm_plugin.handed import with_handed
 from slos_serve.vllm_plugin.seal import Seal, seal_of
 from slos_serve.vllm_plugin.slo_args import MAX_SESSION_CHARS, SESSION_HEADER, from_extra_args
 
@@ -31,6 +34,9 @@ class TicketOffice:
         prompts: counts prompt tokens.
         max_model_len: longest context of the model.
         clock_s: the router's clock.
+
+    Attributes:
+        tasks: the tasks of its clients.
     """
 
     def __init__(
@@ -47,6 +53,7 @@ class TicketOffice:
         self._seal: Seal | None = None
         if settings.trust.knows_tenants:
             self._seal = seal_of(os.environ, may_make=False)
+        self.tasks = FleetTasks(settings)
         self._indices = {slo_class.name: index for index, slo_class in enumerate(settings.classes)}
 
     def now_s(self) -> float:
@@ -55,6 +62,8 @@ class TicketOffice:
 
     def ticket(self, body: Any, session: str | None = None, arrival_s: float | None = None) -> Ticket:
         """The ticket of an OpenAI request. Safe to be called from several threads.
+
+        A call of a task begins here; the body takes its due time along to the replica.
 
         Args:
             body: the parsed request, headers merged into its ``vllm_xargs`` as the middleware does.
@@ -86,13 +95,22 @@ class TicketOffice:
             hint_tokens=asked.expected_tokens or 0,
             reject_when_full=slo_class is not None and slo_class.when_full is not WhenFull.BEST_EFFORT,
         )
-        return Ticket(
+        ticket = Ticket(
             request,
             slo_class=None if slo_class is None else slo_class.name,
             session=asked.session_id or session,
             last_round=asked.last_round,
             refused_status=503 if slo_class is not None and slo_class.when_full is WhenFull.REJECT_503 else 429,
         )
+        self.tasks.begin(ticket, slo_class, tenant)
+        handed = with_handed(getattr(body, "vllm_xargs", None), ticket.call, arrival_s)
+        if handed is not None:
+            body.vllm_xargs = handed
+        return ticket
+
+    def class_name(self, class_index: int) -> str:
+        """The class that an index of :attr:`RoutingRequest.class_index` stands for."""
+        return next((name for name, index in self._indices.items() if index == class_index), CUSTOM_CLASS)
 
     def _promise(self, slo_class: SLOClass | None, prompt_tokens: int) -> tuple[float, float, float]:
         """Seconds to the first token, per output token of the first stage, and to the last token; ``inf`` where nothing

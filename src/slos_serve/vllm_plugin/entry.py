@@ -19,12 +19,13 @@ from slos_serve.core.tasks import task_of
 from slos_serve.core.trust import DeniedError, Quotas
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.files.class_file import CUSTOM_CLASS
-from slos_serve.perf.tasks import CallAsked, TaskBook, TaskEnded, TaskKey
+from slos_serve.perf.tasks import CallAsked, CallDue, TaskBook, TaskEnded, TaskKey
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.class_versions import ClassVersions
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.controller import StepController
 from slos_serve.vllm_plugin.gate import allowed_class
+from slos_serve.vllm_plugin.handed import handed_call
 from slos_serve.vllm_plugin.recorder import FINISHED, Outcome
 from slos_serve.vllm_plugin.request_book import class_index_of
 from slos_serve.vllm_plugin.seal import Seal, seal_of
@@ -114,8 +115,9 @@ class RequestDesk:
         task = task_of(promise.slo_class)
         if task is None or asked.session_id is None or request.resumable:
             return promise
-        call, ended = self._tasks.begin(
-            TaskKey(promise.tenant or "", asked.session_id),
+        key = TaskKey(promise.tenant or "", asked.session_id)
+        call = self._handed_call(request, key, promise.arrival_s) or self._begun_call(
+            key,
             CallAsked(
                 task=task,
                 class_index=promise.class_index,
@@ -126,7 +128,6 @@ class RequestDesk:
                 last=asked.last_round,
             ),
         )
-        self._tasks_ended(ended)
         margin_s = self._settings.planner.ttft_margin_s
         return replace(
             promise,
@@ -150,6 +151,17 @@ class RequestDesk:
             arrival_s = max(arrival_s, latest_s)
             self._latest_arrival = stamped_at, arrival_s
         return arrival_s
+
+    def _handed_call(self, request: Request, key: TaskKey, arrival_s: float) -> CallDue | None:
+        """The call as the ingress of a fleet handed it over, which keeps the only book of its tasks."""
+        if self._settings.publish_to is None or request.sampling_params is None:
+            return None
+        return handed_call(request.sampling_params.extra_args, key, arrival_s)
+
+    def _begun_call(self, key: TaskKey, asked: CallAsked) -> CallDue:
+        call, ended = self._tasks.begin(key, asked)
+        self._tasks_ended(ended)
+        return call
 
     def _one_promise(
         self, request: Request, asked: SloArgs, slo_class: SLOClass | None, new_tokens: int, arrival_s: float

@@ -12,12 +12,14 @@ import pytest
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.files.profile_file import Profile, save_profile
+from slos_serve.perf.tasks import MOST_LATE_WEIGHT, TaskKey
 from slos_serve.ray_serve.demand import FORGET_S, FULLNESS, HEADROOM, Demand
 from slos_serve.ray_serve.prompts import PromptCounter
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.ticket_office import TicketOffice, session_of
 from slos_serve.routing.router import RoutingDecision
 from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.handed import HANDED_KEY, handed_call
 from tests.builders import OPT_13B_A100
 from tests.unit.routing.fleet import NOW_S, loaded, published, request
 
@@ -27,6 +29,7 @@ classes:
   chat: {ttft_slowdown: 5, tpot_ms: 100}
   tool: {ttft_ms: 500, tpot_ms: 50, weight: 2, when_full: reject, last_round: chat}
   batch: {}
+  coder: {task_ms: 60000, task_calls: 3, weight: 2}
 """
 
 
@@ -158,3 +161,56 @@ def test_a_class_that_nobody_asks_for_is_forgotten() -> None:
     assert f"{HEADROOM}chat" in demand.stats(publication, NOW_S + FORGET_S)
     assert list(demand.stats(publication, NOW_S + FORGET_S + 1.0)) == [FULLNESS]
     assert demand.stats(None, NOW_S) == {FULLNESS: 1.0}
+
+
+def ended_with(verdict: Verdict) -> RoutingDecision:
+    return RoutingDecision("a", verdict, Why.FITS)
+
+
+def test_a_call_of_a_task_takes_its_due_time_along_and_the_task_has_one_book(office: TicketOffice) -> None:
+    xargs = {"slo_class": "coder", "session_id": "s", HANDED_KEY: "0.1 0.1 4"}
+    for number in range(3):
+        sent = body(vllm_xargs={**xargs, "slo_last_round": int(number == 2)})
+        ticket = office.ticket(sent, arrival_s=10.0 * number)
+        assert ticket.call is not None
+        assert (ticket.call.number, ticket.call.task_due_s) == (number + 1, 60.0)
+        left_s = 60.0 - 10.0 * number
+        assert ticket.asked.answer_due_s == pytest.approx(10.0 * number + left_s / (3 - number) - 0.01)
+        assert ticket.asked.weight == 2.0
+        taken = handed_call(sent.vllm_xargs, TaskKey("", "s"), 500.0)
+        assert taken is not None
+        assert [taken.due_s, taken.task_due_s, taken.weight] == pytest.approx(
+            [500 + left_s / (3 - number), 500 + left_s, 1]
+        )
+        assert office.tasks.take_ended() == []
+        ticket.decision, ticket.output_tokens = ended_with(Verdict.ADMITTED), 5
+        office.tasks.left(ticket, 10.0 * number + 1.0, finished=True)
+    (ended,) = office.tasks.take_ended()
+    assert (ended.calls, ended.kept, ended.promised, ended.spent_s) == (3, True, True, 21.0)
+    assert office.class_name(ended.class_index) == "coder"
+
+
+def test_a_client_that_hands_over_a_due_time_itself_is_not_believed(office: TicketOffice) -> None:
+    sent = body(vllm_xargs={"slo_class": "chat", HANDED_KEY: "0.1 0.1 4"})
+    assert office.ticket(sent).call is None
+    assert sent.vllm_xargs == {"slo_class": "chat"}
+    for value in ("", "1 2", "nan 1 1", "1 2 3 4", 5, None):
+        assert handed_call({HANDED_KEY: value}, TaskKey("", "s"), 0.0) is None
+    bounded = handed_call({HANDED_KEY: "1 2 1e9"}, TaskKey("", "s"), 0.0)
+    assert bounded is not None
+    assert bounded.weight == MOST_LATE_WEIGHT
+
+
+def test_a_refused_call_of_a_task_and_one_that_was_lost(office: TicketOffice) -> None:
+    xargs = {"slo_class": "coder", "session_id": "s"}
+    office.tasks.refused(office.ticket(body(vllm_xargs=xargs), arrival_s=0.0))
+    first = office.ticket(body(vllm_xargs=xargs), arrival_s=5.0)
+    assert first.call is not None
+    assert (first.call.number, first.call.task_due_s) == (1, 65.0)
+    office.tasks.left(first, 6.0, finished=False)
+    again = office.ticket(body(vllm_xargs={**xargs, "slo_last_round": 1}), arrival_s=7.0)
+    assert again.call is not None
+    assert again.call.number == 2
+    office.tasks.left(again, 8.0, finished=True)
+    (ended,) = office.tasks.take_ended()
+    assert (ended.kept, ended.promised) == (True, False)
