@@ -1,6 +1,6 @@
 """Whole tasks of agents beside chats and answers with deadlines: what every policy keeps, and ours with true lengths.
 
-    python -m benchmarks.agents [--requests 300] [--seeds 22 23]
+    python -m benchmarks.agents [--seconds 300] [--seeds 22 23]
 
 Scenario ``agents`` as served, at loads from easy to hopeless. Every policy is told when each call of a task is due, by
 the same book of tasks (``perf/tasks.py``). Rivals run with their tuned parameters (``policies/registry.py``). A task is
@@ -27,7 +27,7 @@ from slos_serve.sim.recording import Recording
 from slos_serve.sim.seeds import check_test
 from slos_serve.workload.scenarios import make_workload
 
-LOADS = {"opt-13b-a100": (0.5, 0.8, 1.2), "llama-2-7b-h100": (5.0, 8.0, 11.0)}
+LOADS = {"opt-13b-a100": (0.5, 0.8, 1.2), "llama-2-7b-h100": (2.0, 3.0, 4.0)}
 OURS = "slos-serve"
 RIVALS = ("vllm", "sarathi", "edf", "qoserve", "jitserve")
 
@@ -65,7 +65,7 @@ def shares(recording: Recording) -> list[float]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--seconds", type=int, default=300, help="how long requests arrive; tasks take up to 150 s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[22, 23])
     parser.add_argument("--engines", nargs="+", choices=sorted(LOADS), default=list(LOADS))
     given = parser.parse_args(arguments)
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for engine in given.engines:
         for rate_rps in LOADS[engine]:
             for policy, oracle in (*((name, False) for name in (*RIVALS, OURS)), (OURS, True)):
-                *kept, goodput = run(engine, policy, rate_rps, seeds, given.requests, oracle)
+                *kept, goodput = run(engine, policy, rate_rps, seeds, round(rate_rps * given.seconds), oracle)
                 name = f"{policy}, true lengths" if oracle else policy
                 cells = " | ".join(f"{100.0 * share:.1f} %" for share in kept)
                 print(f"| {engine} | {rate_rps:g} | {name} | {cells} | {goodput:.0f} |", flush=True)
