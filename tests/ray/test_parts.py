@@ -184,7 +184,9 @@ def ingress_of(handle: Handle) -> SLOIngress:
 
 async def first_part(handle: Handle, ticket: Ticket) -> tuple[Any, Any]:
     request = Request({"type": "http", "headers": []})
-    return await ingress_of(handle)._first_part(SimpleNamespace(model="m"), "completions", request, ticket)
+    return await ingress_of(handle)._first_part(
+        SimpleNamespace(model="m", vllm_xargs=None), "completions", request, ticket
+    )
 
 
 class Fleet:

@@ -289,3 +289,18 @@ def test_vllms_look_at_every_module_passes_llvmlite(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(dispatcher, "sys", SimpleNamespace(modules=modules))
     dispatcher._rebind_kernels([(object(), object())])
     assert modules["llvmlite.binding.ffi"].lib.LLVMPY_GetVersionInfo() > 0
+
+
+def test_a_router_learns_that_its_request_has_come(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PUBLISH_ENV, f"ipc://{tmp_path}/publications")
+    monkeypatch.setattr(scheduler_module, "end_with_parent", lambda: None)
+    engine = start()
+    named = engine.scheduler._slo.publisher._tickets
+    for number, extra in enumerate(({"slo_ticket": 5, "slo_class": "chat"}, {"slo_ticket": 6}, None)):
+        lengths[f"r{number}"] = ([number] * 20, 3)
+        engine.add(f"r{number}", *lengths[f"r{number}"], extra)
+    assert [ticket for _, ticket in named] == [5, 6]
+    engine.run()
+    assert_answers(engine)

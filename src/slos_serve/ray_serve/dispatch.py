@@ -50,7 +50,7 @@ class Dispatcher:
         num_classes: SLO classes that requests may belong to.
         order: whom to ask first.
         stale_after_s: a replica that has not published for this long counts as full.
-        transit_s: a request may take this long to reach its engine's scheduler.
+        transit_s: a request may take this long to reach its engine, where the engine does not name those that came.
         clock_s: the clock of tickets and of the mailbox.
     """
 
@@ -143,8 +143,10 @@ class Dispatcher:
         if held is not None:
             self.mirrors.withdraw(*held)
 
-    def ended(self, ticket: Ticket) -> None:
-        """A request is over: its session's next round finds its answer cached too."""
+    def ended(self, ticket: Ticket, replica: str) -> None:
+        """A request is over at a replica: it holds no room there. Its session's next round finds its answer cached."""
+        if ticket.reservation is not None and ticket.reservation[0] == replica:
+            self._withdraw(ticket)
         decision = ticket.decision
         if ticket.session is None or ticket.last_round or decision is None or decision.replica not in self.mirrors:
             return
@@ -161,7 +163,7 @@ class Dispatcher:
             self._patient = False
             offset_s = offset.observe(envelope.sent_s, envelope.received_s)
             try:
-                self.mirrors.update(envelope.publication(name), offset_s)
+                self.mirrors.update(envelope.publication(name), offset_s, envelope.tickets())
             except Exception:  # it comes from another process; the next one may be better
                 _logger.exception("slos-serve: a publication of replica %s cannot be used", name)
                 continue

@@ -38,6 +38,7 @@ from slos_serve.ray_serve.ticket_office import TicketOffice, session_of
 from slos_serve.routing.warm_up import warm_up_routing
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.live.routes import page, page_headers
+from slos_serve.vllm_plugin.slo_args import TICKET_KEY
 
 MAX_ATTEMPTS = 3
 HEALTH_TIMEOUT_S = 1.5
@@ -210,6 +211,7 @@ class SLOIngress(OpenAiIngress):
     ) -> AsyncGenerator[Any, None]:
         handle = self._get_configured_serve_handle(await self._get_model_id(body.model))
         info = compat.RawRequestInfo.from_starlette_request(raw_request)
+        body.vllm_xargs = {**(getattr(body, "vllm_xargs", None) or {}), TICKET_KEY: ticket.asked.ticket}
         call = getattr(handle, call_method).remote(compat.sent_form(body), info, ticket=ticket)
         async for part in call:
             yield part

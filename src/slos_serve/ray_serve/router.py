@@ -87,4 +87,4 @@ class SLORequestRouter(RequestRouter):
         """A request is over, however it ended."""
         ticket = self._tickets.pop(internal_request_id, None)
         if ticket is not None:
-            self._dispatcher.ended(ticket)
+            self._dispatcher.ended(ticket, replica_id.unique_id)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import random
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +25,9 @@ from slos_serve.vllm_plugin.gate import allowed_class
 from slos_serve.vllm_plugin.handed import with_handed
 from slos_serve.vllm_plugin.seal import Seal, seal_of
 from slos_serve.vllm_plugin.slo_args import MAX_SESSION_CHARS, SESSION_HEADER, from_extra_args
+
+# JSON carries whole numbers of 53 bits exactly.
+TICKET_BITS = 53
 
 
 class TicketOffice:
@@ -94,6 +98,7 @@ class TicketOffice:
             weight=max(slo_class.weight, 1e-6) if slo_class is not None else 1.0,
             hint_tokens=asked.expected_tokens or 0,
             reject_when_full=slo_class is not None and slo_class.when_full is not WhenFull.BEST_EFFORT,
+            ticket=random.getrandbits(TICKET_BITS) | 1,
         )
         ticket = Ticket(
             request,

@@ -14,7 +14,7 @@ from typing import Any
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.routing.publication import Publication
-from slos_serve.vllm_plugin.publish import STEPS_KEY
+from slos_serve.vllm_plugin.publish import STEPS_KEY, TICKETS_KEY
 
 ADDRESS_KEY = "slos_serve_publications"
 _FRESH, _UNCHANGED = b"0", b"1"
@@ -76,6 +76,19 @@ class Envelope:
         if isinstance(found, bool) or not isinstance(found, int):
             raise InvalidFieldError(STEPS_KEY, found, "a whole number")
         return found
+
+    def tickets(self) -> frozenset[int] | None:
+        """Tickets of requests that came to the engine lately, ``None`` where the publication does not say it.
+
+        Raises:
+            InvalidFieldError: they cannot be used.
+        """
+        found = self._document().get(TICKETS_KEY)
+        if found is None:
+            return None
+        if not isinstance(found, list) or not all(isinstance(number, int) for number in found):
+            raise InvalidFieldError(TICKETS_KEY, found, "a list of whole numbers")
+        return frozenset(found)
 
     def _document(self) -> dict[str, Any]:
         try:

@@ -7,7 +7,7 @@ made on another clock are shifted when they are received.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,8 @@ from slos_serve.routing.mirror_kernel import BoolArray, enter
 from slos_serve.routing.publication import Publication
 
 PLACES = 64
+# A request whose engine has not named it for this long is lost; its room is given back.
+LOST_AFTER_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +35,14 @@ class Sent:
         row: :data:`slos_serve.core.request.REQUEST_DTYPE` [1].
         cached_tokens: prompt tokens its replica has cached.
         promised: whether it was sent because it attains there.
+        ticket: number that the engine names once it has the request; 0 without one.
     """
 
     sent_s: float
     row: RequestArray
     cached_tokens: int
     promised: bool
+    ticket: int = 0
 
 
 @dataclass(slots=True)
@@ -123,12 +127,14 @@ class Mirrors:
         """
         return np.asarray(self.present & (now_s <= self._fresh_s + stale_after_s))
 
-    def update(self, publication: Publication, offset_s: float = 0.0) -> bool:
+    def update(self, publication: Publication, offset_s: float = 0.0, tickets: Container[int] | None = None) -> bool:
         """Take over a publication; False when it is not newer than what is known, or from an unknown replica.
 
         Args:
             publication: from one of the replicas.
             offset_s: the router's clock minus the replica's.
+            tickets: of requests that came to the engine lately; ``None`` where it does not say. A request with a ticket
+                stays in flight until it is among them, however long its hand-over takes.
 
         Raises:
             InvalidFieldError: its fields do not belong together.
@@ -144,8 +150,14 @@ class Mirrors:
         replica.last, replica.offset_s = publication, offset_s
         self._load(k, publication, offset_s)
         self._fresh_s[k] = max(publication.time_s, publication.ready_s) + offset_s
-        seen_s = publication.seen_until_s + offset_s - self._transit_s
-        replica.in_flight = [sent for sent in replica.in_flight if sent.sent_s > seen_s]
+        seen_s = publication.seen_until_s + offset_s
+
+        def is_on_its_way(sent: Sent) -> bool:
+            if tickets is not None and sent.ticket:
+                return sent.ticket not in tickets and sent.sent_s > seen_s - LOST_AFTER_S
+            return sent.sent_s > seen_s - self._transit_s
+
+        replica.in_flight = [sent for sent in replica.in_flight if is_on_its_way(sent)]
         for sent in replica.in_flight:
             self._enter(k, sent)
         return True

@@ -37,6 +37,7 @@ class RoutingRequest:
         cached: replica -> prompt tokens that its prefix cache would supply.
         missed: a promise to an earlier call of its session is broken for good, so that nothing is to be kept.
         reject_when_full: refuse it where nobody attains, instead of serving it without a promise.
+        ticket: number that its replica's publications name once its engine has the request; 0 without one.
     """
 
     arrival_s: float
@@ -51,6 +52,7 @@ class RoutingRequest:
     cached: Mapping[str, int] = field(default_factory=dict)
     missed: bool = False
     reject_when_full: bool = False
+    ticket: int = 0
 
     @property
     def has_slo(self) -> bool:
@@ -117,14 +119,14 @@ def route(
         k, answer = kernel.choose(mirrors.arrays, asking, now_s, row, cached, usable, home)
         why = Why.FITS_INSTEAD if answer == kernel.INSTEAD else Why.FITS_AT_PREFIX if k == home else Why.FITS
     if k != kernel.NOBODY:
-        mirrors.send(k, Sent(now_s, row, int(cached[k]), promised=True))
+        mirrors.send(k, Sent(now_s, row, int(cached[k]), promised=True, ticket=request.ticket))
         return RoutingDecision(mirrors.name_of(k), Verdict.ADMITTED, why)
     if request.has_slo:
         why = Why.ALL_FULL if usable.any() else Why.NO_STATE
         if request.reject_when_full:
             return RoutingDecision(None, Verdict.REJECTED, why)
     k = kernel.least_loaded(mirrors.arrays, now_s, mirrors.present, usable)
-    mirrors.send(k, Sent(now_s, row, int(cached[k]), promised=False))
+    mirrors.send(k, Sent(now_s, row, int(cached[k]), promised=False, ticket=request.ticket))
     verdict = Verdict.NO_SLO if why is Why.NO_SLO else Verdict.BEST_EFFORT
     return RoutingDecision(mirrors.name_of(k), verdict, why)
 
@@ -148,7 +150,7 @@ def verdicts(
 
 def unpromised(now_s: float, request: RoutingRequest) -> Sent:
     """The request as one that goes to a replica without a promise."""
-    return Sent(now_s, _row_of(request), 0, promised=False)
+    return Sent(now_s, _row_of(request), 0, promised=False, ticket=request.ticket)
 
 
 def _row_of(request: RoutingRequest) -> RequestArray:

@@ -29,7 +29,7 @@ from slos_serve.vllm_plugin.handed import handed_call
 from slos_serve.vllm_plugin.recorder import FINISHED, Outcome
 from slos_serve.vllm_plugin.request_book import class_index_of
 from slos_serve.vllm_plugin.seal import Seal, seal_of
-from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
+from slos_serve.vllm_plugin.slo_args import TICKET_KEY, SloArgs, from_extra_args
 from slos_serve.vllm_plugin.stop_strings import OVERSHOOT_TOKENS, StopStrings, stop_strings_of
 from slos_serve.vllm_plugin.tracked import Promise, Tracked
 
@@ -75,6 +75,7 @@ class RequestDesk:
     def entered(self, request: Request) -> None:
         """vLLM has taken a new request in."""
         control = self._control
+        self._tell_router(request)
         promise = self._with_task(request, *self._promise_of(request, request.num_prompt_tokens))
         needs, most_tokens = control.limits.needs, request.num_prompt_tokens + promise.max_tokens
         fixed = needs.fixed_blocks(most_tokens)
@@ -84,6 +85,13 @@ class RequestDesk:
         control.queues.entered(tracked)
         if stop_strings_of(request):
             control.telemetry.post(self._stop_strings.load)
+
+    def _tell_router(self, request: Request) -> None:
+        """The router that sent a request learns from the next publication that it has come."""
+        publisher, sampling = self._control.publisher, request.sampling_params
+        ticket = None if sampling is None else (sampling.extra_args or {}).get(TICKET_KEY)
+        if publisher is not None and isinstance(ticket, int):
+            publisher.entered(self._control.now_s(), ticket)
 
     def continued(self, request: Request) -> None:
         """A streaming-input session goes on with another chunk: its promise counts from the chunk's arrival."""

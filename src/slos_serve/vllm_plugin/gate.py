@@ -25,6 +25,7 @@ from slos_serve.vllm_plugin.slo_args import (
     KEY_PREFIX,
     SESSION_KEY,
     TENANT_KEY,
+    TICKET_KEY,
     SloArgs,
     from_extra_args,
     header_args,
@@ -128,8 +129,9 @@ class Gate:
         """
         headers = self.headers(raw)
         in_body = fields.xargs if fields is not None and isinstance(fields.xargs, dict) else {}
-        if TENANT_KEY in in_body:
-            raise InvalidFieldError(f"vllm_xargs.{TENANT_KEY}", in_body[TENANT_KEY], "no such key from a client")
+        for key in (TENANT_KEY, TICKET_KEY):
+            if key in in_body:
+                raise InvalidFieldError(f"vllm_xargs.{key}", in_body[key], "no such key from a client")
         by_body = self._body_tier(fields) if "slo_class" not in headers and "slo_class" not in in_body else {}
         own = from_extra_args(in_body)  # checked even where a header counts over it
         asked = from_extra_args({**in_body, **by_body, **headers})

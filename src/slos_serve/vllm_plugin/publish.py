@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +38,9 @@ FRONT_EVERY_S = 0.03
 LOOK_EVERY_S = 1.0
 # Beside a publication's own fields: steps that the engine has finished. Left out by an engine that does not count them.
 STEPS_KEY = "steps_done"
+# And the tickets of requests that came within the last seconds: a router keeps a request's room until it is named here.
+TICKETS_KEY = "tickets"
+NAMED_FOR_S, MOST_NAMED = 2.0, 1024
 
 
 class EnginePublisher:
@@ -53,6 +57,7 @@ class EnginePublisher:
         self._publisher = Publisher(_UNNAMED, policy.planner, policy.model, every_s)
         self._last_s = -np.inf
         self._steps_done = 0
+        self._tickets: deque[tuple[float, int]] = deque(maxlen=MOST_NAMED)
         self._failed = False
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.PUSH)
@@ -70,6 +75,10 @@ class EnginePublisher:
     def step_done(self) -> None:
         """A step has finished; its replica's health is judged by how many have."""
         self._steps_done += 1
+
+    def entered(self, now_s: float, ticket: int) -> None:
+        """A request that a router sent has come."""
+        self._tickets.append((now_s, ticket))
 
     def after_plan(self, now_s: float, view: EngineView, plan: StepPlan, seen_until_s: float) -> None:
         """Publish if the next plan would come too late for it; see :meth:`Publisher.after_plan`."""
@@ -90,7 +99,10 @@ class EnginePublisher:
         """Hand it to the transport, which keeps the newest."""
         with suppress(zmq.Again):
             counted = {STEPS_KEY: self._steps_done} if self._steps_done else {}
-            self._socket.send(json.dumps(publication.as_dict() | counted).encode("ascii"), zmq.NOBLOCK)
+            while self._tickets and self._tickets[0][0] < publication.time_s - NAMED_FOR_S:
+                self._tickets.popleft()
+            named = {TICKETS_KEY: [ticket for _, ticket in self._tickets]}
+            self._socket.send(json.dumps(publication.as_dict() | counted | named).encode("ascii"), zmq.NOBLOCK)
 
     def close(self) -> None:
         """Send no more."""

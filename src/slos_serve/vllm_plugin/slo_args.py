@@ -31,6 +31,8 @@ SLO_KEYS = (
 )
 # The tenant as the middleware says it, sealed; a client that sends this key is refused.
 TENANT_KEY = "slo_tenant"
+# The number of a router's ticket, which the endpoint of many replicas adds; refused from a client too.
+TICKET_KEY = "slo_ticket"
 SESSION_KEY = "session_id"  # vLLM's own key, shared with its session affinity
 MAX_NAME_CHARS = 63
 MAX_SESSION_CHARS = 256
@@ -116,7 +118,9 @@ def from_extra_args(extra_args: Mapping[str, object] | None, arrival_at: float |
     """
     if not extra_args:
         return SloArgs()
-    unknown = [key for key in extra_args if key.startswith(KEY_PREFIX) and key not in (*SLO_KEYS, TENANT_KEY)]
+    unknown = [
+        key for key in extra_args if key.startswith(KEY_PREFIX) and key not in (*SLO_KEYS, TENANT_KEY, TICKET_KEY)
+    ]
     if unknown:
         raise InvalidFieldError(
             "vllm_xargs",

@@ -35,10 +35,20 @@ class Postman:
         taken, self.waiting = self.waiting, {}
         return taken
 
-    def bring(self, replica: str, engine: EngineBuilder, *, at_s: float = 0.0, unchanged: bool = False) -> None:
+    def bring(
+        self,
+        replica: str,
+        engine: EngineBuilder,
+        *,
+        at_s: float = 0.0,
+        unchanged: bool = False,
+        tickets: list[int] | None = None,
+    ) -> None:
         """What the engine publishes, sent ``at_s`` after NOW_S and received a millisecond later."""
-        payload = json.dumps(published(engine, "", sequence=int(at_s * 1000)).as_dict()).encode()
         sent_s = NOW_S + at_s
+        named = {} if tickets is None else {"tickets": tickets}
+        document = published(engine, "", sequence=int(at_s * 1000), time_s=NOW_S + at_s).as_dict()
+        payload = json.dumps(document | named).encode()
         self.waiting[replica] = Envelope(sent_s, unchanged, payload, received_s=sent_s + AHEAD_S + 0.001)
 
 
@@ -145,7 +155,7 @@ def test_a_session_returns_to_its_prefix_until_its_last_round(dispatcher: Dispat
     first = ticket(1000, session="s")
     assert dispatcher.decide(first).replica == "b"
     first.output_tokens = 101
-    dispatcher.ended(first)
+    dispatcher.ended(first, "b")
     for _ in range(20):
         dispatcher.decide(ticket(600))  # whoever is less busy by now
     again = ticket(1200, session="s")
@@ -163,7 +173,7 @@ def test_what_is_lost_goes_elsewhere(dispatcher: Dispatcher, postman: Postman) -
     assert dispatcher.decide(asked).replica == "a"
     assert asked.attempts == 2 and asked.tried == ["b"]
     assert postman.heard == {"a": "tcp://a"}
-    dispatcher.ended(asked)
+    dispatcher.ended(asked, "b")
 
 
 def test_replicas_come_and_go(dispatcher: Dispatcher, postman: Postman) -> None:
@@ -217,6 +227,29 @@ def test_who_served_is_told_where_ray_chose_another(dispatcher: Dispatcher, post
     assert (dispatcher.mirrors.in_flight("b"), dispatcher.mirrors.in_flight("a")) == (0, 1)
     dispatcher.routed(asked, "gone")
     assert asked.decision is decision
+
+
+def test_a_slow_hand_over_is_not_promised_twice(dispatcher: Dispatcher, postman: Postman, clock: Clock) -> None:
+    """Publications of an engine that has not got the requests yet give nothing back; the end of a request does."""
+    tickets: list[Ticket] = []
+    for at_s in (0.0, 0.4, 0.8):
+        clock.now_s += at_s
+        for name in "ab":
+            postman.bring(name, loaded(0), at_s=at_s, tickets=[])
+        asked = ticket(3000, due_in_s=at_s + 0.8, ticket=len(tickets) + 1)
+        tickets.append(asked)
+        dispatcher.decide(asked)
+    assert sum(dispatcher.mirrors.in_flight(name) for name in "ab") == 3
+    first = tickets[0].reservation
+    assert first is not None
+    dispatcher.ended(tickets[0], "another")
+    assert sum(dispatcher.mirrors.in_flight(name) for name in "ab") == 3
+    dispatcher.ended(tickets[0], first[0])
+    assert sum(dispatcher.mirrors.in_flight(name) for name in "ab") == 2
+    for name in "ab":
+        postman.bring(name, loaded(0), at_s=0.9, tickets=[2, 3])
+    dispatcher.decide(ticket(10, due_in_s=3.0, ticket=9))
+    assert sum(dispatcher.mirrors.in_flight(name) for name in "ab") == 1
 
 
 def test_a_replica_gets_a_ticket_without_the_routers_reservation(dispatcher: Dispatcher, postman: Postman) -> None:

@@ -18,7 +18,7 @@ from slos_serve.ray_serve.inbox import Inbox
 from slos_serve.ray_serve.pulse import Pulse
 from slos_serve.ray_serve.relay import Relay
 from slos_serve.ray_serve.wire import Envelope
-from slos_serve.vllm_plugin.publish import EnginePublisher
+from slos_serve.vllm_plugin.publish import NAMED_FOR_S, EnginePublisher
 from tests.builders import OPT_13B_A100
 from tests.unit.ray_serve.ports import PORTS
 from tests.unit.routing.fleet import NOW_S, loaded
@@ -168,6 +168,24 @@ def test_an_engine_that_counts_its_steps_is_judged_by_them(publisher: EnginePubl
             break
         threading.Event().wait(0.05)
     assert relay._last is not None and Envelope(0.0, False, relay._last).steps_done() == 2
+
+
+def test_requests_that_came_lately_are_named(publisher: EnginePublisher, relay: Relay) -> None:
+    publisher.entered(NOW_S - NAMED_FOR_S - 1.0, 11)
+    publisher.entered(NOW_S - 0.5, 22)
+    publisher.unplanned(NOW_S, loaded(7).view())
+    for _ in range(PATIENCE):
+        if relay._last is not None:
+            break
+        threading.Event().wait(0.05)
+    assert relay._last is not None and Envelope(0.0, False, relay._last).tickets() == frozenset({22})
+
+
+@pytest.mark.parametrize("payload", [b'{"tickets": 5}', b'{"tickets": ["a"]}'])
+def test_tickets_that_are_none_are_refused(payload: bytes) -> None:
+    assert Envelope(0.0, False, b"{}").tickets() is None
+    with pytest.raises(InvalidFieldError, match="tickets"):
+        Envelope(0.0, False, payload).tickets()
 
 
 @pytest.mark.parametrize(("payload", "steps"), [(b"{}", None), (b'{"steps_done": 12}', 12)])

@@ -10,7 +10,7 @@ import pytest
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.verdict import Verdict, Why
-from slos_serve.routing.mirrors import Mirrors
+from slos_serve.routing.mirrors import LOST_AFTER_S, Mirrors
 from slos_serve.routing.router import RouterSettings, route, verdicts
 from slos_serve.routing.settings import Order
 from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, published, request
@@ -135,6 +135,21 @@ def test_requests_on_their_way_when_a_publication_was_made_stay_reserved() -> No
     assert mirrors.in_flight("a") == 1
     mirrors.update(published(loaded(0), sequence=2, time_s=NOW_S + 0.08))
     assert mirrors.in_flight("a") == 0
+
+
+def test_a_request_stays_reserved_until_its_engine_names_it() -> None:
+    """However slow its hand-over is: a replica whose process is busy would be promised to others meanwhile."""
+    mirrors = Mirrors(["a"], transit_s=0.02)
+    mirrors.update(published(loaded(0, total_blocks=100)), tickets=())
+    for ticket in range(1, 6):
+        route(NOW_S, request(due_in_s=20.0, ticket=ticket), mirrors)
+    mirrors.update(published(loaded(0, total_blocks=100), sequence=1, time_s=NOW_S + 0.8), tickets={2, 77})
+    assert mirrors.in_flight("a") == 4
+    found = [route(NOW_S + 0.8, request(due_in_s=20.0), mirrors).verdict for _ in range(2)]
+    assert found == [Verdict.ADMITTED, Verdict.BEST_EFFORT]
+    far_s = NOW_S + LOST_AFTER_S + 1.0
+    mirrors.update(published(loaded(0, total_blocks=100), sequence=2, time_s=far_s), tickets=())
+    assert mirrors.in_flight("a") == 0, "it is lost"
 
 
 def test_stale_and_silent_replicas_count_as_full() -> None:

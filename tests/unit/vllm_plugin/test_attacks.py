@@ -90,6 +90,7 @@ ATTACKS: list[tuple[str, list[tuple[str, str]], bytes, int, str]] = [
     ("a key given twice", [B], b'{"vllm_xargs": {}, ' + TO_GOLD[1:], 403, "slo_class"),
     ("numbers, where only classes are allowed", [B, ("x-slo-ttft-ms", "1")], b"{}", 403, "slo_ttft_ms"),
     ("a tenant that the body claims", [B], FORGED, 400, "vllm_xargs.slo_tenant"),
+    ("a router's ticket", [B], b'{"vllm_xargs": {"slo_ticket": 5}}', 400, "vllm_xargs.slo_ticket"),
     ("an unknown tenant", [("x-tenant", "team-z"), GOLD], b"{}", 403, "slo_class"),
     ("no tenant", [GOLD], b"{}", 403, "slo_class"),
     ("an unknown key", [("authorization", "Bearer nope"), GOLD], b"{}", 403, "slo_class"),
