@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import os
 import pickle
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +35,7 @@ from slos_serve.ray_serve.answers import answer_headers, refusal, retry_after
 from slos_serve.ray_serve.curve import CurveKeys
 from slos_serve.ray_serve.ingress import MAX_ATTEMPTS, SLOIngress, events, is_loss
 from slos_serve.ray_serve.live import FleetLive
+from slos_serve.ray_serve.plugin_metrics import FleetMetrics, ReplicaMetrics
 from slos_serve.ray_serve.prompts import PromptCounter
 from slos_serve.ray_serve.router import SLORequestRouter
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
@@ -197,7 +201,7 @@ class Fleet:
         self.asked = 0
 
     def broadcast(self, method: str) -> SimpleNamespace:
-        assert method == "live_state"
+        assert method in ("live_state", "plugin_metrics")
         self.asked += 1
         return SimpleNamespace(results_async=self._results)
 
@@ -210,6 +214,7 @@ class Fleet:
 def showing(fleet: Fleet, live: FleetLive | None) -> SLOIngress:
     ingress = SLOIngress.__new__(SLOIngress)
     ingress._default_serve_handles = {"m": fleet}
+    ingress._fleet_metrics = FleetMetrics()
     ingress._live, ingress._looking, ingress._shown, ingress._shown_s = live, asyncio.Lock(), None, 0.0
     return ingress
 
@@ -226,6 +231,40 @@ async def test_the_live_page_asks_all_replicas_but_not_for_every_viewer() -> Non
         shown.headers["content-type"].startswith("text/html")
         and "script-src" in shown.headers["content-security-policy"]
     )
+
+
+ONE_COUNTER = """# HELP slos_serve:requests_total Requests that ended.
+# TYPE slos_serve:requests_total counter
+slos_serve:requests_total{model_name="m",slo_class="chat"} %d
+# HELP vllm:other_total Not ours.
+# TYPE vllm:other_total counter
+vllm:other_total 5
+"""
+
+
+async def test_the_plugins_metrics_of_all_replicas_are_on_one_page() -> None:
+    fleet = Fleet(("a", ONE_COUNTER % 3), ("b", ONE_COUNTER % 4), ("starts", ""))
+    ingress = showing(fleet, None)
+    first, second = await asyncio.gather(ingress.plugin_metrics(), ingress.plugin_metrics())
+    assert first.status_code == 200 and first.body == second.body and fleet.asked == 1
+    lines = [line for line in bytes(first.body).decode().splitlines() if not line.startswith("#")]
+    assert lines == [
+        f'slos_serve:requests_total{{model_name="m",replica="{name}",slo_class="chat"}} {count}.0'
+        for name, count in (("a", 3), ("b", 4))
+    ]
+    assert (await showing(Fleet(), None).plugin_metrics()).status_code == 503
+
+
+def test_a_replica_reads_what_its_engine_core_wrote() -> None:
+    replica = ReplicaMetrics()
+    assert replica.text() == ""
+    write = (
+        "from slos_serve.vllm_plugin.metrics import SchedulerMetrics; "
+        "SchedulerMetrics(['chat']).request_ended('chat', 'aborted')"
+    )
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": replica.folder}
+    subprocess.run([sys.executable, "-c", write], env=environment, check=True)
+    assert "slos_serve:requests_total{" in replica.text()
 
 
 async def test_without_replicas_or_without_a_page_there_is_no_state() -> None:

@@ -181,6 +181,15 @@ def test_the_live_page_shows_both_replicas(server: ServerProcess) -> None:
     assert {row["name"] for row in state["classes"]} >= {"chat", "code", "batch"}
 
 
+def test_the_endpoint_shows_the_plugins_metrics_of_both_replicas(server: ServerProcess) -> None:
+    complete(server, "chat")
+    shown = httpx.get(f"{server.base_url}/metrics", timeout=30.0)
+    assert shown.status_code == 200
+    series = [line for line in shown.text.splitlines() if line.startswith("slos_serve:requests_total{")]
+    assert len({line.partition('replica="')[2].partition('"')[0] for line in series}) == 2
+    assert sum(float(line.rpartition(" ")[2]) for line in series) >= NUM_REQUESTS
+
+
 def test_what_nobody_attains_is_refused_or_served_without_a_promise(server: ServerProcess, client: OpenAI) -> None:
     with pytest.raises(RateLimitError) as raised:
         client.completions.create(model=MODEL, prompt="x", extra_headers={"x-slo-class": "now"})

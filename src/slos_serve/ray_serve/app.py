@@ -43,6 +43,7 @@ ENDPOINTS = {
     **compat.DEFAULT_ENDPOINTS,
     "health": lambda app: app.get("/health"),
     "slo": lambda app: app.get(PAGE_PATH),
+    "plugin_metrics": lambda app: app.get("/metrics"),
     "slo_state": lambda app: app.get(STATE_PATH),
 }
 # Streams that run when a replica is to go (scaling down, a new version) may end first.

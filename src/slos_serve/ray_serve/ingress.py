@@ -32,6 +32,7 @@ from slos_serve.ray_serve.answers import (
     retry_after,
 )
 from slos_serve.ray_serve.live import FleetLive
+from slos_serve.ray_serve.plugin_metrics import FleetMetrics
 from slos_serve.ray_serve.prompts import PromptCounter, context_tokens
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
 from slos_serve.ray_serve.ticket_office import TicketOffice, session_of
@@ -43,6 +44,7 @@ from slos_serve.vllm_plugin.slo_args import TICKET_KEY
 MAX_ATTEMPTS = 3
 HEALTH_TIMEOUT_S = 1.5
 LOOK_EVERY_S, LOOK_TIMEOUT_S = 0.5, 5.0
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 GENERATING = ("chat", "completions")
 # Ray needs some seconds to notice and replace a replica.
 UNAVAILABLE_RETRY_S = 4.0
@@ -76,6 +78,7 @@ class SLOIngress(OpenAiIngress):
         self._looking = asyncio.Lock()
         self._shown: dict[str, Any] | None = None
         self._shown_s = 0.0
+        self._fleet_metrics = FleetMetrics()
         self._routed = metrics.Counter(
             "slos_serve_routed", "Requests by class and what became of them.", tag_keys=("slo_class", "verdict")
         )
@@ -101,11 +104,18 @@ class SLOIngress(OpenAiIngress):
                 try:
                     answers = await handle.broadcast("live_state").results_async(timeout_s=LOOK_TIMEOUT_S)
                 except Exception as error:
-                    fault = f"no replica answers ({type(error).__name__})"
-                    return error_response(503, fault, "service_unavailable", headers=retry_after(UNAVAILABLE_RETRY_S))
+                    return _no_replica(error)
                 self._shown = self._live.document([answer for answer in answers if answer is not None])
                 self._shown_s = now_s
         return JSONResponse(self._shown, headers={"cache-control": "no-store"})
+
+    async def plugin_metrics(self) -> Response:
+        """What the plug-in counts in all replicas, for Prometheus."""
+        try:
+            page = await self._fleet_metrics.page(next(iter(self._default_serve_handles.values())))
+        except Exception as error:
+            return _no_replica(error)
+        return Response(page, media_type=METRICS_TYPE)
 
     async def health(self) -> Response:
         """200 when a replica answers, 503 while none does."""
@@ -113,8 +123,7 @@ class SLOIngress(OpenAiIngress):
         try:
             await asyncio.wait_for(handle.check_health.remote(), HEALTH_TIMEOUT_S)
         except Exception as error:
-            fault = f"no replica answers ({type(error).__name__})"
-            return error_response(503, fault, "service_unavailable", headers=retry_after(UNAVAILABLE_RETRY_S))
+            return _no_replica(error)
         return Response()
 
     async def _process_llm_request(self, body: Any, call_method: str, raw_request: Request | None = None) -> Response:
@@ -237,6 +246,11 @@ async def events(first: Any, rest: AsyncIterator[Any], ticket: Ticket) -> AsyncG
         yield lost_event(ticket, type(fault).__name__)
     if not done:
         yield "data: [DONE]\n\n"
+
+
+def _no_replica(error: Exception) -> JSONResponse:
+    fault = f"no replica answers ({type(error).__name__})"
+    return error_response(503, fault, "service_unavailable", headers=retry_after(UNAVAILABLE_RETRY_S))
 
 
 def is_lost_replica(error: BaseException) -> bool:

@@ -21,6 +21,7 @@ from slos_serve.ray_serve.curve import shared_keys
 from slos_serve.ray_serve.demand import Demand
 from slos_serve.ray_serve.engine import SLOEngine
 from slos_serve.ray_serve.live import ReplicaLive
+from slos_serve.ray_serve.plugin_metrics import ReplicaMetrics
 from slos_serve.ray_serve.ports import DEFAULT_PORTS, PORTS_ENV, PortRange
 from slos_serve.ray_serve.pulse import Pulse
 from slos_serve.ray_serve.relay import Relay
@@ -29,6 +30,7 @@ from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import ADDRESS_KEY
 from slos_serve.routing.headroom import standard_ttft_s
 from slos_serve.vllm_plugin.config import EVENTS_ENV, PUBLISH_ENV, PluginConfig
+from slos_serve.vllm_plugin.metrics import MULTIPROC_ENV
 
 HANG_ENV = "SLOS_SERVE_HANG_AFTER_S"
 HANG_AFTER_S = 60.0
@@ -52,7 +54,9 @@ class SLOServer(LLMServer):
         self._hang_after_s = float(os.environ.get(HANG_ENV, HANG_AFTER_S))
         self._demand = Demand()
         self._live = ReplicaLive() if settings.live_page else None
+        self._plugin_metrics = ReplicaMetrics()
         # vLLM starts its engine core with this process's environment.
+        os.environ[MULTIPROC_ENV] = self._plugin_metrics.folder
         os.environ[PUBLISH_ENV] = self._relay.engine_address
         if settings.events_path is not None:
             os.environ[EVENTS_ENV] = str(_own_file(settings.events_path))
@@ -89,6 +93,11 @@ class SLOServer(LLMServer):
             return None
         name = serve.get_replica_context().replica_id.unique_id
         return await asyncio.to_thread(lambda: live.told(name, self._relay.latest()))
+
+    async def plugin_metrics(self) -> tuple[str, str]:
+        """This replica's name and what its engine counts, for the endpoint's ``/metrics``."""
+        name = serve.get_replica_context().replica_id.unique_id
+        return name, await asyncio.to_thread(self._plugin_metrics.text)
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """What :func:`slos_serve.ray_serve.autoscaling.headroom_policy` scales on, and headroom by class."""
