@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from slos_serve.core.verdict import Verdict, Why
 from slos_serve.files.class_file import load_classes, parse_classes
 from slos_serve.perf.tasks import CallDue, TaskKey
 from slos_serve.vllm_plugin.class_versions import ClassVersion
-from slos_serve.vllm_plugin.front.answers import verdict_headers
+from slos_serve.vllm_plugin.front.answers import refusal, verdict_headers
 from slos_serve.vllm_plugin.front.desk import Judged
+from slos_serve.vllm_plugin.front.load_report import with_load
 from slos_serve.vllm_plugin.front.mirror import Answer
 from slos_serve.vllm_plugin.middleware import applied_headers, denied_header
 from slos_serve.vllm_plugin.slo_args import HEADER_KEYS, SESSION_KEY, SLO_KEYS
@@ -57,7 +59,9 @@ def test_the_page_of_headers_has_every_field_and_header() -> None:
         ttft_target_s=1.0,
         call=CallDue(TaskKey("", "s"), 1, 1.0, 1.0, 1.0, 1),
     )
-    told = {name.decode() for name, _ in (*verdict_headers(judged), denied_header(Denied.CLASS))}
+    report, refused = with_load([], "TEXT", {"x": 1.0}), refusal(replace(judged, refusal=(429, 1)))[1]
+    several = (*verdict_headers(judged), denied_header(Denied.CLASS), *report, *refused)
+    told = {name.decode() for name, _ in several} - {"content-type", "content-length", "retry-after"}
     assert set(RESPONSE_HEADERS) == sent | told
 
 

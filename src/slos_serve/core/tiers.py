@@ -15,6 +15,8 @@ KNOWN_HEADERS = (
     "x-llm-d-inference-fairness-id",
     "x-gateway-inference-fairness-id",
 )
+# How llm-d's gateway is told, and tells, that a request was refused because its promise cannot be kept now.
+DROPPED_HEADER, DROPPED = "x-llm-d-request-dropped-reason", "rejected-saturated"
 # Values that ask for nothing in particular: an unmapped one is no surprise.
 ORDINARY = frozenset({(SERVICE_TIER, "auto"), (SERVICE_TIER, "default"), (PRIORITY, "0")})
 

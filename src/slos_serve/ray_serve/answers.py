@@ -9,10 +9,10 @@ from collections.abc import Callable
 
 from starlette.responses import JSONResponse
 
+from slos_serve.core.tiers import DROPPED, DROPPED_HEADER
 from slos_serve.core.verdict import SENTENCES, Verdict, Why
 from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
 
-REJECTED = "rejected-saturated"
 LOST = "replica_lost"
 # Refused clients come back spread over half of their wait, and over 2 s at least: the header holds whole seconds.
 RETRY_SPREAD = 0.5
@@ -48,7 +48,7 @@ def refusal(refused: RequestRefusedError, ticket: Ticket) -> JSONResponse:
     )
     headers = {
         **told,
-        "x-llm-d-request-dropped-reason": REJECTED,
+        DROPPED_HEADER: DROPPED,
         "x-slo-class": ticket.slo_class or "custom",
         **verdict_headers(Verdict.REJECTED, reason),
     }

@@ -32,6 +32,7 @@ from slos_serve.core.trust import Denied, DeniedError
 from slos_serve.vllm_plugin.asgi import App, Message, RawHeaders, Receive, Scope, Send
 from slos_serve.vllm_plugin.body_fields import body_fields
 from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.front.load_report import reporting, wanted_format
 from slos_serve.vllm_plugin.gate import Gate, Granted
 from slos_serve.vllm_plugin.live.routes import LIVE_PATHS, LiveRoutes
 from slos_serve.vllm_plugin.slo_args import HEADER_KEYS, SESSION_KEY
@@ -138,6 +139,7 @@ class SLOMiddleware:
             return
         from slos_serve.vllm_plugin.front.exchange import judged_exchange  # noqa: PLC0415 - loads the routing kernels
 
+        send = reporting(send, wanted_format(scope["headers"]), self._front.load)
         await judged_exchange(
             self._front, granted.slo_class, announced, lambda out: self._app(scope, receive, out), send, version
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 
+from slos_serve.core.tiers import DROPPED, DROPPED_HEADER
 from slos_serve.core.verdict import SENTENCES
 from slos_serve.vllm_plugin.front.desk import Judged
 
@@ -48,6 +49,7 @@ def refusal(judged: Judged) -> tuple[int, Headers, bytes]:
         (b"content-type", b"application/json"),
         (b"content-length", str(len(body)).encode("ascii")),
         (b"retry-after", str(wait_s).encode("ascii")),
+        (DROPPED_HEADER.encode("ascii"), DROPPED.encode("ascii")),
         (b"x-slo-class", judged.slo_class.name.encode("ascii")),
         *verdict_headers(judged),
     ]

@@ -93,6 +93,7 @@ class FrontDesk:
 
     Attributes:
         ready: True once the routing kernels are loaded; nothing is judged before.
+        load: what balancers are told of this server, by name; empty until it is known.
         live, watch: what the live page shows, ``None`` without one, and whether somebody looks.
     """
 
@@ -115,6 +116,7 @@ class FrontDesk:
         self._told: OrderedDict[str, Verdict] = OrderedDict()
         self._tasks = FrontTasks(config)
         self._gauges_s = -math.inf
+        self.load: dict[str, float] = {}
         self.ready = False
         self._ended = threading.Event()
         self._failed = False
@@ -354,7 +356,9 @@ class FrontDesk:
             self.metrics.headroom(name, room)
         if self.live is not None:
             self.live.gauges({"total": newest.total_blocks, "used": used, "forecast_peak": peak}, rooms)
-        self.metrics.to_routers(min(rooms.values(), default=MOST), standard_ttft_s(newest, newest.ready_s))
+        least, ttft_s = min(rooms.values(), default=MOST), standard_ttft_s(newest, newest.ready_s)
+        self.metrics.to_routers(least, ttft_s)
+        self.load = {"slos_serve_least_headroom_requests": float(least), "slos_serve_standard_ttft_seconds": ttft_s}
 
 
 def load_kernels() -> None:

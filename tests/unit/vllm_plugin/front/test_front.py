@@ -100,6 +100,7 @@ async def test_a_refusal_says_why_in_openais_shape_and_reaches_no_engine(tmp_pat
     status, headers, body = await server.ask("spare", prompt_tokens=3900)
     assert status == 503 and server.client.taken == []
     assert headers["x-slo-verdict"] == "rejected" and int(headers["retry-after"]) >= 1
+    assert headers["x-llm-d-request-dropped-reason"] == "rejected-saturated"
     error = json.loads(body)["error"]
     assert error["code"] == 503 and error["param"] == "slo_class"
     assert "first token is due" in error["message"] and headers["retry-after"] in error["message"]
