@@ -11,6 +11,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Protocol
 
 from slos_serve.core.verdict import Verdict, Why
@@ -105,9 +106,9 @@ class Dispatcher:
         now_s = self._later()
         self._receive()
         self._withdraw(ticket)
-        asked = ticket.asked
+        asked = replace(ticket.asked, avoid=tuple(ticket.tried)) if ticket.tried else ticket.asked
         if ticket.session is not None:
-            asked = ticket.with_cached(self._sessions.cached(ticket.session, asked.prompt_tokens))
+            asked = replace(asked, cached=self._sessions.cached(ticket.session, asked.prompt_tokens))
         decision = route(now_s, asked, self.mirrors, self._settings)
         ticket.decision = decision
         ticket.attempts += 1

@@ -7,7 +7,7 @@ decision which it writes into the ticket is read there; the replica gets a copy.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from slos_serve.core.errors import SlosServeError
@@ -66,10 +66,6 @@ class Ticket:
             self.tried.append(self.decision.replica)
         self.decision = None
         self.output_tokens = 0
-
-    def with_cached(self, cached: dict[str, int]) -> RoutingRequest:
-        """What is asked of the mirrors, given what replicas have cached of its prompt."""
-        return replace(self.asked, cached=cached)
 
     @property
     def is_unpromised(self) -> bool:

@@ -8,7 +8,7 @@ later, or is refused when its class says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -37,6 +37,7 @@ class RoutingRequest:
         cached: replica -> prompt tokens that its prefix cache would supply.
         missed: a promise to an earlier call of its session is broken for good, so that nothing is to be kept.
         reject_when_full: refuse it where nobody attains, instead of serving it without a promise.
+        avoid: replicas that were lost under it; they get it only where there is no other.
         ticket: number that its replica's publications name once its engine has the request; 0 without one.
     """
 
@@ -52,6 +53,7 @@ class RoutingRequest:
     cached: Mapping[str, int] = field(default_factory=dict)
     missed: bool = False
     reject_when_full: bool = False
+    avoid: Collection[str] = ()
     ticket: int = 0
 
     @property
@@ -107,7 +109,11 @@ def route(
     if not len(mirrors):
         return RoutingDecision(None, Verdict.REJECTED, Why.NO_REPLICA)
     row = _row_of(request)
-    usable = mirrors.usable(now_s, settings.stale_after_s)
+    usable, present = mirrors.usable(now_s, settings.stale_after_s), mirrors.present
+    away = [mirrors.position(name) for name in request.avoid if name in mirrors]
+    if 0 < len(away) < len(mirrors):
+        usable[away], present = False, present.copy()
+        present[away] = False
     cached = np.zeros(len(usable), dtype=np.int64)
     for name, tokens in request.cached.items():
         if name in mirrors:
@@ -125,7 +131,7 @@ def route(
         why = Why.ALL_FULL if usable.any() else Why.NO_STATE
         if request.reject_when_full:
             return RoutingDecision(None, Verdict.REJECTED, why)
-    k = kernel.least_loaded(mirrors.arrays, now_s, mirrors.present, usable)
+    k = kernel.least_loaded(mirrors.arrays, now_s, present, usable)
     mirrors.send(k, Sent(now_s, row, int(cached[k]), promised=False, ticket=request.ticket))
     verdict = Verdict.NO_SLO if why is Why.NO_SLO else Verdict.BEST_EFFORT
     return RoutingDecision(mirrors.name_of(k), verdict, why)

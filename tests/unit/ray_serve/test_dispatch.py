@@ -176,6 +176,18 @@ def test_what_is_lost_goes_elsewhere(dispatcher: Dispatcher, postman: Postman) -
     dispatcher.ended(asked, "b")
 
 
+def test_a_replica_whose_engine_is_dead_is_not_tried_again(dispatcher: Dispatcher, postman: Postman) -> None:
+    """Ray has not noticed yet, and its relay repeats what an idle engine published last: it looks best of all."""
+    postman.bring("a", loaded(5))
+    postman.bring("b", loaded(0))
+    promised, plain = ticket(), ticket(due_in_s=float("inf"), tpot_s=float("inf"))
+    for asked in (promised, plain):
+        asked.tried.append("b")
+        assert dispatcher.decide(asked).replica == "a"
+    dispatcher.drop_replica("a")
+    assert dispatcher.decide(promised).replica == "b", "there is no other"
+
+
 def test_replicas_come_and_go(dispatcher: Dispatcher, postman: Postman) -> None:
     dispatcher.set_replicas({"b": "tcp://b", "c": None})
     assert postman.heard == {"b": "tcp://b"}
