@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from slos_serve.core.tasks import TaskPromise
 from slos_serve.core.trust import DeniedError, Quotas
 from slos_serve.files.class_file import parse_class_file
+from slos_serve.perf.tasks import CallAsked, TaskBook, TaskKey
 from slos_serve.routing.sessions import Sessions
 from slos_serve.vllm_plugin import middleware
 from slos_serve.vllm_plugin.config import PluginConfig
@@ -89,6 +91,15 @@ ATTACKS: list[tuple[str, list[tuple[str, str]], bytes, int, str]] = [
     ("all of it behind an escape", [B], TO_GOLD.replace(b"vllm", b"\\u0076llm"), 403, "slo_class"),
     ("a key given twice", [B], b'{"vllm_xargs": {}, ' + TO_GOLD[1:], 403, "slo_class"),
     ("numbers, where only classes are allowed", [B, ("x-slo-ttft-ms", "1")], b"{}", 403, "slo_ttft_ms"),
+    ("a task of its own", [B, ("x-slo-task-ms", "1"), ("x-session-id", "s")], b"{}", 403, "slo_ttft_ms"),
+    ("a task without a session", [A, ("x-slo-task-ms", "60000")], b"{}", 400, "session_id"),
+    (
+        "a task that is over before it begins",
+        [A, ("x-slo-task-ms", "0"), ("x-session-id", "s")],
+        b"{}",
+        400,
+        "x-slo-task-ms",
+    ),
     ("a tenant that the body claims", [B], FORGED, 400, "vllm_xargs.slo_tenant"),
     ("a router's ticket", [B], b'{"vllm_xargs": {"slo_ticket": 5}}', 400, "vllm_xargs.slo_ticket"),
     ("an unknown tenant", [("x-tenant", "team-z"), GOLD], b"{}", 403, "slo_class"),
@@ -183,6 +194,10 @@ def test_ten_thousand_sessions_leave_nothing_behind(tmp_path: Path, monkeypatch:
         raw = [(b"x-session-id", b"s%d" % index), (b"x-slo-class", b"chat"), (b"x-tenant", b"team-a")]
         assert gate.granted(raw, None, config.classes).added["session_id"] == f"s{index}"
     assert len(gate.quotas) == 0, "team-a has no limit, so nothing is counted"
+    book = TaskBook(lambda _tokens: 0.01, most_of_tenant=1000)
+    for index in range(10_000):
+        book.begin(TaskKey("team-a", f"s{index}"), CallAsked(TaskPromise(1000.0), 0, 0.001 * index, 10, 10))
+    assert len(book) == 1000
     sessions = Sessions(most=1000)
     for index in range(10_000):
         sessions.sent(f"s{index}", "a", 100)

@@ -157,6 +157,14 @@ def test_a_task_is_asked_for_in_headers_and_in_the_body() -> None:
             header_args([(b"x-slo-task-calls", text)])
 
 
+def test_a_header_marks_the_last_call() -> None:
+    assert from_extra_args(header_args([(b"x-slo-last-round", b"1")])).last_round
+    assert not from_extra_args(header_args([(b"x-slo-last-round", b"0")])).last_round
+    for text in (b"", b"2", b"true", b"01"):
+        with pytest.raises(InvalidFieldError, match="x-slo-last-round"):
+            header_args([(b"x-slo-last-round", text)])
+
+
 def test_a_task_without_a_session_is_refused_by_name() -> None:
     tasks = ClassSet({"coder": with_task(single_stage("coder", SLO()), TaskPromise(60_000.0))}, default="coder")
     for args, classes in ((SloArgs(task_ms=5000.0), CLASSES), (SloArgs(), tasks), (SloArgs(last_round=True), tasks)):
