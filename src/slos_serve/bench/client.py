@@ -11,7 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -144,14 +144,14 @@ class LoadClient:
     async def run(
         self, requests: Sequence[BenchRequest], on_end: Callable[[Response], None] | None = None
     ) -> LoadResult:
-        """Send every request when it is due and wait for the last answer.
+        """Send every request when it is due, those that follow it after its answer, and wait for the last answer.
 
         Args:
             requests: in any order; ``arrival_s`` counts from now.
             on_end: called as each request ends, for progress.
         """
         ordered = sorted(requests, key=lambda request: request.arrival_s)
-        responses = [Response(request) for request in ordered]
+        responses, followed = [Response(request) for request in ordered], list[Response]()
         started_unix_s, zero_s = time.time(), time.perf_counter()
         stolen: list[tuple[float, float]] = []
         watch = asyncio.create_task(_watch_stolen(zero_s, stolen))
@@ -161,10 +161,25 @@ class LoadClient:
                     wait_s = response.request.arrival_s - (time.perf_counter() - zero_s)
                     if wait_s > 0.0:
                         await asyncio.sleep(wait_s)
-                    tasks.create_task(self._send(response, zero_s, on_end))
+                    tasks.create_task(self._send_task(response, zero_s, on_end, followed))
         finally:
             watch.cancel()
+        responses = sorted([*responses, *followed], key=lambda response: response.request.arrival_s)
         return LoadResult(responses, time.perf_counter() - zero_s, started_unix_s, stolen)
+
+    async def _send_task(
+        self, first: Response, zero_s: float, on_end: Callable[[Response], None] | None, followed: list[Response]
+    ) -> None:
+        """Send a request and, one after the other, those that follow it; answers to these are appended."""
+        response = first
+        while True:
+            await self._send(response, zero_s, on_end)
+            following = response.request.then
+            if following is None or response.outcome is not Outcome.COMPLETED:
+                return
+            await asyncio.sleep(following.pause_s)
+            response = Response(replace(following.request, arrival_s=time.perf_counter() - zero_s))
+            followed.append(response)
 
     async def _send(self, response: Response, zero_s: float, on_end: Callable[[Response], None] | None) -> None:
         """Send one request; every failure becomes part of its response."""
@@ -227,13 +242,14 @@ class LoadClient:
             body["ignore_eos"] = True
         if self._settings.slo_in == "body" and (xargs := _slo_fields(request)):
             body["vllm_xargs"] = xargs
-        return body | dict(self._settings.extra_body)
+        return body | dict(self._settings.extra_body) | dict(request.extra)
 
     def _headers(self, request: BenchRequest) -> dict[str, str]:
         headers = {"Content-Type": "application/json", "X-Request-Id": request.request_id}
         if self._settings.slo_in == "headers":
             names = {"slo_class": CLASS_HEADER}
-            names |= {f"slo_{key}_ms": f"x-slo-{key}-ms" for key in ("ttft", "tpot", "e2e")}
+            names |= {f"slo_{key}_ms": f"x-slo-{key}-ms" for key in ("ttft", "tpot", "e2e", "task")}
+            names |= {"session_id": "x-session-id", "slo_last_round": "x-slo-last-round"}
             headers |= {names[key]: f"{value}" for key, value in _slo_fields(request).items()}
         return headers
 
@@ -292,5 +308,6 @@ async def _read_refusal(http: aiohttp.ClientResponse, response: Response) -> Non
 def _slo_fields(request: BenchRequest) -> dict[str, str | float]:
     """What the request says about its SLO, by its name in ``vllm_xargs``; only what it says itself."""
     given: dict[str, str | float | None] = {"slo_class": request.slo_class, "slo_ttft_ms": request.ttft_ms}
-    given |= {"slo_tpot_ms": request.tpot_ms, "slo_e2e_ms": request.e2e_ms}
+    given |= {"slo_tpot_ms": request.tpot_ms, "slo_e2e_ms": request.e2e_ms, "slo_task_ms": request.task_ms}
+    given |= {"session_id": request.session, "slo_last_round": 1 if request.last_call else None}
     return {key: value for key, value in given.items() if value is not None}

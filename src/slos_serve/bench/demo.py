@@ -23,6 +23,8 @@ from slos_serve.launch.server import Patience, ServerProcess
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.vllm_plugin.config import PluginConfig
 
+EVENTS = f"{OURS}-events.jsonl"
+
 
 class DemoFailedError(SlosServeError):
     """A side of the demo could not be run to its end; the message says where the server's log is."""
@@ -65,7 +67,19 @@ class Told:
 def run_sides(
     setup: EngineSetup, plan: DemoPlan, folder: Path, *, classes: Path, told: Told | None = None
 ) -> dict[str, SideRun]:
-    """Start both servers, send everything to each, stop them, score.
+    """Start both servers, send everything to each, stop them, score; see :func:`send_to_both`."""
+    loads, phase_ends = send_to_both(setup, plan, folder, classes=classes, told=told)
+    events = {OURS: read_events(folder / EVENTS, phase_ends), STOCK: None}
+    return {side: side_run(parts, plan, setup.profile_model, events[side]) for side, parts in loads.items()}
+
+
+def send_to_both(
+    setup: EngineSetup, plan: DemoPlan, folder: Path, *, classes: Path, told: Told | None = None
+) -> tuple[dict[str, dict[str, LoadResult]], list[tuple[str, int]]]:
+    """Start both servers, send everything to each, stop them.
+
+    Returns:
+        Results by side and phase, and where in the event file each part of ours ended.
 
     Args:
         setup: the engine.
@@ -79,7 +93,7 @@ def run_sides(
         DemoFailedError: one died on the way.
     """
     told = told or Told()
-    events_path = folder / f"{OURS}-events.jsonl"
+    events_path = folder / EVENTS
     events_path.unlink(missing_ok=True)
     ours = PluginConfig(classes_path=classes, profile_path=setup.profile_path, events_path=events_path)
     servers = {
@@ -98,11 +112,7 @@ def run_sides(
         loads, phase_ends = asyncio.run(_send_all(urls, plan, events_path, told))
     for side, parts in loads.items():
         _check_alive(parts, folder / f"{side}-server.log")
-    events = {OURS: read_events(events_path, phase_ends), STOCK: None}
-    return {
-        side: side_run({phase: parts[phase] for phase in PHASES}, plan, setup.profile_model, events[side])
-        for side, parts in loads.items()
-    }
+    return {side: {phase: parts[phase] for phase in PHASES} for side, parts in loads.items()}, phase_ends
 
 
 @contextmanager

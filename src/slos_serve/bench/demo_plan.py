@@ -24,7 +24,7 @@ from slos_serve.perf.formula import features_s
 # Context of a running request of the mix, for the decode step that promises are multiples of.
 _CONTEXT_TOKENS = 200
 # Tokens of the chat template; as tokens_per_word below counted with SmolLM2's tokenizer. Only rates hang on them.
-_TEMPLATE_TOKENS = 33.0
+TEMPLATE_TOKENS = 33.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,14 @@ class DemoSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class _Kind:
-    """A part of the mix with its promise in multiples."""
+class Kind:
+    """A part of the mix with its promise in multiples.
+
+    Attributes:
+        part: what is sent.
+        tokens_per_word: of its prompts.
+        tpot_steps, ttft_slowdown: its promise, in decode steps and in times of the prompt alone; ``None`` for none.
+    """
 
     part: WorkloadPart
     tokens_per_word: float
@@ -61,19 +67,20 @@ class _Kind:
 
     @property
     def prompt_tokens(self) -> float:
-        return _TEMPLATE_TOKENS + self.tokens_per_word * self.part.prompt_words.median
+        """Of a typical prompt."""
+        return TEMPLATE_TOKENS + self.tokens_per_word * self.part.prompt_words.median
 
 
 _KINDS = (
-    _Kind(WorkloadPart("chat", chat_question, Lengths(45, 0.5, 22, 120), Lengths(40, 0, 40, 40), 0.4), 1.2, 3.0, 5.0),
-    _Kind(WorkloadPart("coding", coding_task, Lengths(55, 0.4, 35, 110), Lengths(40, 0, 40, 40), 0.3), 2.2, 1.8, 5.0),
-    _Kind(
+    Kind(WorkloadPart("chat", chat_question, Lengths(45, 0.5, 22, 120), Lengths(40, 0, 40, 40), 0.4), 1.2, 3.0, 5.0),
+    Kind(WorkloadPart("coding", coding_task, Lengths(55, 0.4, 35, 110), Lengths(40, 0, 40, 40), 0.3), 2.2, 1.8, 5.0),
+    Kind(
         WorkloadPart("summarization", document_to_summarise, Lengths(190, 0.4, 110, 380), Lengths(28, 0, 28, 28), 0.2),
         1.25,
         3.0,
         3.0,
     ),
-    _Kind(WorkloadPart(None, text_to_edit, Lengths(60, 0.4, 35, 120), Lengths(40, 0, 40, 40), 0.1), 1.3, None, None),
+    Kind(WorkloadPart(None, text_to_edit, Lengths(60, 0.4, 35, 120), Lengths(40, 0, 40, 40), 0.1), 1.3, None, None),
 )
 _EDITING = tuple(
     replace(kind, part=replace(kind.part, make_prompt=text_to_edit), tokens_per_word=_KINDS[-1].tokens_per_word)
@@ -173,7 +180,7 @@ def classes_yaml(classes: ClassSet) -> str:
     return yaml.safe_dump({"classes": rows}, sort_keys=False)
 
 
-def fluid_rate(model: BatchTimeModel, step_s: float, kinds: Sequence[_Kind] = _KINDS) -> float:
+def fluid_rate(model: BatchTimeModel, step_s: float, kinds: Sequence[Kind] = _KINDS) -> float:
     """Largest rate of the demo's mix at which steps of ``step_s`` carry all that arrives (docs/simulator.md).
 
     No queueing and no waste: real systems stay below it.
@@ -187,7 +194,7 @@ def fluid_rate(model: BatchTimeModel, step_s: float, kinds: Sequence[_Kind] = _K
     return low
 
 
-def _mean_step_s(model: BatchTimeModel, kinds: Sequence[_Kind], rate_per_s: float, step_s: float) -> float:
+def _mean_step_s(model: BatchTimeModel, kinds: Sequence[Kind], rate_per_s: float, step_s: float) -> float:
     """Mean seconds of a step of the mix at a rate, when a step begins every ``step_s``.
 
     Beyond the linear part of the roofline a mean batch stands for the real ones.

@@ -5,7 +5,9 @@ Assumes that every ``*_s`` of one run counts from the run's start on one monoton
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +28,11 @@ class BenchRequest:
         ttft_ms, tpot_ms, e2e_ms: the request's own numbers, above those of its class.
         phase: part of the run it belongs to ("calm", "burst"); empty when the run has one.
         ignore_eos: ask for exactly ``max_tokens`` (an extension of vLLM and SGLang).
+        session: conversation or task that it belongs to.
+        task_ms: what its whole task is promised, above its class.
+        last_call: no other call of its task follows.
+        extra: more fields of its body.
+        then: the next call of its task, sent when this answer has ended.
     """
 
     request_id: str
@@ -38,6 +45,24 @@ class BenchRequest:
     e2e_ms: float | None = None
     phase: str = ""
     ignore_eos: bool = False
+    session: str | None = None
+    task_ms: float | None = None
+    last_call: bool = False
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    then: FollowUp | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FollowUp:
+    """The next call of a task.
+
+    Attributes:
+        pause_s: between the end of the answer before and this call.
+        request: the call; when it is sent stands in the answer to it.
+    """
+
+    pause_s: float
+    request: BenchRequest
 
 
 @dataclass(slots=True)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from slos_serve.bench.requests import BenchRequest, Response
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import NO_SLO_CLASS, ClassSet, SLOClass
+from slos_serve.core.tasks import task_applied, task_of
 from slos_serve.metrics.attainment import StageTarget, score_request, stage_starts_of, targets_of
 from slos_serve.metrics.summary import Outcome, ScoredRequest
 from slos_serve.perf.batch_time import BatchTimeModel
@@ -26,7 +28,8 @@ def class_of(request: BenchRequest, classes: ClassSet) -> SLOClass | None:
     Raises:
         InvalidFieldError: its class is unknown.
     """
-    found = classes.resolve(request.slo_class, request.ttft_ms, request.tpot_ms, e2e_ms=request.e2e_ms)
+    named = classes.resolve(request.slo_class, request.ttft_ms, request.tpot_ms, e2e_ms=request.e2e_ms)
+    found = task_applied(named, named, request.task_ms, None)
     return None if found is None or found.best_effort else found
 
 
@@ -75,6 +78,43 @@ def score_response(response: Response, classes: ClassSet, model: BatchTimeModel 
         score=score,
         gaps_s=np.diff(times),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class TaskScore:
+    """How a whole task fared.
+
+    Attributes:
+        slo_class: name of the class of its first call.
+        calls: how many were sent.
+        spent_s: until its last answer ended, of what counts.
+        kept: all its calls were answered, the last one in time.
+    """
+
+    slo_class: str
+    calls: int
+    spent_s: float
+    kept: bool
+
+
+def score_tasks(responses: Sequence[Response], classes: ClassSet) -> dict[str, TaskScore]:
+    """Every task of a run by its session; the client knows which call is the last one."""
+    by_session: dict[str, list[Response]] = {}
+    for response in sorted(responses, key=lambda response: response.sent_s):
+        if response.request.session is not None and task_of(class_of(response.request, classes)) is not None:
+            by_session.setdefault(response.request.session, []).append(response)
+    found = {}
+    for session, calls in by_session.items():
+        slo_class = class_of(calls[0].request, classes)
+        task = task_of(slo_class)
+        assert slo_class is not None and task is not None
+        ends_s = [response.chunk_times_s[-1] if response.chunk_times_s else response.ended_s for response in calls]
+        spent_s = ends_s[-1] - calls[0].sent_s
+        if not task.pauses_count:
+            spent_s = sum(end_s - response.sent_s for end_s, response in zip(ends_s, calls, strict=True))
+        whole = calls[-1].request.then is None and all(one.outcome is Outcome.COMPLETED for one in calls)
+        found[session] = TaskScore(slo_class.name, len(calls), spent_s, whole and spent_s <= task.task_s)
+    return found
 
 
 def score_responses(

@@ -8,15 +8,17 @@ import shutil
 import tempfile
 import time
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import Progress, TaskID
+from rich.table import Table
 
 from slos_serve.cli.printed import failure, interrupted, progress_bar, say, stdout_console
-from slos_serve.core.errors import SlosServeError
+from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.launch.folders import prepare_folders
 
 if TYPE_CHECKING:
@@ -29,14 +31,30 @@ if TYPE_CHECKING:
 PROFILE_SECONDS = 60.0
 
 
+class Story(StrEnum):
+    """What the demo sends."""
+
+    STREAMS = "streams"
+    AGENTS = "agents"
+
+
+# Tasks take their time: a burst has to last until those of stock vLLM come late.
+BURST_SECONDS = {Story.STREAMS: 24.0, Story.AGENTS: 40.0}
+
+
 def demo(
     model: Annotated[str, typer.Option(help="What vLLM loads; 'smollm2' needs no download.")] = "smollm2",
+    story: Annotated[
+        Story, typer.Option(help="What is sent: streams of three classes, or agents' tasks, JSON answers and a chat.")
+    ] = Story.STREAMS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the chart here.")] = None,
     profile: Annotated[Path | None, typer.Option(help="Batch-time profile instead of the cached one.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the requests.")] = 0,
     calm_seconds: Annotated[float, typer.Option(min=1, help="How long requests arrive in the calm phase.")] = 28.0,
-    burst_seconds: Annotated[float, typer.Option(min=1, help="How long requests arrive in the burst.")] = 24.0,
+    burst_seconds: Annotated[
+        float | None, typer.Option(min=1, help="How long requests arrive in the burst; 24, of agents 40.")
+    ] = None,
     burst_load: Annotated[float, typer.Option(min=0.1, help="Load of the burst, in parts of the capacity.")] = 1.7,
     record: Annotated[
         Path | None, typer.Option(help="Write each side's requests with their token times to this folder, for replay.")
@@ -49,13 +67,24 @@ def demo(
     from slos_serve.bench.demo_plan import DemoSettings
     from slos_serve.bench.demo_report import claims, demo_json, demo_table
 
+    if story is Story.AGENTS:
+        for given, name in ((png, "--png"), (record, "--record")):
+            if given is not None:
+                raise failure(InvalidFieldError(name, str(given), "only with --story streams"))
     console = Console(stderr=True)
     prepare_folders(os.environ, lambda said: console.print(said, markup=False, soft_wrap=True))
     folder = Path(tempfile.mkdtemp(prefix="slos-serve-demo-"))
     began_s = time.monotonic()
     try:
         setup, found = _engine(console, model, profile)
-        settings = DemoSettings(seed=seed, calm_s=calm_seconds, burst_s=burst_seconds, burst_load=burst_load)
+        burst_s = BURST_SECONDS[story] if burst_seconds is None else burst_seconds
+        settings = DemoSettings(seed=seed, calm_s=calm_seconds, burst_s=burst_s, burst_load=burst_load)
+        if story is Story.AGENTS:
+            told, result = _agents(console, setup, found, settings, folder)
+            _say(told)
+            _write_json(result, json_file)
+            shutil.rmtree(folder, ignore_errors=True)
+            return
         plan, sides = _run(console, setup, settings, folder)
         result = demo_json(sides, _setup_json(setup, found, plan, time.monotonic() - began_s))
     except SlosServeError as error:
@@ -64,14 +93,42 @@ def demo(
         raise end from None
     except KeyboardInterrupt:
         raise interrupted() from None
-    out = stdout_console()
-    out.print(demo_table(result))
-    for text, held in claims(result):
-        out.print(f"[green]yes[/] {text}" if held else f"[red]no [/] {text}", highlight=False, soft_wrap=True)
+    _say((demo_table(result), claims(result)))
     _write(result, sides, plan, setup, json_file, png)
     if record is not None:
         _record(record, sides, plan, setup, result["setup"])
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _say(told: tuple[Table, list[tuple[str, bool]]]) -> None:
+    """Print a table and its claims."""
+    out, (table, claims) = stdout_console(), told
+    out.print(table)
+    for text, held in claims:
+        out.print(f"[green]yes[/] {text}" if held else f"[red]no [/] {text}", highlight=False, soft_wrap=True)
+
+
+def _agents(
+    console: Console, setup: EngineSetup, profile: Profile, settings: DemoSettings, folder: Path
+) -> tuple[tuple[Table, list[tuple[str, bool]]], dict[str, Any]]:
+    """The story of agents: its table with the claims, and its JSON."""
+    from slos_serve.bench.agents_plan import agents_yaml, plan_agents
+    from slos_serve.bench.agents_report import agents_claims, agents_json, agents_table
+    from slos_serve.bench.demo import send_to_both
+
+    began_s = time.monotonic()
+    plan = plan_agents(setup.profile_model, settings)
+    classes_path = folder / "classes.yaml"
+    text = agents_yaml(plan.classes)
+    classes_path.write_text(text, encoding="utf-8")
+    console.print(f"This engine carries at most {plan.capacity_per_s:.2f} chats, answers and tasks a second. Promises:")
+    console.print(text.rstrip(), markup=False, highlight=False)
+    with progress_bar() as progress:
+        task = progress.add_task("starting both servers", total=None)
+        loads, _ = send_to_both(setup, plan, folder, classes=classes_path, told=_told(progress, task))
+    facts = {**_setup_json(setup, profile, plan, time.monotonic() - began_s), "class_file": text}
+    result = agents_json(loads, plan, setup.profile_model, facts)
+    return (agents_table(result), agents_claims(result)), result
 
 
 def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSetup, Profile]:
@@ -198,12 +255,16 @@ def _write(
 ) -> None:
     from slos_serve.bench.plots import plot_demo
 
-    if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    _write_json(result, json_file)
     if png is not None:
         png.parent.mkdir(parents=True, exist_ok=True)
         plot_demo(result, sides, plan, setup.profile_model, png)
+
+
+def _write_json(result: dict[str, Any], json_file: Path | None) -> None:
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _record(

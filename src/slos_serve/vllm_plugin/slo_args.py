@@ -50,6 +50,7 @@ HEADER_KEYS: Mapping[str, str] = {
     "x-slo-due-at": "slo_due_at",
     "x-slo-task-ms": "slo_task_ms",
     "x-slo-task-calls": "slo_task_calls",
+    "x-slo-last-round": "slo_last_round",
 }
 SESSION_HEADER = "x-session-id"
 _HEADER_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{1,6})?")
@@ -161,6 +162,8 @@ def header_args(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str | float
             value = header_number(name, text)
         elif key == "slo_task_calls":
             value = header_calls(name, text)
+        elif key == "slo_last_round":
+            value = header_flag(name, text)
         if found.setdefault(key, value) != value:
             raise InvalidFieldError(name, text, f"one value; another header says {found[key]!r}")
     _text(found, "slo_class", MAX_NAME_CHARS, field="x-slo-class")
@@ -181,6 +184,13 @@ def header_time(name: str, text: str) -> float:
     if not _HEADER_TIME.fullmatch(text):
         raise InvalidFieldError(name, text, "Unix seconds as digits")
     return float(text)
+
+
+def header_flag(name: str, text: str) -> int:
+    """A header's 0 or 1."""
+    if text not in ("0", "1"):
+        raise InvalidFieldError(name, text, "0 or 1")
+    return int(text)
 
 
 def header_calls(name: str, text: str) -> int:

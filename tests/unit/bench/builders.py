@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from slos_serve.bench.demo_events import SchedulerEvents
 from slos_serve.bench.demo_plan import DemoPlan, DemoSettings, plan_demo
 from slos_serve.bench.demo_report import SideRun, side_run
@@ -54,3 +56,32 @@ def demo_side(plan: DemoPlan, *, slow_from: int, events: SchedulerEvents | None 
     calm = [response_of(request) for request in plan.calm]
     burst = [response_of(request, gap_s=0.01 if index < slow_from else 5.0) for index, request in enumerate(plan.burst)]
     return side_run({"calm": load_of(calm), "burst": load_of(burst)}, plan, MODEL, events)
+
+
+def calls_of(first: BenchRequest) -> list[BenchRequest]:
+    """A request and those that follow it."""
+    found = [first]
+    while found[-1].then is not None:
+        found.append(found[-1].then.request)
+    return found
+
+
+def answered(first: BenchRequest, call_s: float) -> list[Response]:
+    """All calls of a request answered, each after ``call_s``, the pauses between them kept."""
+    found, at_s = [], first.arrival_s
+    for call in calls_of(first):
+        sent = replace(call, arrival_s=at_s)
+        found.append(response_of(sent, ttft_s=call_s / 2, gap_s=call_s / 2 / 9))
+        at_s += call_s + (call.then.pause_s if call.then is not None else 0.0)
+    return found
+
+
+def agents_side(given: DemoPlan, slow_from: int) -> dict[str, LoadResult]:
+    """All calm requests in time; of the burst those before the ``slow_from``-th."""
+    calm = [response for request in given.calm for response in answered(request, 0.1)]
+    burst = [
+        response
+        for number, request in enumerate(given.burst)
+        for response in answered(request, 0.1 if number < slow_from else 60.0)
+    ]
+    return {"calm": load_of(calm), "burst": load_of(burst)}

@@ -23,7 +23,7 @@ from slos_serve.files.engine_identity import EngineIdentity
 from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.launch.cpu_engine import CPU_ENVIRONMENT
 from slos_serve.sim.replay import read_record
-from tests.unit.bench.builders import MODEL, demo_side
+from tests.unit.bench.builders import MODEL, agents_side, demo_side
 
 IDENTITY = EngineIdentity(
     model="tiny", device="Some CPU, 2 cores", engine_version="0.32.0", dtype="bfloat16", tensor_parallel=1
@@ -116,3 +116,29 @@ def test_a_profile_of_another_model_is_refused(monkeypatch: pytest.MonkeyPatch, 
     ran = run_demo(monkeypatch, tmp_path, good_sides, "--model", "other")
     assert ran.exit_code == 2
     assert "measured on something else" in ran.output
+
+
+def agents_sides(
+    _setup: object, plan: DemoPlan, _folder: Path, *, classes: Path, told: Any
+) -> tuple[dict[str, Any], list[tuple[str, int]]]:
+    """Stock keeps the first twenty of the burst, ours forty."""
+    assert "task_ms" in classes.read_text(encoding="utf-8")
+    told.starting(1.0)
+    return {STOCK: agents_side(plan, 20), OURS: agents_side(plan, 40)}, []
+
+
+def test_the_story_of_agents(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    json_file = tmp_path / "agents.json"
+    monkeypatch.setattr(demo_module, "send_to_both", agents_sides)
+    ran = run_demo(monkeypatch, tmp_path, bad_sides, "--story", "agents", "--json", str(json_file))
+    assert ran.exit_code == 0, ran.output
+    result = json.loads(json_file.read_text(encoding="utf-8"))
+    assert f"{result['ratio']:.2f} times as many tasks and answers" in ran.output
+    assert result["ratio"] > 1.3 and set(result["setup"]["classes"]) == {"chat", "answer", "task"}
+    assert "What users wait for" in ran.output and "no  " not in ran.output
+
+
+def test_a_chart_is_of_streams_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran = run_demo(monkeypatch, tmp_path, bad_sides, "--story", "agents", "--png", str(tmp_path / "x.png"))
+    assert ran.exit_code == 2
+    assert "--png" in ran.output
