@@ -6,11 +6,12 @@ import asyncio
 import socket
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from slos_serve.bench.client import ClientSettings, LoadClient, ServerUnreachableError
-from slos_serve.bench.requests import BenchRequest, LoadResult, Response
+from slos_serve.bench.requests import BenchRequest, FollowUp, LoadResult, Response
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.metrics.summary import Outcome
 from tests.unit.bench.sse_server import Call, Script, SseServer, chat_chunk, sse_server, usage
@@ -217,3 +218,37 @@ def test_runs_one_behind_the_other_add_up_what_was_stolen() -> None:
     first = LoadResult([], 10.0, 0.0, stolen=[(0.0, 0.0), (9.0, 2.0)])
     second = LoadResult([], 5.0, 20.0, stolen=[(0.5, 0.0), (4.0, 1.0)])
     assert first.then(second).stolen == [(0.0, 0.0), (9.0, 2.0), (10.5, 2.0), (14.0, 3.0)]
+
+
+def task_of_calls(*scripts: str) -> BenchRequest:
+    """Calls of one task, each after a short pause."""
+    following: FollowUp | None = None
+    for number, script in reversed(list(enumerate(scripts))):
+        last = number == len(scripts) - 1
+        call = replace(
+            request_for(script), request_id=f"t-{number}", session="t", task_ms=9000.0, last_call=last, then=following
+        )
+        following = FollowUp(0.02, call)
+    assert following is not None
+    return following.request
+
+
+def test_calls_of_a_task_follow_each_other_and_name_it() -> None:
+    result, server = drive([task_of_calls("three", "three", "three"), request_for("three", 0.01)])
+    calls = [response for response in result.responses if response.request.session == "t"]
+    assert [response.request.request_id for response in calls] == ["t-0", "t-1", "t-2"]
+    assert len(result.responses) == 4
+    for before, after in pairwise(calls):
+        assert after.sent_s >= before.ended_s + 0.02
+        assert after.request.arrival_s == pytest.approx(after.sent_s, abs=0.05)
+    sent = {call.headers["x-request-id"]: call.headers for call in server.calls if "x-request-id" in call.headers}
+    for number in range(3):
+        headers = sent[f"t-{number}"]
+        assert (headers["x-session-id"], headers["x-slo-task-ms"]) == ("t", "9000.0")
+        assert headers.get("x-slo-last-round") == ("1" if number == 2 else None)
+    assert "x-session-id" not in sent["id-three"]
+
+
+def test_a_task_breaks_off_with_a_call_that_fails() -> None:
+    result, _ = drive([task_of_calls("three", "busy", "three")])
+    assert [response.outcome for response in result.responses] == [Outcome.COMPLETED, Outcome.REJECTED]
