@@ -179,3 +179,9 @@ def test_the_example_and_the_page_agree_with_the_code(monkeypatch: pytest.Monkey
     page = (ROOT / "docs" / "ray-serve.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `([a-z_]+)` \|", page, re.MULTILINE))
     assert listed | {"llm_config"} == set(KEYS)
+
+
+def test_an_update_starts_the_new_endpoint_before_it_stops_the_old_one(profile: Path) -> None:
+    """With one endpoint Ray would stop it first, and all requests would wait until the new one has started."""
+    deployment = build_app(arguments(profile))._bound_deployment
+    assert deployment.name == "SLOIngress" and deployment._deployment_config.max_surge_percent == 100

@@ -134,6 +134,8 @@ def build_app(args: dict[str, Any], api_keys: Sequence[str] | None = None) -> Ap
         make_fastapi_ingress(SLOIngress, endpoint_map=ENDPOINTS, app=fastapi_app_with(keys, config)),
         name="SLOIngress",
         num_replicas=config.ingress_replicas,
+        # An update starts the new endpoint before it stops the old one: without an endpoint all requests would wait.
+        max_surge_percent=100,
         max_ongoing_requests=MOST_ONGOING,
         graceful_shutdown_timeout_s=DRAIN_S,
         ray_actor_options={"num_cpus": 0, "runtime_env": {"env_vars": dict(llm.runtime_env["env_vars"])}},
