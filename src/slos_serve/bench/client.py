@@ -30,6 +30,8 @@ _REJECTED_STATUS = (429, 503)
 _LONGEST_ERROR = 300
 _STOLEN_EVERY_S = 0.25
 _LOOK_EVERY_S = 0.5
+# Servers close idle connections, vLLM after 5 s; one that is used just then loses its request.
+KEEP_ALIVE_S = 2.0
 
 
 class ServerUnreachableError(SlosServeError):
@@ -104,7 +106,9 @@ class LoadClient:
         headers = {"Authorization": f"Bearer {self._settings.api_key}"} if self._settings.api_key else {}
         # An open loop must not queue in its own connection pool, and time limits are set per request.
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=None), headers=headers
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
+            timeout=aiohttp.ClientTimeout(total=None),
+            headers=headers,
         )
         try:
             self._server = await self._wait_for_server()
