@@ -88,7 +88,7 @@ def cold_start_s() -> float:
     code = (
         "import time; start = time.perf_counter()\n"
         "from slos_serve.planning.planner import Planner\n"
-        "from slos_serve.planning.warm_up import warm_up\n"
+        "from slos_serve.vllm_plugin.warm_up import warm_up\n"
         "from tests.builders import OPT_13B_A100\n"
         "warm_up(Planner(OPT_13B_A100, 3)); print(time.perf_counter() - start)\n"
     )

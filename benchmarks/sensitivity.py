@@ -59,7 +59,7 @@ CONSTANTS = (
     Constant("SPREAD", ("memory",)),
     Constant("WAIT_SHARE", ("form",)),
     Constant("CROWDED_SHARE", ("form",)),
-    Constant("FULL_LEAD_LOAD", ("plan_step",)),
+    Constant("LEAD_OF_PACE", ("best_effort",)),
     Constant("LEAD_OF_STALL", ("best_effort",)),
     Constant("TURN_TOKENS", ("form",)),
     Constant("DECODE_TURNS", ("best_effort",)),

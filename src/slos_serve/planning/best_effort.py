@@ -21,8 +21,9 @@ NOBODY = -1
 TURN_TOKENS = 64
 # While it decodes the request with a turn gets them ten times as often: a token is cheap, and ending frees its KV.
 DECODE_TURNS = 10.0
-# Share of the stall bound that promised decodes are ahead before prompts without a promise run, at most.
-LEAD_OF_STALL = 0.9
+# Promised decodes are this share of the time promised so far ahead before prompts without a promise run, and of their
+# stall bound at most. The first keeps a short answer, which can never be far ahead, from shutting them out.
+LEAD_OF_PACE, LEAD_OF_STALL = 0.25, 0.9
 
 
 class Turn(NamedTuple):
@@ -90,17 +91,16 @@ def can_be_kept(state: State, slot: int) -> bool:
 
 
 @njit(cache=True)
-def ahead_enough(rows: RequestArray, decodes: SlotArray, due_s: FloatArray, now_s: float, share: float) -> bool:
-    """Whether promised decodes are on average ``share`` of what their stall bounds allow ahead of schedule.
+def ahead_enough(rows: RequestArray, decodes: SlotArray, due_s: FloatArray, now_s: float) -> bool:
+    """Whether promised decodes are on average ahead of schedule by what they should have gained.
 
     Args:
         decodes, due_s: promised decodes and when their next tokens are due.
-        share: 0 to 1.
     """
     ahead_s, wanted_s = 0.0, 0.0
     for j in range(len(decodes)):
         tpot_s, stall_s = rows["tpot_s"][decodes[j]], rows["max_stall_s"][decodes[j]]
         if np.isfinite(tpot_s) and np.isfinite(stall_s):
             ahead_s += due_s[j] - now_s
-            wanted_s += share * LEAD_OF_STALL * stall_s
+            wanted_s += min(LEAD_OF_PACE * tpot_s * rows["stage_tokens"][decodes[j]], LEAD_OF_STALL * stall_s)
     return ahead_s >= wanted_s

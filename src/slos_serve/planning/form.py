@@ -220,7 +220,7 @@ def form(state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, pla
         give_turn(step, rules.turn, limit_s)
     limit_s = add_prompts(step, work, limit_s)
     add_early_decodes(step, work, drafts, first, limit_s)
-    prompts = ahead_enough(state.rows, work.decodes, work.decode_due_s, state.now_s, rules.lead_share)
+    prompts = ahead_enough(state.rows, work.decodes, work.decode_due_s, state.now_s)
     add_others(step, work, plan, lengths, prompts, limit_s)
     if prompts:
         start_others(step, work.starting, rules.turn, limit_s)
@@ -258,6 +258,6 @@ def form_step(
         count += 1
         state = without(state, victim)
         if victim == rules.kept:
-            rules = Rules(rules.longest_s, rules.lead_share, NOBODY, NOBODY)
+            rules = Rules(rules.longest_s, NOBODY, NOBODY)
         step = form(state, chosen, starting, rules, plan)
     return step, gone[:count]

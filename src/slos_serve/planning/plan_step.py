@@ -15,7 +15,6 @@ from numba import njit
 
 from slos_serve.core.request import SlotArray
 from slos_serve.perf.lengths import forecast_lengths
-from slos_serve.perf.step_time import per_token_s
 from slos_serve.planning.admission import Asked, Question, admission_of
 from slos_serve.planning.arrivals import Arrivals, count_arrivals, longest_step_s
 from slos_serve.planning.best_effort import NOBODY, Turn, next_turn
@@ -36,9 +35,6 @@ from slos_serve.planning.state import (
 from slos_serve.planning.step import ENTRIES, HELD, PREEMPTED, Step, seconds
 from slos_serve.planning.supply import Tiers, tiers_of
 from slos_serve.planning.work import Rules
-
-# Load of promised prompts from which on best effort leaves promised decodes all the lead they can have.
-FULL_LEAD_LOAD = 0.2
 
 
 class Known(NamedTuple):
@@ -192,8 +188,7 @@ def plan_step(state: State, known: Known, last: Memory) -> Planned:
     drafts = plan_drafts(state, tiers, last.drafts, known.max_draft_tokens, longest_s)
     memory = Memory(arrivals, turn, drafts)
     chosen, fitting, admission = take(state, asking, question_of(state, known, memory, tiers))
-    lead_share = min(arrivals.load[0].sum() * per_token_s(state.coefficients) / FULL_LEAD_LOAD, 1.0)
-    rules = Rules(longest_s, lead_share, turn.kept, turn.kept if turn.due else NOBODY)
+    rules = Rules(longest_s, turn.kept, turn.kept if turn.due else NOBODY)
     step, sacrificed = form_step(state, chosen, starting_order(state), rules, drafts)
     fitting[sacrificed] = False
     slots, tokens, reasons, lengths = in_engine_order(step)

@@ -18,13 +18,11 @@ class Rules(NamedTuple):
 
     Attributes:
         longest_s: longest step beside its decodes, so that a prompt that arrives meanwhile is still in time.
-        lead_share: see :func:`slos_serve.planning.best_effort.ahead_enough`.
         kept: slot that is preempted for nobody; -1 for none.
         turn: slot that computes something before any prompt; -1 for none.
     """
 
     longest_s: float
-    lead_share: float
     kept: int
     turn: int
 

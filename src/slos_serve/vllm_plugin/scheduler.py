@@ -19,7 +19,6 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from slos_serve.core.errors import UnsupportedEngineError
 from slos_serve.core.request import MAX_DRAFT_TOKENS
-from slos_serve.planning.warm_up import warm_up
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.vllm_plugin import capabilities, compat, compat_kv
 from slos_serve.vllm_plugin.config import PROFILE_ENV, PluginConfig
@@ -36,6 +35,7 @@ from slos_serve.vllm_plugin.recorder import Recorder
 from slos_serve.vllm_plugin.self_test import dry_plan
 from slos_serve.vllm_plugin.stop_strings import StopStrings
 from slos_serve.vllm_plugin.telemetry import Telemetry
+from slos_serve.vllm_plugin.warm_up import warm_up
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput

@@ -6,7 +6,7 @@ from typing import Any
 
 from slos_serve.planning import plan_step as kernels
 from slos_serve.planning.planner import Planner
-from slos_serve.planning.warm_up import warm_up
+from slos_serve.vllm_plugin.warm_up import warm_up
 from tests.builders import OPT_13B_A100, EngineBuilder
 
 
