@@ -159,13 +159,13 @@ def command_of(config: ServeConfig, path: Path) -> list[str]:
 
 
 def kill(fleet: Fleet, rng: random.Random) -> str:
-    """SIGKILL to a replica or to its engine core."""
+    """SIGKILL to a replica or to a process that it started."""
     pid = rng.choice(fleet.replicas())
     children = [child for child in below(pid) if child != pid]
     with fleet.harming(pid, for_good=True):
         killed = rng.choice([pid, *children])
         os.kill(killed, signal.SIGKILL)
-    return "the replica" if killed == pid else "its engine core"
+    return "the replica" if killed == pid else "a process of the replica"
 
 
 def stop(fleet: Fleet, rng: random.Random) -> str:

@@ -23,7 +23,7 @@ TURN_TOKENS = 64
 DECODE_TURNS = 10.0
 # Promised decodes are this share of the time promised so far ahead before prompts without a promise run, and of their
 # stall bound at most. The first keeps a short answer, which can never be far ahead, from shutting them out.
-LEAD_OF_PACE, LEAD_OF_STALL = 0.25, 0.9
+LEAD_OF_PACE, LEAD_OF_STALL = 0.4, 0.9
 
 
 class Turn(NamedTuple):
