@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from slos_serve.cli.printed import USAGE_ERROR, failure, say, stdout_console
+from slos_serve.cli.promises import shown_first_token, shown_per_token, shown_whole
 from slos_serve.core.errors import SlosServeError
 from slos_serve.core.slo import SLOClass
 from slos_serve.files.class_file import ClassFile, load_class_file
@@ -81,26 +82,19 @@ def impossible_promises(slo_class: SLOClass, model: BatchTimeModel) -> list[str]
 
 def _table(found: ClassFile, model: BatchTimeModel | None) -> Table:
     table = Table(title="promises", title_justify="left")
-    for column in ("class", "first token", "per output token", "weight", "when full"):
+    for column in ("class", "first token", "per output token", "as a whole", "weight", "when full"):
         table.add_column(column)
     for slo_class in found.classes:
         name = f"{slo_class.name} (default)" if slo_class.name == found.classes.default else slo_class.name
-        per_token = ", then ".join(_ms(stage.slo.tpot_ms) for stage in slo_class.stages)
         full = "-" if slo_class.best_effort else slo_class.when_full.value
-        table.add_row(name, _first_token(slo_class, model), per_token, f"{slo_class.weight:g}", full)
+        promised = _first_token(slo_class, model), shown_per_token(slo_class), shown_whole(slo_class)
+        table.add_row(name, *promised, f"{slo_class.weight:g}", full)
     return table
 
 
 def _first_token(slo_class: SLOClass, model: BatchTimeModel | None) -> str:
-    slo = slo_class.slo
-    if slo.ttft_ms is not None or slo.ttft_slowdown is None:
-        return _ms(slo.ttft_ms)
-    said = f"{slo.ttft_slowdown:g} x the prompt alone, at least {slo.ttft_floor_ms:g} ms"
-    if model is None:
+    slo, said = slo_class.slo, shown_first_token(slo_class.slo)
+    if slo.ttft_slowdown is None or model is None:
         return said
     shown = ", ".join(f"{tokens}: {1e3 * slo.ttft_s(model.zero_load_s(tokens)):.0f} ms" for tokens in SHOWN_PROMPTS)
     return f"{said} (prompt of {shown})"
-
-
-def _ms(value: float | None) -> str:
-    return "no promise" if value is None else f"{value:g} ms"

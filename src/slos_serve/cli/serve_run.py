@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from slos_serve.cli.promises import shown_first_token, shown_per_token, shown_whole
 from slos_serve.core.redaction import redacted, redacted_arguments, redacted_text, secrets_of
-from slos_serve.core.slo import SLOClass
 from slos_serve.files.profile_file import Profile
 from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.launch.server import STOP_TIMEOUT_S, Patience, ServerProcess, ServerStartError
@@ -133,12 +133,13 @@ def _banner(console: Console, launch: Launch) -> None:
     if config.endpoint.host is None and config.endpoint.uds is None and not config.endpoint.headless:
         url += " (every interface)"
     table = Table(title=f"slos-serve: {config.model} at {url}", title_justify="left")
-    for column in ("class", "first token", "per output token", "weight", "longest stall"):
+    for column in ("class", "first token", "per output token", "as a whole", "weight", "longest stall"):
         table.add_column(column)
     for slo_class in classes:
         name = f"{slo_class.name} (default)" if slo_class.name == classes.default else slo_class.name
         stall = f"{slo_class.max_stall_ms:g} ms"
-        table.add_row(name, _first_token(slo_class), _per_token(slo_class), f"{slo_class.weight:g}", stall)
+        promised = shown_first_token(slo_class.slo), shown_per_token(slo_class), shown_whole(slo_class)
+        table.add_row(name, *promised, f"{slo_class.weight:g}", stall)
     if len(classes):
         console.print(table)
         if config.replicas is not None:
@@ -150,20 +151,6 @@ def _banner(console: Console, launch: Launch) -> None:
         highlight=False,
         soft_wrap=True,
     )
-
-
-def _first_token(slo_class: SLOClass) -> str:
-    slo = slo_class.slo
-    if slo.ttft_ms is not None:
-        return f"{slo.ttft_ms:g} ms"
-    if slo.ttft_slowdown is not None:
-        return f"{slo.ttft_slowdown:g} x zero load, at least {slo.ttft_floor_ms:g} ms"
-    return "no promise"
-
-
-def _per_token(slo_class: SLOClass) -> str:
-    told = ["no promise" if stage.slo.tpot_ms is None else f"{stage.slo.tpot_ms:g} ms" for stage in slo_class.stages]
-    return ", then ".join(told)
 
 
 def _resolved(launch: Launch, server: ServerProcess) -> dict[str, Any]:

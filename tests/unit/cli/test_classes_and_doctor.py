@@ -34,6 +34,18 @@ def test_a_right_file_is_shown_with_what_it_promises() -> None:
     assert "chat (default)" in result.output and "1000: 636 ms" in result.output
 
 
+def test_answers_tasks_and_weaker_promises_are_shown(tmp_path: Path) -> None:
+    file = tmp_path / "whole.yaml"
+    file.write_text(
+        "classes:\n  json: {e2e_ms: 8000}\n  agent: {task_ms: 60000}\n"
+        "  chat: {ttft_ms: 900, otherwise: [{ttft_ms: 8000}, {e2e_ms: 120000}]}\n"
+    )
+    result = RUNNER.invoke(app, ["classes", "check", str(file)], env={"COLUMNS": "160"})
+    assert result.exit_code == 0, result.output
+    for cell in ("answer 8000 ms", "task 60000 ms", "2 weaker"):
+        assert cell in result.output
+
+
 def test_a_fault_names_file_and_line(tmp_path: Path) -> None:
     file = tmp_path / "bad.yaml"
     file.write_text("classes:\n  a: {ttft_ms: 5}\n  b:\n    tpot_msx: 3\n")

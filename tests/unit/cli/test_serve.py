@@ -129,7 +129,7 @@ def test_measures_once_and_passes_vllm_its_arguments(
     assert engine.profiled == [("tiny", ("--port", str(given[4]), "--max-model-len", "64", "-tp=1"))]
     assert commands[0][3:5] == ("--model", "tiny")
     assert "-tp=1" in commands[0]
-    assert "5 x zero load" in output
+    assert "5 x the" in output
     assert "900 ms" in output
     record = json.loads(resolved.read_text())
     assert record["command"][-1] == str(given[4])
