@@ -302,12 +302,14 @@ class TaskBook:
         return self._end(due.key, task) if task.is_last and task.in_flight == 0 else None
 
     def withdraw(self, due: CallDue) -> None:
-        """A call that began was refused: as if it had never come."""
+        """A call that began was refused: as if it had never come, or an empty one where another came meanwhile."""
         task = self._task(due.key)
-        if task is None or task.serial != due.serial or due.number != task.begun:
+        if task is None or task.serial != due.serial:
+            return
+        task.in_flight -= 1
+        if due.number != task.begun:
             return
         task.begun -= 1
-        task.in_flight -= 1
         del task.tokens[task.begun :], task.pauses_s[task.begun :]
         if task.begun == 0:
             self._forget(due.key)

@@ -174,6 +174,16 @@ def test_a_refused_call_never_was() -> None:
     assert book.due(key(), call(8.0)).number == 2
 
 
+def test_a_call_that_is_refused_after_another_came_leaves_nothing_in_flight() -> None:
+    book = TaskBook(alone_s)
+    (first, _), (second, _) = book.begin(key(), call(0.0)), book.begin(key(), call(0.1))
+    book.withdraw(first)
+    book.call_ended(second, 1.0, 10, finished=True, promised=True, last=False)
+    ended = book.sweep(1.0 + 2.0 * IDLE_S)
+    assert [one.key for one in ended] == [key()]
+    assert len(book) == 0
+
+
 def test_ten_thousand_sessions_of_one_tenant_do_not_end_those_of_another() -> None:
     book = TaskBook(alone_s, most=50, most_of_tenant=20)
     serve(book, 0.0, 1.0, key("mine", "quiet"))
