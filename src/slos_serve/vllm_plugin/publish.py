@@ -33,8 +33,11 @@ from slos_serve.vllm_plugin.front.link import RECONNECT_MS, socket_path
 _logger = logging.getLogger("vllm.slos_serve")
 # A reader knows whose publications it reads; the engine core does not know what its replica is called.
 _UNNAMED = ""
-# The API process judges with what it heard last, so it hears more often than routers do.
+# The API process judges with what it heard last, so it hears more often than routers do. While the same requests only
+# decode, all that changes is how far ahead they are: then it hears less often, because a publication costs both
+# processes about as much time as planning a small step.
 FRONT_EVERY_S = 0.03
+DECODES_EVERY_S = 0.2
 LOOK_EVERY_S = 1.0
 # Beside a publication's own fields: steps that the engine has finished. Left out by an engine that does not count them.
 STEPS_KEY = "steps_done"
@@ -135,15 +138,21 @@ class FrontPublisher(EnginePublisher):
         self._path = path
         self._listens = False
         self._looked_s = -np.inf
+        self._requests = 0
 
     def due(self, now_s: float) -> bool:
         """Whether somebody listens and the last publication is as old as it may become."""
         return self._is_heard() and super().due(now_s)
 
     def after_plan(self, now_s: float, view: EngineView, plan: StepPlan, seen_until_s: float) -> None:
-        """As :meth:`EnginePublisher.after_plan`, while somebody listens."""
-        if self._is_heard():
-            super().after_plan(now_s, view, plan, seen_until_s)
+        """As :meth:`EnginePublisher.after_plan`, while somebody listens; less often while nothing but decodes runs."""
+        if not self._is_heard():
+            return
+        same = len(view.waiting) == 0 and len(view.running) == self._requests
+        if same and now_s - self._last_s < DECODES_EVERY_S and view.table.rows["output_tokens"][view.running].all():
+            return
+        self._requests = len(view.running)
+        super().after_plan(now_s, view, plan, seen_until_s)
 
     def _is_heard(self) -> bool:
         if not self._listens and time.monotonic() - self._looked_s > LOOK_EVERY_S:
