@@ -1,6 +1,8 @@
 """When the step that is being planned will start, and how long executed steps took.
 
 With async scheduling the next step is planned while the current one runs, so it starts at that one's predicted end.
+Without, the engine schedules, and hands tokens out, between two steps: a reader of tokens waits for that too, so it is part
+of the step that follows.
 """
 
 from __future__ import annotations
@@ -9,6 +11,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from slos_serve.perf.batch_time import BatchShape
+
+# An engine that takes longer than this to schedule its next step had nothing to run meanwhile.
+MOST_BETWEEN_S = 0.02
 
 
 @dataclass(slots=True)
@@ -38,11 +43,18 @@ class StepClock:
         step = self._steps.popleft()
         while step.output is not output:
             step = self._steps.popleft()  # the engine has dropped it
-        return step.shape, now_s - max(since_s, step.scheduled_s)
+        return step.shape, now_s - self._began_s(step.scheduled_s, since_s)
 
     def next_start_s(self, now_s: float) -> float:
         """When a step scheduled now will start."""
+        if not self._steps:
+            return self._began_s(now_s, self._last_done_s)
         end_s = self._last_done_s
         for step in self._steps:
-            end_s = max(end_s, step.scheduled_s) + step.predicted_s
+            end_s = self._began_s(step.scheduled_s, end_s) + step.predicted_s
         return max(now_s, end_s)
+
+    @staticmethod
+    def _began_s(scheduled_s: float, last_end_s: float) -> float:
+        """When a step began, given the end of the one before it."""
+        return last_end_s if scheduled_s - last_end_s < MOST_BETWEEN_S else scheduled_s

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.vllm_plugin.step_clock import StepClock
+from slos_serve.vllm_plugin.step_clock import MOST_BETWEEN_S, StepClock
 
 SHAPE = BatchShape(new_tokens=7)
 
@@ -43,3 +43,17 @@ def test_a_step_that_the_engine_dropped_is_forgotten() -> None:
     clock.scheduled("next", SHAPE, 1.1, 0.1)
     assert taken_s(clock, "next", 1.4) == pytest.approx(0.3)
     assert clock.next_start_s(1.4) == 1.4
+
+
+def test_what_an_engine_does_between_two_steps_is_part_of_the_second() -> None:
+    clock = StepClock()
+    clock.scheduled("first", SHAPE, 1.0, 0.1)
+    assert taken_s(clock, "first", 1.1) == pytest.approx(0.1)
+    # Handing tokens out and scheduling takes 4 ms: the next token comes that much later.
+    assert clock.next_start_s(1.104) == pytest.approx(1.1)
+    clock.scheduled("second", SHAPE, 1.104, 0.1)
+    assert taken_s(clock, "second", 1.204) == pytest.approx(0.104)
+    # Then nobody asks for anything for a while.
+    assert clock.next_start_s(1.204 + MOST_BETWEEN_S) == pytest.approx(1.204 + MOST_BETWEEN_S)
+    clock.scheduled("third", SHAPE, 1.5, 0.1)
+    assert taken_s(clock, "third", 1.6) == pytest.approx(0.1)
