@@ -35,6 +35,7 @@ class EngineBuilder:
         max_tokens: int = 100,
         weight: float = 1.0,
         waited_s: float = 0.0,
+        class_index: int = 0,
     ) -> int:
         """A request that waits."""
         slot = self.table.add(
@@ -44,6 +45,7 @@ class EngineBuilder:
             ttft_due_s=self.now_s + due_in_s,
             tpot_s=tpot_s,
             weight=weight,
+            class_index=class_index,
             max_stall_s=2.0,
         )
         self.waiting.append(slot)
@@ -108,7 +110,7 @@ class EngineBuilder:
 
     def state(self, *, free_blocks: int | None = None, model: BatchTimeModel = OPT_13B_A100) -> State:
         """What the planner's kernels see."""
-        return state_of(self.view(free_blocks=free_blocks), self.now_s, model.coefficients, 0.05)
+        return state_of(self.view(free_blocks=free_blocks), self.now_s, model.coefficients, 0.05, np.ones(8))
 
 
 def carried_out(planner: Planner, now_s: float, view: EngineView) -> StepPlan:

@@ -13,7 +13,7 @@ from numba import njit
 
 from slos_serve.perf.step_time import roofline_s
 from slos_serve.planning.demand import SIZES, prompt_tokens_left, size_of
-from slos_serve.planning.state import BEST_EFFORT, FloatArray, State
+from slos_serve.planning.state import BEST_EFFORT, FloatArray, State, weight_of
 
 # The tightest TTFT known doubles within this time when nothing as tight arrives.
 DOUBLES_S = 30.0
@@ -60,7 +60,7 @@ def count_arrivals(state: State, known: Arrivals) -> Arrivals:
         ttft_s = state.rows["ttft_due_s"][slot] - state.rows["arrival_s"][slot]
         tightest_s = min(tightest_s, ttft_s)
         tokens = prompt_tokens_left(state.rows, slot, state.coefficients)
-        size = size_of(tokens / state.rows["weight"][slot])
+        size = size_of(tokens / weight_of(state, slot))
         load[0, size] += tokens / LOAD_OVER_S
         load[1, size] += tokens / LOAD_OVER_S * ttft_s
     return Arrivals(newest, state.now_s, tightest_s, load)

@@ -25,6 +25,7 @@ from slos_serve.planning.state import (
     next_due_s,
     tokens_done,
     tokens_left,
+    weight_of,
 )
 from slos_serve.planning.supply import tier_of
 
@@ -164,7 +165,7 @@ def build_demand(
             slots[n], due_s[n] = slot, max(due, state.now_s)
             tokens[n] = prompt_tokens_left(rows, slot, state.coefficients)
             tier[n] = tier_of(paces_s, rows["tpot_s"][slot])
-            weight[n] = rows["weight"][slot]
+            weight[n] = weight_of(state, slot)
             if length_weight > 0.0:
                 weight[n] *= (rows["prompt_tokens"][slot] / UNIT_PROMPT_TOKENS) ** length_weight
             promised[n] = state.status[slot] == ADMITTED

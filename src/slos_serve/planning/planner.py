@@ -17,6 +17,7 @@ from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.acceptance import AcceptanceEstimate
 from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.perf.class_shares import ClassShares
 from slos_serve.perf.lengths import LengthForecast
 from slos_serve.planning import arrivals
 from slos_serve.planning.admission import Asked
@@ -25,7 +26,7 @@ from slos_serve.planning.best_effort import NO_TURN
 from slos_serve.planning.drafting import DraftPlan, no_drafts
 from slos_serve.planning.plan_step import Admission, Known, Memory, ask_now, plan_step
 from slos_serve.planning.settings import PlannerSettings
-from slos_serve.planning.state import ADMITTED, BEST_EFFORT, State, state_of
+from slos_serve.planning.state import ADMITTED, BEST_EFFORT, UNDECIDED, State, state_of
 
 _NONE: SlotArray = np.empty(0, dtype=np.int64)
 
@@ -63,12 +64,14 @@ class Planner:
     Attributes:
         lengths: how long answers are, learnt.
         acceptance: how often drafts are right, learnt.
+        shares: how much of what each class asks for is promised.
     """
 
     def __init__(self, model: BatchTimeModel, num_classes: int, settings: PlannerSettings | None = None) -> None:
         self.settings = settings or PlannerSettings()
         self.lengths = LengthForecast(num_classes, self.settings.length_quantile)
         self.acceptance = AcceptanceEstimate(num_classes, self.settings.acceptance_confidence)
+        self.shares = ClassShares(num_classes, self.settings.fairness)
         self.counters = PlannerCounters()
         self._memory = Memory(arrivals.NO_ARRIVALS, NO_TURN, no_drafts())
         self._newest: tuple[StepPlan, Memory, Admission] | None = None
@@ -88,7 +91,7 @@ class Planner:
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Plan the step that starts at ``now_s``; promises are made by :meth:`commit`."""
-        state = state_of(view, now_s, self.coefficients, self.settings.margin)
+        state = state_of(view, now_s, self.coefficients, self.settings.margin, self.shares.boost)
         found = plan_step(state, self.known(), self._memory)
         plan = StepPlan(
             slots=found.slots,
@@ -114,8 +117,12 @@ class Planner:
             ran: int64, slots that really ran. A request is promised its SLO only if it ran, or was running already.
         """
         rows = view.table.rows
-        rows["status"][promises_made(plan, rows, ran)] = ADMITTED
-        rows["status"][plan.demoted] = BEST_EFFORT
+        made, demoted = promises_made(plan, rows, ran), plan.demoted
+        if len(made) or len(demoted):
+            decided = np.concatenate((made, demoted[rows["status"][demoted] == UNDECIDED]))
+            promised = np.arange(len(decided)) < len(made)
+            self.shares.decided(rows["class_index"][decided], promised, rows["weight"][decided])
+            rows["status"][made], rows["status"][demoted] = ADMITTED, BEST_EFFORT
         self.counters.plans += 1
         self.counters.demoted += len(plan.demoted)
         newest, self._newest = self._newest, None

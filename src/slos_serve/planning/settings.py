@@ -21,6 +21,8 @@ class PlannerSettings:
         max_implied_ttft_s: deadline of a request that is promised a TPOT but no TTFT, seconds after its arrival.
         length_weight: power of the prompt's length that a class's weight is multiplied with: 0 counts requests, 1
             counts prompt tokens, so that long requests are not the first to be declined.
+        fairness: requests weigh more while less of their class is promised than this part of the mean of all classes; 0
+            leaves weights as they are given, 1 makes the classes' shares as even as weights can.
         aging_s: longest time that the oldest request without a promise goes without progress; 0 for no such rule.
         max_draft_tokens: longest draft that may be planned, 0 to 10; 0 is no speculation. A server without a drafter
             sets 0.
@@ -33,6 +35,7 @@ class PlannerSettings:
     length_quantile: float = 0.7
     max_implied_ttft_s: float = 30.0
     length_weight: float = 0.0
+    fairness: float = 0.7
     aging_s: float = 10.0
     max_draft_tokens: int = 0
     acceptance_confidence: float = 1.0
@@ -50,6 +53,7 @@ RANGES = {
     "length_quantile": (0.0, 0.999, False),
     "max_implied_ttft_s": (0.0, 3600.0, False),
     "length_weight": (0.0, 2.0, True),
+    "fairness": (0.0, 1.0, True),
     "aging_s": (0.0, 86_400.0, True),
     "max_draft_tokens": (0.0, float(MAX_DRAFT_TOKENS), True),
     "acceptance_confidence": (0.0, 10.0, True),

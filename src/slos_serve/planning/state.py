@@ -34,6 +34,7 @@ class State(NamedTuple):
         coefficients: float64 [8], batch times as they are planned: corrected, margin added.
         now_s: when the step starts.
         margin: share of every TPOT kept in hand.
+        boost: float64 [classes], see :class:`slos_serve.perf.class_shares.ClassShares`.
         free_blocks .. max_tokens: as of the view.
     """
 
@@ -44,6 +45,7 @@ class State(NamedTuple):
     coefficients: FloatArray
     now_s: float
     margin: float
+    boost: FloatArray
     free_blocks: int
     total_blocks: int
     block_size: int
@@ -54,7 +56,7 @@ class State(NamedTuple):
     prefill_threshold: int
 
 
-def state_of(view: EngineView, now_s: float, coefficients: FloatArray, margin: float) -> State:
+def state_of(view: EngineView, now_s: float, coefficients: FloatArray, margin: float, boost: FloatArray) -> State:
     """The state of a view."""
     rows = view.table.rows
     return State(
@@ -65,6 +67,7 @@ def state_of(view: EngineView, now_s: float, coefficients: FloatArray, margin: f
         coefficients,
         now_s,
         margin,
+        boost,
         int(view.free_blocks),
         int(view.total_blocks),
         int(view.block_size),
@@ -88,6 +91,7 @@ def without(state: State, slot: int) -> State:
         state.coefficients,
         state.now_s,
         state.margin,
+        state.boost,
         state.free_blocks + freed,
         state.total_blocks,
         state.block_size,
@@ -97,6 +101,12 @@ def without(state: State, slot: int) -> State:
         state.chunk_multiple,
         state.prefill_threshold,
     )
+
+
+@njit(cache=True)
+def weight_of(state: State, slot: int) -> float:
+    """What admitting a request is worth: its own weight, more where its class has been admitted less than others."""
+    return float(state.rows["weight"][slot] * state.boost[state.rows["class_index"][slot]])
 
 
 @njit(cache=True)

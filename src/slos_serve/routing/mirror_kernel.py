@@ -17,7 +17,7 @@ from slos_serve.planning.admission import CUT_SHORT, CUT_SHORT_WITH_DRAFTS
 from slos_serve.planning.deadlines import pace_answer
 from slos_serve.planning.demand import SIZES, Demand, build_demand, is_lost
 from slos_serve.planning.feasible import TOLERANCE, first_missed
-from slos_serve.planning.state import UNDECIDED, FloatArray, IntArray, State, peak_blocks
+from slos_serve.planning.state import UNDECIDED, FloatArray, IntArray, State, peak_blocks, weight_of
 from slos_serve.planning.supply import Supply
 from slos_serve.routing.mirror_arrays import MirrorArrays, advance, load_of, supply_of
 
@@ -67,7 +67,22 @@ def state_of_one(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int)
     blocks, size, many = m.total_blocks[k], m.block_size[k], 1 << 40
     status = np.full(1, UNDECIDED)
     state = State(
-        row, status, none, one, m.coefficients[k], m.clock_s[k], m.margin[k], blocks, blocks, size, many, many, 0, 1, 0
+        row,
+        status,
+        none,
+        one,
+        m.coefficients[k],
+        m.clock_s[k],
+        m.margin[k],
+        m.boost[k],
+        blocks,
+        blocks,
+        size,
+        many,
+        many,
+        0,
+        1,
+        0,
     )
     if row["answer_due_s"][0] < np.inf:
         pace_answer(state, 0)
@@ -174,6 +189,7 @@ def ask(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> tuple
     if is_lost(state, 0):
         return NO, -1
     due_s, cost, tier, extra_s, memory = demand(m, k, state)
+    weight = weight_of(state, 0)
     at = _place(m, k, due_s)
     asked = _with(m, k, at, due_s, cost, tier)
     extras = m.extra_s_each[k].copy()
@@ -185,12 +201,12 @@ def ask(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> tuple
         first, last = m.first[k], m.first[k] + m.num_owed[k]
         blocks[:at], blocks[at] = m.memory[k, first : first + at, short], memory[short]
         blocks[at + 1 :] = m.memory[k, first + at : last, short]
-        victim = _costliest(m, k, blocks, at, row["weight"][0], len(blocks))
+        victim = _costliest(m, k, blocks, at, weight, len(blocks))
     else:
         violated, _ = _missed(m, k, taken, asked, extras)
         if violated < 0:
             return BESIDE, -1
-        victim = _costliest(m, k, asked.tokens, at, row["weight"][0], violated + 1)
+        victim = _costliest(m, k, asked.tokens, at, weight, violated + 1)
     if victim < 0 or victim == at:
         return NO, -1
     place = m.first[k] + victim - (1 if victim > at else 0)
@@ -200,7 +216,7 @@ def ask(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> tuple
         return NO, -1
     taken[victim], taken[at] = True, False
     kept, left_without = _missed(m, k, taken, asked, extras)
-    gain = row["weight"][0] - m.weight[k, place]
+    gain = weight - m.weight[k, place]
     if gain > 0.0 or (gain == 0.0 and (kept >= 0 or left > left_without)):
         return INSTEAD, place
     return NO, -1
@@ -241,14 +257,15 @@ def enter(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> Non
         return
     if given_up >= 0:
         give_up(m, k, given_up)
-    due_s, cost, tier, extra_s, memory = demand(m, k, state_of_one(m, k, row, cached_tokens))
+    state = state_of_one(m, k, row, cached_tokens)
+    due_s, cost, tier, extra_s, memory = demand(m, k, state)
     m.extra_s_each[k, tier] += (extra_s - m.extra_s_each[k, tier]) / (m.in_tier[k, tier] + 1.0)
     m.in_tier[k, tier] += 1.0
     at = m.first[k] + _place(m, k, due_s)
     for i in range(m.first[k] + m.num_owed[k], at, -1):
         _move(m, k, i - 1, i)
     m.due_s[k, at], m.cost_tokens[k, at], m.tier[k, at] = due_s, cost, tier
-    m.weight[k, at], m.begun[k, at] = row["weight"][0], 0
+    m.weight[k, at], m.begun[k, at] = weight_of(state, 0), 0
     for j in range(len(memory)):
         m.memory_left[k, j] -= memory[j]
         m.memory[k, at, j] = memory[j]

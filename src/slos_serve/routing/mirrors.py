@@ -260,6 +260,7 @@ class Mirrors:
         m.total_blocks[k], m.block_size[k] = given.total_blocks, given.block_size
         classes = min(len(given.forecast_tokens), self._num_classes)
         m.forecast_tokens[k, :classes, 0] = given.forecast_tokens[:classes]
+        m.boost[k, :classes] = given.boost[:classes]
         m.num_unpromised[k] = given.num_unpromised
         m.idle_rate[k] = max(rate_beside(m, k, np.zeros(TIERS)), 1e-9)
 
@@ -274,6 +275,7 @@ class Mirrors:
         m.tokens_each[k] = m.idle_rate[k] = 1.0
         m.block_size[k] = 1
         m.forecast_tokens[k] = np.inf
+        m.boost[k] = 1.0
 
     def _resize(self, replicas: int = 0, places: int = 0, checkpoints: int = 0) -> None:
         """Arrays with at least this much room and the old contents."""
@@ -330,7 +332,7 @@ def _arrays(replicas: int, places: int, checkpoints: int, classes: int) -> Mirro
     shapes |= dict.fromkeys(("moments_s", "lent_tokens"), (replicas, len(MOMENT_TOKENS)))
     shapes["memory_left"] = (replicas, checkpoints)
     shapes["coefficients"] = (replicas, NUM_COEFFICIENTS)
-    shapes["forecast_tokens"] = (replicas, classes, 1)
+    shapes["forecast_tokens"], shapes["boost"] = (replicas, classes, 1), (replicas, classes)
     whole = {"first", "num_owed", "tier", "begun", "num_tiers", "total_blocks", "block_size", "num_unpromised"}
     made: dict[str, Any] = {
         name: np.zeros(shape, dtype=np.int64 if name in whole else np.float64) for name, shape in shapes.items()

@@ -17,7 +17,7 @@ from slos_serve.perf.formula import NUM_COEFFICIENTS
 from slos_serve.planning.state import FloatArray, IntArray
 from slos_serve.planning.supply import MOMENT_TOKENS
 
-FORMAT = "slos-serve-publication/4"
+FORMAT = "slos-serve-publication/5"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,6 +52,7 @@ class Publication:
         num_requests: unfinished requests of any kind.
         num_unpromised: of them, best effort and those passed over.
         forecast_tokens: float64 [classes], forecast output length of a request that has not begun.
+        boost: float64 [classes], what weights of each class are multiplied with, already in ``weight``.
     """
 
     replica: str
@@ -86,6 +87,7 @@ class Publication:
     num_requests: int
     num_unpromised: int
     forecast_tokens: FloatArray
+    boost: FloatArray
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, text and lists, for any transport that carries JSON; ``inf`` as the text ``"inf"``."""

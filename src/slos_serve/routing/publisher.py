@@ -81,7 +81,7 @@ class Publisher:
 
 def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, now_s: float) -> Asked:
     """The planner's admission of ``view`` at ``now_s``, without its consequences; writes ``expected_tokens`` only."""
-    return planner.ask_now(state_of(view, now_s, coefficients, planner.settings.margin))
+    return planner.ask_now(state_of(view, now_s, coefficients, planner.settings.margin, planner.shares.boost))
 
 
 def publication_of(
@@ -142,4 +142,5 @@ def publication_of(
         num_requests=num_requests,
         num_unpromised=max(num_requests - promised, 0),
         forecast_tokens=planner.lengths.table()[:, 0].copy(),
+        boost=planner.shares.boost,
     )

@@ -1,8 +1,8 @@
 """When the step that is being planned will start, and how long executed steps took.
 
 With async scheduling the next step is planned while the current one runs, so it starts at that one's predicted end.
-Without, the engine schedules, and hands tokens out, between two steps: a reader of tokens waits for that too, so it is part
-of the step that follows.
+Without, the engine schedules, and hands tokens out, between two steps: a reader of tokens waits for that too, so it is
+part of the step that follows.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import pytest
 from slos_serve.core.plan import Reason
 from slos_serve.core.request import Status
 from slos_serve.planning.planner import Planner
+from slos_serve.planning.settings import PlannerSettings
 from tests.builders import OPT_13B_A100, EngineBuilder, carried_out, planned, reason_of
 
 
@@ -118,3 +119,23 @@ def test_hopeless_requests_change_nothing_for_the_others() -> None:
         engine.wait(500, due_in_s=0.001)
     carried_out(planner, engine.now_s, engine.view())
     assert planner.longest_step_s() == pytest.approx(before_s)
+
+
+def test_a_class_that_was_declined_again_and_again_wins_against_one_that_was_not() -> None:
+    """Both are due at once and only one can be in time: the shorter prompt, until its class has had its turn."""
+
+    def contest(planner: Planner) -> int:
+        engine = EngineBuilder()
+        for class_index, prompt_tokens in ((0, 1500), (1, 1900)):
+            engine.wait(prompt_tokens, due_in_s=0.35, class_index=class_index)
+        won = carried_out(planner, engine.now_s, engine.view()).admitted
+        later_s = engine.now_s + 0.3  # the other one is lost by then
+        carried_out(planner, later_s, engine.view())
+        return int(engine.table.rows["class_index"][won[0]])
+
+    winners = {}
+    for fairness in (0.0, 0.7):
+        planner = Planner(OPT_13B_A100, 2, PlannerSettings(fairness=fairness))
+        winners[fairness] = [contest(planner) for _ in range(20)]
+    assert set(winners[0.0]) == {0}
+    assert winners[0.7][0] == 0 and 5 <= sum(winners[0.7]) <= 10
