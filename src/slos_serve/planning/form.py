@@ -16,6 +16,7 @@ from slos_serve.planning.best_effort import NOBODY, TURN_TOKENS, ahead_enough
 from slos_serve.planning.drafting import DraftPlan, StepDrafts, cap_drafts, draft_of, step_drafts
 from slos_serve.planning.state import (
     ADMITTED,
+    BEST_EFFORT,
     IntArray,
     State,
     held_blocks,
@@ -44,6 +45,7 @@ from slos_serve.planning.step import (
     seconds,
     seconds_with,
 )
+from slos_serve.planning.supply import KV_SHORT
 from slos_serve.planning.work import Rules, Work, any_prefill, split_by_promise, step_length_s
 
 DECODE_DUE, PREFILL_DEADLINE = int(Reason.DECODE_DUE), int(Reason.PREFILL_DEADLINE)
@@ -172,9 +174,11 @@ def add_others(step: Step, work: Work, plan: DraftPlan, lengths: IntArray, promp
 def start_others(step: Step, starting: SlotArray, turn: int, limit_s: float) -> None:
     """Start waiting requests without a promise while everybody's forecast peak fits into memory.
 
+    Best effort leaves free what is short: promises to come would take it back, and what was computed with it be lost.
     The first that does not fit ends it, so that a long one is not passed for ever.
     """
     state, rows, room = step.state, step.state.rows, step.state.total_blocks
+    left_free = (1.0 - KV_SHORT) * room
     for slot in state.running:
         if not step.gone[slot]:
             held = held_blocks(rows, slot, state.block_size)
@@ -186,8 +190,9 @@ def start_others(step: Step, starting: SlotArray, turn: int, limit_s: float) -> 
             return
         chunk, cut = chunk_within(step, slot, limit_s)
         peak = peak_blocks(rows, slot, state.block_size)
+        most = room - (left_free if state.status[slot] == BEST_EFFORT else 0.0)
         alone = step.counts[SEATS] == 0
-        if chunk == 0 or not has_room(step, slot, tokens_left(rows, slot)) or (peak > room and not alone):
+        if chunk == 0 or not has_room(step, slot, tokens_left(rows, slot)) or (peak > most and not alone):
             return
         room -= peak
         run_chunk(step, slot, chunk, cut, BEST_EFFORT_ROOM)
