@@ -56,9 +56,13 @@ class ClassFileWatch:
         self._looked_s = now_s
         stamp = self._stamp()
         settled, self._seen = stamp == self._seen, stamp
-        if stamp is None or not settled or stamp == self._used:
+        if not settled or stamp == self._used:
             return False
         self._used = stamp
+        if stamp is None:
+            _logger.error("slos-serve: the classes stay as they were: %s is gone.", self._path)
+            self._counted("kept_old")
+            return False
         return self._take(self._path)
 
     def _stamp(self) -> _Stamp | None:

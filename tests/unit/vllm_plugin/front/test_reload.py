@@ -63,6 +63,21 @@ async def test_new_numbers_hold_from_the_next_request_on(tmp_path: Path) -> None
     assert (count(front, "taken"), count(front, "kept_old")) == (1.0, 0.0)
 
 
+async def test_a_file_that_is_gone_keeps_the_classes_and_says_so_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    front = desk(tmp_path, loaded(0))
+    (tmp_path / "classes.yaml").unlink()
+    with caplog.at_level("ERROR", logger="vllm.slos_serve"):
+        for step in range(6):
+            front.look_at_file(1000.0 + 2.0 * step)
+    assert [record.getMessage().endswith("classes.yaml is gone.") for record in caplog.records] == [True]
+    assert count(front, "kept_old") == 1.0
+    assert (await Server(front).ask("chat"))[1]["x-slo-target-ttft-ms"] == "1000"
+    changed(tmp_path, front, NEW, at_s=20.0)  # it is back
+    assert count(front, "taken") == 1.0
+
+
 def test_the_engine_judges_by_the_version_that_the_front_end_used(tmp_path: Path) -> None:
     front = desk(tmp_path, loaded(0))
     engine = ClassVersions(front.config.classes, os.getpid())
