@@ -129,6 +129,8 @@ class Publication:
         for name in ("due_s", "moments_s"):
             if np.any(np.diff(getattr(self, name)) < 0.0):
                 raise InvalidFieldError(name, "unsorted", "times in ascending order")
+        if len(self.boost) != len(self.forecast_tokens) or not np.all(np.isfinite(self.boost) & (self.boost > 0.0)):
+            raise InvalidFieldError("boost", self.boost.tolist(), "a finite number above 0 for each class")
         if self.block_size < 1 or self.total_blocks < 0:
             raise InvalidFieldError("block_size", self.block_size, "1 or more, and total_blocks 0 or more")
         for name in ("coefficients", "time_s", "ready_s", "seen_until_s"):

@@ -357,6 +357,8 @@ class StepController:
         if self.publisher is not None:
             self.publisher.step_done()
         timed = self.learner.done(output, self._clock_s())
+        if not self.scheduler.requests:
+            self.learner.rests()
         if timed is not None:
             shape, duration_s = timed
             self.telemetry.post(self.recorder.step_done, shape, duration_s, self.policy.correction.factor, time.time())

@@ -93,6 +93,10 @@ class StepLearner:
         self._policy.on_step_done(shape, duration_s)
         return timed
 
+    def rests(self) -> None:
+        """No request is left in the engine."""
+        self._clock.rests()
+
     def verified(self, output: SchedulerOutput, result: Any) -> None:
         """Learn from the drafts of a step whose tokens came; called before vLLM takes them in."""
         if id(output) not in self._drafting:

@@ -138,7 +138,7 @@ class FrontPublisher(EnginePublisher):
         self._path = path
         self._listens = False
         self._looked_s = -np.inf
-        self._requests = 0
+        self._told_decodes = -1
 
     def due(self, now_s: float) -> bool:
         """Whether somebody listens and the last publication is as old as it may become."""
@@ -148,11 +148,14 @@ class FrontPublisher(EnginePublisher):
         """As :meth:`EnginePublisher.after_plan`, while somebody listens; less often while nothing but decodes runs."""
         if not self._is_heard():
             return
-        same = len(view.waiting) == 0 and len(view.running) == self._requests
-        if same and now_s - self._last_s < DECODES_EVERY_S and view.table.rows["output_tokens"][view.running].all():
+        only_decodes = len(view.waiting) == 0 and bool(view.table.rows["output_tokens"][view.running].all())
+        decodes = len(view.running) if only_decodes else -1
+        last_s = self._last_s
+        if only_decodes and decodes == self._told_decodes and now_s - last_s < DECODES_EVERY_S:
             return
-        self._requests = len(view.running)
         super().after_plan(now_s, view, plan, seen_until_s)
+        if self._last_s != last_s:
+            self._told_decodes = decodes
 
     def _is_heard(self) -> bool:
         if not self._listens and time.monotonic() - self._looked_s > LOOK_EVERY_S:

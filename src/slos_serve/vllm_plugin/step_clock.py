@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from slos_serve.perf.batch_time import BatchShape
 
-# An engine that takes longer than this to schedule its next step had nothing to run meanwhile.
+# An engine that takes longer than this to schedule its next step is taken to have had nothing to run meanwhile.
 MOST_BETWEEN_S = 0.02
 
 
@@ -44,6 +44,10 @@ class StepClock:
         while step.output is not output:
             step = self._steps.popleft()  # the engine has dropped it
         return step.shape, now_s - self._began_s(step.scheduled_s, since_s)
+
+    def rests(self) -> None:
+        """The engine has nothing to run: the next step begins when it is scheduled, however soon."""
+        self._last_done_s = float("-inf")
 
     def next_start_s(self, now_s: float) -> float:
         """When a step scheduled now will start."""

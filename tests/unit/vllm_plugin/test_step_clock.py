@@ -53,7 +53,11 @@ def test_what_an_engine_does_between_two_steps_is_part_of_the_second() -> None:
     assert clock.next_start_s(1.104) == pytest.approx(1.1)
     clock.scheduled("second", SHAPE, 1.104, 0.1)
     assert taken_s(clock, "second", 1.204) == pytest.approx(0.104)
+    clock.rests()
+    assert clock.next_start_s(1.209) == 1.209
+    clock.scheduled("soon after a rest", SHAPE, 1.209, 0.1)
+    assert taken_s(clock, "soon after a rest", 1.309) == pytest.approx(0.1)
     # Then nobody asks for anything for a while.
-    assert clock.next_start_s(1.204 + MOST_BETWEEN_S) == pytest.approx(1.204 + MOST_BETWEEN_S)
+    assert clock.next_start_s(1.309 + MOST_BETWEEN_S) == pytest.approx(1.309 + MOST_BETWEEN_S)
     clock.scheduled("third", SHAPE, 1.5, 0.1)
     assert taken_s(clock, "third", 1.6) == pytest.approx(0.1)
