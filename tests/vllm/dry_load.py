@@ -14,7 +14,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.testing.dry_engine import DryEngine, make_scheduler, token_at
 from slos_serve.vllm_plugin import compat
-from slos_serve.vllm_plugin.config import CLASSES_ENV, EVENTS_ENV, PROFILE_ENV
+from slos_serve.vllm_plugin.config import CLASSES_ENV, EVENTS_ENV, PLAN_LIMIT_ENV, PROFILE_ENV
 from slos_serve.vllm_plugin.identity import device_name
 from slos_serve.vllm_plugin.scheduler import SLOScheduler, Steered
 from tests.builders import OPT_13B_A100
@@ -62,6 +62,8 @@ def starting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]
     monkeypatch.setenv(CLASSES_ENV, str(tmp_path / "classes.yaml"))
     monkeypatch.setenv(PROFILE_ENV, str(tmp_path / "profile.json"))
     monkeypatch.setenv(EVENTS_ENV, str(tmp_path / "events.jsonl"))
+    # Time is virtual here: that this machine was slow for a moment must not make a step stock.
+    monkeypatch.setenv(PLAN_LIMIT_ENV, "60000")
 
     started.clear()
 

@@ -68,6 +68,7 @@ def test_a_planner_that_throws_at_every_kth_step(
 
 
 def test_a_planner_that_overruns_at_every_kth_step(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLOS_SERVE_PLAN_LIMIT_MS", "10")
     engine = start()
     control = engine.scheduler._slo
     plan, calls = control.policy.plan, {"count": 0}
