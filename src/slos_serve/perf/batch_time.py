@@ -85,7 +85,13 @@ class BatchTimeModel:
 
     def step_s(self, shape: BatchShape) -> float:
         """Seconds the batch takes; 0 for an empty one."""
-        return float(features_s(self.coefficients, *shape.features)) if shape.new_tokens > 0 else 0.0
+        if shape.new_tokens <= 0:
+            return 0.0
+        # Plain numbers: this is asked three times a step, and small arrays take ten times as long.
+        sampled = shape.num_seqs + shape.draft_tokens
+        own = (self.k_c_s, self.b_c_s, self.k_m_s, self.b_m_s, self.k_ctx_s, self.k_q_s, self.k_seq_s, self.k_s_s)
+        units = shape.quad_tokens2
+        return float(features_s(own, shape.new_tokens, shape.context_tokens, units, sampled, shape.draft_steps))
 
     def zero_load_s(self, prompt_tokens: int) -> float:
         """Seconds from start to first token of a prompt alone on the engine, in one batch."""

@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from slos_serve.perf.jit import in_place
+
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -52,13 +54,48 @@ class ClassShares:
         """
         if len(classes) == 0 or self._floor == 0.0:
             return
-        keep, num_classes = (1.0 - 1.0 / OVER_DECISIONS) ** len(classes), len(self.boost)
-        self._decided = keep * self._decided + np.bincount(classes, minlength=num_classes)
-        self._promised = keep * self._promised + np.bincount(classes[promised], minlength=num_classes)
-        self._worth = keep * self._worth + np.bincount(classes, weights, minlength=num_classes)
-        weight = self._worth / np.maximum(self._decided, 1e-12)
-        alike = weight[None, :] <= ALIKE * weight[:, None]
-        mean = (alike @ self._promised) / np.maximum(alike @ self._decided, 1e-12)
-        share = (self._promised + BEFORE * mean) / (self._decided + BEFORE)
-        below = np.divide(self._floor * mean, share, out=np.ones(num_classes), where=share > 0.0)
-        self.boost = np.clip(below**POWER, 1.0, MOST)
+        self.boost = np.empty(len(self.boost))  # publications keep the one before
+        count(classes, promised, weights, self._decided, self._promised, self._worth)
+        boosts(self._decided, self._promised, self._worth, self._floor, self.boost)
+
+
+@in_place
+def count(
+    classes: IntArray,
+    kept: BoolArray,
+    weights: FloatArray,
+    decided: FloatArray,
+    promised: FloatArray,
+    worth: FloatArray,
+) -> None:
+    """Let older decisions fade and count these; arguments as of :meth:`ClassShares.decided` and :func:`boosts`."""
+    fade = (1.0 - 1.0 / OVER_DECISIONS) ** len(classes)
+    for own in range(len(decided)):
+        decided[own] *= fade
+        promised[own] *= fade
+        worth[own] *= fade
+    for j in range(len(classes)):
+        decided[classes[j]] += 1.0
+        promised[classes[j]] += 1.0 if kept[j] else 0.0
+        worth[classes[j]] += weights[j]
+
+
+@in_place
+def boosts(decided: FloatArray, promised: FloatArray, worth: FloatArray, floor: float, boost: FloatArray) -> None:
+    """Write what the weight of each class is multiplied with.
+
+    Args:
+        decided, promised, worth: float64 [classes], decisions of late, promises among them, weights of them.
+        floor: least share, as a part of the mean.
+        boost: float64 [classes], written.
+    """
+    for own in range(len(boost)):
+        weight, count, kept = worth[own] / max(decided[own], 1e-12), 0.0, 0.0
+        for other in range(len(boost)):
+            if worth[other] / max(decided[other], 1e-12) <= ALIKE * weight:
+                count += decided[other]
+                kept += promised[other]
+        mean = kept / max(count, 1e-12)
+        share = (promised[own] + BEFORE * mean) / (decided[own] + BEFORE)
+        below = floor * mean / share if share > 0.0 else 1.0
+        boost[own] = min(max(below**POWER, 1.0), MOST)

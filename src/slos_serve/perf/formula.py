@@ -16,7 +16,12 @@ NUM_COEFFICIENTS = 8
 
 
 def features_s(
-    coefficients: NDArray[np.float64], tokens: Any, context: Any, units: Any, sampled: Any, draft_steps: Any
+    coefficients: NDArray[np.float64] | tuple[float, ...],
+    tokens: Any,
+    context: Any,
+    units: Any,
+    sampled: Any,
+    draft_steps: Any,
 ) -> Any:
     """Seconds of batches of ``tokens`` new tokens: numbers, or arrays of equal length.
 

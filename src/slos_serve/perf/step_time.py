@@ -10,24 +10,24 @@ planner, the simulator and the bounds call these functions; none of them has a f
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.perf.formula import B_C, B_M, K_C, K_CTX, K_M, K_Q, K_S, K_SEQ, features_s
+from slos_serve.perf.jit import in_place
 
 FloatArray = NDArray[np.float64]
 # Tokens that a batch without a limit may hold.
 UNBOUNDED_TOKENS = 1e12
-_features_s = njit(cache=True)(features_s)
+_features_s = in_place(features_s)
 
 
-@njit(cache=True)
+@in_place
 def roofline_s(coefficients: FloatArray, tokens: float) -> float:
     """Seconds of the part of a batch that depends on its number of new tokens alone."""
     return float(_features_s(coefficients, tokens, 0.0, 0.0, 0.0, 0.0))
 
 
-@njit(cache=True)
+@in_place
 def roofline_tokens(coefficients: FloatArray, room_s: float, most: float) -> float:
     """Inverse of :func:`roofline_s`, at most ``most``; negative when not even the fixed cost fits."""
     tokens = most
@@ -41,32 +41,32 @@ def roofline_tokens(coefficients: FloatArray, room_s: float, most: float) -> flo
     return tokens
 
 
-@njit(cache=True)
+@in_place
 def per_token_s(coefficients: FloatArray) -> float:
     """Seconds of one more token in a full batch."""
     return float(max(coefficients[K_C], coefficients[K_M]))
 
 
-@njit(cache=True)
+@in_place
 def attention_units(tokens: float, done: float) -> float:
     """``tokens * (tokens + 2 * done)`` of a prefill chunk after ``done`` computed tokens; 0 for a single token."""
     return tokens * (tokens + 2.0 * done) if tokens > 1.0 else 0.0
 
 
-@njit(cache=True)
+@in_place
 def request_s(coefficients: FloatArray, tokens: float, done: float) -> float:
     """Seconds that a request with ``tokens`` new tokens after ``done`` adds to a batch beside its roofline part."""
     own = coefficients[K_SEQ] + coefficients[K_CTX] * done
     return float(own + coefficients[K_Q] * attention_units(tokens, done))
 
 
-@njit(cache=True)
+@in_place
 def decode_s(coefficients: FloatArray, drafts: float, done: float) -> float:
     """As :func:`request_s` for a decode that verifies ``drafts`` drafts: each is sampled like a token of its own."""
     return float(coefficients[K_SEQ] * (1.0 + drafts) + coefficients[K_CTX] * done)
 
 
-@njit(cache=True)
+@in_place
 def batch_s(coefficients: FloatArray, tokens: float, requests_s: float, draft_steps: float) -> float:
     """Seconds of a batch, given its new tokens and the sum of its :func:`request_s`; 0 for an empty one."""
     if tokens <= 0.0:
@@ -74,13 +74,13 @@ def batch_s(coefficients: FloatArray, tokens: float, requests_s: float, draft_st
     return float(roofline_s(coefficients, tokens) + requests_s + coefficients[K_S] * draft_steps)
 
 
-@njit(cache=True)
+@in_place
 def alone_s(coefficients: FloatArray, tokens: float, done: float) -> float:
     """Seconds of a batch that holds one request."""
     return batch_s(coefficients, tokens, request_s(coefficients, tokens, done), 0.0)
 
 
-@njit(cache=True)
+@in_place
 def largest_chunk(coefficients: FloatArray, room_s: float, tokens: float, done: float) -> float:
     """Most prefill tokens of a request with which a batch ends in time; ``UNBOUNDED_TOKENS`` without a bound.
 

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from slos_serve.perf.jit import in_place
 from slos_serve.planning.demand import Demand
 from slos_serve.planning.feasible import TOLERANCE, first_missed, lent_until
 from slos_serve.planning.greedy import greedy
@@ -169,7 +170,7 @@ def bounds_of(demand: Demand, supply: Supply, open_: BoolArray) -> Bounds:
     return Bounds(open_, weight, cheapest, tokens, promised_weight, since_s, lent_until(demand, supply), stride)
 
 
-@njit(cache=True)
+@in_place
 def cannot_win(labels: Labels, label: int, i: int, bounds: Bounds, best_value: float, best_budget: float) -> bool:
     """Whether no set that extends a state with requests from position i on beats the best set found.
 
@@ -188,7 +189,7 @@ def cannot_win(labels: Labels, label: int, i: int, bounds: Bounds, best_value: f
     return bool(most <= best_value + 1e-9 and budget - spent < best_budget - TOLERANCE)
 
 
-@njit(cache=True)
+@in_place
 def compare(labels: Labels, new: int, first: int, oldest: int) -> tuple[bool, int]:
     """Line 8: whether a state as old as ``oldest`` or younger beats the new one, and states looked at.
 

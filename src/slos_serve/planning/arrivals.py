@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from slos_serve.perf.jit import in_place
 from slos_serve.perf.step_time import roofline_s
 from slos_serve.planning.demand import SIZES, prompt_tokens_left, size_of
 from slos_serve.planning.state import BEST_EFFORT, FloatArray, State, weight_of
@@ -66,7 +67,7 @@ def count_arrivals(state: State, known: Arrivals) -> Arrivals:
     return Arrivals(newest, state.now_s, tightest_s, load)
 
 
-@njit(cache=True)
+@in_place
 def longest_step_s(coefficients: FloatArray, arrivals: Arrivals) -> float:
     """Longest a step of prompts may take, for the sake of those that arrive meanwhile."""
     return float(max(STEP_SHARE_OF_TTFT * arrivals.tightest_s, LEAST_STEP_FIXED * roofline_s(coefficients, 0.0)))

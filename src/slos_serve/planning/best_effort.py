@@ -11,9 +11,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
 from slos_serve.core.request import RequestArray, SlotArray
+from slos_serve.perf.jit import in_place
 from slos_serve.planning.state import ADMITTED, FloatArray, State, is_decode, peak_blocks, tokens_left
 
 NOBODY = -1
@@ -47,7 +47,7 @@ class Turn(NamedTuple):
 NO_TURN = Turn(-1, -1, -np.inf, NOBODY, False)
 
 
-@njit(cache=True)
+@in_place
 def oldest_unpromised(state: State, order: int) -> int:
     """The request of that arrival order if it still has no promise, else the oldest without one; -1 for none."""
     oldest = -1
@@ -62,7 +62,7 @@ def oldest_unpromised(state: State, order: int) -> int:
     return int(oldest)
 
 
-@njit(cache=True)
+@in_place
 def next_turn(state: State, last: Turn, every_s: float) -> Turn:
     """Who is oldest now and whether its turn is due. A request that is kept stays the one until it ends."""
     slot = oldest_unpromised(state, last.order if last.kept != NOBODY else -1) if every_s > 0.0 else -1
@@ -80,7 +80,7 @@ def next_turn(state: State, last: Turn, every_s: float) -> Turn:
     return Turn(order, max(progress, last.progress), since_s, slot if waited else kept, due)
 
 
-@njit(cache=True)
+@in_place
 def can_be_kept(state: State, slot: int) -> bool:
     """Whether a request's peak fits beside the peaks of all promised ones that hold KV, so that it need never leave."""
     room = state.total_blocks - peak_blocks(state.rows, slot, state.block_size)
@@ -90,7 +90,7 @@ def can_be_kept(state: State, slot: int) -> bool:
     return bool(room >= 0)
 
 
-@njit(cache=True)
+@in_place
 def ahead_enough(rows: RequestArray, decodes: SlotArray, due_s: FloatArray, now_s: float) -> bool:
     """Whether promised decodes are on average ahead of schedule by what they should have gained.
 

@@ -9,8 +9,8 @@ shorter than a loaded engine decodes anyway. A tighter one shortens every step, 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from slos_serve.perf.jit import in_place
 from slos_serve.perf.lengths import share_left, survives
 from slos_serve.perf.step_time import alone_s
 from slos_serve.planning.state import FloatArray, State, tokens_done, tokens_left
@@ -27,7 +27,7 @@ SHORTEST_PACE = 8.0
 LATE_SHARE = 0.9
 
 
-@njit(cache=True)
+@in_place
 def pace_answers(state: State, survival: FloatArray) -> None:
     """Write ``ttft_due_s`` and ``tpot_s`` of the requests whose complete answer is due at some time.
 
@@ -49,7 +49,7 @@ def pace_answers(state: State, survival: FloatArray) -> None:
                     rows["ttft_due_s"][slot] = -np.inf
 
 
-@njit(cache=True)
+@in_place
 def pace_answer(state: State, slot: int) -> None:
     """Write the due first token and the pace of one request with a deadline."""
     rows, token_s = state.rows, alone_s(state.coefficients, 1.0, 0.0)
@@ -66,20 +66,20 @@ def pace_answer(state: State, slot: int) -> None:
     rows["tpot_s"][slot] = min(rows["promised_tpot_s"][slot], pace_s)
 
 
-@njit(cache=True)
+@in_place
 def spare_s(until_s: float, answer_s: float) -> float:
     """What an answer of ``answer_s`` seconds leaves of the time until its deadline."""
     return float(max(until_s - answer_s, LEAST_SPARE * until_s, 0.0))
 
 
-@njit(cache=True)
+@in_place
 def next_token_s(state: State, slot: int) -> float:
     """When the next token of a request can come at the earliest."""
     left = float(max(tokens_left(state.rows, slot), 1))
     return float(state.now_s + alone_s(state.coefficients, left, tokens_done(state.rows, slot)))
 
 
-@njit(cache=True)
+@in_place
 def is_late(state: State, slot: int, survival: FloatArray) -> bool:
     """Whether a deadline is lost: most such answers would miss it with every token as fast as a batch can be."""
     rows = state.rows

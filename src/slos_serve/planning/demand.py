@@ -12,6 +12,7 @@ import numpy as np
 from numba import njit
 
 from slos_serve.core.request import RequestArray, SlotArray
+from slos_serve.perf.jit import in_place
 from slos_serve.perf.step_time import alone_s, per_token_s, request_s
 from slos_serve.planning.state import (
     ADMITTED,
@@ -59,7 +60,7 @@ class Demand(NamedTuple):
     promised: BoolArray
 
 
-@njit(cache=True)
+@in_place
 def is_lost(state: State, slot: int) -> bool:
     """Whether a promise can no longer be kept.
 
@@ -106,7 +107,7 @@ def most_urgent(state: State, most: int = MOST_ASKING) -> SlotArray:
     return np.concatenate((waiting[status == ADMITTED], asking))
 
 
-@njit(cache=True)
+@in_place
 def prompt_tokens_left(rows: RequestArray, slot: int, coefficients: FloatArray) -> float:
     """Prefill left of a request in tokens: those to compute, and as many as its attention takes the time of."""
     left = max(tokens_left(rows, slot), 1)
@@ -114,13 +115,13 @@ def prompt_tokens_left(rows: RequestArray, slot: int, coefficients: FloatArray) 
     return float(left + own_s / per_token_s(coefficients))
 
 
-@njit(cache=True)
+@in_place
 def size_of(tokens: float) -> int:
     """Size class of a prompt: its tokens, for a unit of weight, to the next power of two."""
     return int(min(max(np.ceil(np.log2(max(tokens, 1.0))), 0.0), SIZES - 1.0))
 
 
-@njit(cache=True)
+@in_place
 def due_before(load: FloatArray, size: int, span_s: float) -> float:
     """Prefill tokens of requests smaller than ``size`` that are to arrive, and to be served, within ``span_s``."""
     tokens = 0.0

@@ -13,6 +13,7 @@ from numba import njit
 
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.perf.formula import K_SEQ
+from slos_serve.perf.jit import in_place
 from slos_serve.perf.step_time import batch_s, decode_s, per_token_s
 from slos_serve.planning.speculation import (
     HYSTERESIS_SHARE,
@@ -126,7 +127,7 @@ def worthwhile(
     return none if rate < rate_of(none, counts, table, coefficients, most) + least_gain else drafts
 
 
-@njit(cache=True)
+@in_place
 def draft_of(rows: RequestArray, slot: int, tpot_s: FloatArray, lengths: IntArray) -> int:
     """Draft length of a decode: its tier's, as far as it has drafts and may still generate tokens."""
     if len(lengths) == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from slos_serve.perf.jit import in_place
 from slos_serve.planning.demand import Demand
 from slos_serve.planning.state import BoolArray, FloatArray
 from slos_serve.planning.supply import Supply, rate_beside
@@ -25,12 +26,18 @@ def lent_until(demand: Demand, supply: Supply) -> FloatArray:
 
 @njit(cache=True)
 def first_missed(taken: BoolArray, demand: Demand, supply: Supply) -> tuple[int, float]:
-    """Position of the first deadline that a set misses, -1 for none; and the budget left at the last deadline.
+    """Position of the first deadline that a set misses, -1 for none; and the budget left at the last deadline."""
+    return missed_with(taken, demand, supply, lent_until(demand, supply))
+
+
+@njit(cache=True)
+def missed_with(taken: BoolArray, demand: Demand, supply: Supply, lent: FloatArray) -> tuple[int, float]:
+    """:func:`first_missed` with :func:`lent_until` at hand.
 
     Between two deadlines the budget grows by the prefill rate beside the decodes of then. Serving a request spends its
     tokens and adds a decode.
     """
-    lent, counts = lent_until(demand, supply), supply.counts.copy()
+    counts = supply.counts.copy()
     rate, budget, last_s, last_lent = rate_beside(counts, supply), 0.0, supply.start_s, 0.0
     for i in range(len(taken)):
         due_s = max(demand.due_s[i], last_s)
@@ -48,7 +55,7 @@ def first_missed(taken: BoolArray, demand: Demand, supply: Supply) -> tuple[int,
     return -1, budget
 
 
-@njit(cache=True)
+@in_place
 def first_short(taken: BoolArray, demand: Demand, supply: Supply) -> int:
     """The first moment at which a set needs more KV blocks than there are, -1 for none: the rule of memory."""
     for k in range(len(supply.blocks)):

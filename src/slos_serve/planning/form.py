@@ -12,6 +12,7 @@ from numba import njit
 
 from slos_serve.core.plan import Reason
 from slos_serve.core.request import SlotArray
+from slos_serve.perf.jit import in_place
 from slos_serve.planning.best_effort import NOBODY, TURN_TOKENS, ahead_enough
 from slos_serve.planning.drafting import DraftPlan, StepDrafts, cap_drafts, draft_of, step_drafts
 from slos_serve.planning.state import (
@@ -58,7 +59,7 @@ WAIT_SHARE = 0.5
 _EPSILON_S = 1e-9
 
 
-@njit(cache=True)
+@in_place
 def add_due_decodes(step: Step, work: Work, drafts: StepDrafts, hold_s: float, crowd: tuple[float, float]) -> int:
     """Run the decodes that are due by ``hold_s``; returns how many of them there are, the rest can wait.
 
@@ -77,7 +78,7 @@ def add_due_decodes(step: Step, work: Work, drafts: StepDrafts, hold_s: float, c
     return len(work.decodes)
 
 
-@njit(cache=True)
+@in_place
 def give_turn(step: Step, slot: int, limit_s: float) -> None:
     """Compute some of a request ahead of every prompt: what fits, and no less than a small chunk."""
     state = step.state
@@ -97,13 +98,13 @@ def give_turn(step: Step, slot: int, limit_s: float) -> None:
         hold(step, slot, NO_ROOM)
 
 
-@njit(cache=True)
+@in_place
 def can_wait(state: State, slot: int, due_s: float) -> bool:
     """Whether so much of a first token's time is left that KV may come free by itself."""
     return bool(due_s - state.now_s > WAIT_SHARE * (due_s - state.rows["arrival_s"][slot]))
 
 
-@njit(cache=True)
+@in_place
 def add_prompts(step: Step, work: Work, limit_s: float) -> float:
     """Run promised prompts by deadline; one that ends brings the step's end forward to its due time.
 
@@ -131,7 +132,7 @@ def add_prompts(step: Step, work: Work, limit_s: float) -> float:
     return limit_s
 
 
-@njit(cache=True)
+@in_place
 def add_early_decodes(step: Step, work: Work, drafts: StepDrafts, first: int, limit_s: float) -> None:
     """Run promised decodes from position ``first`` on, which could wait, while they fit; hold the others."""
     for j in range(first, len(work.decodes)):
@@ -147,7 +148,7 @@ def add_early_decodes(step: Step, work: Work, drafts: StepDrafts, first: int, li
             hold(step, slot, HELD_AHEAD)
 
 
-@njit(cache=True)
+@in_place
 def add_others(step: Step, work: Work, plan: DraftPlan, lengths: IntArray, prompts: bool, limit_s: float) -> None:
     """Fill the rest with running requests without a promise: decodes, then (``prompts``) prompts, oldest first."""
     rows = step.state.rows
@@ -170,7 +171,7 @@ def add_others(step: Step, work: Work, plan: DraftPlan, lengths: IntArray, promp
                 run_chunk(step, slot, chunk, cut, BEST_EFFORT_ROOM)
 
 
-@njit(cache=True)
+@in_place
 def start_others(step: Step, starting: SlotArray, turn: int, limit_s: float) -> None:
     """Start waiting requests without a promise while everybody's forecast peak fits into memory.
 
@@ -232,7 +233,7 @@ def form(state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, pla
     return step
 
 
-@njit(cache=True)
+@in_place
 def cheapest_to_lose(state: State, kept: int) -> int:
     """The running request to preempt where nothing could run: best effort before promises; of the former the youngest,
     of the latter the one that has computed least. -1 where only one is left, which nobody's KV could help."""

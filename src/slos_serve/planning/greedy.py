@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from slos_serve.planning.demand import Demand
-from slos_serve.planning.feasible import TOLERANCE, fits, lent_until
+from slos_serve.planning.feasible import TOLERANCE, first_short, lent_until, missed_with
 from slos_serve.planning.state import BoolArray
 from slos_serve.planning.supply import Supply, rate_beside
 
@@ -83,7 +83,7 @@ def drop_for_time(demand: Demand, supply: Supply, taken: BoolArray) -> bool:
 @njit(cache=True)
 def swap_in(demand: Demand, supply: Supply, taken: BoolArray) -> None:
     """One pass over the requests left out, cheapest first: add each that fits, or in the place of a dearer one."""
-    cost = demand.tokens / demand.weight
+    cost, lent = demand.tokens / demand.weight, lent_until(demand, supply)
     tried = 0
     for i in np.argsort(cost, kind="mergesort"):
         if taken[i]:
@@ -92,7 +92,7 @@ def swap_in(demand: Demand, supply: Supply, taken: BoolArray) -> None:
             return
         tried += 1
         taken[i] = True
-        if fits(taken, demand, supply):
+        if first_short(taken, demand, supply) < 0 and missed_with(taken, demand, supply, lent)[0] < 0:
             continue
         dearest = -1
         for j in range(len(taken)):
@@ -101,7 +101,7 @@ def swap_in(demand: Demand, supply: Supply, taken: BoolArray) -> None:
                 dearest = j
         if dearest >= 0:
             taken[dearest] = False
-            if fits(taken, demand, supply):
+            if first_short(taken, demand, supply) < 0 and missed_with(taken, demand, supply, lent)[0] < 0:
                 continue
             taken[dearest] = True
         taken[i] = False

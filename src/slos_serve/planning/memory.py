@@ -10,6 +10,7 @@ import numpy as np
 from numba import njit
 
 from slos_serve.core.request import RequestArray
+from slos_serve.perf.jit import in_place
 from slos_serve.perf.lengths import share_left, survives
 from slos_serve.planning.demand import Demand
 from slos_serve.planning.state import ADMITTED, FloatArray, State, blocks_for, is_decode
@@ -19,7 +20,7 @@ from slos_serve.planning.supply import MOMENT_TOKENS
 SPREAD = 1.0
 
 
-@njit(cache=True)
+@in_place
 def blocks_at(rows: RequestArray, slot: int, more: float, later: float, block_size: int) -> float:
     """Blocks of a request that has generated ``more`` tokens after those it has, on its way to ``later``.
 
@@ -34,11 +35,17 @@ def blocks_at(rows: RequestArray, slot: int, more: float, later: float, block_si
     return float(fixed + (held + more) / block_size + 0.5)
 
 
-@njit(cache=True)
-def held_over_time(
-    state: State, slot: int, wait_s: float, pace_s: float, survival: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """float64 [M] each: expected blocks of one request at each moment, and their variance.
+@in_place
+def add_held(
+    state: State,
+    slot: int,
+    wait_s: float,
+    pace_s: float,
+    survival: FloatArray,
+    mean: FloatArray,
+    variance: FloatArray,
+) -> None:
+    """Add the expected blocks of one request at each moment, and their variance; float64 [M] each.
 
     Args:
         wait_s: seconds until it begins to decode.
@@ -48,16 +55,15 @@ def held_over_time(
     own_s = rows["tpot_s"][slot] if np.isfinite(rows["tpot_s"][slot]) else pace_s
     own = survival[rows["class_index"][slot]]
     so_far = survives(own, float(rows["output_tokens"][slot]))
-    mean, variance = np.zeros(last + 1), np.zeros(last + 1)
+    later = max(MOMENT_TOKENS[0] * pace_s - wait_s, 0.0) / own_s
     for k in range(last + 1):
-        more = max(MOMENT_TOKENS[k] * pace_s - wait_s, 0.0) / own_s
-        later = max(MOMENT_TOKENS[min(k + 1, last)] * pace_s - wait_s, 0.0) / own_s
+        more, later = later, max(MOMENT_TOKENS[min(k + 1, last)] * pace_s - wait_s, 0.0) / own_s
         share = share_left(rows, slot, more, so_far, own)
         if share <= 0.0:
             break  # it has ended, at every later moment too
         blocks = blocks_at(rows, slot, more, later, state.block_size)
-        mean[k], variance[k] = share * blocks, share * (1.0 - share) * blocks * blocks
-    return mean, variance
+        mean[k] += share * blocks
+        variance[k] += share * (1.0 - share) * blocks * blocks
 
 
 @njit(cache=True)
@@ -81,15 +87,13 @@ def forecast(
     used, variance = np.zeros(len(MOMENT_TOKENS)), np.zeros(len(MOMENT_TOKENS))
     for slot in state.running:
         if state.status[slot] == ADMITTED and is_decode(state.rows, slot):
-            own, own_variance = held_over_time(state, slot, 0.0, pace_s, survival)
-            used += own
-            variance += own_variance
+            add_held(state, slot, 0.0, pace_s, survival, used, variance)
     room = total_blocks - used - SPREAD * np.sqrt(variance)
-    blocks = np.empty((len(demand.slots), len(MOMENT_TOKENS)))
+    blocks = np.zeros((len(demand.slots), len(MOMENT_TOKENS)))
     slack = room.copy()
     for j in range(len(demand.slots)):
         wait_s = max(demand.due_s[j] - state.now_s, 0.0)
-        blocks[j], _ = held_over_time(state, demand.slots[j], wait_s, pace_s, survival)
+        add_held(state, demand.slots[j], wait_s, pace_s, survival, blocks[j], variance)
         slack -= blocks[j]
     binding = np.flatnonzero(slack < 0.0)
     if len(binding) == 0:

@@ -47,9 +47,10 @@ def promises_made(plan: StepPlan, rows: RequestArray, ran: SlotArray) -> SlotArr
     """Slots that a plan promises their SLO once the slots ``ran`` have run: these, and those that ran already."""
     if len(plan.admitted) == 0:
         return plan.admitted
-    runs = rows["running"] == 1
+    runs = np.zeros(len(rows), dtype=np.bool_)
     runs[ran] = True
-    made: SlotArray = plan.admitted[runs[plan.admitted]]
+    asked = plan.admitted
+    made: SlotArray = asked[runs[asked] | (rows["running"][asked] == 1)]
     return made
 
 
@@ -75,7 +76,7 @@ class Planner:
         self.counters = PlannerCounters()
         self._memory = Memory(arrivals.NO_ARRIVALS, NO_TURN, no_drafts())
         self._newest: tuple[StepPlan, Memory, Admission] | None = None
-        self._model = model
+        self._modelled = model.coefficients
         self.correct(1.0)
 
     def correct(self, factor: float, spread: float | None = None) -> None:
@@ -87,7 +88,7 @@ class Planner:
                 ``None``.
         """
         self.step_margin = max(self.settings.margin, spread or 0.0)
-        self.coefficients = self._model.coefficients * (factor * (1.0 + self.step_margin))
+        self.coefficients = self._modelled * (factor * (1.0 + self.step_margin))
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Plan the step that starts at ``now_s``; promises are made by :meth:`commit`."""

@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 
 from slos_serve.perf.formula import K_S, K_SEQ
+from slos_serve.perf.jit import in_place
 from slos_serve.perf.step_time import batch_s
 from slos_serve.planning.state import FloatArray, IntArray
 from slos_serve.planning.supply import Tiers, prefill_rate
@@ -24,7 +25,7 @@ HYSTERESIS_SHARE = 0.01
 PERIOD_S, TOKENS_EACH, EXTRA_S_EACH = range(3)
 
 
-@njit(cache=True)
+@in_place
 def tokens_each_verification(acceptance: float, draft: int) -> float:
     """Tokens that a verification of ``draft`` draft tokens yields on average: A(d), summed up."""
     total, term = 1.0, 1.0
@@ -34,7 +35,7 @@ def tokens_each_verification(acceptance: float, draft: int) -> float:
     return total
 
 
-@njit(cache=True)
+@in_place
 def paces_in_a_batch(mean_tokens: float, pace_s: float, longest_step_s: float) -> float:
     """How many paces of a tier a batch may last whose verifications bring ``mean_tokens`` each; 1 at least."""
     return max(min(mean_tokens, longest_step_s / pace_s), 1.0)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from slos_serve.core.plan import EngineView
 from slos_serve.core.request import RequestArray, SlotArray, Status
+from slos_serve.perf.jit import in_place
 
 FloatArray = NDArray[np.float64]
 IntArray = NDArray[np.int64]
@@ -103,26 +104,26 @@ def without(state: State, slot: int) -> State:
     )
 
 
-@njit(cache=True)
+@in_place
 def weight_of(state: State, slot: int) -> float:
     """What admitting a request is worth: its own weight, more where its class has been admitted less than others."""
     return float(state.rows["weight"][slot] * state.boost[state.rows["class_index"][slot]])
 
 
-@njit(cache=True)
+@in_place
 def blocks_for(tokens: int, block_size: int) -> int:
     """KV blocks that hold ``tokens``."""
     return (tokens + block_size - 1) // block_size
 
 
-@njit(cache=True)
+@in_place
 def tokens_done(rows: RequestArray, slot: int) -> int:
     """Tokens that need not be computed: those with KV, and for a waiting request those that its prefix cache has."""
     done = rows["computed_tokens"][slot]
     return int(done if rows["running"][slot] == 1 else done + rows["cached_tokens"][slot])
 
 
-@njit(cache=True)
+@in_place
 def tokens_left(rows: RequestArray, slot: int) -> int:
     """Tokens to compute before the next one can be sampled; 1 for a decode, 0 while the last token is in flight."""
     left = rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - tokens_done(rows, slot)
@@ -131,19 +132,19 @@ def tokens_left(rows: RequestArray, slot: int) -> int:
     return int(max(left, 0) if rows["output_tokens"][slot] < rows["max_tokens"][slot] else 0)
 
 
-@njit(cache=True)
+@in_place
 def is_decode(rows: RequestArray, slot: int) -> bool:
     """Whether a running request has at most its next token to compute. A prompt that grew makes it a prefill again."""
     return bool(rows["running"][slot] == 1 and rows["output_tokens"][slot] > 0 and tokens_left(rows, slot) <= 1)
 
 
-@njit(cache=True)
+@in_place
 def held_blocks(rows: RequestArray, slot: int, block_size: int) -> int:
     """KV blocks that a running request gives back when it is preempted."""
     return int(blocks_for(rows["computed_tokens"][slot], block_size) + rows["fixed_blocks"][slot])
 
 
-@njit(cache=True)
+@in_place
 def blocks_needed(rows: RequestArray, slot: int, tokens: int, block_size: int) -> int:
     """KV blocks that ``tokens`` more take of the free ones; a request that starts also takes its fixed blocks."""
     computed = rows["computed_tokens"][slot]
@@ -152,14 +153,14 @@ def blocks_needed(rows: RequestArray, slot: int, tokens: int, block_size: int) -
     return int(needed + (rows["fixed_blocks"][slot] if starts_empty else 0))
 
 
-@njit(cache=True)
+@in_place
 def peak_blocks(rows: RequestArray, slot: int, block_size: int) -> int:
     """Blocks a request holds when its forecast last token comes."""
     tokens = rows["prompt_tokens"][slot] + max(rows["expected_tokens"][slot], rows["output_tokens"][slot])
     return int(blocks_for(tokens, block_size) + rows["fixed_blocks"][slot])
 
 
-@njit(cache=True)
+@in_place
 def next_due_s(rows: RequestArray, slot: int, margin: float) -> float:
     """When the next token is due: the first by the TTFT, token k of a stage by its start + k * TPOT.
 

@@ -14,6 +14,7 @@ from numba import njit
 from slos_serve.core.plan import Reason
 from slos_serve.core.request import SlotArray
 from slos_serve.perf.formula import K_S, K_SEQ
+from slos_serve.perf.jit import in_place
 from slos_serve.perf.step_time import batch_s, decode_s, largest_chunk, request_s
 from slos_serve.planning.state import (
     BoolArray,
@@ -79,7 +80,7 @@ def empty_step(state: State, most: int, victims: SlotArray) -> Step:
     return step
 
 
-@njit(cache=True)
+@in_place
 def use_adapter(step: Step, slot: int, more: int) -> None:
     """Count a running request in or out (``more`` 1 or -1) of its adapter's users."""
     own = step.state.rows["adapter"][slot]
@@ -94,7 +95,7 @@ def use_adapter(step: Step, slot: int, more: int) -> None:
     step.counts[ADAPTERS] = at + 1
 
 
-@njit(cache=True)
+@in_place
 def lacks_adapter(step: Step, slot: int, preempted: int) -> bool:
     """Whether a start would be one adapter too many once the first ``preempted`` victims are gone."""
     own = step.state.rows["adapter"][slot]
@@ -111,7 +112,7 @@ def lacks_adapter(step: Step, slot: int, preempted: int) -> bool:
     return bool(distinct >= step.state.max_adapters)
 
 
-@njit(cache=True)
+@in_place
 def make_room(step: Step, slot: int, tokens: int) -> bool:
     """Give a request KV blocks for ``tokens`` more, a seat and an adapter, from victims where none are free.
 
@@ -135,7 +136,7 @@ def make_room(step: Step, slot: int, tokens: int) -> bool:
     return True
 
 
-@njit(cache=True)
+@in_place
 def has_room(step: Step, slot: int, tokens: int) -> bool:
     """Whether a request gets blocks for ``tokens`` more, a seat and an adapter with nobody giving way."""
     state, counts = step.state, step.counts
@@ -145,13 +146,13 @@ def has_room(step: Step, slot: int, tokens: int) -> bool:
     return not (starts and (counts[SEATS] >= state.max_num_seqs or lacks_adapter(step, slot, counts[PREEMPTED])))
 
 
-@njit(cache=True)
+@in_place
 def seconds(step: Step) -> float:
     """Predicted seconds of the batch so far."""
     return batch_s(step.state.coefficients, step.sums[TOKENS], step.sums[REQUESTS_S], step.sums[DRAFT_STEPS])
 
 
-@njit(cache=True)
+@in_place
 def seconds_with(step: Step, slot: int, draft: int) -> float:
     """Predicted seconds with one more decode that verifies ``draft`` drafts."""
     own_s = decode_s(step.state.coefficients, draft, step.state.rows["computed_tokens"][slot])
@@ -159,7 +160,7 @@ def seconds_with(step: Step, slot: int, draft: int) -> float:
     return batch_s(step.state.coefficients, tokens, step.sums[REQUESTS_S] + own_s, longest)
 
 
-@njit(cache=True)
+@in_place
 def chunk_within(step: Step, slot: int, limit_s: float) -> tuple[int, bool]:
     """Most tokens of a request with which the batch ends by ``limit_s``, and whether it could do with more.
 
@@ -191,7 +192,7 @@ def chunk_within(step: Step, slot: int, limit_s: float) -> tuple[int, bool]:
     return chunk, cut
 
 
-@njit(cache=True)
+@in_place
 def run(step: Step, slot: int, tokens: int, draft: int, reason: int) -> None:
     """Put a request with ``tokens`` new tokens, ``draft`` of them drafts, into the batch."""
     state, counts, sums = step.state, step.counts, step.sums
@@ -211,7 +212,7 @@ def run(step: Step, slot: int, tokens: int, draft: int, reason: int) -> None:
     counts[ENTRIES] = at + 1
 
 
-@njit(cache=True)
+@in_place
 def run_chunk(step: Step, slot: int, chunk: int, cut: bool, reason: int) -> None:
     """Put what :func:`chunk_within` found into the batch."""
     run(step, slot, chunk, 0, reason)
@@ -219,7 +220,7 @@ def run_chunk(step: Step, slot: int, chunk: int, cut: bool, reason: int) -> None
     step.counts[CUT] = 1 if cut else 0
 
 
-@njit(cache=True)
+@in_place
 def run_decode(step: Step, slot: int, draft: int, reason: int) -> bool:
     """Put a decode into the batch, without its drafts where they do not fit; False when it finds no room itself."""
     state = step.state
@@ -235,7 +236,7 @@ def run_decode(step: Step, slot: int, draft: int, reason: int) -> bool:
     return True
 
 
-@njit(cache=True)
+@in_place
 def hold(step: Step, slot: int, reason: int) -> None:
     """Leave a running request out of the batch."""
     at = step.counts[HELD]

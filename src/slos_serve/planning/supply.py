@@ -13,6 +13,7 @@ import numpy as np
 from numba import njit
 
 from slos_serve.core.request import RequestArray, SlotArray
+from slos_serve.perf.jit import in_place
 from slos_serve.perf.lengths import share_left, survives
 from slos_serve.perf.step_time import decode_s, per_token_s, roofline_s, roofline_tokens
 from slos_serve.planning.state import ADMITTED, AHEAD_TOKENS, BEST_EFFORT, FloatArray, State, is_decode, next_due_s
@@ -28,7 +29,7 @@ MOMENT_TOKENS = np.array([0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 51
 KV_SHORT_FROM, KV_SHORT = 0.7, 0.9
 
 
-@njit(cache=True)
+@in_place
 def kv_shortage(state: State) -> float:
     """0 while KV is plenty, 1 where it is what limits the engine."""
     used = 1.0 - state.free_blocks / max(state.total_blocks, 1)
@@ -116,7 +117,7 @@ def tier_paces(state: State, asking: SlotArray) -> FloatArray:
         ratio *= ratio
 
 
-@njit(cache=True)
+@in_place
 def tier_of(paces_s: FloatArray, tpot_s: float) -> int:
     """The loosest tier that is at least as tight as ``tpot_s``."""
     found = 0
@@ -126,7 +127,7 @@ def tier_of(paces_s: FloatArray, tpot_s: float) -> int:
     return found
 
 
-@njit(cache=True)
+@in_place
 def prefill_rate(
     counts: FloatArray,
     periods_s: FloatArray,
@@ -153,7 +154,7 @@ def prefill_rate(
     return (roofline_tokens(coefficients, step_s - fixed_s, max_tokens) - decode_tokens) / step_s
 
 
-@njit(cache=True)
+@in_place
 def rate_beside(counts: FloatArray, supply: Supply) -> float:
     """:func:`prefill_rate` of a supply with other counts."""
     return float(
@@ -201,7 +202,7 @@ def tiers_of(state: State, asking: SlotArray, acceptance: FloatArray) -> Tiers:
     return Tiers(tpot_s, counts, ahead / np.maximum(counts, 1.0), decodes, in_tier, extra_s, accepted / each)
 
 
-@njit(cache=True)
+@in_place
 def pace_of_moments_s(state: State, paces_s: FloatArray) -> float:
     """The tightest promised pace; without one, the pace that the running decodes have: the length of their batch."""
     if np.isfinite(paces_s[0]):
@@ -214,7 +215,7 @@ def pace_of_moments_s(state: State, paces_s: FloatArray) -> float:
     return float(roofline_s(state.coefficients, max(count, 1.0)) + seconds)
 
 
-@njit(cache=True)
+@in_place
 def spare_s(state: State, slot: int, start_s: float) -> float:
     """How long a promised decode can be held from ``start_s`` on before it asks for a token every TPOT; -1 if none."""
     rows = state.rows
@@ -235,21 +236,20 @@ def lend(state: State, supply: Supply, paces_s: FloatArray, survival: FloatArray
     rate = rate_beside(supply.counts, supply)
     lent = np.zeros(len(moments_s))
     asking, own = np.zeros((len(moments_s), len(paces_s))), np.zeros(len(moments_s))
+    spans_s = np.maximum(moments_s - start_s, 0.0)
     for slot in state.running:
         tpot_s, held_s = state.rows["tpot_s"][slot], spare_s(state, slot, start_s)
         if held_s < 0.0:
             continue
         tier = tier_of(paces_s, tpot_s)
-        spans_s = np.maximum(moments_s - start_s, 0.0)
         for k in range(len(moments_s)):
             if spans_s[k] > held_s:
                 asking[k, tier] += 1.0
             elif np.isfinite(tpot_s):
                 own[k] += (1.0 + supply.extra_s_each[tier] / slope) / tpot_s
         if np.isfinite(tpot_s):
-            lent += lent_by(state.rows, slot, held_s, spans_s, survival) * (
-                1.0 + decode_s(state.coefficients, 0.0, state.rows["computed_tokens"][slot]) / slope
-            )
+            each = 1.0 + decode_s(state.coefficients, 0.0, state.rows["computed_tokens"][slot]) / slope
+            add_lent(state.rows, slot, held_s, spans_s, survival, each, lent)
     if rate <= 0.0:
         return np.zeros(len(moments_s))
     gained, from_s = 0.0, start_s
@@ -262,17 +262,23 @@ def lend(state: State, supply: Supply, paces_s: FloatArray, survival: FloatArray
     return lent
 
 
-@njit(cache=True)
-def lent_by(rows: RequestArray, slot: int, held_s: float, spans_s: FloatArray, survival: FloatArray) -> FloatArray:
-    """float64 [M]: tokens that one decode does not ask for within each span."""
+@in_place
+def add_lent(
+    rows: RequestArray,
+    slot: int,
+    held_s: float,
+    spans_s: FloatArray,
+    survival: FloatArray,
+    each: float,
+    lent: FloatArray,
+) -> None:
+    """Add what one decode lends within each span (float64 [M]): ``each`` for every token that it does not ask for."""
     tpot_s, own = rows["tpot_s"][slot], survival[rows["class_index"][slot]]
     so_far = survives(own, float(rows["output_tokens"][slot]))
-    tokens = np.empty(len(spans_s))
     for k in range(len(spans_s)):
         held = min(held_s, spans_s[k])
         rest, ended = (spans_s[k] - held) / tpot_s, 0.0
         if rest > 0.0:
             # The share that has ended grows about evenly from none when the lead is used up.
             ended = 0.5 * (1.0 - share_left(rows, slot, rest, so_far, own))
-        tokens[k] = held / tpot_s + rest * ended
-    return tokens
+        lent[k] += each * (held / tpot_s + rest * ended)

@@ -8,6 +8,7 @@ import numpy as np
 from numba import njit
 
 from slos_serve.core.request import SlotArray
+from slos_serve.perf.jit import in_place
 from slos_serve.perf.step_time import batch_s, decode_s
 from slos_serve.planning.drafting import StepDrafts
 from slos_serve.planning.state import ADMITTED, FloatArray, State, is_decode, next_due_s, tokens_left
@@ -99,7 +100,7 @@ def split_by_promise(state: State, chosen: SlotArray, starting: SlotArray, turn:
     )
 
 
-@njit(cache=True)
+@in_place
 def any_prefill(state: State, work: Work) -> bool:
     """Whether anybody has more to compute than the next token."""
     if len(work.prefills) + len(work.starting) > 0:
@@ -110,7 +111,7 @@ def any_prefill(state: State, work: Work) -> bool:
     return found
 
 
-@njit(cache=True)
+@in_place
 def step_length_s(state: State, work: Work, drafts: StepDrafts, rules: Rules) -> tuple[float, float]:
     """How long the step may last, and how long the next one may: until the earliest due time, the longest step at most.
 

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.request import MAX_DRAFT_TOKENS, RequestArray
 from slos_serve.core.slo import check_number
+from slos_serve.perf.jit import in_place
 
 IntArray = NDArray[np.int64]
 
@@ -56,26 +57,26 @@ def room_for(view: EngineView) -> IntArray:
     return np.empty((3, len(view.running) + len(view.waiting)), dtype=np.int64)
 
 
-@njit(cache=True)
+@in_place
 def tokens_left(rows: RequestArray, slot: int) -> int:
     """Tokens to compute before the next output token; 1 for a decode. A cached prefix counts as computed."""
     done = rows["computed_tokens"][slot] + (0 if rows["running"][slot] else rows["cached_tokens"][slot])
     return int(rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - done)
 
 
-@njit(cache=True)
+@in_place
 def blocks_of(tokens: int, block_size: int) -> int:
     """Whole blocks that hold ``tokens``."""
     return (tokens + block_size - 1) // block_size
 
 
-@njit(cache=True)
+@in_place
 def blocks_to_start(rows: RequestArray, slot: int, tokens: int, block_size: int) -> int:
     """Blocks that a waiting request takes with its first ``tokens``; cached ones that others hold cost nothing."""
     return int(blocks_of(tokens, block_size) + rows["fixed_blocks"][slot])
 
 
-@njit(cache=True)
+@in_place
 def drafts_for(rows: RequestArray, slot: int, draft_tokens: int, token_budget: int) -> int:
     """Drafts that a running decode verifies when all decodes draft ``draft_tokens``: 0 for a prefill.
 
@@ -109,7 +110,7 @@ def draft_all(rows: RequestArray, decodes: IntArray, draft_tokens: int, room: Ro
     return drafts
 
 
-@njit(cache=True)
+@in_place
 def chunked(
     rows: RequestArray, running: IntArray, waiting: IntArray, room: Room, draft_tokens: int, out: IntArray
 ) -> int:
@@ -143,7 +144,7 @@ def chunked(
     return count
 
 
-@njit(cache=True)
+@in_place
 def whole_prompts(
     rows: RequestArray, waiting: IntArray, num_running: int, room: Room, most_tokens: int, out: IntArray
 ) -> int:
@@ -243,7 +244,7 @@ def rest_of_prompt(view: EngineView) -> StepPlan | None:
     return batch_plan(np.array([[slot], [rest], [0]], dtype=np.int64), 1)
 
 
-@njit(cache=True)
+@in_place
 def _unfinished_prompt(rows: RequestArray, running: IntArray) -> int:
     """The first running request that has more to compute than its next token; -1 without one."""
     for slot in running:

@@ -8,10 +8,10 @@ free. Source: Agrawal et al., OSDI 2024 (arXiv 2403.02310), algorithm 3.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestArray
+from slos_serve.perf.jit import in_place
 from slos_serve.policies.base import StockPolicy
 from slos_serve.policies.queue_order import (
     IntArray,
@@ -27,7 +27,7 @@ from slos_serve.policies.queue_order import (
 WATERMARK = 0.01
 
 
-@njit(cache=True)
+@in_place
 def decodes_first(rows: RequestArray, running: IntArray, ordered: IntArray) -> None:
     """Running requests with decodes ahead of prefills, each group in its order."""
     count = 0

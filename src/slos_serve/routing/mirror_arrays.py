@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+from slos_serve.perf.jit import in_place
 from slos_serve.planning.state import FloatArray, IntArray
 from slos_serve.planning.supply import MAX_TIERS, Supply
 from slos_serve.planning.supply import rate_beside as rate_of_supply
@@ -97,7 +98,7 @@ def rate_beside(m: MirrorArrays, k: int, counts: FloatArray) -> float:
     return rate_of_supply(counts, supply_of(m, k, 0.0))
 
 
-@njit(cache=True)
+@in_place
 def _begin_decode(m: MirrorArrays, k: int) -> None:
     """The first owed prompt ends and becomes a decode."""
     m.counts[k, m.tier[k, m.first[k]]] += 1.0

@@ -11,6 +11,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.core.request import RequestArray
+from slos_serve.perf.jit import in_place
 from slos_serve.perf.lengths import forecast_lengths
 from slos_serve.perf.step_time import decode_s, roofline_s
 from slos_serve.planning.admission import CUT_SHORT, CUT_SHORT_WITH_DRAFTS
@@ -29,7 +30,7 @@ NO, INSTEAD, BESIDE = 0, 1, 2
 NOBODY = -1
 
 
-@njit(cache=True)
+@in_place
 def _tier_for(m: MirrorArrays, k: int, pace_s: float) -> int:
     """The tier of a TPOT, made when there is none and there is room; else the loosest one that is tight enough."""
     found = -1
@@ -123,7 +124,7 @@ def _with(m: MirrorArrays, k: int, at: int, due_s: float, cost: float, tier: int
     return Demand(tiers, dues, costs, tiers, np.empty((n, 0)), ones, np.zeros(n, dtype=np.bool_))
 
 
-@njit(cache=True)
+@in_place
 def _short_of_memory(m: MirrorArrays, k: int, memory: FloatArray, given_up: int) -> int:
     """The first checkpoint at which ``memory`` does not fit when ``given_up`` (a position, or -1) goes; -1 for none."""
     for j in range(len(memory)):
@@ -133,7 +134,7 @@ def _short_of_memory(m: MirrorArrays, k: int, memory: FloatArray, given_up: int)
     return -1
 
 
-@njit(cache=True)
+@in_place
 def _costliest(m: MirrorArrays, k: int, size: FloatArray, own: int, own_weight: float, before: int) -> int:
     """Which of the first ``before`` is the largest for its weight among those that have not begun.
 
@@ -224,7 +225,7 @@ def ask(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> tuple
     return NO, -1
 
 
-@njit(cache=True)
+@in_place
 def give_up(m: MirrorArrays, k: int, place: int) -> None:
     """What stands at ``place`` is owed no more and waits without a promise."""
     for j in range(m.memory_left.shape[1]):
@@ -235,7 +236,7 @@ def give_up(m: MirrorArrays, k: int, place: int) -> None:
     m.num_unpromised[k] += 1
 
 
-@njit(cache=True)
+@in_place
 def _move(m: MirrorArrays, k: int, source: int, target: int) -> None:
     """Copy an owed prompt from one place to another."""
     m.due_s[k, target] = m.due_s[k, source]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 
 import numpy as np
-from numba import njit
 
 from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import RequestArray, RequestTable, SlotArray, Status
+from slos_serve.perf.jit import in_place
 
 
-@njit(cache=True)
+@in_place
 def carry_out(rows: RequestArray, slots: SlotArray, tokens: SlotArray, drafts: SlotArray, end_s: float) -> None:
     """Advance the planned requests to the end of their step; a draft is taken to yield nothing."""
     for i in range(len(slots)):

@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from slos_serve.perf.jit import in_place
 from slos_serve.workload.prefixes import Prefixes
 
 IntArray = NDArray[np.int64]
@@ -70,7 +70,7 @@ def empty_cache(prefixes: Prefixes, enabled: bool) -> BlockCache:
     )
 
 
-@njit(cache=True)
+@in_place
 def node_of(cache: BlockCache, call: int, place: int) -> int:
     """The node at a place of a call's path; its own comes after the last."""
     first, last = cache.path_start[call], cache.path_start[call + 1]
@@ -79,19 +79,19 @@ def node_of(cache: BlockCache, call: int, place: int) -> int:
     return len(cache.begin) - (len(cache.path_start) - 1) + call
 
 
-@njit(cache=True)
+@in_place
 def path_length(cache: BlockCache, call: int) -> int:
     """Nodes before the call's own."""
     return int(cache.path_start[call + 1] - cache.path_start[call])
 
 
-@njit(cache=True)
+@in_place
 def blocks_up_to(cache: BlockCache, node: int, tokens: int, block_size: int) -> int:
     """Whole blocks of a node when ``tokens`` of the context are there."""
     return int(max(min(cache.end[node], tokens) // block_size - cache.begin[node] // block_size, 0))
 
 
-@njit(cache=True)
+@in_place
 def look_up(cache: BlockCache, call: int, most_tokens: int, block_size: int) -> tuple[int, int, int]:
     """Cached tokens at the beginning of a call's context, at most ``most_tokens`` (rounded down to blocks).
 
@@ -120,7 +120,7 @@ def look_up(cache: BlockCache, call: int, most_tokens: int, block_size: int) -> 
     return int(tokens), nodes, int(unused)
 
 
-@njit(cache=True)
+@in_place
 def take(cache: BlockCache, call: int, nodes: int) -> None:
     """A request starts on the first ``nodes`` of its path."""
     for place in range(nodes):
@@ -130,7 +130,7 @@ def take(cache: BlockCache, call: int, nodes: int) -> None:
         cache.users[node] += 1
 
 
-@njit(cache=True)
+@in_place
 def referred_blocks(cache: BlockCache, call: int, nodes: int, block_size: int) -> int:
     """Blocks that a request holds by reference with the first ``nodes`` of its path."""
     if nodes == 0:
@@ -139,7 +139,7 @@ def referred_blocks(cache: BlockCache, call: int, nodes: int, block_size: int) -
     return int(cache.begin[last] // block_size + cache.blocks[last])
 
 
-@njit(cache=True)
+@in_place
 def keep_computed(cache: BlockCache, call: int, nodes: int, tokens: int, block_size: int) -> int:
     """Cache the shared nodes that a running request has computed to their end; returns those it holds by reference now.
 
@@ -167,7 +167,7 @@ def keep_computed(cache: BlockCache, call: int, nodes: int, tokens: int, block_s
     return nodes
 
 
-@njit(cache=True)
+@in_place
 def leave(cache: BlockCache, call: int, nodes: int, tokens: int, block_size: int) -> int:
     """A request gives its context of ``tokens`` up; what nobody else uses stays cached, its last blocks to go first.
 
@@ -199,7 +199,7 @@ def leave(cache: BlockCache, call: int, nodes: int, tokens: int, block_size: int
     return int(given)
 
 
-@njit(cache=True)
+@in_place
 def evict(cache: BlockCache, room_blocks: int) -> None:
     """Forget blocks that nobody uses until at most ``room_blocks`` of them are left."""
     excess = cache.counts[UNUSED] - room_blocks

@@ -12,6 +12,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.core.request import RequestArray
+from slos_serve.perf.jit import in_place
 from slos_serve.sim.block_cache import LOOK_UPS, BlockCache, evict, keep_computed, leave, look_up, referred_blocks, take
 from slos_serve.sim.slots import Slots
 from slos_serve.workload.calls import CallArray
@@ -32,7 +33,7 @@ PENDING, COMPLETED, REJECTED, LOST = range(4)
 _ROUNDING_S = _ROUNDING_SHARE = 1e-6
 
 
-@njit(cache=True)
+@in_place
 def release(
     rows: RequestArray, slots: Slots, cache: BlockCache, running: IntArray, num_running: int, slot: int, block_size: int
 ) -> int:
@@ -51,7 +52,7 @@ def release(
     return int(blocks)
 
 
-@njit(cache=True)
+@in_place
 def preempt(
     rows: RequestArray, slots: Slots, cache: BlockCache, running: IntArray, num_running: int, slot: int, block_size: int
 ) -> int:
@@ -65,7 +66,7 @@ def preempt(
     return blocks
 
 
-@njit(cache=True)
+@in_place
 def look_up_waiting(rows: RequestArray, slots: Slots, cache: BlockCache, waiting: IntArray, block_size: int) -> None:
     """Write what is cached of the first waiting requests into their rows.
 
@@ -80,7 +81,7 @@ def look_up_waiting(rows: RequestArray, slots: Slots, cache: BlockCache, waiting
         rows["fixed_blocks"][slot] = min(unused - tokens // block_size, 0)
 
 
-@njit(cache=True)
+@in_place
 def check_plan(
     rows: RequestArray,
     known: Slots,
@@ -216,12 +217,12 @@ def start_step(
     return totals
 
 
-@njit(cache=True)
+@in_place
 def _blocks_of(tokens: int, block_size: int) -> int:
     return (tokens + block_size - 1) // block_size
 
 
-@njit(cache=True)
+@in_place
 def _found(rows: RequestArray, known: Slots, cache: BlockCache, slot: int, block_size: int) -> tuple[int, int, int]:
     """Tokens that a slot has when it starts, the nodes they lie in, and how many of their blocks nobody uses."""
     if known.brought[slot] > 0:
@@ -230,7 +231,7 @@ def _found(rows: RequestArray, known: Slots, cache: BlockCache, slot: int, block
     return look_up(cache, known.call_of[slot], most, block_size)
 
 
-@njit(cache=True)
+@in_place
 def _dropped(known: Slots, count: int, victim: int) -> int:
     """Take a preempted slot out of the step again; returns the entries that are left."""
     for j in range(count):
@@ -243,7 +244,7 @@ def _dropped(known: Slots, count: int, victim: int) -> int:
     return count
 
 
-@njit(cache=True)
+@in_place
 def _add_up(rows: RequestArray, known: Slots, count: int, totals: IntArray) -> None:
     """Shape of the batch."""
     for i in range(count):
@@ -259,7 +260,7 @@ def _add_up(rows: RequestArray, known: Slots, count: int, totals: IntArray) -> N
     totals[NUM_SEQS] = count
 
 
-@njit(cache=True)
+@in_place
 def uniform(seed: int, call: int, position: int) -> float:
     """A number in [0, 1) that depends on its arguments only (splitmix64): a draft is right under every policy alike."""
     x = np.uint64(seed) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(call) * np.uint64(0xBF58476D1CE4E5B9)
@@ -270,13 +271,13 @@ def uniform(seed: int, call: int, position: int) -> float:
     return float(x >> np.uint64(11)) / 9007199254740992.0
 
 
-@njit(cache=True)
+@in_place
 def _later(took_s: float, promised_s: float) -> bool:
     """With the slack of the score: token times are kept as float32."""
     return took_s > promised_s * (1.0 + _ROUNDING_SHARE) + _ROUNDING_S
 
 
-@njit(cache=True)
+@in_place
 def finish_step(
     rows: RequestArray,
     known: Slots,
@@ -329,7 +330,7 @@ def finish_step(
     return num_finished
 
 
-@njit(cache=True)
+@in_place
 def _count_token(
     rows: RequestArray, slot: int, calls: CallArray, call: int, position: int, target: int, end_s: float
 ) -> None:
@@ -356,7 +357,7 @@ def _count_token(
         rows["stage_tokens"][slot] = 0
 
 
-@njit(cache=True)
+@in_place
 def keep_waiting(rows: RequestArray, waiting: IntArray, num_waiting: int) -> int:
     """Drop the slots that started from the waiting list, order kept; returns the new length."""
     kept = 0

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from slos_serve.core.errors import PlanMismatchError
 from slos_serve.core.request import RequestTable, SlotArray
-from slos_serve.vllm_plugin import compat_counters
+from slos_serve.vllm_plugin import compat_counters, row_kernels
 from slos_serve.vllm_plugin.compat_counters import IntArray
 from slos_serve.vllm_plugin.tracked import Tracked
 
@@ -132,20 +132,16 @@ class Progress:
         self.last_token_s[slots[steady]] = now_s
         return slots, slots[~steady], totals[~steady]
 
-    def advance(self, table: RequestTable, slots: SlotArray, requests: Sequence[Request]) -> None:
+    def advance(
+        self, table: RequestTable, slots: SlotArray, requests: Sequence[Request], pending_first_s: float
+    ) -> None:
         """Bring rows of running requests up to date from their computed tokens alone, which are there already."""
         rows = table.rows
-        computed = rows["computed_tokens"][slots]
-        # Once all of its tokens are computed, one more is in flight.
-        outputs = np.maximum(rows["output_tokens"][slots], computed + 1 - rows["prompt_tokens"][slots])
-        rows["output_tokens"][slots] = outputs
-        rows["stage_tokens"][slots] = outputs - self.stage_offsets[slots]
-        rows["blocked"][slots] = 0
-        ends = self.ends[slots]
-        near = np.flatnonzero(computed + 1 >= ends)
+        near = row_kernels.advance_rows(rows, slots, self.stage_offsets, self.ends, pending_first_s)
         if len(near):
-            ending = [requests[position] for position in near.tolist()]
-            rows["blocked"][slots[near]] = compat_counters.last_in_flight(ending, computed[near], ends[near])
+            ending, rows_near = [requests[position] for position in near.tolist()], slots[near]
+            computed = rows["computed_tokens"][rows_near]
+            rows["blocked"][rows_near] = compat_counters.last_in_flight(ending, computed, self.ends[rows_near])
 
     def charge_blocks(self, table: RequestTable, slots: SlotArray) -> None:
         """Charge running requests what they keep of their fixed blocks: less once their prompts are computed."""

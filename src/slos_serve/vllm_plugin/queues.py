@@ -53,13 +53,17 @@ class Queues:
 
     def entered(self, tracked: Tracked) -> None:
         """A request waits at the end of a queue."""
-        self._slots = None
-        (self.startable if compat.may_start(tracked.request) else self.blocked)[tracked.slot] = tracked
+        if not compat.may_start(tracked.request):
+            self.blocked[tracked.slot] = tracked
+            return
+        if self._slots is not None and tracked.slot not in self.startable:
+            self._slots = np.append(self._slots, tracked.slot)
+        self.startable[tracked.slot] = tracked
 
     def left(self, tracked: Tracked) -> None:
         """A request has started or ended."""
-        if self.startable.pop(tracked.slot, None) is not None:
-            self._slots = None
+        if self.startable.pop(tracked.slot, None) is not None and self._slots is not None:
+            self._slots = self._slots[self._slots != tracked.slot]
         self.blocked.pop(tracked.slot, None)
 
     def preempted(self, several: Iterable[Tracked]) -> None:

@@ -17,13 +17,15 @@ from slos_serve.core.request import RequestTable, SlotArray, Status
 from slos_serve.core.slo import SLOClass
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.planning.planner import promises_made
-from slos_serve.vllm_plugin import compat, compat_counters
+from slos_serve.vllm_plugin import compat, compat_counters, row_kernels
 from slos_serve.vllm_plugin.progress import AUDIT_EVERY, Progress
 from slos_serve.vllm_plugin.tracked import Promise, Tracked
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
+
+_NONE: SlotArray = np.empty(0, dtype=np.int64)
 
 
 class RequestBook:
@@ -145,27 +147,29 @@ class RequestBook:
         slots, rows = self._running_slots, self.table.rows
         if len(slots):
             if self._has_advanced:
-                self.progress.advance(self.table, slots, self._running)
+                self.progress.advance(self.table, slots, self._running, pending_first_s)
             else:
                 counted = self._read(self._running, slots, speculates=bool(scheduler.num_spec_tokens))
                 ends = self.progress.ends[slots]
                 rows["blocked"][slots] = compat_counters.cannot_run_now(scheduler, self._running, counted, ends)
+                row_kernels.note_pending(rows, slots, pending_first_s)
             if self._shrinks:
                 self.progress.charge_blocks(self.table, slots)
-            pending = slots[np.isnan(rows["stage_start_s"][slots]) & (rows["stage_tokens"][slots] > 0)]
-            rows["stage_start_s"][pending] = pending_first_s
-            rows["last_token_s"][pending] = pending_first_s
         self._steps_certain += certain
         return slots
 
     def _list_changed(self, running: Sequence[Request]) -> None:
         """Requests have begun or ceased to run: read all counters of these."""
+        stay = self._running_slots[self.progress.listed[self._running_slots]]
+        if self.sessions or self.progress.requests[stay].tolist() != running[: len(stay)]:
+            stay = _NONE  # somebody was preempted, and may have started again
+        behind = running[len(stay) :]
+        slots = list(map(self._slot_by_object.get, map(id, behind)))
         self._running_list = self._running = list(running)
-        slots = list(map(self._slot_by_object.get, map(id, running)))
         if None in slots:
-            self._running = [one for one, slot in zip(running, slots, strict=True) if slot is not None]
+            self._running = [one for one in running if id(one) in self._slot_by_object]
             slots = [slot for slot in slots if slot is not None]
-        self._running_slots = np.array(slots, dtype=np.int64)
+        self._running_slots = np.concatenate((stay, np.array(slots, dtype=np.int64)))
         now, before, listed = self._running_slots, self._listed, self.progress.listed
         come = now[~listed[now]]
         listed[before] = False
@@ -177,10 +181,6 @@ class RequestBook:
         if len(come):
             self._read(self.progress.requests_of(come), come, speculates=False)
         self.table.rows["running"][self._running_slots] = 1
-
-    def runs(self, slots: SlotArray) -> bool:
-        """Whether all of these rows were in vLLM's running list when it was last looked at."""
-        return bool(self.progress.listed[slots].all())
 
     def sync_waiting(self, several: Sequence[Tracked]) -> None:
         """Bring the rows of requests up to date that do not run (any more)."""
@@ -304,33 +304,30 @@ class RequestBook:
         if not len(slots):
             return BatchShape(new_tokens=0)
         tokens = np.fromiter(num_scheduled_tokens.values(), dtype=np.int64, count=len(slots))
-        done = self._computed_before(slots, tokens, planned=planned)
-        if planned and self._advances_alone:
-            self.table.rows["computed_tokens"][slots] = done + tokens
         drafted = np.array([len(drafts.get(key, ())) for key in num_scheduled_tokens] if drafts else (), dtype=np.int64)
-        chunks = tokens > 1
-        if len(drafted):
-            chunks &= drafted == 0
-        chunk_tokens = tokens[chunks]
+        done = self._computed_before(slots, tokens, planned=planned)
+        total, context, units = row_kernels.batch_sums(self.table.rows, slots, tokens, drafted, done)
+        if len(done) and planned and self._advances_alone:
+            self.table.rows["computed_tokens"][slots] = done + tokens
         return BatchShape(
-            new_tokens=int(tokens.sum()),
-            context_tokens=int(done.sum()),
-            quad_tokens2=int((chunk_tokens * (chunk_tokens + 2 * done[chunks])).sum()),
+            new_tokens=total,
+            context_tokens=context,
+            quad_tokens2=units,
             num_seqs=len(slots),
             draft_steps=int(drafted.max(initial=0)),
-            draft_tokens=int(drafted.sum()),
+            draft_tokens=int(drafted.sum()) if len(drafted) else 0,
         )
 
     def _computed_before(self, slots: SlotArray, tokens: SlotArray, *, planned: bool) -> SlotArray:
-        """Tokens with KV that requests had before a batch of ``tokens``."""
+        """Tokens with KV that requests had before a batch of ``tokens``; empty where their rows say so."""
         rows, requests_of = self.table.rows, self.progress.requests_of
         if not (planned and self._has_advanced):
             return compat_counters.computed_tokens(requests_of(slots)) - tokens
-        done: SlotArray = rows["computed_tokens"][slots]
         started = np.flatnonzero(rows["running"][slots] == 0)
         if len(started):
-            done[started] = compat_counters.computed_tokens(requests_of(slots[started])) - tokens[started]
-        return done
+            begun = slots[started]
+            rows["computed_tokens"][begun] = compat_counters.computed_tokens(requests_of(begun)) - tokens[started]
+        return _NONE
 
     def tokens_came(self, request_ids: Iterable[str], now_s: float) -> None:
         """Note the time of new tokens of requests that carry a promise, and cross stage boundaries."""

@@ -9,6 +9,7 @@ put back right after, in the engine's own order, whatever happened in between.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,14 +18,24 @@ import numpy as np
 from slos_serve.core.errors import PlanMismatchError
 from slos_serve.core.plan import StepPlan
 from slos_serve.core.request import SlotArray
-from slos_serve.vllm_plugin import compat
+from slos_serve.vllm_plugin import compat, row_kernels
 from slos_serve.vllm_plugin.kv_needs import KVNeeds
 from slos_serve.vllm_plugin.request_book import RequestBook
 from slos_serve.vllm_plugin.tracked import Tracked
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.request_queue import RequestQueue
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.request import Request
+
+# So many requests are taken out of a queue one by one.
+FEW = 4
+_FAULTS = {
+    row_kernels.OUT_OF_RANGE: "the plan names a slot that is not there",
+    row_kernels.TWICE: "the plan names a request twice",
+    row_kernels.EMPTY: "the plan names a slot that holds no request",
+    row_kernels.WAITS: "the plan runs a request that waits",
+}
 
 
 @dataclass(slots=True)
@@ -65,31 +76,25 @@ def select(
         PlanMismatchError: the plan names a request twice or a slot that holds none, or the table does not agree with
             vLLM's lists.
     """
-    rows, slots = book.table.rows, plan.slots
-    if len(set(slots.tolist())) < len(slots):
-        raise PlanMismatchError("the plan names a request twice")
-    requests = book.progress.requests_of(slots)
-    chosen, starts = Selection(preempt=book.progress.requests_of(plan.preempt)), True
+    progress, slots = book.progress, plan.slots
+    chosen, may_start = Selection(preempt=progress.requests_of(plan.preempt)), True
     if chosen.preempt and not _give_back(scheduler, chosen.preempt):
         # Blocks that stay fenced help nobody in this step: no preemption, and nobody starts on the strength of it.
-        chosen.preempt, starts = [], False
+        chosen.preempt, may_start = [], False
     sessions = [one for one in book.sessions.values() if compat.holds_slot(one.request)]
     limits = _Room(scheduler, len(scheduler.running) - len(chosen.preempt), chosen.preempt, sessions)
-    inside = rows["running"][slots] == 1
-    if sessions:
-        inside &= ~np.isin(slots, limits.session_slots)
-    may_run = inside & (rows["blocked"][slots] == 0)
-    if len(plan.preempt):
-        may_run &= ~np.isin(slots, plan.preempt)
-    runs = np.flatnonzero(may_run)
-    chosen.run = [requests[position] for position in runs.tolist()] if len(runs) < len(slots) else requests
-    if not book.runs(slots[runs]):
-        raise PlanMismatchError("the plan runs a request that waits")
+    fault, runs, starts = row_kernels.sort_out(
+        book.table.rows, slots, progress.taken, progress.listed, limits.session_slots, plan.preempt
+    )
+    if fault != row_kernels.RIGHT:
+        raise PlanMismatchError(_FAULTS[fault])
+    chosen.run = progress.requests[slots[runs]].tolist()
     planned = plan.draft_tokens[runs] if len(plan.draft_tokens) else np.zeros(len(runs), dtype=np.int64)
     chosen.drafts = limits.take_running(chosen.run, plan.tokens[runs], planned)
     to_load = {tracked.slot for tracked in loads}
-    for position in np.flatnonzero(~inside).tolist() if starts else ():
-        slot, count, request = int(slots[position]), int(plan.tokens[position]), requests[position]
+    for position in starts.tolist() if may_start else ():
+        slot, count = int(slots[position]), int(plan.tokens[position])
+        request = book.by_slot[slot].request
         if slot not in to_load and compat.may_start(request) and limits.takes_start(request, count):
             chosen.start.append(request)
     chosen.budget = limits.tokens
@@ -320,8 +325,7 @@ class SteeredStep:
         moved = [*started, *chosen.loading]
         if moved:
             for queue in (self._first, self._waiting):
-                if queue:
-                    queue.remove_requests(moved)
+                _remove(queue, moved)
             for request in chosen.loading:
                 self._first.add_request(request)
 
@@ -337,6 +341,18 @@ class SteeredStep:
             for request in members:
                 if request.status.name in ("WAITING", "PREEMPTED") or request.status.name.startswith("WAITING_FOR"):
                     queue.add_request(request)
+
+
+def _remove(queue: RequestQueue, moved: Sequence[Request]) -> None:
+    """Take those of ``moved`` that are in a queue out of it; vLLM's call for several goes through the whole queue."""
+    if not queue:
+        return
+    if len(moved) > FEW:
+        queue.remove_requests(moved)
+        return
+    for request in moved:
+        with suppress(ValueError):  # it is in the other queue
+            queue.remove_request(request)
 
 
 def _behind(after: list[Request], run: list[Request]) -> list[Request]:

@@ -1,12 +1,13 @@
-"""Compile the planner's kernels (or load them from their cache) before the first request has to wait for it."""
+"""Compile all kernels (or load them from their cache) before the first request has to wait for it."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from slos_serve.core.plan import EngineView
-from slos_serve.core.request import RequestTable, Status
+from slos_serve.core.request import RequestTable, SlotArray, Status
 from slos_serve.planning.planner import Planner
+from slos_serve.vllm_plugin import row_kernels
 
 
 def warm_up(planner: Planner) -> None:
@@ -38,3 +39,14 @@ def warm_up(planner: Planner) -> None:
             max_num_batched_tokens=2048,
         )
         planner.commit(planner.plan(1.0, view), view, view.running)
+    _warm_up_rows(table, np.array(running, dtype=np.int64))
+
+
+def _warm_up_rows(table: RequestTable, slots: SlotArray) -> None:
+    """The kernels that keep rows up to date."""
+    rows, none = table.rows, np.empty(0, dtype=np.int64)
+    ends, there = np.full(len(rows), 1000, dtype=np.int64), np.ones(len(rows), dtype=np.bool_)
+    row_kernels.advance_rows(rows, slots, np.zeros(len(rows), dtype=np.int64), ends, 1.0)
+    row_kernels.note_pending(rows, slots, 1.0)
+    row_kernels.sort_out(rows, slots, there, there, none, none)
+    row_kernels.batch_sums(rows, slots, np.ones(len(slots), dtype=np.int64), none, none)
