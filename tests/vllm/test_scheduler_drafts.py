@@ -15,13 +15,13 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("num_blocks", [300, 4000])
+@pytest.mark.parametrize("num_blocks", [270, 4000])
 def test_answers_stay_those_of_the_stock_scheduler_with_drafts(
     start: Start, tmp_path: Path, depth: int, num_blocks: int
 ) -> None:
     engine = start(depth=depth, num_blocks=num_blocks, speculative_config=NGRAM)
     mixed_load(engine)
-    assert_all_served(engine, tmp_path, preempts=num_blocks == 300)
+    assert_all_served(engine, tmp_path, preempts=num_blocks < 4000)
     assert engine.num_drafted > 500
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 MAX_DRAFT_TOKENS = 10
+NUM_SHARES = 256
 
 
 class Status(IntEnum):
@@ -47,6 +48,7 @@ REQUEST_DTYPE = np.dtype(
         ("draft_limit", np.int64),  # drafts that the engine could verify now; what a drafter has found
         ("cached_tokens", np.int64),  # prompt tokens that a prefix cache will supply when it starts
         ("class_index", np.int64),
+        ("share", np.int64),  # whose part of best effort's time it takes: its class's, or its tenant's in that class
         ("order", np.int64),  # arrival order, grows
         ("status", np.int64),
         ("has_slo", np.int64),  # 1 when anything is promised
@@ -118,6 +120,7 @@ class RequestTable:
         row["draft_limit"] = MAX_DRAFT_TOKENS
         row["cached_tokens"] = cached_tokens
         row["class_index"] = class_index
+        row["share"] = class_index % NUM_SHARES
         row["order"] = self._num_added
         row["status"] = Status.UNDECIDED if has_slo else Status.BEST_EFFORT
         row["has_slo"] = has_slo

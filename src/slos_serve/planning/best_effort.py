@@ -1,9 +1,11 @@
 """What requests without a promise get: room that promises do not need, and turns so that the oldest one ends.
 
-Two rules. Their prompts run only while promised decodes are ahead of schedule, because that lead is what the next burst
-of promised prompts is computed with. And the oldest of them gets a turn when it has made no progress for ``aging_s``: a
-step computes some of it first. From then on promises leave it the KV blocks of its peak and it is preempted for nobody
-until it ends. A turn computes only once that peak fits beside the promises made before: its tokens are computed once.
+Three rules. They start in the order of fair shares: the tokens begun are counted for each class, and each tenant within
+it, and whoever has the fewest comes next; who has nobody waiting saves nothing up. Their prompts run only while
+promised decodes are ahead of schedule, because that lead is what the next burst of promised prompts is computed with.
+And the oldest of them gets a turn when it has made no progress for ``aging_s``: a step computes some of it first. From
+then on promises leave it the KV blocks of its peak and it is preempted for nobody until it ends. A turn computes only
+once that peak fits beside the promises made before: its tokens are computed once.
 """
 
 from __future__ import annotations
@@ -11,10 +13,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numba import njit
 
-from slos_serve.core.request import RequestArray, SlotArray
+from slos_serve.core.request import NUM_SHARES, RequestArray, SlotArray
 from slos_serve.perf.jit import in_place
-from slos_serve.planning.state import ADMITTED, FloatArray, State, is_decode, peak_blocks, tokens_left
+from slos_serve.planning.state import ADMITTED, BEST_EFFORT, FloatArray, State, is_decode, peak_blocks, tokens_left
 
 NOBODY = -1
 # A turn computes no less than this of a prompt, however full the step.
@@ -104,3 +107,53 @@ def ahead_enough(rows: RequestArray, decodes: SlotArray, due_s: FloatArray, now_
             ahead_s += due_s[j] - now_s
             wanted_s += min(LEAD_OF_PACE * tpot_s * rows["stage_tokens"][decodes[j]], LEAD_OF_STALL * stall_s)
     return ahead_s >= wanted_s
+
+
+@njit(cache=True)
+def shares_now(state: State, begun: FloatArray) -> FloatArray:
+    """float64 [NUM_SHARES]: ``begun`` with those who have nobody waiting raised to the least of those who have.
+
+    Args:
+        begun: float64 [NUM_SHARES], tokens begun for each share, as of the last plan.
+    """
+    now, waits, least = begun.copy(), np.zeros(NUM_SHARES, dtype=np.bool_), np.inf
+    for slot in state.waiting:
+        if state.status[slot] == BEST_EFFORT:
+            share = state.rows["share"][slot]
+            waits[share], least = True, min(least, begun[share])
+    if least < np.inf:
+        for share in range(NUM_SHARES):
+            if not waits[share]:
+                now[share] = max(now[share], least)
+    return now
+
+
+@in_place
+def tokens_to_begin(rows: RequestArray, slot: int) -> float:
+    """What starting a request is counted with: the tokens to compute of it, and those of its forecast answer."""
+    answer = max(rows["expected_tokens"][slot] - rows["output_tokens"][slot], 0)
+    return float(tokens_left(rows, slot) + answer)
+
+
+@njit(cache=True)
+def in_fair_order(state: State, slots: SlotArray, shares: FloatArray) -> SlotArray:
+    """Waiting slots in the order of their shares' counts; within a share first come first.
+
+    Args:
+        shares: float64 [NUM_SHARES], see :func:`shares_now`.
+    """
+    slots = slots[np.argsort(state.rows["order"][slots], kind="mergesort")]
+    counted, at = shares.copy(), np.empty(len(slots))
+    for j in range(len(slots)):
+        share = state.rows["share"][slots[j]]
+        at[j] = counted[share]
+        counted[share] += tokens_to_begin(state.rows, slots[j])
+    return slots[np.argsort(at, kind="mergesort")]
+
+
+@in_place
+def count_begun(state: State, slots: SlotArray, shares: FloatArray) -> None:
+    """Count those of a step's slots that start without a promise, into ``shares``."""
+    for slot in slots:
+        if state.rows["running"][slot] == 0 and state.status[slot] == BEST_EFFORT:
+            shares[state.rows["share"][slot]] += tokens_to_begin(state.rows, slot)

@@ -17,7 +17,7 @@ from slos_serve.core.request import SlotArray
 from slos_serve.perf.lengths import forecast_lengths
 from slos_serve.planning.admission import Asked, Question, admission_of
 from slos_serve.planning.arrivals import Arrivals, count_arrivals, longest_step_s
-from slos_serve.planning.best_effort import NOBODY, Turn, next_turn
+from slos_serve.planning.best_effort import NOBODY, Turn, count_begun, in_fair_order, next_turn, shares_now
 from slos_serve.planning.deadlines import pace_answers
 from slos_serve.planning.demand import give_up_lost, most_urgent
 from slos_serve.planning.drafting import DraftPlan, plan_drafts
@@ -57,11 +57,15 @@ class Known(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What one plan leaves to the next once it has been carried out."""
+    """What one plan leaves to the next once it has been carried out.
+
+    ``shares``: float64 [NUM_SHARES], see :func:`slos_serve.planning.best_effort.shares_now`.
+    """
 
     arrivals: Arrivals
     turn: Turn
     drafts: DraftPlan
+    shares: FloatArray
 
 
 class Admission(NamedTuple):
@@ -127,14 +131,14 @@ def ask_now(state: State, known: Known, memory: Memory) -> Asked:
 
 
 @njit(cache=True)
-def starting_order(state: State) -> SlotArray:
+def starting_order(state: State, shares: FloatArray) -> SlotArray:
     """Waiting slots that may use what is left over: those passed over by deadline (they may still make it), then best
-    effort, first come first."""
-    waiting, rows = state.waiting, state.rows
+    effort in the order of fair shares."""
+    waiting = state.waiting
     status = state.status[waiting]
-    passed, others = waiting[status == UNDECIDED], waiting[status == BEST_EFFORT]
-    passed = passed[np.argsort(rows["ttft_due_s"][passed], kind="mergesort")]
-    return np.concatenate((passed, others[np.argsort(rows["order"][others], kind="mergesort")]))
+    passed = waiting[status == UNDECIDED]
+    passed = passed[np.argsort(state.rows["ttft_due_s"][passed], kind="mergesort")]
+    return np.concatenate((passed, in_fair_order(state, waiting[status == BEST_EFFORT], shares)))
 
 
 @njit(cache=True)
@@ -186,12 +190,13 @@ def plan_step(state: State, known: Known, last: Memory) -> Planned:
     arrivals, turn = count_arrivals(state, last.arrivals), next_turn(state, last.turn, known.aging_s)
     longest_s = longest_step_s(state.coefficients, arrivals)
     drafts = plan_drafts(state, tiers, last.drafts, known.max_draft_tokens, longest_s)
-    memory = Memory(arrivals, turn, drafts)
+    memory = Memory(arrivals, turn, drafts, shares_now(state, last.shares))
     chosen, fitting, admission = take(state, asking, question_of(state, known, memory, tiers))
     rules = Rules(longest_s, turn.kept, turn.kept if turn.due else NOBODY)
-    step, sacrificed = form_step(state, chosen, starting_order(state), rules, drafts)
+    step, sacrificed = form_step(state, chosen, starting_order(state, memory.shares), rules, drafts)
     fitting[sacrificed] = False
     slots, tokens, reasons, lengths = in_engine_order(step)
+    count_begun(state, slots, memory.shares)
     for j in range(len(slots)):
         starts = reasons[j] == PREFILL_DEADLINE and rows["status"][slots[j]] == UNDECIDED
         fitting[slots[j]] = fitting[slots[j]] or starts

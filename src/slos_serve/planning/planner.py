@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from slos_serve.core.plan import EngineView, StepPlan
-from slos_serve.core.request import RequestArray, SlotArray
+from slos_serve.core.request import NUM_SHARES, RequestArray, SlotArray
 from slos_serve.perf.acceptance import AcceptanceEstimate
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.perf.class_shares import ClassShares
@@ -74,7 +74,7 @@ class Planner:
         self.acceptance = AcceptanceEstimate(num_classes, self.settings.acceptance_confidence)
         self.shares = ClassShares(num_classes, self.settings.fairness)
         self.counters = PlannerCounters()
-        self._memory = Memory(arrivals.NO_ARRIVALS, NO_TURN, no_drafts())
+        self._memory = Memory(arrivals.NO_ARRIVALS, NO_TURN, no_drafts(), np.zeros(NUM_SHARES))
         self._newest: tuple[StepPlan, Memory, Admission] | None = None
         self._modelled = model.coefficients
         self.correct(1.0)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from slos_serve.core.plan import Reason, StepPlan
-from slos_serve.core.request import Status
+from slos_serve.core.request import NUM_SHARES, Status
 from slos_serve.core.slo import SLO, single_stage
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.best_effort import (
@@ -16,7 +16,11 @@ from slos_serve.planning.best_effort import (
     NOBODY,
     Turn,
     ahead_enough,
+    count_begun,
+    in_fair_order,
     next_turn,
+    shares_now,
+    tokens_to_begin,
 )
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
@@ -228,3 +232,77 @@ def test_in_a_calm_hour_requests_without_a_promise_come_about_as_soon_as_on_stoc
             kept[side] += scores.attained.sum()
     assert last_s[0] < later * last_s[1]
     assert kept[0] >= kept[1]
+
+
+def of_share(engine: EngineBuilder, share: int, prompt_tokens: int = 200) -> int:
+    """A waiting request without a promise."""
+    slot = engine.best_effort(prompt_tokens)
+    engine.table.rows["share"][slot] = share
+    return slot
+
+
+def fair_order(engine: EngineBuilder, begun: np.ndarray) -> list[int]:
+    state = engine.state()
+    slots: list[int] = in_fair_order(state, state.waiting, shares_now(state, begun)).tolist()
+    return slots
+
+
+def test_of_one_share_the_first_come_start_first() -> None:
+    engine = EngineBuilder()
+    slots = [of_share(engine, 3, tokens) for tokens in (500, 100, 300)]
+    assert fair_order(engine, np.zeros(NUM_SHARES)) == slots
+
+
+def test_a_crowd_of_one_share_does_not_keep_another_waiting() -> None:
+    engine = EngineBuilder()
+    crowd = [of_share(engine, 0) for _ in range(20)]
+    late = [of_share(engine, 1) for _ in range(3)]
+    assert fair_order(engine, np.zeros(NUM_SHARES))[:6] == [crowd[0], late[0], crowd[1], late[1], crowd[2], late[2]]
+
+
+def test_long_requests_count_for_more() -> None:
+    engine = EngineBuilder()
+    long = [of_share(engine, 0, 1000) for _ in range(2)]
+    short = [of_share(engine, 1, 150) for _ in range(6)]
+    assert fair_order(engine, np.zeros(NUM_SHARES)) == [long[0], *short[:5], long[1], short[5]]
+
+
+def test_a_share_with_nobody_waiting_saves_nothing_up() -> None:
+    engine = EngineBuilder()
+    begun = np.zeros(NUM_SHARES)
+    begun[0] = 50_000.0
+    slot = of_share(engine, 0)
+    begun = shares_now(engine.state(), begun)
+    assert begun[1] == 50_000.0
+    crowd = [of_share(engine, 1) for _ in range(3)]
+    assert fair_order(engine, begun)[:2] == [slot, crowd[0]]
+
+
+def test_what_starts_is_counted_for_its_share_alone() -> None:
+    engine, begun = EngineBuilder(), np.zeros(NUM_SHARES)
+    starts, promised = of_share(engine, 5), engine.wait()
+    running = engine.decode(status=Status.BEST_EFFORT)
+    state = engine.state()
+    count_begun(state, np.array([starts, promised, running]), begun)
+    assert begun[5] == begun.sum() == tokens_to_begin(state.rows, starts) > 200.0
+
+
+def test_in_overload_each_share_begins_as_many_tokens() -> None:
+    """Two shares, the first with eight times the requests, start one step after the other."""
+    engine, planner = EngineBuilder(), Planner(OPT_13B_A100, 2)
+    shares = [int(number % 9 == 8) for number in range(90)]
+    waiting = [of_share(engine, share, 600) for share in shares]
+    started: list[int] = []
+    for step in range(6):
+        plan = carried_out(planner, engine.now_s + step, engine.view())
+        for slot, tokens in zip(plan.slots.tolist(), plan.tokens.tolist(), strict=True):
+            row = engine.table.rows[slot]
+            if row["running"] == 0:
+                row["running"] = 1
+                engine.running.append(slot)
+                engine.waiting.remove(slot)
+                started.append(shares[waiting.index(slot)])
+            row["computed_tokens"] += tokens
+            row["output_tokens"] = row["stage_tokens"] = int(row["computed_tokens"] >= 600)
+    assert len(started) >= 12
+    assert sum(started) == pytest.approx(len(started) / 2, abs=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from slos_serve.core.request import Status
+from slos_serve.core.request import NUM_SHARES, Status
 from slos_serve.planning.arrivals import NO_ARRIVALS
 from slos_serve.planning.best_effort import NO_TURN
 from slos_serve.planning.drafting import no_drafts
@@ -12,7 +12,7 @@ from slos_serve.planning.plan_step import Memory, plan_step, starting_order
 from slos_serve.planning.planner import Planner
 from tests.builders import OPT_13B_A100, EngineBuilder
 
-NOTHING = Memory(NO_ARRIVALS, NO_TURN, no_drafts())
+NOTHING = Memory(NO_ARRIVALS, NO_TURN, no_drafts(), np.zeros(NUM_SHARES))
 
 
 def test_a_plan_writes_forecasts_and_nothing_else() -> None:
@@ -61,4 +61,4 @@ def test_passed_over_requests_start_by_deadline_and_then_best_effort_in_order() 
     late, soon = engine.wait(due_in_s=9.0), engine.wait(due_in_s=1.0)
     first, second = engine.wait(), engine.wait()
     engine.table.rows["status"][[first, second]] = Status.BEST_EFFORT
-    assert starting_order(engine.state()).tolist() == [soon, late, first, second]
+    assert starting_order(engine.state(), np.zeros(NUM_SHARES)).tolist() == [soon, late, first, second]
