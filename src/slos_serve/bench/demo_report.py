@@ -76,6 +76,7 @@ def phase_json(side: SideRun, phase: str) -> dict[str, Any]:
     free = [score for score in scored if not score.has_slo]
     kept = [score for request_id, score in promised if _admitted(side.events, request_id)]
     left = [score for request_id, score in promised if not _admitted(side.events, request_id)]
+    told, agreed = verdicts_told(side, phase)
     return {
         "requests": total.requests,
         "attained": total.attained,
@@ -95,6 +96,8 @@ def phase_json(side: SideRun, phase: str) -> dict[str, Any]:
             "requests": len(free),
             "completed": sum(score.outcome is Outcome.COMPLETED for score in free),
         },
+        "verdicts_told": told,
+        "verdicts_agreed": agreed,
         "rejected": total.rejected,
         "errors": total.errors,
         "ttft_ms": asdict(total.ttft_ms),
@@ -108,6 +111,16 @@ def phase_json(side: SideRun, phase: str) -> dict[str, Any]:
         "error_messages": error_counts(load.responses),
         "client": client_json(load),
     }
+
+
+def verdicts_told(side: SideRun, phase: str) -> tuple[int, int]:
+    """Answers whose head said what is promised, of those with an SLO, and how many of them the engine agreed with."""
+    told = [
+        (response.verdict, side.events.verdicts.get(response.request.request_id))
+        for response, score in zip(side.loads[phase].responses, side.scored[phase], strict=True)
+        if side.events is not None and score.has_slo and response.verdict is not None
+    ]
+    return len(told), sum(said == did for said, did in told)
 
 
 def record_side(path: Path, side: SideRun, plan: DemoPlan, model: BatchTimeModel, header: Mapping[str, Any]) -> None:
@@ -190,6 +203,8 @@ def claims(result: Mapping[str, Any]) -> list[tuple[str, bool]]:
     burst_speed = _over(*(side["burst"]["throughput"]["output_tokens_per_s"] for side in (ours, stock)))
     work = f"burst: output tokens a second {burst_speed:.2f} times those of stock vLLM (wanted: {LEAST_BURST_SPEED:g})"
     ended = f"both phases: {completed} of {best_effort} best-effort requests complete (wanted: all)"
+    agreement = _rate(burst_o["verdicts_agreed"], burst_o["verdicts_told"])
+    told = f"burst: {agreement:.1%} of the {burst_o['verdicts_told']} verdicts told at once came true (wanted: 90 %)"
     calm = f"calm: {calm_rates[0]:.1%} attain on stock vLLM, {calm_rates[1]:.1%} on ours (wanted: 95 % on both)"
     paired = result["calm_ttft_ratio"]["median"] or float("inf")
     p50s = _over(calm_o["ttft_ms"]["p50"], calm_s["ttft_ms"]["p50"])
@@ -201,6 +216,7 @@ def claims(result: Mapping[str, Any]) -> list[tuple[str, bool]]:
         (strict, every_token >= 0.9),
         (work, burst_speed >= LEAST_BURST_SPEED),
         (ended, completed == best_effort),
+        (told, agreement >= 0.9),
         (calm, min(calm_rates) >= 0.95),
         (cost, paired <= 1.1 and speed >= 0.9),
     ]

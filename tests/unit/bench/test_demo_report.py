@@ -65,7 +65,7 @@ def test_claims_hold_only_when_they_hold() -> None:
     plan = small_plan()
     assert all(held for _, held in claims(demo_json(sides_of(plan), {})))
     even = claims(demo_json(sides_of(plan, ours_slow_from=4), {}))
-    assert [held for _, held in even] == [False, True, True, True, True, True, True]
+    assert [held for _, held in even] == [False, True, True, True, True, True, True, True]
 
 
 def test_throughput_of_the_burst_and_every_token_are_claims() -> None:
@@ -73,7 +73,25 @@ def test_throughput_of_the_burst_and_every_token_are_claims() -> None:
     result = demo_json(sides_of(plan), {})
     result[OURS]["burst"]["throughput"]["output_tokens_per_s"] *= 0.5
     result[OURS]["burst"]["admitted_strict"] = 0
-    assert [held for _, held in claims(result)] == [True, True, False, False, True, True, True]
+    assert [held for _, held in claims(result)] == [True, True, False, False, True, True, True, True]
+
+
+def test_verdicts_that_were_told_are_held_against_what_the_engine_did() -> None:
+    plan = small_plan()
+    sides = sides_of(plan)
+    promised = [one for one in sides[OURS].loads["burst"].responses if one.request.slo_class is not None]
+    free = [one for one in sides[OURS].loads["burst"].responses if one.request.slo_class is None]
+    for response in (*promised, *free):  # what the engine did, but for two that were told the contrary
+        response.verdict = sides[OURS].events.verdicts[response.request.request_id]  # type: ignore[union-attr]
+    for response in promised[:2]:
+        response.verdict = "best-effort"
+    promised[-1].verdict = None  # nothing was said
+    result = demo_json(sides, {})
+    found = result[OURS]["burst"]
+    assert (found["verdicts_told"], found["verdicts_agreed"]) == (len(promised) - 1, len(promised) - 3)
+    held = dict(claims(result))
+    (said,) = [text for text in held if "verdicts told" in text]
+    assert held[said] is ((len(promised) - 3) / (len(promised) - 1) >= 0.9)
 
 
 def test_calm_first_tokens_are_compared_request_by_request() -> None:
