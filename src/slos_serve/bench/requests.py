@@ -5,7 +5,7 @@ Assumes that every ``*_s`` of one run counts from the run's start on one monoton
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -63,6 +63,17 @@ class FollowUp:
 
     pause_s: float
     request: BenchRequest
+
+
+def num_calls(requests: Iterable[BenchRequest]) -> int:
+    """Requests, and those that follow them."""
+    count = 0
+    for request in requests:
+        following: BenchRequest | None = request
+        while following is not None:
+            count += 1
+            following = following.then.request if following.then is not None else None
+    return count
 
 
 @dataclass(slots=True)

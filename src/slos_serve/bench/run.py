@@ -14,8 +14,8 @@ from slos_serve.bench.client import ClientSettings, LoadClient, ServerInfo
 from slos_serve.bench.datasets import read_dataset, requests_from_dataset
 from slos_serve.bench.record import write_record
 from slos_serve.bench.report import class_json, client_json, error_counts, throughput_json, warnings_of
-from slos_serve.bench.requests import BenchRequest, LoadResult, Response
-from slos_serve.bench.scoring import check_scorable, ends_by_token, score_responses, targets_for
+from slos_serve.bench.requests import BenchRequest, LoadResult, Response, num_calls
+from slos_serve.bench.scoring import check_scorable, ends_by_token, score_responses, score_tasks, targets_for
 from slos_serve.bench.trace_load import measure_words_per_token, requests_from_trace, trace_window
 from slos_serve.bench.workloads import arrival_times, find_workload, make_requests, with_known_classes
 from slos_serve.core.errors import InvalidFieldError
@@ -73,6 +73,16 @@ class BenchRun:
         return summarize(self.scored)
 
     @property
+    def tasks(self) -> dict[str, dict[str, int]]:
+        """Whole tasks by class: how many were sent, and how many ended in time."""
+        found: dict[str, dict[str, int]] = {}
+        for score in score_tasks(self.load.responses, self.classes).values():
+            row = found.setdefault(score.slo_class, {"tasks": 0, "attained": 0})
+            row["tasks"] += 1
+            row["attained"] += score.kept
+        return found
+
+    @property
     def warnings(self) -> list[str]:
         """What a reader must know before believing the numbers."""
         return warnings_of(self.load, self.client_settings.slo_in != "none")
@@ -85,6 +95,7 @@ class BenchRun:
             **self.header(),
             "classes": {row.name: class_json(row) for row in rows if row.name != TOTAL},
             "total": class_json(rows[-1]),
+            "tasks": self.tasks,
             "throughput": throughput_json(self.load),
             "client": client_json(self.load),
             "errors": error_counts(self.load.responses),
@@ -140,7 +151,7 @@ async def run_bench(
     async with LoadClient(client_settings) as client:
         requests = await _requests(settings, classes, client)
         check_scorable(requests, classes, model)
-        on_start(len(requests))
+        on_start(num_calls(requests))
         load = await client.run(requests, on_end)
         scored = score_responses(load.responses, classes, model)
         return BenchRun(settings, client_settings, client.server, classes, model, load, scored)

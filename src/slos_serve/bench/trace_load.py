@@ -13,11 +13,11 @@ import numpy as np
 
 from slos_serve.bench.client import LoadClient
 from slos_serve.bench.prompts import plain_text
-from slos_serve.bench.requests import BenchRequest
+from slos_serve.bench.requests import BenchRequest, FollowUp
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import ClassSet
 from slos_serve.metrics.summary import Outcome
-from slos_serve.workload.trace_files import TraceRequest
+from slos_serve.workload.trace_files import TraceRequest, calls_before
 
 _PROBE_WORDS = (50, 250)
 
@@ -70,28 +70,50 @@ def trace_window(
     if rate_per_s is not None and len(trace) > 1 and trace[-1].arrival_s > 0.0:
         factor = (len(trace) - 1) / trace[-1].arrival_s / rate_per_s
     timed = [(factor * request.arrival_s, request) for request in trace]
-    return [(at_s, request) for at_s, request in timed if duration_s is None or at_s < duration_s]
+    before = calls_before(trace)
+    inside: list[bool] = []
+    for (at_s, _), waits_for in zip(timed, before, strict=True):  # a session that has begun goes on to its end
+        inside.append(inside[waits_for] if waits_for >= 0 else duration_s is None or at_s < duration_s)
+    return [one for one, stays in zip(timed, inside, strict=True) if stays]
 
 
 def requests_from_trace(
     timed: Sequence[tuple[float, TraceRequest]], classes: ClassSet, words: WordsPerToken, seed: int
 ) -> list[BenchRequest]:
-    """Requests with the trace's lengths; a row without a class gets the default class, or the only one."""
+    """Requests with the trace's lengths, those that wait for an answer as what follows it.
+
+    A row without a class gets the default class, or the only one.
+    """
     fallback = default_class(classes)
     rng = np.random.default_rng(seed)
-    return [
-        BenchRequest(
+    prompts = [plain_text(rng, words.words_for(row.prompt_tokens)) for _, row in timed]
+    before = calls_before([row for _, row in timed])
+    within_ms = {row.session: row.task_ms for _, row in reversed(timed) if row.task_ms is not None}
+    following: dict[int, FollowUp] = {}
+    first: list[BenchRequest] = []
+    for index in range(len(timed) - 1, -1, -1):
+        at_s, row = timed[index]
+        then, follows = following.get(index), before[index] >= 0
+        request = BenchRequest(
             request_id=f"trace-{index:06d}",
             arrival_s=at_s,
-            prompt=plain_text(rng, words.words_for(row.prompt_tokens)),
+            prompt=prompts[index],
             max_tokens=row.output_tokens,
             slo_class=row.slo_class or fallback,
             ttft_ms=row.ttft_ms,
             tpot_ms=row.tpot_ms,
+            e2e_ms=row.e2e_ms,
             ignore_eos=True,
+            session=row.session if follows or then is not None else None,
+            task_ms=within_ms.get(row.session),
+            last_call=follows and then is None,
+            then=then,
         )
-        for index, (at_s, row) in enumerate(timed)
-    ]
+        if follows:
+            following[before[index]] = FollowUp((row.pause_ms or 0.0) / 1000.0, request)
+        else:
+            first.append(request)
+    return first[::-1]
 
 
 def default_class(classes: ClassSet) -> str | None:

@@ -92,6 +92,8 @@ def _print(run: BenchRun, base_url: str) -> None:
     from slos_serve.bench.report import class_table
 
     stdout_console().print(class_table(run.summary, f"{run.server.model} at {base_url}"))
+    for name, tasks in run.tasks.items():
+        say(f"{name}: {tasks['attained']} of {tasks['tasks']} tasks in time")
     for warning in run.warnings:
         warn(warning)
     for message, count in list(run.as_json()["errors"].items())[:5]:

@@ -7,7 +7,7 @@ the caller's. Lengths and arrivals draw from separate streams of one seed, so th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import SLO, ClassSet, SLOClass, Stage, single_stage
+from slos_serve.core.tasks import TaskPromise, with_task
 from slos_serve.workload.agents import LOOKUP, RESEARCH, agents
 from slos_serve.workload.arrivals import arrival_times
 from slos_serve.workload.calls import CallArray, Workload, empty_calls
 from slos_serve.workload.lengths import length_table
 from slos_serve.workload.long_context import continue_turns, first_turns
 from slos_serve.workload.prefixes import Prefixes, prefixes_of_blocks, prefixes_of_turns
-from slos_serve.workload.trace_files import MOONCAKE_BLOCK_TOKENS, TraceRequest, read_trace
+from slos_serve.workload.trace_files import MOONCAKE_BLOCK_TOKENS, TraceRequest, calls_before, read_trace
 
 TIGHT_TPOT_MS, LOOSE_TPOT_MS = 50.0, 100.0
 TIGHT_SLOWDOWN, LOOSE_SLOWDOWN = 3.0, 5.0
@@ -251,7 +252,7 @@ def trace_workload(
     Args:
         path: file of a format of :mod:`slos_serve.workload.trace_files`.
         classes: what ``slo_class`` refers to; without it every request is promised what chat is.
-        rate_scale: how much faster than recorded it is replayed.
+        rate_scale: how much faster than recorded it is replayed; pauses between calls of a session stay as they are.
         limit: read at most this many requests.
 
     Raises:
@@ -261,7 +262,8 @@ def trace_workload(
     if not 0.0 < rate_scale <= 1e6:
         raise InvalidFieldError("rate_scale", rate_scale, "a number in (0, 1e6]")
     chosen = classes if classes is not None else ClassSet({CHAT.name: CHAT}, CHAT.name)
-    resolved = [_class_of(request, chosen, path) for request in requests]
+    within_ms = {one.session: one.task_ms for one in reversed(requests) if one.task_ms is not None}
+    resolved = [_class_of(request, within_ms.get(request.session), chosen, path) for request in requests]
     names = list(dict.fromkeys(slo_class.name for slo_class in resolved))
     by_name = {slo_class.name: slo_class for slo_class in resolved}
     calls = empty_calls(len(requests))
@@ -270,10 +272,23 @@ def trace_workload(
     calls["output_tokens"] = calls["first_stage_tokens"] = [request.output_tokens for request in requests]
     calls["max_tokens"] = np.maximum(calls["output_tokens"], 1024)
     calls["class_index"] = [names.index(slo_class.name) for slo_class in resolved]
-    for name in ("ttft_ms", "tpot_ms"):
+    for name in ("ttft_ms", "tpot_ms", "e2e_ms"):
         values: Sequence[float | None] = [getattr(request, name) for request in requests]
         calls[f"own_{name}"] = [np.nan if value is None else value for value in values]
+    _link(calls, requests)
     return Workload(path.name, tuple(by_name[name] for name in names), calls, _shared_by(requests, calls))
+
+
+def _link(calls: CallArray, requests: Sequence[TraceRequest]) -> None:
+    """Requests that wait for an answer of their session become its next calls."""
+    count = 0
+    for call, before in enumerate(calls_before(requests)):
+        if before < 0:
+            calls["session"][call] = count
+            count += 1
+            continue
+        calls["session"][call], calls["next_call"][before] = calls["session"][before], call
+        calls["arrival_s"][call], calls["tool_s"][call] = np.inf, (requests[call].pause_ms or 0.0) / 1000.0
 
 
 def _shared_by(requests: Sequence[TraceRequest], calls: CallArray) -> Prefixes | None:
@@ -292,9 +307,12 @@ def _shared_by(requests: Sequence[TraceRequest], calls: CallArray) -> Prefixes |
     return prefixes_of_turns(prompts, outputs, before)
 
 
-def _class_of(request: TraceRequest, classes: ClassSet, path: Path) -> SLOClass:
+def _class_of(request: TraceRequest, task_ms: float | None, classes: ClassSet, path: Path) -> SLOClass:
     try:
         found = classes.resolve(request.slo_class)
     except InvalidFieldError as fault:
         raise InvalidFieldError(fault.field, fault.given, fault.allowed, str(path)) from fault
-    return found if found is not None else single_stage("none", SLO())
+    slo_class = found if found is not None else single_stage("none", SLO())
+    if task_ms is None:
+        return slo_class
+    return with_task(replace(slo_class, name=f"{slo_class.name[:40]}-task-{task_ms:.0f}ms"), TaskPromise(task_ms))

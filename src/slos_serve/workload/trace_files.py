@@ -1,7 +1,9 @@
 """Reads recorded traffic: Azure LLM inference CSV, Mooncake JSONL, BurstGPT CSV.
 
 Decides what each file's columns mean and names the line of anything it cannot use. Extra columns or keys ``slo_class``,
-``ttft_ms`` and ``tpot_ms`` give a request its own promise. Times are seconds since the first request of the file.
+``ttft_ms``, ``tpot_ms`` and ``e2e_ms`` give a request its own promise. With ``pause_ms`` a request is the next call of
+its session: it comes so long after the answer before it has ended, and its stamp says only in which order. ``task_ms``
+promises the whole of such a session. Times are seconds since the first request of the file.
 Mooncake stamps come in ticks of three seconds; requests of one tick are spread over it by their position, so that the
 same file always gives the same arrivals.
 """
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,8 +37,10 @@ class TraceRequest:
         arrival_s: seconds since the first request of the file.
         prompt_tokens, output_tokens: lengths, both 1 or more.
         slo_class: class named by the file, if any.
-        ttft_ms, tpot_ms: promises given by the file, if any.
+        ttft_ms, tpot_ms, e2e_ms: promises given by the file, if any.
         session: conversation it belongs to, if the file says so.
+        pause_ms: between the end of its session's answer before and this request; ``None`` when it comes at its stamp.
+        task_ms: promise of the whole session, if any.
         block_ids: hash of each block of :data:`MOONCAKE_BLOCK_TOKENS` prompt tokens and all before it (Mooncake): equal
             ids mean equal beginnings.
     """
@@ -47,7 +51,10 @@ class TraceRequest:
     slo_class: str | None = None
     ttft_ms: float | None = None
     tpot_ms: float | None = None
+    e2e_ms: float | None = None
     session: str | None = None
+    pause_ms: float | None = None
+    task_ms: float | None = None
     block_ids: tuple[int, ...] = ()
 
 
@@ -167,18 +174,48 @@ def _block_ids(hash_ids: object, where: str) -> tuple[int, ...]:
 def _with_promise(request: TraceRequest, fields: Mapping[str, object], where: str) -> TraceRequest:
     """The request with what the optional columns give."""
     slo_class = fields.get("slo_class")
-    return replace(
+    found = replace(
         request,
         slo_class=None if slo_class in (None, "") else str(slo_class),
-        ttft_ms=_latency("ttft_ms", fields.get("ttft_ms"), where),
-        tpot_ms=_latency("tpot_ms", fields.get("tpot_ms"), where),
+        ttft_ms=_latency("ttft_ms", fields, where),
+        tpot_ms=_latency("tpot_ms", fields, where),
+        e2e_ms=_latency("e2e_ms", fields, where),
+        pause_ms=_latency("pause_ms", fields, where, zero=True),
+        task_ms=_latency("task_ms", fields, where),
     )
+    for name in ("pause_ms", "task_ms"):
+        if getattr(found, name) is not None and not found.session:
+            raise InvalidFieldError(name, getattr(found, name), "only beside a session", where)
+    return found
 
 
-def _latency(name: str, value: object, where: str) -> float | None:
+def _latency(name: str, fields: Mapping[str, object], where: str, *, zero: bool = False) -> float | None:
+    value = fields.get(name)
     if value is None or value == "":
         return None
-    return check_number(name, _plain_seconds(value, where, name), low=0.0, high=MAX_LATENCY_MS, where=where)
+    number = _plain_seconds(value, where, name)
+    return check_number(name, number, low=0.0, high=MAX_LATENCY_MS, low_included=zero, where=where)
+
+
+def calls_before(requests: Sequence[TraceRequest]) -> list[int]:
+    """For each request the one whose answer it waits for, -1 for those that come at their stamp.
+
+    Args:
+        requests: in order of arrival.
+
+    Raises:
+        InvalidFieldError: a request waits for an answer, and it is the first of its session.
+    """
+    last: dict[str, int] = {}
+    before = []
+    for index, request in enumerate(requests):
+        waits_for = -1 if request.pause_ms is None else last.get(request.session or "", -1)
+        if request.pause_ms is not None and waits_for < 0:
+            raise InvalidFieldError("pause_ms", request.pause_ms, f"a request before it in session {request.session!r}")
+        before.append(waits_for)
+        if request.session:
+            last[request.session] = index
+    return before
 
 
 def _count(name: str, value: object, where: str, least: int) -> int:

@@ -11,6 +11,9 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import SLO, ClassSet, single_stage
 from slos_serve.core.tasks import task_of
 from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.sim.engine import SimSettings, simulate
+from slos_serve.sim.limits import EngineLimits
+from slos_serve.sim.outcome import summarize_run
 from slos_serve.workload.lengths import length_table, load_table
 from slos_serve.workload.prefixes import cached_at_best
 from slos_serve.workload.scenarios import SCENARIOS, make_workload, trace_workload
@@ -118,3 +121,25 @@ def test_a_trace_shares_by_its_hashes_or_else_by_its_sessions(tmp_path: Path) ->
     file.write_text("".join(row % (i, 100 * i, session) for i, session in enumerate(sessions, start=1)))
     prefixes = trace_workload(file).prefixes
     assert [prefixes.path(call).tolist() for call in range(3)] == [[], [], [0]]
+
+
+def test_a_trace_with_tasks_is_linked_and_scored_as_tasks(tmp_path: Path) -> None:
+    file = tmp_path / "tasks.csv"
+    file.write_text(
+        "Timestamp,Request tokens,Response tokens,session,pause_ms,e2e_ms,task_ms\n"
+        "0,200,20,a,,,60000\n1,300,30,b,,8000,\n2,400,25,a,1500,,\n3,500,40,a,0,,\n4,100,20,c,,,100\n"
+    )
+    workload = trace_workload(file, ClassSet({"free": single_stage("free", SLO())}, "free"))
+    calls = workload.bound(MODEL).calls
+    assert calls["session"].tolist() == [0, 1, 0, 0, 2]
+    assert calls["next_call"].tolist() == [2, -1, 3, -1, -1]
+    assert calls["arrival_s"].tolist() == [0.0, 1.0, np.inf, np.inf, 4.0]
+    assert calls["tool_s"].tolist() == [0.0, 0.0, 1.5, 0.0, 0.0]
+    assert calls["e2e_s"][1] == 8.0
+    names = [workload.classes[index].name for index in calls["class_index"]]
+    first, last = "free-task-60000ms", "free-task-100ms"
+    assert names == [first, "free", first, first, last]
+    limits = EngineLimits(kv_capacity_tokens=64_000)
+    outcome = summarize_run(simulate(workload.bound(MODEL), MODEL, limits, SimSettings()))
+    assert (outcome.requests, outcome.attained) == (3, 2)
+    assert outcome.by_class[last] == 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.workload.trace_files import read_trace
+from slos_serve.workload.trace_files import calls_before, read_trace
 
 
 def test_azure_seven_digits_and_crlf(tmp_path: Path) -> None:
@@ -112,3 +112,40 @@ def test_limit(tmp_path: Path) -> None:
     file = tmp_path / "burst.csv"
     file.write_text("Timestamp,Request tokens,Response tokens\n" + "1,2,3\n" * 10)
     assert len(read_trace(file, limit=4)) == 4
+
+
+TASKS = (
+    "Timestamp,Request tokens,Response tokens,session,pause_ms,e2e_ms,task_ms\n"
+    "0,200,20,a,,,60000\n1,300,30,b,,8000,\n2,400,25,a,1500,,\n3,500,40,a,0,,\n"
+)
+
+
+def test_answers_and_tasks_have_columns(tmp_path: Path) -> None:
+    file = tmp_path / "tasks.csv"
+    file.write_text(TASKS)
+    read = read_trace(file)
+    assert [one.e2e_ms for one in read] == [None, 8000.0, None, None]
+    assert [one.pause_ms for one in read] == [None, None, 1500.0, 0.0]
+    assert [one.task_ms for one in read] == [60000.0, None, None, None]
+    assert calls_before(read) == [-1, -1, 0, 2]
+
+
+def test_mooncake_lines_take_the_same_keys(tmp_path: Path) -> None:
+    row: dict[str, object] = {"timestamp": 0, "input_length": 9, "output_length": 2, "session_id": 7}
+    file = _mooncake(tmp_path / "m.jsonl", [row, {**row, "timestamp": 500, "pause_ms": 20, "e2e_ms": 900}])
+    assert [(one.session, one.pause_ms, one.e2e_ms) for one in read_trace(file)] == [("7", None, None), ("7", 20, 900)]
+
+
+@pytest.mark.parametrize("name", ["pause_ms", "task_ms"])
+def test_a_call_of_a_task_needs_a_session(tmp_path: Path, name: str) -> None:
+    file = tmp_path / "tasks.csv"
+    file.write_text(f"Timestamp,Request tokens,Response tokens,session,{name}\n0,2,3,a,5\n1,2,3,,5\n")
+    with pytest.raises(InvalidFieldError, match=rf"tasks\.csv:3: {name}: got 5.*session"):
+        read_trace(file)
+
+
+def test_the_first_of_a_session_waits_for_no_answer(tmp_path: Path) -> None:
+    file = tmp_path / "tasks.csv"
+    file.write_text("Timestamp,Request tokens,Response tokens,session,pause_ms\n0,2,3,a,5\n")
+    with pytest.raises(InvalidFieldError, match=r"pause_ms: got 5.*session 'a'"):
+        calls_before(read_trace(file))
