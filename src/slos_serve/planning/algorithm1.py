@@ -38,8 +38,7 @@ EXACT, STOPPED, INFEASIBLE = 0, 1, 2
 # Work of one program: states made (four each), visited and compared with (one each). About half a millisecond.
 MOST_WORK = 6_000
 WORK_OF_A_STATE = 4
-_HASHES = 4096
-_FOR_EVER = 1 << 40
+_HASHES, _FOR_EVER = 4096, 1 << 40
 
 
 class Admitted(NamedTuple):

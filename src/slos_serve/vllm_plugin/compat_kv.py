@@ -29,7 +29,10 @@ def reserved_pool_blocks(scheduler: Scheduler) -> int | None:
     ``None`` for releases without that rule.
     """
     needs = getattr(scheduler, "_inflight_prefill_reserved_blocks", None)
-    return None if needs is None else int(needs()) + int(getattr(scheduler, "_spec_decode_step_blocks", 0))
+    if needs is None:
+        return None
+    step = getattr(scheduler, "_spec_decode_step_blocks", 0)  # 0.31: a method, 0.32: a number
+    return int(needs()) + int(step() if callable(step) else step)
 
 
 class LocalHits:
