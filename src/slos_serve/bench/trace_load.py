@@ -93,7 +93,8 @@ def requests_from_trace(
     first: list[BenchRequest] = []
     for index in range(len(timed) - 1, -1, -1):
         at_s, row = timed[index]
-        then, follows = following.get(index), before[index] >= 0
+        then, follows, task_ms = following.get(index), before[index] >= 0, within_ms.get(row.session)
+        in_task = follows or then is not None or task_ms is not None
         request = BenchRequest(
             request_id=f"trace-{index:06d}",
             arrival_s=at_s,
@@ -104,9 +105,9 @@ def requests_from_trace(
             tpot_ms=row.tpot_ms,
             e2e_ms=row.e2e_ms,
             ignore_eos=True,
-            session=row.session if follows or then is not None else None,
-            task_ms=within_ms.get(row.session),
-            last_call=follows and then is None,
+            session=row.session if in_task else None,
+            task_ms=task_ms,
+            last_call=in_task and then is None,
             then=then,
         )
         if follows:

@@ -315,4 +315,5 @@ def _class_of(request: TraceRequest, task_ms: float | None, classes: ClassSet, p
     slo_class = found if found is not None else single_stage("none", SLO())
     if task_ms is None:
         return slo_class
-    return with_task(replace(slo_class, name=f"{slo_class.name[:40]}-task-{task_ms:.0f}ms"), TaskPromise(task_ms))
+    told = f"{task_ms:.3f}".rstrip("0").rstrip(".")
+    return with_task(replace(slo_class, name=f"{slo_class.name[:40]}-task-{told}ms"), TaskPromise(task_ms))

@@ -41,3 +41,8 @@ def test_a_task_that_has_begun_is_sent_to_its_end() -> None:
     sent = made(TRACE, duration_s=0.5)
     assert len(sent) == 1 and sent[0].then is not None and sent[0].then.request.then is not None
     assert len(made(TRACE, duration_s=5.0)) == 2
+
+
+def test_a_task_of_one_call_names_its_session() -> None:
+    (only,) = made([TraceRequest(0.0, 200, 20, session="a", task_ms=60_000.0)])
+    assert (only.session, only.task_ms, only.last_call, only.then) == ("a", 60_000.0, True, None)

@@ -127,7 +127,7 @@ def test_a_trace_with_tasks_is_linked_and_scored_as_tasks(tmp_path: Path) -> Non
     file = tmp_path / "tasks.csv"
     file.write_text(
         "Timestamp,Request tokens,Response tokens,session,pause_ms,e2e_ms,task_ms\n"
-        "0,200,20,a,,,60000\n1,300,30,b,,8000,\n2,400,25,a,1500,,\n3,500,40,a,0,,\n4,100,20,c,,,100\n"
+        "0,200,20,a,,,60000\n1,300,30,b,,8000,\n2,400,25,a,1500,,\n3,500,40,a,0,,\n4,100,20,c,,,100.5\n"
     )
     workload = trace_workload(file, ClassSet({"free": single_stage("free", SLO())}, "free"))
     calls = workload.bound(MODEL).calls
@@ -137,7 +137,7 @@ def test_a_trace_with_tasks_is_linked_and_scored_as_tasks(tmp_path: Path) -> Non
     assert calls["tool_s"].tolist() == [0.0, 0.0, 1.5, 0.0, 0.0]
     assert calls["e2e_s"][1] == 8.0
     names = [workload.classes[index].name for index in calls["class_index"]]
-    first, last = "free-task-60000ms", "free-task-100ms"
+    first, last = "free-task-60000ms", "free-task-100.5ms"
     assert names == [first, "free", first, first, last]
     limits = EngineLimits(kv_capacity_tokens=64_000)
     outcome = summarize_run(simulate(workload.bound(MODEL), MODEL, limits, SimSettings()))
