@@ -26,35 +26,36 @@ class Status(IntEnum):
     """Runs in what is left over: no SLO, or one that could not be kept."""
 
 
+# What every plan reads of every waiting request comes first: it lies in two cache lines of the row's four.
 REQUEST_DTYPE = np.dtype(
     [
+        ("order", np.int64),  # arrival order, grows
+        ("share", np.int64),  # whose part of best effort's time it takes: its class's, or its tenant's in that class
+        ("status", np.int64),
+        ("class_index", np.int64),
+        ("answer_due_s", np.float64),  # when the last token is due; inf without such a promise
+        ("output_tokens", np.int64),  # tokens generated, those of steps in flight counted
+        ("hint_tokens", np.int64),  # the client's own forecast of it; 0 without one
+        ("max_tokens", np.int64),  # hard cap on output_tokens
+        ("expected_tokens", np.int64),  # forecast of the final output_tokens
+        ("prompt_tokens", np.int64),
+        ("computed_tokens", np.int64),  # tokens with KV, those of steps in flight counted
+        ("cached_tokens", np.int64),  # prompt tokens that a prefix cache will supply when it starts
+        ("running", np.int64),  # 1 when the engine holds KV for it (its "running" list)
+        ("blocked", np.int64),  # 1 when the engine could not run it in this step (pipeline cadence): it keeps its KV
         ("arrival_s", np.float64),
         ("ttft_due_s", np.float64),  # when the plan has the first token due: as promised, or earlier for answer_due_s
         ("tpot_s", np.float64),  # of the current stage, as planned: as promised, or shorter for answer_due_s
         ("promised_ttft_due_s", np.float64),  # when the first token is due; inf without a TTFT promise
         ("promised_tpot_s", np.float64),  # of the current stage; inf without a TPOT promise
-        ("answer_due_s", np.float64),  # when the last token is due; inf without such a promise
         ("stage_start_s", np.float64),  # when its first token came (predicted while in flight); nan before
         ("last_token_s", np.float64),  # when the newest token came or will come; arrival_s before the first
         ("max_stall_s", np.float64),
         ("weight", np.float64),
-        ("prompt_tokens", np.int64),
-        ("computed_tokens", np.int64),  # tokens with KV, those of steps in flight counted
-        ("output_tokens", np.int64),  # tokens generated, those of steps in flight counted
         ("stage_tokens", np.int64),  # output_tokens of the current stage; a token that ends a stage belongs to it
-        ("max_tokens", np.int64),  # hard cap on output_tokens
-        ("expected_tokens", np.int64),  # forecast of the final output_tokens
-        ("hint_tokens", np.int64),  # the client's own forecast of it; 0 without one
         ("draft_limit", np.int64),  # drafts that the engine could verify now; what a drafter has found
-        ("cached_tokens", np.int64),  # prompt tokens that a prefix cache will supply when it starts
-        ("class_index", np.int64),
-        ("share", np.int64),  # whose part of best effort's time it takes: its class's, or its tenant's in that class
-        ("order", np.int64),  # arrival order, grows
-        ("status", np.int64),
         ("has_slo", np.int64),  # 1 when anything is promised
         ("missed", np.int64),  # 1 when a promise of it, or of an earlier call of its session, is broken for good
-        ("running", np.int64),  # 1 when the engine holds KV for it (its "running" list)
-        ("blocked", np.int64),  # 1 when the engine could not run it in this step (pipeline cadence): it keeps its KV
         ("adapter", np.int64),  # LoRA adapter it needs; 0 without one
         ("fixed_blocks", np.int64),  # KV blocks it takes when it starts, beside those that grow with its tokens
     ]

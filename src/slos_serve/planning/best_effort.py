@@ -136,19 +136,27 @@ def tokens_to_begin(rows: RequestArray, slot: int) -> float:
 
 
 @njit(cache=True)
-def in_fair_order(state: State, slots: SlotArray, shares: FloatArray) -> SlotArray:
-    """Waiting slots in the order of their shares' counts; within a share first come first.
+def in_fair_order(state: State, slots: SlotArray, shares: FloatArray, most: int) -> SlotArray:
+    """The first ``most`` waiting slots in the order of their shares' counts; within a share first come first.
 
     Args:
         shares: float64 [NUM_SHARES], see :func:`shares_now`.
+        most: no more of them can start. The others are not sorted.
     """
-    slots = slots[np.argsort(state.rows["order"][slots], kind="mergesort")]
+    if most <= 0 or len(slots) == 0:
+        return slots[:0]
+    order = state.rows["order"][slots]
+    if (order[1:] < order[:-1]).any():
+        slots = slots[np.argsort(order, kind="mergesort")]
     counted, at = shares.copy(), np.empty(len(slots))
     for j in range(len(slots)):
         share = state.rows["share"][slots[j]]
         at[j] = counted[share]
         counted[share] += tokens_to_begin(state.rows, slots[j])
-    return slots[np.argsort(at, kind="mergesort")]
+    if most < len(slots):
+        first = at <= np.partition(at, most - 1)[most - 1]
+        slots, at = slots[first], at[first]
+    return slots[np.argsort(at, kind="mergesort")][:most]
 
 
 @in_place

@@ -133,12 +133,15 @@ def ask_now(state: State, known: Known, memory: Memory) -> Asked:
 @njit(cache=True)
 def starting_order(state: State, shares: FloatArray) -> SlotArray:
     """Waiting slots that may use what is left over: those passed over by deadline (they may still make it), then best
-    effort in the order of fair shares."""
+    effort in the order of fair shares, as many as can have a seat beside the blocked ones and whoever has the turn."""
     waiting = state.waiting
     status = state.status[waiting]
+    seats = state.max_num_seqs - len(state.running)
+    if seats > 0:
+        seats += 1 + int(state.rows["blocked"][waiting].sum())
     passed = waiting[status == UNDECIDED]
     passed = passed[np.argsort(state.rows["ttft_due_s"][passed], kind="mergesort")]
-    return np.concatenate((passed, in_fair_order(state, waiting[status == BEST_EFFORT], shares)))
+    return np.concatenate((passed, in_fair_order(state, waiting[status == BEST_EFFORT], shares, seats)))
 
 
 @njit(cache=True)

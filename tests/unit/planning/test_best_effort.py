@@ -241,10 +241,29 @@ def of_share(engine: EngineBuilder, share: int, prompt_tokens: int = 200) -> int
     return slot
 
 
-def fair_order(engine: EngineBuilder, begun: np.ndarray) -> list[int]:
+def fair_order(engine: EngineBuilder, begun: np.ndarray, most: int = 100) -> list[int]:
     state = engine.state()
-    slots: list[int] = in_fair_order(state, state.waiting, shares_now(state, begun)).tolist()
+    slots: list[int] = in_fair_order(state, state.waiting, shares_now(state, begun), most).tolist()
     return slots
+
+
+def test_no_more_are_put_in_order_than_can_start() -> None:
+    engine, rng = EngineBuilder(), np.random.default_rng(5)
+    for share, tokens in zip(rng.integers(0, 4, 60).tolist(), rng.integers(1, 9, 60).tolist(), strict=True):
+        of_share(engine, share, 100 * tokens)
+    begun = np.array([*rng.integers(0, 3000, 4).tolist(), *[0] * (NUM_SHARES - 4)], dtype=float)
+    every = fair_order(engine, begun)
+    assert len(every) == 60
+    for most in range(62):
+        assert fair_order(engine, begun, most) == every[:most]
+
+
+def test_the_first_come_are_first_however_the_engine_lists_them() -> None:
+    engine = EngineBuilder()
+    slots = [of_share(engine, share) for share in (0, 0, 1, 1)]
+    state = engine.state()
+    found = in_fair_order(state, state.waiting[::-1].copy(), np.zeros(NUM_SHARES), 3)
+    assert found.tolist() == [slots[0], slots[2], slots[1]]
 
 
 def test_of_one_share_the_first_come_start_first() -> None:
