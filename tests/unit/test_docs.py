@@ -25,7 +25,7 @@ from slos_serve.files.class_file import load_classes, parse_classes
 from slos_serve.perf.tasks import CallDue, TaskKey
 from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.front.answers import refusal, verdict_headers
-from slos_serve.vllm_plugin.front.desk import Judged
+from slos_serve.vllm_plugin.front.judged import Judged
 from slos_serve.vllm_plugin.front.load_report import with_load
 from slos_serve.vllm_plugin.front.mirror import Answer
 from slos_serve.vllm_plugin.middleware import applied_headers, denied_header

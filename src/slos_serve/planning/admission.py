@@ -103,6 +103,8 @@ def admission_of(state: State, asking: SlotArray, question: Question) -> Asked:
     blocks, room = forecast(state, asked, pace_of_moments_s(state, tpot_s), survival, total)
     demand = Demand(asked.slots, asked.due_s, asked.tokens, asked.tier, blocks, asked.weight, asked.promised)
     supply = build_supply(state, question, room)
-    if len(demand.slots) > 0 and not question.drafts.tokens.any():
-        supply.lent_tokens[:] = lend(state, supply, tpot_s, survival, demand.due_s[0])
+    if not question.drafts.tokens.any():
+        # Nobody asks in a plan, but in what is published for those to come.
+        first_due_s = demand.due_s[0] if len(demand.slots) > 0 else supply.start_s
+        supply.lent_tokens[:] = lend(state, supply, tpot_s, survival, first_due_s)
     return Asked(demand, supply, admit(demand, supply, MOST_WORK), question.tiers)

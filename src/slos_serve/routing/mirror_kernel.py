@@ -18,7 +18,7 @@ from slos_serve.planning.admission import CUT_SHORT, CUT_SHORT_WITH_DRAFTS
 from slos_serve.planning.deadlines import pace_answer
 from slos_serve.planning.demand import SIZES, Demand, build_demand, is_lost
 from slos_serve.planning.feasible import TOLERANCE, first_missed
-from slos_serve.planning.state import UNDECIDED, FloatArray, IntArray, State, peak_blocks, weight_of
+from slos_serve.planning.state import ADMITTED, UNDECIDED, FloatArray, IntArray, State, peak_blocks, weight_of
 from slos_serve.planning.supply import Supply
 from slos_serve.routing.mirror_arrays import MirrorArrays, advance, load_of, supply_of
 
@@ -252,10 +252,12 @@ def _move(m: MirrorArrays, k: int, source: int, target: int) -> None:
 def enter(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> None:
     """Count the request among what replica ``k`` has promised, or among the unpromised when it does not fit any more.
 
-    There must be a place left (``first + num_owed < N``).
+    A row that is ``ADMITTED`` was told its promise for good: it counts whether it fits or not, and nobody takes its
+    place. There must be a place left (``first + num_owed < N``).
     """
     answer, given_up = ask(m, k, row, cached_tokens)
-    if answer == NO:
+    told = row["status"][0] == ADMITTED
+    if answer == NO and not told:
         m.num_unpromised[k] += 1
         return
     if given_up >= 0:
@@ -268,7 +270,7 @@ def enter(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> Non
     for i in range(m.first[k] + m.num_owed[k], at, -1):
         _move(m, k, i - 1, i)
     m.due_s[k, at], m.cost_tokens[k, at], m.tier[k, at] = due_s, cost, tier
-    m.weight[k, at], m.begun[k, at] = weight_of(state, 0), 0
+    m.weight[k, at], m.begun[k, at] = weight_of(state, 0), 1 if told else 0
     for j in range(len(memory)):
         m.memory_left[k, j] -= memory[j]
         m.memory[k, at, j] = memory[j]

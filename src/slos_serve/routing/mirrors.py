@@ -179,6 +179,10 @@ class Mirrors:
         self._at(k).in_flight.append(sent)
         self._enter(k, sent)
 
+    def sent_with(self, name: str, ticket: int) -> list[Sent]:
+        """The requests of a ticket that were sent to a replica and that no publication has shown yet."""
+        return [sent for sent in self._at(self._index[name]).in_flight if sent.ticket == ticket]
+
     def newest(self, name: str) -> Sent:
         """The request that was sent to a replica last and that no publication has shown yet."""
         return self._at(self._index[name]).in_flight[-1]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from slos_serve.core.request import RequestArray
+from slos_serve.core.request import RequestArray, Status
 from slos_serve.core.slo import check_number
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.routing import mirror_kernel as kernel
@@ -39,6 +39,7 @@ class RoutingRequest:
         reject_when_full: refuse it where nobody attains, instead of serving it without a promise.
         avoid: replicas that were lost under it; they get it only where there is no other.
         ticket: number that its replica's publications name once its engine has the request; 0 without one.
+        binding: a promise to it binds its engine from the moment it is told, so that no later request takes its place.
     """
 
     arrival_s: float
@@ -55,6 +56,7 @@ class RoutingRequest:
     reject_when_full: bool = False
     avoid: Collection[str] = ()
     ticket: int = 0
+    binding: bool = False
 
     @property
     def has_slo(self) -> bool:
@@ -161,7 +163,7 @@ def unpromised(now_s: float, request: RoutingRequest) -> Sent:
 
 def _row_of(request: RoutingRequest) -> RequestArray:
     """The request as the planner's tables have it."""
-    return request_row(
+    row = request_row(
         arrival_s=request.arrival_s,
         prompt_tokens=request.prompt_tokens,
         max_tokens=request.max_tokens,
@@ -172,3 +174,6 @@ def _row_of(request: RoutingRequest) -> RequestArray:
         weight=request.weight,
         hint_tokens=request.hint_tokens,
     )
+    if request.binding:
+        row["status"] = Status.ADMITTED
+    return row

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 from vllm.logger import init_logger
 
 from slos_serve.core.errors import InvalidFieldError
@@ -29,7 +30,7 @@ from slos_serve.vllm_plugin.handed import handed_call
 from slos_serve.vllm_plugin.recorder import FINISHED, Outcome
 from slos_serve.vllm_plugin.request_book import class_index_of
 from slos_serve.vllm_plugin.seal import Seal, seal_of
-from slos_serve.vllm_plugin.slo_args import TICKET_KEY, SloArgs, from_extra_args
+from slos_serve.vllm_plugin.slo_args import TICKET_KEY, TOLD_KEY, SloArgs, from_extra_args
 from slos_serve.vllm_plugin.stop_strings import OVERSHOOT_TOKENS, StopStrings, stop_strings_of
 from slos_serve.vllm_plugin.tracked import Promise, Tracked
 
@@ -55,6 +56,7 @@ class RequestDesk:
     ) -> None:
         self._control = control
         self._settings = settings
+        self._front = front
         self._stop_strings = stop_strings
         self._versions = ClassVersions(settings.classes, front)
         self._class_names = {index: slo_class.name for index, slo_class in enumerate(settings.classes)}
@@ -81,6 +83,7 @@ class RequestDesk:
         fixed = needs.fixed_blocks(most_tokens)
         decoding = needs.decode_blocks(most_tokens) if needs.shrinks else fixed
         tracked = control.book.add(request, promise, fixed_blocks=fixed, decode_blocks=decoding)
+        self._honour(tracked)
         control.hits.waits((tracked,))
         control.queues.entered(tracked)
         if stop_strings_of(request):
@@ -92,6 +95,17 @@ class RequestDesk:
         ticket = None if sampling is None else (sampling.extra_args or {}).get(TICKET_KEY)
         if publisher is not None and isinstance(ticket, int):
             publisher.entered(self._control.now_s(), ticket)
+
+    def _honour(self, tracked: Tracked) -> None:
+        """What the API process has told the client is promised from now on, before a plan has seen the request."""
+        sampling = tracked.request.sampling_params
+        rank = None if sampling is None else (sampling.extra_args or {}).get(TOLD_KEY)
+        if self._front is None or not isinstance(rank, int) or tracked.request.resumable:
+            return
+        control = self._control
+        if control.book.honour(tracked, rank):
+            classes, weights = np.array([tracked.promise.class_index]), np.array([tracked.promise.weight])
+            control.policy.planner.shares.decided(classes, np.ones(1, dtype=np.bool_), weights)
 
     def continued(self, request: Request) -> None:
         """A streaming-input session goes on with another chunk: its promise counts from the chunk's arrival."""

@@ -22,10 +22,10 @@ from slos_serve.vllm_plugin.body_fields import BodyFields
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.seal import Seal, seal_of
 from slos_serve.vllm_plugin.slo_args import (
+    INNER_KEYS,
     KEY_PREFIX,
     SESSION_KEY,
     TENANT_KEY,
-    TICKET_KEY,
     SloArgs,
     from_extra_args,
     header_args,
@@ -129,7 +129,7 @@ class Gate:
         """
         headers = self.headers(raw)
         in_body = fields.xargs if fields is not None and isinstance(fields.xargs, dict) else {}
-        for key in (TENANT_KEY, TICKET_KEY):
+        for key in INNER_KEYS:
             if key in in_body:
                 raise InvalidFieldError(f"vllm_xargs.{key}", in_body[key], "no such key from a client")
         by_body = self._body_tier(fields) if "slo_class" not in headers and "slo_class" not in in_body else {}

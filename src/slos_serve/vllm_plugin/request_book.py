@@ -89,6 +89,16 @@ class RequestBook:
         self.num_slo += slo_class is not None
         return tracked
 
+    def honour(self, tracked: Tracked, rank: int) -> bool:
+        """Promise a new request what its client was told; False when it asks for nothing."""
+        row = self.table.rows[tracked.slot]
+        if not row["has_slo"]:
+            return False
+        tracked.honour(rank)
+        self._write_promise(tracked.slot, tracked.promise)
+        row["status"] = Status.ADMITTED
+        return True
+
     def begin_turn(self, tracked: Tracked, promise: Promise) -> None:
         """A streaming-input session goes on with another chunk: a promise of its own."""
         self.num_slo += (promise.slo_class is not None) - (tracked.promise.slo_class is not None)
@@ -241,7 +251,10 @@ class RequestBook:
         for slot in plan.preempt.tolist():
             self.by_slot[slot].planned_preemptions += 1
         for slot in plan.demoted.tolist():
-            self.by_slot[slot].reason = "ttft" if rows["output_tokens"][slot] == 0 else "tpot"
+            tracked = self.by_slot[slot]
+            tracked.reason = "ttft" if rows["output_tokens"][slot] == 0 else "tpot"
+            if rows["running"][slot] == 0 and tracked.request.num_preemptions == 0:
+                tracked.given = None  # its client was told a promise that the engine never began to keep
 
     def fall_back(self, demoted: SlotArray, earliest_s: float) -> None:
         """Promises that a committed plan gave up before a first token: ask for the next weaker ones from now on.

@@ -33,6 +33,9 @@ SLO_KEYS = (
 TENANT_KEY = "slo_tenant"
 # The number of a router's ticket, which the endpoint of many replicas adds; refused from a client too.
 TICKET_KEY = "slo_ticket"
+# The rank of the promise that the API process told the client, which binds the engine; refused from a client too.
+TOLD_KEY = "slo_told"
+INNER_KEYS = (TENANT_KEY, TICKET_KEY, TOLD_KEY)
 SESSION_KEY = "session_id"  # vLLM's own key, shared with its session affinity
 MAX_NAME_CHARS = 63
 MAX_SESSION_CHARS = 256
@@ -119,9 +122,7 @@ def from_extra_args(extra_args: Mapping[str, object] | None, arrival_at: float |
     """
     if not extra_args:
         return SloArgs()
-    unknown = [
-        key for key in extra_args if key.startswith(KEY_PREFIX) and key not in (*SLO_KEYS, TENANT_KEY, TICKET_KEY)
-    ]
+    unknown = [key for key in extra_args if key.startswith(KEY_PREFIX) and key not in (*SLO_KEYS, *INNER_KEYS)]
     if unknown:
         raise InvalidFieldError(
             "vllm_xargs",

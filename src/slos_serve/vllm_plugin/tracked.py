@@ -144,6 +144,12 @@ class Tracked:
         self.stage = self.stage_offset = self.seen_tokens = 0
         self.stage_start_s = self.first_token_s = self.last_token_s = None
 
+    def honour(self, rank: int) -> None:
+        """Give it the promise that its client was told: by its place in the order of those asked for."""
+        several = (self.first, *self.first.weaker)
+        self.rank = self.given = min(max(rank, 0), len(several) - 1)
+        self.promise = several[self.rank]
+
     def fall_back(self, earliest_s: float) -> bool:
         """Ask for the next weaker promise; when there is none, what was asked for at first is what it is held to.
 

@@ -52,6 +52,14 @@ def test_an_idle_engine_publishes_that_all_is_free() -> None:
     assert found.counts.sum() == found.num_requests == len(found.due_s) == 0
 
 
+def test_decodes_that_are_ahead_lend_though_nobody_asks_yet() -> None:
+    engine = EngineBuilder()
+    for _ in range(10):
+        engine.decode(output_tokens=60)
+    found = published(engine)
+    assert len(found.due_s) == 0 and found.lent_tokens[-1] > 0.0
+
+
 def test_owed_is_what_the_planner_takes() -> None:
     engine = _mixed()
     planner = Planner(OPT_13B_A100, 1)

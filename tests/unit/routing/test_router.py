@@ -66,6 +66,18 @@ def test_nothing_begun_and_nothing_worth_more_is_given_up(change: str) -> None:
     assert route(NOW_S, request(1000, due_in_s=0.5), mirrors_of(a=full)).verdict is Verdict.BEST_EFFORT
 
 
+def test_a_promise_that_binds_gives_no_place_and_stays_when_times_turn_out_otherwise() -> None:
+    for binding, answer in ((False, Why.FITS_INSTEAD), (True, Why.ALL_FULL)):
+        mirrors = mirrors_of(a=loaded(0))
+        told = route(NOW_S, request(3500, due_in_s=0.6, binding=binding, ticket=1), mirrors)
+        assert told.verdict is Verdict.ADMITTED
+        assert route(NOW_S, request(1000, due_in_s=0.5), mirrors).reason is answer
+    crowded = loaded(0)
+    crowded.prefilling(3500, 10, due_in_s=0.6)
+    mirrors.update(published(crowded, "a", sequence=1), tickets=())
+    assert int(mirrors.arrays.num_owed[0]) == 2, "the engine has it not yet, and is bound when it comes"
+
+
 def test_one_that_has_not_begun_gives_its_memory_too() -> None:
     full = loaded(0, total_blocks=150)
     full.wait(1500, due_in_s=9.0)

@@ -102,6 +102,7 @@ ATTACKS: list[tuple[str, list[tuple[str, str]], bytes, int, str]] = [
     ),
     ("a tenant that the body claims", [B], FORGED, 400, "vllm_xargs.slo_tenant"),
     ("a router's ticket", [B], b'{"vllm_xargs": {"slo_ticket": 5}}', 400, "vllm_xargs.slo_ticket"),
+    ("a promise that nobody told", [B], b'{"vllm_xargs": {"slo_told": 0}}', 400, "vllm_xargs.slo_told"),
     ("an unknown tenant", [("x-tenant", "team-z"), GOLD], b"{}", 403, "slo_class"),
     ("no tenant", [GOLD], b"{}", 403, "slo_class"),
     ("an unknown key", [("authorization", "Bearer nope"), GOLD], b"{}", 403, "slo_class"),

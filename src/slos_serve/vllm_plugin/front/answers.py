@@ -7,7 +7,7 @@ import math
 
 from slos_serve.core.tiers import DROPPED, DROPPED_HEADER
 from slos_serve.core.verdict import SENTENCES
-from slos_serve.vllm_plugin.front.desk import Judged
+from slos_serve.vllm_plugin.front.judged import Judged
 
 Headers = list[tuple[bytes, bytes]]
 _USAGE, _NO_CHOICES = b'"usage":{', b'"choices":[]'

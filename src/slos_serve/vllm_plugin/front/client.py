@@ -7,6 +7,7 @@ an answer its verdict, never the request.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 import os
@@ -17,8 +18,10 @@ from typing import Any
 from slos_serve.core.errors import SlosServeError
 from slos_serve.vllm_plugin.class_versions import VERSION_KEY, ClassVersion
 from slos_serve.vllm_plugin.config import PluginConfig
-from slos_serve.vllm_plugin.front.desk import FrontDesk, Judged
+from slos_serve.vllm_plugin.front.desk import FrontDesk
+from slos_serve.vllm_plugin.front.judged import HandedOver, Judged
 from slos_serve.vllm_plugin.metrics import EngineLabels
+from slos_serve.vllm_plugin.slo_args import TICKET_KEY, TOLD_KEY
 
 _logger = logging.getLogger("vllm.slos_serve")
 CURRENT: ContextVar[Judged | None] = ContextVar("slos_serve_judged", default=None)
@@ -57,29 +60,42 @@ def attach(client: Any, front: FrontDesk) -> None:
 
     @functools.wraps(hand_over)
     def generate(prompt: object, sampling_params: Any, request_id: str, *args: Any, **kwargs: Any) -> Any:
-        judged = CURRENT.get()
-        name_version(sampling_params, front.version if judged is None else judged.version)
+        judged, handed = CURRENT.get(), None
         if judged is not None:
             try:
-                front.entered(judged, prompt, sampling_params, request_id)
+                handed = front.entered(judged, prompt, sampling_params, request_id)
             except Exception:
                 if not failed:
                     failed.append(request_id)
                     _logger.exception("slos-serve: failed to judge a request (said once); it is served all the same.")
             if judged.refusal is not None:
                 raise RefusedError("no room for this request's promise")
-        return hand_over(prompt, sampling_params, request_id, *args, **kwargs)
+        params = with_said(sampling_params, front.version if judged is None else judged.version, handed)
+        return hand_over(prompt, params, request_id, *args, **kwargs)
 
     client.generate = generate
 
 
-def name_version(params: Any, version: ClassVersion) -> None:
-    """Tell the engine core which version of the class file the request is judged by."""
-    given = getattr(params, "extra_args", None)
-    if version.digest:
-        params.extra_args = {**(given or {}), VERSION_KEY: version.digest}
-    elif given and VERSION_KEY in given:
-        params.extra_args = {key: value for key, value in given.items() if key != VERSION_KEY}
+def with_said(params: Any, version: ClassVersion, handed: HandedOver | None) -> Any:
+    """The parameters with what the engine core is to know of the request; copied, for several prompts may share them.
+
+    Args:
+        params: vLLM's; a client's own values of our keys are dropped.
+        version: of the class file that the request is judged by.
+        handed: its ticket and what its client was told; ``None`` where it is not judged.
+    """
+    given = dict(getattr(params, "extra_args", None) or {})
+    said: dict[str, object] = {VERSION_KEY: version.digest} if version.digest else {}
+    if handed is not None:
+        said[TICKET_KEY] = handed.ticket
+    if handed is not None and handed.told is not None:
+        said[TOLD_KEY] = handed.told
+    kept = {key: value for key, value in given.items() if key not in (VERSION_KEY, TICKET_KEY, TOLD_KEY)}
+    if kept | said == given:
+        return params
+    params = copy.copy(params)
+    params.extra_args = kept | said
+    return params
 
 
 class RefusedError(SlosServeError, ValueError):

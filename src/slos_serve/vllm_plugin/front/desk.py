@@ -7,6 +7,7 @@ requests are not judged: answers then have no verdict, and nothing is refused.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import math
@@ -18,7 +19,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,13 +28,13 @@ import zmq
 from slos_serve.core.slo import SLOClass, WhenFull
 from slos_serve.core.verdict import Verdict
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.perf.tasks import CallDue
 from slos_serve.routing.headroom import MOST, STANDARD_PROMPT_TOKENS, headroom, standard_ttft_s
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.router import RoutingRequest
 from slos_serve.routing.warm_up import warm_up_routing
 from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.front.judged import HandedOver, Judged, prompt_tokens
 from slos_serve.vllm_plugin.front.link import FrontSockets, socket_path
 from slos_serve.vllm_plugin.front.metrics import FrontMetrics
 from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror, Looked
@@ -42,6 +43,7 @@ from slos_serve.vllm_plugin.front.tasks import FrontTasks
 from slos_serve.vllm_plugin.live.feed import LIVE_KEY, WATCHED
 from slos_serve.vllm_plugin.live.state import LiveState, Watch
 from slos_serve.vllm_plugin.metrics import EngineLabels
+from slos_serve.vllm_plugin.publish import TICKETS_KEY
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
 
 POLL_MS = 200
@@ -51,34 +53,6 @@ MOST_REMEMBERED = 100_000
 # Refused clients come back spread over this much more than they are told at least.
 RETRY_SPREAD = 1.5
 _logger = logging.getLogger("vllm.slos_serve")
-
-
-@dataclass(slots=True)
-class Judged:
-    """One HTTP request on its way through the server, and what was said of it.
-
-    Attributes:
-        slo_class: its class, ``None`` without a promise.
-        arrival_s: when it arrived.
-        version: of the class file that it is judged by.
-        answer: the verdict; ``None`` while, or where, it is not judged. Of several prompts the worst.
-        given: the class with the promise that it was given, or that it asked for; ``None`` while it is not judged.
-        ttft_target_s: promised seconds to the first token; ``inf`` without.
-        refusal: status and seconds to wait, for a request that is refused.
-        first_s, last_s: when the first and the newest part of the answer were sent.
-        call: the call of a task that it is; ``None`` for none.
-    """
-
-    slo_class: SLOClass | None
-    arrival_s: float
-    version: ClassVersion
-    answer: Answer | None = None
-    given: SLOClass | None = None
-    ttft_target_s: float = math.inf
-    refusal: tuple[int, int] | None = None
-    first_s: float | None = None
-    last_s: float | None = None
-    call: CallDue | None = None
 
 
 class FrontDesk:
@@ -111,7 +85,9 @@ class FrontDesk:
         self._max_model_len = max_model_len
         self._indices = {slo_class.name: index for index, slo_class in enumerate(config.classes)}
         self._mirror = EngineMirror(len(self._indices) + 2)
-        self._received: Publication | None = None  # not taken over by the mirror yet
+        # Not taken over by the mirror yet, with the tickets that were named since.
+        self._received: tuple[Publication, frozenset[int]] | None = None
+        self._tickets = itertools.count(1)
         self._newest: Publication | None = None
         self._told: OrderedDict[str, Verdict] = OrderedDict()
         self._tasks = FrontTasks(config)
@@ -160,17 +136,23 @@ class FrontDesk:
         """An HTTP request came; ``applied`` is its class, of that ``version`` of the class file or of the newest."""
         return Judged(applied, self._clock_s(), version or self.version)
 
-    def entered(self, judged: Judged, prompt: object, params: Any, request_id: str) -> None:
-        """vLLM is about to hand a request to its engine: judge it. Sets ``judged.refusal`` where it is refused."""
+    def entered(self, judged: Judged, prompt: object, params: Any, request_id: str) -> HandedOver | None:
+        """vLLM is about to hand a request to its engine: judge it. Sets ``judged.refusal`` where it is refused.
+
+        Returns:
+            What the engine core is to know of it; ``None`` where it is refused or cannot be judged.
+        """
         tokens = prompt_tokens(prompt)
-        if tokens is None or not self.ready:
-            return
-        if not self._hear():
-            return
+        if tokens is None or not self.ready or not self._hear():
+            return None
         args = from_extra_args(getattr(params, "extra_args", None))
         now_s = self._clock_s()
         promises = (None,) if judged.slo_class is None else judged.slo_class.promises
-        several = [self._asked(one, args, prompt, tokens, params, now_s) for one in promises]
+        ticket = next(self._tickets)
+        several = [
+            replace(self._asked(one, args, prompt, tokens, params, now_s), ticket=ticket, binding=True)
+            for one in promises
+        ]
         several[0], judged.call = self._tasks.with_task(judged.slo_class, args, several[0], begins=True)
         count = max(int(getattr(params, "n", 1) or 1), 1)
         answer = max((self._mirror.answer(now_s, several[0], several[1:]) for _ in range(count)), key=_severity)
@@ -187,10 +169,17 @@ class FrontDesk:
         if answer.verdict is Verdict.REJECTED and judged.slo_class is not None:
             judged.refusal = self._refusal(judged.slo_class, asked, now_s)
             self._tasks.refused(judged.call)
-            return
+            return None
         if name is not None:
             self._remember(request_id, answer.verdict, name, several[0])
         self._tasks.sent(request_id, judged.call, last=args.last_round)
+        judged.tickets.append(ticket)
+        return HandedOver(ticket, answer.rank if answer.verdict in (Verdict.ADMITTED, Verdict.SECOND_BEST) else None)
+
+    def ended(self, judged: Judged) -> None:
+        """The exchange of an HTTP request is over; what its engine never had of it is reserved no more."""
+        for ticket in judged.tickets:
+            self._mirror.withdraw(ticket)
 
     def look(self, args: SloArgs, tokens: int, max_tokens: int | None) -> tuple[RoutingRequest, Looked] | None:
         """What would be said now of a request that is not there; ``None`` while nothing can be judged.
@@ -230,7 +219,7 @@ class FrontDesk:
         """Take over the newest publication; False before the first."""
         received, self._received = self._received, None
         if received is not None:
-            self._mirror.update(received)
+            self._mirror.update(*received)
         return self._mirror.newest is not None
 
     def _asked(
@@ -316,7 +305,7 @@ class FrontDesk:
         """Take in a message of the engine."""
         try:
             if is_state:
-                self._received = self._newest = Publication.of_dict({**json.loads(payload), "replica": ENGINE})
+                self._published(json.loads(payload))
                 return
             found = json.loads(payload)
             if LIVE_KEY not in found:
@@ -327,6 +316,12 @@ class FrontDesk:
             if not self._failed:
                 self._failed = True
                 _logger.exception("slos-serve: failed to use a message of the engine core (said once).")
+
+    def _published(self, found: dict[str, Any]) -> None:
+        named = frozenset(found.get(TICKETS_KEY, ()))
+        waiting = self._received
+        self._newest = Publication.of_dict({**found, "replica": ENGINE})
+        self._received = self._newest, named if waiting is None else named | waiting[1]
 
     def _ended_with(self, outcome: dict[str, Any]) -> None:
         """A request left the engine: compare what its client was told with what the engine did."""
@@ -369,18 +364,6 @@ def load_kernels() -> None:
     code = "from slos_serve.routing.warm_up import warm_up_routing; warm_up_routing()"
     subprocess.run([sys.executable, "-c", code], check=False, stdin=subprocess.DEVNULL)
     warm_up_routing()
-
-
-def prompt_tokens(prompt: object) -> int | None:
-    """Tokens of what vLLM's API hands to its engine; ``None`` where that cannot be told."""
-    if isinstance(prompt, dict):
-        for key in ("prompt_token_ids", "prompt_embeds"):
-            found = prompt.get(key)
-            if found is not None:
-                return max(len(found), 1)
-        return prompt_tokens(prompt.get("decoder_prompt")) if "decoder_prompt" in prompt else None
-    found = getattr(prompt, "prompt_token_ids", None)
-    return max(len(found), 1) if found is not None else None
 
 
 _ORDER = (Verdict.NO_SLO, Verdict.ADMITTED, Verdict.SECOND_BEST, Verdict.BEST_EFFORT, Verdict.REJECTED)

@@ -9,7 +9,8 @@ from slos_serve.vllm_plugin.asgi import Message, Send
 from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.front.answers import refusal, verdict_headers, with_measured
 from slos_serve.vllm_plugin.front.client import CURRENT, RefusedError
-from slos_serve.vllm_plugin.front.desk import FrontDesk, Judged
+from slos_serve.vllm_plugin.front.desk import FrontDesk
+from slos_serve.vllm_plugin.front.judged import Judged
 
 Serve = Callable[[Send], Awaitable[None]]
 
@@ -41,6 +42,7 @@ async def judged_exchange(
             raise
     finally:
         CURRENT.reset(token)
+        front.ended(answer.judged)
     await answer.refuse_if_due()
 
 

@@ -8,7 +8,7 @@ later; how often both agree is a metric.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,10 +102,15 @@ class EngineMirror:
         self._now_s = -math.inf
         self._retry_s = -math.inf
 
-    def update(self, publication: Publication) -> None:
-        """Take over what the engine published."""
+    def update(self, publication: Publication, tickets: Container[int] = ()) -> None:
+        """Take over what the engine published, ``tickets`` of requests that have come to it with it."""
         self._newest = publication
-        self._mirrors.update(publication)
+        self._mirrors.update(publication, tickets=tickets)
+
+    def withdraw(self, ticket: int) -> None:
+        """A request has ended: where its engine never had it, its room is free again."""
+        for sent in self._mirrors.sent_with(ENGINE, ticket):
+            self._mirrors.withdraw(ENGINE, sent)
 
     @property
     def newest(self) -> Publication | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -59,17 +60,25 @@ def desk(folder: Path, engine: EngineBuilder | None = None) -> FrontDesk:
     return front
 
 
+Told = tuple[int, dict[str, str], bytes]
+
+
 class Client:
     """Stands for vLLM's engine client."""
 
     def __init__(self) -> None:
         self.taken: list[str] = []
+        self.extra_args: dict[str, dict[str, object]] = {}
+        self.goes_on = asyncio.Event()
+        self.goes_on.set()
 
-    def generate(self, prompt: object, sampling_params: object, request_id: str) -> AsyncIterator[int]:
+    def generate(self, prompt: object, sampling_params: Any, request_id: str) -> AsyncIterator[int]:
         self.taken.append(request_id)
+        self.extra_args[request_id] = dict(sampling_params.extra_args or {})
         return self._tokens()
 
     async def _tokens(self) -> AsyncIterator[int]:
+        await self.goes_on.wait()
         for token in range(3):
             yield token
 
@@ -83,9 +92,7 @@ class Server:
         self._sent = 0
         attach(self.client, front)
 
-    async def ask(
-        self, slo_class: str | None, prompt_tokens: int = 200, max_tokens: int = 100, **given: Any
-    ) -> tuple[int, dict[str, str], bytes]:
+    async def ask(self, slo_class: str | None, prompt_tokens: int = 200, max_tokens: int = 100, **given: Any) -> Told:
         """Status, headers and body of a streamed answer."""
         applied = None if slo_class is None else self.front.version.classes.classes[slo_class]
         self._sent += 1
@@ -101,6 +108,14 @@ class Server:
         await judged_exchange(self.front, applied, [], lambda out: self._serve(out, prompt, params, name), send)
         headers = {key.decode(): value.decode() for key, value in messages[0]["headers"]}
         return int(messages[0]["status"]), headers, b"".join(part.get("body", b"") for part in messages[1:])
+
+    async def ask_at_once(self, count: int, slo_class: str | None, **given: Any) -> list[Told]:
+        """As :meth:`ask`, ``count`` times; no answer begins before all have been judged."""
+        self.client.goes_on.clear()
+        asked = [asyncio.ensure_future(self.ask(slo_class, **given)) for _ in range(count)]
+        await asyncio.sleep(0.0)
+        self.client.goes_on.set()
+        return list(await asyncio.gather(*asked))
 
     async def _serve(self, send: Send, prompt: object, params: object, name: str) -> None:
         """As vLLM does it: the engine is called before the head is sent, errors of it are answered."""

@@ -48,7 +48,8 @@ async def test_asking_counts_nothing(tmp_path: Path) -> None:
     for _ in range(50):
         assert explain(front, SloArgs(slo_class="strict"), 1500) == first
     server = Server(front)
-    told = [(await server.ask("strict", prompt_tokens=1500))[1]["x-slo-verdict"] for _ in range(first.room + 3)]
+    answers = await server.ask_at_once(first.room + 3, "strict", prompt_tokens=1500)
+    told = [headers["x-slo-verdict"] for _, headers, _ in answers]
     assert told.count("admitted") >= first.room
     assert "rejected" in told
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 
 from slos_serve.core.verdict import Verdict
 from slos_serve.routing.headroom import headroom
-from slos_serve.vllm_plugin.front.desk import FrontDesk, prompt_tokens
-from tests.unit.routing.fleet import loaded, published, request
+from slos_serve.vllm_plugin.front.desk import FrontDesk
+from slos_serve.vllm_plugin.front.judged import prompt_tokens
+from tests.unit.routing.fleet import NOW_S, loaded, published, request
 from tests.unit.vllm_plugin.front.builders import Server, desk
 
 
@@ -61,7 +63,7 @@ async def test_a_hundred_at_once_get_what_there_is_room_for(tmp_path: Path) -> N
     room = headroom(published(engine), request(400, tpot_s=0.1), 100.0)
     assert 3 <= room <= 20
     server = Server(desk(tmp_path, engine))
-    answers = await asyncio.gather(*(server.ask("strict", prompt_tokens=400) for _ in range(100)))
+    answers = await server.ask_at_once(100, "strict", prompt_tokens=400)
     admitted = [headers for status, headers, _ in answers if status == 200]
     refused = [headers for status, headers, _ in answers if status == 429]
     assert len(admitted) == len(server.client.taken) and abs(len(admitted) - room) <= 1
@@ -77,7 +79,7 @@ async def test_who_cannot_have_the_first_promise_is_told_the_next_one(tmp_path: 
     for _ in range(2):
         engine.prefilling(1500, 100, due_in_s=1.0)
     server = Server(desk(tmp_path, engine))
-    answers = [(await server.ask("patient", prompt_tokens=400))[1:] for _ in range(40)]
+    answers = [answer[1:] for answer in await server.ask_at_once(40, "patient", prompt_tokens=400)]
     words = [headers["x-slo-verdict"] for headers, _ in answers]
     assert {"admitted", "second-best"} <= set(words) and words[0] == "admitted"
     for headers, body in answers:
@@ -88,8 +90,43 @@ async def test_who_cannot_have_the_first_promise_is_told_the_next_one(tmp_path: 
         elif headers["x-slo-verdict"] == "admitted":
             assert "x-slo-rank" not in headers and headers["x-slo-target-ttft-ms"] == "1000"
     alone = Server(desk(tmp_path, engine))
-    first = [(await alone.ask("chat", prompt_tokens=400))[1]["x-slo-verdict"] for _ in range(40)]
+    first = [headers["x-slo-verdict"] for _, headers, _ in await alone.ask_at_once(40, "chat", prompt_tokens=400)]
     assert words.count("admitted") == first.count("admitted"), "the weaker promises cost nobody the first"
+
+
+async def test_the_engine_is_told_what_the_client_was(tmp_path: Path) -> None:
+    engine = loaded(0)
+    for _ in range(2):
+        engine.prefilling(1500, 100, due_in_s=1.0)
+    server = Server(desk(tmp_path, engine))
+    await server.ask_at_once(40, "patient", prompt_tokens=2000)
+    told = list(server.client.extra_args.values())
+    words = [one.get("slo_told") for one in told]
+    assert set(words) == {0, 1, None} and words[0] == 0, "by rank; nothing of those that are promised nothing"
+    assert sorted(int(str(one["slo_ticket"])) for one in told) == list(range(1, 41))
+    assert all(one["slo_class"] == "patient" for one in told)
+
+
+async def test_a_request_keeps_its_room_until_its_engine_names_it(tmp_path: Path) -> None:
+    server = Server(desk(tmp_path, loaded(0, total_blocks=100)))
+    server.client.goes_on.clear()
+    ask = functools.partial(server.ask, "strict", prompt_tokens=1000, max_tokens=100)
+    waiting = [asyncio.ensure_future(ask())]
+    await asyncio.sleep(0.0)
+
+    def hear(sequence: int, later_s: float, tickets: list[int]) -> None:
+        found = published(loaded(0, total_blocks=100), sequence=sequence, time_s=NOW_S + later_s).as_dict()
+        server.front.heard(json.dumps({**found, "tickets": tickets}).encode(), is_state=True)
+
+    hear(1, 0.1, [])
+    assert (await ask())[0] == 429, "however old it is: the hand-over may be slow"
+    hear(2, 0.11, [1])
+    hear(3, 0.12, [])
+    waiting.append(asyncio.ensure_future(ask()))
+    await asyncio.sleep(0.0)
+    server.client.goes_on.set()
+    assert [status for status, _, _ in await asyncio.gather(*waiting)] == [200, 200]
+    assert (await ask())[0] == 200, "an answer that has ended needs no room"
 
 
 async def test_a_refusal_says_why_in_openais_shape_and_reaches_no_engine(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from slos_serve.core.slo import SLO, WhenFull, single_stage
 from slos_serve.core.tasks import TaskClass, TaskPromise, with_task
 from slos_serve.core.verdict import Verdict
 from slos_serve.vllm_plugin.front.answers import verdict_headers
-from slos_serve.vllm_plugin.front.desk import FrontDesk, Judged
+from slos_serve.vllm_plugin.front.desk import FrontDesk
 from slos_serve.vllm_plugin.front.explain import explain
+from slos_serve.vllm_plugin.front.judged import Judged
 from slos_serve.vllm_plugin.slo_args import SloArgs
 from tests.unit.routing.fleet import NOW_S, loaded
 from tests.unit.vllm_plugin.front.builders import CLASSES, desk

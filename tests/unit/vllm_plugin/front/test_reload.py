@@ -44,13 +44,12 @@ def count(front: FrontDesk, result: str) -> float | None:
     return front.metrics.registry.get_sample_value("slos_serve:class_file_reloads_total", labels)
 
 
-def handed_over(front: FrontDesk, extra_args: dict[str, object] | None) -> dict[str, object] | None:
+def handed_over(front: FrontDesk, extra_args: dict[str, object] | None) -> dict[str, object]:
     """Extra arguments as the engine gets them, of a request that nobody judges."""
     client, params = Client(), SimpleNamespace(extra_args=extra_args)
     attach(client, front)
     client.generate({}, params, "r")
-    found: dict[str, object] | None = params.extra_args
-    return found
+    return client.extra_args["r"]
 
 
 async def test_new_numbers_hold_from_the_next_request_on(tmp_path: Path) -> None:

@@ -1,0 +1,66 @@
+"""A request on its way through the API process: what was said of it, and what its engine core is told."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from slos_serve.core.slo import SLOClass
+from slos_serve.perf.tasks import CallDue
+from slos_serve.vllm_plugin.class_versions import ClassVersion
+from slos_serve.vllm_plugin.front.mirror import Answer
+
+
+@dataclass(slots=True)
+class Judged:
+    """One HTTP request on its way through the server, and what was said of it.
+
+    Attributes:
+        slo_class: its class, ``None`` without a promise.
+        arrival_s: when it arrived.
+        version: of the class file that it is judged by.
+        answer: the verdict; ``None`` while, or where, it is not judged. Of several prompts the worst.
+        given: the class with the promise that it was given, or that it asked for; ``None`` while it is not judged.
+        ttft_target_s: promised seconds to the first token; ``inf`` without.
+        refusal: status and seconds to wait, for a request that is refused.
+        first_s, last_s: when the first and the newest part of the answer were sent.
+        call: the call of a task that it is; ``None`` for none.
+        tickets: of its requests to the engine.
+    """
+
+    slo_class: SLOClass | None
+    arrival_s: float
+    version: ClassVersion
+    answer: Answer | None = None
+    given: SLOClass | None = None
+    ttft_target_s: float = math.inf
+    refusal: tuple[int, int] | None = None
+    first_s: float | None = None
+    last_s: float | None = None
+    call: CallDue | None = None
+    tickets: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class HandedOver:
+    """What the engine core is told of a request.
+
+    Attributes:
+        ticket: number by which its publications name the request once it has come.
+        told: rank of the promise that its client was told, which binds the engine; ``None`` without one.
+    """
+
+    ticket: int
+    told: int | None
+
+
+def prompt_tokens(prompt: object) -> int | None:
+    """Tokens of what vLLM's API hands to its engine; ``None`` where that cannot be told."""
+    if isinstance(prompt, dict):
+        for key in ("prompt_token_ids", "prompt_embeds"):
+            found = prompt.get(key)
+            if found is not None:
+                return max(len(found), 1)
+        return prompt_tokens(prompt.get("decoder_prompt")) if "decoder_prompt" in prompt else None
+    found = getattr(prompt, "prompt_token_ids", None)
+    return max(len(found), 1) if found is not None else None

@@ -1,0 +1,55 @@
+"""Promises that the API process told clients bind vLLM's real scheduler from the moment that it has the request."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("vllm")
+
+from tests.vllm.dry_load import Start, events, prompt
+
+WEAKER = "{ttft_ms: 600, tpot_ms: 100, otherwise: [{ttft_ms: 8000, tpot_ms: 200}]}"
+
+
+def verdicts(start: Start, folder: Path, told: dict[str, int], *, front: int | None, chat: str = WEAKER) -> list[str]:
+    """Of a long request and of thirty short ones, which are together twice what can be promised."""
+    (folder / "classes.yaml").write_text(f"classes:\n  chat: {chat}\n", encoding="utf-8")
+    engine, rng = start(), np.random.default_rng(3)
+    engine.scheduler._slo_desk._front = front  # a dry engine has no API process
+    engine.add("long", prompt(rng, 2000), 4, {"slo_class": "chat", **told})
+    for number in range(30):
+        engine.add(f"r{number}", prompt(rng, 200), 20, {"slo_class": "chat"})
+    engine.run()
+    assert engine.scheduler._slo.guard.counts == {}
+    found = {event["request_id"]: event for event in events(folder, "request")}
+    assert all(event["ttft_ok"] for event in found.values() if event["verdict"] != "best-effort")
+    return [found["long"]["verdict"], *(found[f"r{number}"]["verdict"] for number in range(30))]
+
+
+def test_nobody_takes_the_place_of_one_that_was_told(start: Start, tmp_path: Path) -> None:
+    chat = "{ttft_ms: 600, tpot_ms: 100}"
+    assert verdicts(start, tmp_path, {}, front=1, chat=chat)[0] == "best-effort", "short ones are worth more"
+    (tmp_path / "events.jsonl").unlink()
+    told = verdicts(start, tmp_path, {"slo_told": 0}, front=1, chat=chat)
+    assert told[0] == "admitted" and 5 <= told[1:].count("admitted") < 30
+
+
+def test_a_weaker_promise_that_was_told_is_the_one_that_is_given(start: Start, tmp_path: Path) -> None:
+    assert verdicts(start, tmp_path, {"slo_told": 1}, front=1)[0] == "second-best"
+
+
+def test_without_an_api_process_that_judges_nothing_was_told(start: Start, tmp_path: Path) -> None:
+    told = verdicts(start, tmp_path, {"slo_told": 0}, front=None, chat="{ttft_ms: 600, tpot_ms: 100}")
+    assert told[0] == "best-effort"
+
+
+@pytest.mark.parametrize("told", ["1", 7, -1, True])
+def test_what_is_told_wrongly_harms_nobody(start: Start, tmp_path: Path, told: object) -> None:
+    assert verdicts(start, tmp_path, {"slo_told": told}, front=1)[0] in ("admitted", "second-best")  # type: ignore[dict-item]
+
+
+def test_a_told_promise_that_is_lost_before_it_begins_was_not_given(start: Start, tmp_path: Path) -> None:
+    assert verdicts(start, tmp_path, {"slo_told": 0}, front=1, chat="{ttft_ms: 1}")[0] == "best-effort"
