@@ -100,6 +100,11 @@ class OnlineCorrection:
         """Running quantile of measured / (factor * predicted) over recent steps together."""
         return math.exp(self._z * self._size)
 
+    @property
+    def one_step_quantile(self) -> float:
+        """The same quantile of a single step, which nothing evens out; a little low, since no step counts in full."""
+        return math.exp(self._z * self._spread)
+
     def observe(self, shape: BatchShape, predicted_s: float, measured_s: float) -> None:
         """Learn from one executed step.
 

@@ -105,8 +105,9 @@ def can_wait(state: State, slot: int, due_s: float) -> bool:
 
 
 @in_place
-def add_prompts(step: Step, work: Work, limit_s: float) -> float:
-    """Run promised prompts by deadline; one that ends brings the step's end forward to its due time.
+def add_prompts(step: Step, work: Work, limit_s: float, sure: float) -> float:
+    """Run promised prompts by deadline; one that ends brings the step's end forward, so that it is in time all the same
+    when this step is a slow one (``sure``, see :class:`Rules`).
 
     An engine starts a request only when its whole prompt fits into memory.
     """
@@ -128,7 +129,7 @@ def add_prompts(step: Step, work: Work, limit_s: float) -> float:
             continue
         run_chunk(step, slot, chunk, cut, PREFILL_DEADLINE)
         if chunk == tokens_left(rows, slot):
-            limit_s = min(limit_s, max(work.prefill_due_s[j] - step.state.now_s, seconds(step)))
+            limit_s = min(limit_s, max(sure * (work.prefill_due_s[j] - step.state.now_s), seconds(step)))
     return limit_s
 
 
@@ -224,7 +225,7 @@ def form(state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, pla
     limit_s = max(limit_s, seconds(step))
     if rules.turn != NOBODY:
         give_turn(step, rules.turn, limit_s)
-    limit_s = add_prompts(step, work, limit_s)
+    limit_s = add_prompts(step, work, limit_s, rules.sure)
     add_early_decodes(step, work, drafts, first, limit_s)
     prompts = ahead_enough(state.rows, work.decodes, work.decode_due_s, state.now_s)
     add_others(step, work, plan, lengths, prompts, limit_s)
@@ -264,6 +265,6 @@ def form_step(
         count += 1
         state = without(state, victim)
         if victim == rules.kept:
-            rules = Rules(rules.longest_s, NOBODY, NOBODY)
+            rules = Rules(rules.longest_s, rules.sure, NOBODY, NOBODY)
         step = form(state, chosen, starting, rules, plan)
     return step, gone[:count]

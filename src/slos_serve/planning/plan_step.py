@@ -45,6 +45,7 @@ class Known(NamedTuple):
         survival: float64 [classes, bins + 1], see :meth:`slos_serve.perf.lengths.LengthForecast.survival`.
         acceptance: float64 [classes], of drafts, as it is planned with.
         max_draft_tokens .. length_weight: see :class:`slos_serve.planning.settings.PlannerSettings`.
+        sure: how long a step as planned is, over how long it may come to be.
     """
 
     lengths: FloatArray
@@ -54,6 +55,7 @@ class Known(NamedTuple):
     aging_s: float
     max_implied_ttft_s: float
     length_weight: float
+    sure: float
 
 
 class Memory(NamedTuple):
@@ -195,7 +197,7 @@ def plan_step(state: State, known: Known, last: Memory) -> Planned:
     drafts = plan_drafts(state, tiers, last.drafts, known.max_draft_tokens, longest_s)
     memory = Memory(arrivals, turn, drafts, shares_now(state, last.shares))
     chosen, fitting, admission = take(state, asking, question_of(state, known, memory, tiers))
-    rules = Rules(longest_s, turn.kept, turn.kept if turn.due else NOBODY)
+    rules = Rules(longest_s, known.sure, turn.kept, turn.kept if turn.due else NOBODY)
     step, sacrificed = form_step(state, chosen, starting_order(state, memory.shares), rules, drafts)
     fitting[sacrificed] = False
     slots, tokens, reasons, lengths = in_engine_order(step)

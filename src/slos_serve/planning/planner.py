@@ -79,15 +79,17 @@ class Planner:
         self._modelled = model.coefficients
         self.correct(1.0)
 
-    def correct(self, factor: float, spread: float | None = None) -> None:
+    def correct(self, factor: float, spread: float | None = None, spread_of_one: float = 0.0) -> None:
         """Plan from now on as if batches took ``factor`` times what the model says (online correction).
 
         Args:
             factor: measured over modelled, centre.
             spread: how much slower than that batches are planned; at least the settings' ``margin``, and that for
                 ``None``.
+            spread_of_one: how much slower than the centre one step may be, where no others even it out.
         """
         self.step_margin = max(self.settings.margin, spread or 0.0)
+        self._sure = min((1.0 + self.step_margin) / (1.0 + spread_of_one), 1.0)
         self.coefficients = self._modelled * (factor * (1.0 + self.step_margin))
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
@@ -160,6 +162,7 @@ class Planner:
             float(settings.aging_s),
             float(settings.max_implied_ttft_s),
             float(settings.length_weight),
+            self._sure,
         )
 
     def ask_now(self, state: State) -> Asked:

@@ -19,11 +19,13 @@ class Rules(NamedTuple):
 
     Attributes:
         longest_s: longest step beside its decodes, so that a prompt that arrives meanwhile is still in time.
+        sure: share of the time until a first token is due that the step which brings it may be planned to take.
         kept: slot that is preempted for nobody; -1 for none.
         turn: slot that computes something before any prompt; -1 for none.
     """
 
     longest_s: float
+    sure: float
     kept: int
     turn: int
 

@@ -41,7 +41,8 @@ class SLOsServePolicy:
         if not self._correct:
             return
         self.correction.observe(shape, self.model.step_s(shape), duration_s)
-        self.planner.correct(self.correction.factor, self.correction.ratio_quantile - 1.0)
+        seen = self.correction
+        self.planner.correct(seen.factor, seen.ratio_quantile - 1.0, seen.one_step_quantile - 1.0)
 
     def on_verified(self, class_index: IntArray, drafted: IntArray, accepted: IntArray) -> None:
         """Learn how often drafts of each class are right."""

@@ -94,6 +94,12 @@ def test_the_running_quantile_is_that_of_recent_steps_together() -> None:
     assert correction.ratio_quantile == pytest.approx(np.exp(scatter * 1.2816), abs=0.03)
 
 
+def test_one_step_strays_further_than_the_mean_of_several() -> None:
+    correction, rng = OnlineCorrection(quantile=0.9), np.random.default_rng(6)
+    feed(correction, 1.2, 3000, rng, noise=0.1)
+    assert correction.ratio_quantile + 0.04 < correction.one_step_quantile < np.exp(0.1 * 1.2816)
+
+
 def test_slow_steps_that_come_alone_need_less_margin_than_slow_spells() -> None:
     margins = {}
     for spell in (1, 10):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from slos_serve.core.plan import Reason
 from slos_serve.core.request import Status
-from tests.builders import EngineBuilder, planned, reason_of
+from slos_serve.planning.planner import Planner
+from slos_serve.planning.settings import PlannerSettings
+from tests.builders import OPT_13B_A100, EngineBuilder, carried_out, planned, reason_of
 
 
 def test_prefill_runs_in_deadline_order_not_in_arrival_order() -> None:
@@ -54,6 +57,19 @@ def test_a_stream_is_never_held_past_its_stall_bound() -> None:
     engine.table.rows["last_token_s"][slot] = engine.now_s - 1.95  # the bound is 2 s
     engine.wait(3000, due_in_s=2.0)
     assert reason_of(planned(engine), slot) is Reason.DECODE_DUE
+
+
+@pytest.mark.parametrize("slower", [0.0, 0.25])
+def test_a_first_token_is_in_time_in_a_slow_step_too(slower: float) -> None:
+    """What fills the step behind a prompt that is due at its end leaves room for how slow one step may be."""
+    engine = EngineBuilder()
+    due = engine.wait(100, due_in_s=0.09, waited_s=0.2)
+    engine.wait(6000, due_in_s=60.0)
+    planner = Planner(OPT_13B_A100, 2, PlannerSettings(margin=0.0))
+    planner.correct(1.0, 0.0, slower)
+    plan = carried_out(planner, engine.now_s, engine.view())
+    assert reason_of(plan, due) is Reason.PREFILL_DEADLINE
+    assert 0.085 < plan.predicted_s * (1.0 + slower) <= 0.09
 
 
 def test_two_prompts_are_chunked_to_the_decodes_pace() -> None:
