@@ -29,7 +29,7 @@ from slos_serve.sim.conditions import AS_SERVED, EXACT
 from slos_serve.sim.interval import ratio_interval
 from slos_serve.sim.profiles import find_profile
 from slos_serve.sim.question import Answer, Question
-from slos_serve.sim.search import Capacity, screen, search_seeds
+from slos_serve.sim.search import Capacity, enough_requests, screen, search_seeds
 from slos_serve.sim.seeds import default_count, table_seeds
 from slos_serve.sim.sweep import AnswerFile, run_searches
 from slos_serve.workload.scenarios import SCENARIOS, scenario_named
@@ -38,9 +38,11 @@ ENGINES = ("opt-13b-a100", "llama-2-7b-h100", "opt-66b-a100-tp4", "llama-3.1-8b-
 ARRIVALS = ("poisson", "gamma:3", "scenario")
 OURS = "slos-serve"
 FINALISTS = 3
-# Requests of a simulation; fewer where answers are long.
-REQUESTS = {"tool": 200, "reasoning": 200}
-MOST_REQUESTS, QUICK_REQUESTS, QUICK_SEEDS = 400, 100, 2
+# Requests of a simulation: at least these, fewer where answers are long; and so many that they take ``USUAL_SPAN_S`` to
+# arrive at the fluid bound, or several times as long as an answer takes, within ``MOST_REQUESTS``.
+REQUESTS, SPAN_S = {"tool": 200, "reasoning": 200}, {"reasoning": 300.0, "agents": 300.0}
+USUAL_REQUESTS, MOST_REQUESTS, USUAL_SPAN_S = 400, 4000, 120.0
+QUICK_REQUESTS, QUICK_SEEDS = 100, 2
 Row = dict[str, Any]
 Result = TypeVar("Result")
 
@@ -63,6 +65,13 @@ class Cell:
         """Five where arrivals are bursty."""
         own = scenario_named(self.scenario).arrivals if self.arrivals == "scenario" else self.arrivals
         return default_count(own)
+
+    @property
+    def num_requests(self) -> int:
+        """Of a simulation with one engine."""
+        asked = Question(self.scenario, OURS, {}, self.engine, self.arrivals, 1.0, 1, 0)
+        enough = enough_requests(asked, SPAN_S.get(self.scenario, USUAL_SPAN_S))
+        return max(REQUESTS.get(self.scenario, USUAL_REQUESTS), min(enough, MOST_REQUESTS))
 
 
 Found = tuple[Capacity, list[Capacity], dict[str, float]]
@@ -203,8 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ]
     searches = []
     for cell in cells:
-        most = QUICK_REQUESTS if given.quick else MOST_REQUESTS
-        requests = given.requests or min(REQUESTS.get(cell.scenario, most), most)
+        requests = given.requests or (QUICK_REQUESTS if given.quick else cell.num_requests)
         seeds = table_seeds(given.seeds or (QUICK_SEEDS if given.quick else cell.num_seeds))
         searches.append((cell.name, search_cell(cell, given.policy, requests, seeds, given.exact)))
     file = given.output / "matrix.json"

@@ -234,6 +234,12 @@ def bound_work(base: Question, sample: int = 20_000) -> Work:
     return work_of(make_workload(base.scenario, 1.0, sample, 0, "poisson").bound(profile.model))
 
 
+def enough_requests(base: Question, span_s: float) -> int:
+    """Requests that take ``span_s`` to arrive at the fluid bound. Fewer are a burst: it is over before answers are, so its
+    rate is no capacity."""
+    return math.ceil(_bounds(base)[0] * base.replicas * span_s)
+
+
 @dataclass(frozen=True)
 class Screened:
     """The best parameters of a policy on a tuning seed.

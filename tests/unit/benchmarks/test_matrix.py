@@ -46,6 +46,13 @@ def test_rivals_are_screened_on_a_tuning_seed_and_the_best_three_searched_on_tho
     assert 0.5 < row["of_possible"] < 2.0 and 0.5 < row["of_ideal"] < 2.0
 
 
+def test_a_fast_engine_gets_so_many_requests_that_they_are_no_burst() -> None:
+    slow, fast = (Cell(engine, "reasoning", "poisson").num_requests for engine in ("opt-13b-a100", "llama-3.1-8b-h100"))
+    assert slow == matrix.REQUESTS["reasoning"]
+    assert 800 < fast < 1500  # 3.5 requests/s at the fluid bound, for five minutes
+    assert CELL.num_requests >= matrix.USUAL_REQUESTS
+
+
 def test_cells_behind_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     ahead, _ = _run(CELL, ["vllm", "edf", "sarathi"])
     monkeypatch.setitem(KNEES, "slos-serve", (2.4, 2.4))
