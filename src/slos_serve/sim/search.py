@@ -235,8 +235,7 @@ def bound_work(base: Question, sample: int = 20_000) -> Work:
 
 
 def enough_requests(base: Question, span_s: float) -> int:
-    """Requests that take ``span_s`` to arrive at the fluid bound. Fewer are a burst: it is over before answers are, so its
-    rate is no capacity."""
+    """Requests that take ``span_s`` to arrive at the fluid bound. Fewer are a burst, whose rate is no capacity."""
     return math.ceil(_bounds(base)[0] * base.replicas * span_s)
 
 
