@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +11,15 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from slos_serve.bench.demo_plan import DemoSettings, classes_yaml, plan_demo
+from slos_serve.files.profile_file import load_profile, save_profile
+from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.testing.dry_engine import DryEngine
 from tests.vllm.dry_load import Start, events, prompt
+from tests.vllm.told_load import ToldLoad
 
+# About the engine of the demo: SmolLM2 135M on two CPU cores.
+CPU = BatchTimeModel(k_c_s=1.2e-3, b_c_s=27e-3, k_m_s=0.0, b_m_s=34e-3, k_ctx_s=4.3e-6, k_q_s=5.2e-7, k_seq_s=6.4e-4)
 WEAKER = "{ttft_ms: 600, tpot_ms: 100, otherwise: [{ttft_ms: 8000, tpot_ms: 200}]}"
 
 
@@ -53,3 +62,22 @@ def test_what_is_told_wrongly_harms_nobody(start: Start, tmp_path: Path, told: o
 
 def test_a_told_promise_that_is_lost_before_it_begins_was_not_given(start: Start, tmp_path: Path) -> None:
     assert verdicts(start, tmp_path, {"slo_told": 0}, front=1, chat="{ttft_ms: 1}")[0] == "best-effort"
+
+
+def test_what_clients_are_told_in_bursts_comes_true(start: Start, tmp_path: Path) -> None:
+    found: Counter[tuple[str, str, bool]] = Counter()
+    for seed in (1, 2):
+        plan = plan_demo(CPU, DemoSettings(seed=seed))
+        (tmp_path / "classes.yaml").write_text(classes_yaml(plan.classes), encoding="utf-8")
+        (tmp_path / "events.jsonl").unlink(missing_ok=True)
+        profile = replace(load_profile(tmp_path / "profile.json"), model=CPU)
+        save_profile(profile, tmp_path / "profile.json")
+        scheduler = start(depth=1, async_scheduling=False, num_blocks=3000).scheduler
+        load = ToldLoad(DryEngine(scheduler, CPU, depth=1), tmp_path)
+        load.run(plan, {None: 1.3, "chat": 1.2, "coding": 2.2, "summarization": 1.25})
+        found += load.compared(events(tmp_path, "request"))
+    told, right = found.total(), sum(count for (said, did, _), count in found.items() if said == did)
+    admitted = sum(count for (said, _, _), count in found.items() if said == "admitted")
+    assert told > 150 and 0.3 * told < admitted < 0.8 * told
+    assert right >= 0.97 * told, found
+    assert found["admitted", "admitted", True] >= 0.97 * admitted, found

@@ -1,0 +1,111 @@
+"""The demo's burst through the front end and vLLM's real scheduler, in virtual time: what was told, what was done."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from slos_serve.bench.demo_plan import DemoPlan
+from slos_serve.bench.requests import BenchRequest
+from slos_serve.core.verdict import Verdict
+from slos_serve.routing.publication import Publication
+from slos_serve.testing.dry_engine import DryEngine
+from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.front.client import with_said
+from slos_serve.vllm_plugin.front.desk import FrontDesk
+from slos_serve.vllm_plugin.metrics import EngineLabels
+from slos_serve.vllm_plugin.publish import TICKETS_KEY, FrontPublisher
+from tests.vllm.dry_load import prompt
+
+# From the hand-over in the API process to the scheduler's queue.
+TRANSIT_S = 0.01
+
+
+class DryPublisher(FrontPublisher):
+    """Hands publications to a front end in the same process; they take no time."""
+
+    front: FrontDesk
+
+    def deliver(self, publication: Publication) -> None:
+        named = {TICKETS_KEY: [ticket for _, ticket in self._tickets]}
+        self.front.heard(json.dumps(publication.as_dict() | named).encode(), is_state=True)
+
+    def _is_heard(self) -> bool:
+        return True
+
+
+@dataclass
+class ToldLoad:
+    """A front end before a dry engine.
+
+    Attributes:
+        told: verdict of each request with a promise, by its id.
+    """
+
+    engine: DryEngine
+    folder: Path
+    told: dict[str, Verdict] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        control = self.engine.scheduler._slo
+        config = PluginConfig.from_environment(os.environ)
+        self._arrived_s = self._asked_s = 0.0
+        self.front = FrontDesk(config, EngineLabels("m"), 8192, clock_s=lambda: self._asked_s)
+        self.front.ready = True
+        self.engine.scheduler.slo_clock_s = lambda: self.engine.now_s
+        control.publisher = DryPublisher(self.folder / "state", control.policy)
+        control.publisher.front = self.front
+        control.publish_idle()
+        self.engine.scheduler._slo_desk._front = os.getpid()
+        self.engine.scheduler._slo_desk._arrival_s = lambda _stamped: self._arrived_s
+
+    def run(self, plan: DemoPlan, tokens_per_word: Mapping[str | None, float]) -> None:
+        """Serve the burst of a demo to its end."""
+        rng, engine = np.random.default_rng(1), self.engine
+        coming = sorted(plan.burst, key=lambda request: request.arrival_s, reverse=True)
+        handed: list[tuple[float, int, Any]] = []
+        while coming or handed or engine.scheduler.has_unfinished_requests():
+            while coming and coming[-1].arrival_s <= engine.now_s:
+                one = coming.pop()
+                tokens = prompt(rng, int(33 + tokens_per_word[one.slo_class] * len(one.prompt.split())))
+                extra_args = self._judge(one, tokens)
+                heapq.heappush(handed, (one.arrival_s + TRANSIT_S, len(coming), (one, tokens, extra_args)))
+            while handed and handed[0][0] <= engine.now_s:
+                at_s, _, (one, tokens, extra_args) = heapq.heappop(handed)
+                self._arrived_s = at_s - TRANSIT_S
+                engine.add(one.request_id, tokens, one.max_tokens, extra_args)
+            if engine.scheduler.has_unfinished_requests():
+                engine.step()
+            elif coming or handed:
+                engine.now_s = max(engine.now_s, min([at_s for at_s, *_ in handed] + [one.arrival_s for one in coming]))
+
+    def _judge(self, one: BenchRequest, tokens: list[int]) -> Mapping[str, Any] | None:
+        """Ask the front end; returns what the engine gets beside the prompt."""
+        slo_class = None if one.slo_class is None else self.front.version.classes.classes[one.slo_class]
+        self._asked_s = one.arrival_s
+        judged = self.front.begin(slo_class, self.front.version)
+        extra_args = {"slo_class": one.slo_class} if one.slo_class else None
+        params = SimpleNamespace(max_tokens=one.max_tokens, n=1, extra_args=extra_args)
+        handed = self.front.entered(judged, {"prompt_token_ids": tokens}, params, one.request_id)
+        if slo_class is not None:
+            assert judged.answer is not None
+            self.told[one.request_id] = judged.answer.verdict
+        said: Mapping[str, Any] | None = with_said(params, self.front.version, handed).extra_args
+        return said
+
+    def compared(self, events: list[dict[str, Any]]) -> Counter[tuple[str, str, bool]]:
+        """How many were told what, got what, and whether their promise was kept."""
+        found = {event["request_id"]: event for event in events}
+        return Counter(
+            (str(told), found[key]["verdict"], bool(found[key]["ttft_ok"] and found[key]["tpot_ok"]))
+            for key, told in self.told.items()
+        )
