@@ -17,6 +17,7 @@ import httpx
 import pytest
 import vllm
 from openai import BadRequestError, OpenAI
+from packaging.version import Version
 from prometheus_client.parser import text_string_to_metric_families
 
 from slos_serve.files.engine_identity import model_label
@@ -35,6 +36,7 @@ ROOT = Path(__file__).parents[2]
 EVENTS: dict[str, Path] = {}
 NUM_HOSTILE, NUM_STOPPED = 300, 50
 CONCURRENCY = 8
+BEFORE_0_29 = Version(vllm.__version__) < Version("0.29")
 STRICT_TTFT_S = 6.0
 STRICT = f"  strict: {{ttft_ms: {1000 * STRICT_TTFT_S:g}, tpot_ms: 2000, when_full: reject}}\n"
 
@@ -161,6 +163,9 @@ def test_the_newer_routes_take_slos_too(server: ServerProcess, path: str) -> Non
         headers={"x-slo-class": "code"},
         timeout=120.0,
     )
+    if path == "messages" and BEFORE_0_29:  # it reads no vllm_xargs there
+        assert answer.status_code == 400 and "x-slo-class: not applied on /v1/messages" in answer.text
+        return
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-slo-class"] == "code"
     refused = httpx.post(
@@ -309,7 +314,8 @@ async def strike(client: httpx.AsyncClient, server: ServerProcess, case: Hostile
 
 async def strike_all(server: ServerProcess, cases: list[Hostile]) -> list[str]:
     gate = asyncio.Semaphore(CONCURRENCY)
-    async with httpx.AsyncClient(timeout=180.0) as client:
+    # Idle connections are dropped before the server closes them: a request on one that it is closing fails unanswered.
+    async with httpx.AsyncClient(timeout=180.0, limits=httpx.Limits(keepalive_expiry=1.0)) as client:
 
         async def one(index: int, case: Hostile) -> str | None:
             async with gate:
@@ -324,6 +330,8 @@ async def test_hostile_requests_get_a_4xx_or_their_answer_and_leave_nothing(
 ) -> None:
     cases = hostile_requests(NUM_HOSTILE, seed=20240)
     assert len({case.kind for case in cases}) == 15
+    if BEFORE_0_29:  # stock answers such a body with 500 there
+        cases = [case for case in cases if case.body != b"[]"]
     wrong = await strike_all(server, cases)
     assert not wrong, "\n".join(wrong)
     # vLLM tells its state with each step, so a small request is both the proof that it serves and the way to ask.
