@@ -23,7 +23,9 @@ CPU = BatchTimeModel(k_c_s=1.2e-3, b_c_s=27e-3, k_m_s=0.0, b_m_s=34e-3, k_ctx_s=
 WEAKER = "{ttft_ms: 600, tpot_ms: 100, otherwise: [{ttft_ms: 8000, tpot_ms: 200}]}"
 
 
-def verdicts(start: Start, folder: Path, told: dict[str, int], *, front: int | None, chat: str = WEAKER) -> list[str]:
+def verdicts(
+    start: Start, folder: Path, told: dict[str, int], *, front: int | None, chat: str = WEAKER, kept: bool = True
+) -> list[str]:
     """Of a long request and of thirty short ones, which are together twice what can be promised."""
     (folder / "classes.yaml").write_text(f"classes:\n  chat: {chat}\n", encoding="utf-8")
     engine, rng = start(), np.random.default_rng(3)
@@ -34,7 +36,7 @@ def verdicts(start: Start, folder: Path, told: dict[str, int], *, front: int | N
     engine.run()
     assert engine.scheduler._slo.guard.counts == {}
     found = {event["request_id"]: event for event in events(folder, "request")}
-    assert all(event["ttft_ok"] for event in found.values() if event["verdict"] != "best-effort")
+    assert all(event["ttft_ok"] for event in found.values() if event["verdict"] != "best-effort") is kept
     return [found["long"]["verdict"], *(found[f"r{number}"]["verdict"] for number in range(30))]
 
 
@@ -60,8 +62,10 @@ def test_what_is_told_wrongly_harms_nobody(start: Start, tmp_path: Path, told: o
     assert verdicts(start, tmp_path, {"slo_told": told}, front=1)[0] in ("admitted", "second-best")  # type: ignore[dict-item]
 
 
-def test_a_told_promise_that_is_lost_before_it_begins_was_not_given(start: Start, tmp_path: Path) -> None:
-    assert verdicts(start, tmp_path, {"slo_told": 0}, front=1, chat="{ttft_ms: 1}")[0] == "best-effort"
+def test_a_told_promise_that_is_lost_before_its_prompt_begins_is_a_broken_promise(start: Start, tmp_path: Path) -> None:
+    verdicts(start, tmp_path, {"slo_told": 0}, front=1, chat="{ttft_ms: 1}", kept=False)
+    (told,) = (event for event in events(tmp_path, "request") if event["request_id"] == "long")
+    assert (told["verdict"], told["ttft_ok"]) == ("admitted", False)
 
 
 def test_what_clients_are_told_in_bursts_comes_true(start: Start, tmp_path: Path) -> None:

@@ -251,10 +251,7 @@ class RequestBook:
         for slot in plan.preempt.tolist():
             self.by_slot[slot].planned_preemptions += 1
         for slot in plan.demoted.tolist():
-            tracked = self.by_slot[slot]
-            tracked.reason = "ttft" if rows["output_tokens"][slot] == 0 else "tpot"
-            if rows["running"][slot] == 0 and tracked.request.num_preemptions == 0:
-                tracked.given = None  # its client was told a promise that the engine never began to keep
+            self.by_slot[slot].reason = "ttft" if rows["output_tokens"][slot] == 0 else "tpot"
 
     def fall_back(self, demoted: SlotArray, earliest_s: float) -> None:
         """Promises that a committed plan gave up before a first token: ask for the next weaker ones from now on.
