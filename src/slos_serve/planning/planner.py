@@ -29,6 +29,8 @@ from slos_serve.planning.settings import PlannerSettings
 from slos_serve.planning.state import ADMITTED, BEST_EFFORT, UNDECIDED, State, state_of
 
 _NONE: SlotArray = np.empty(0, dtype=np.int64)
+# However wildly steps vary, a step that brings a first token may take this share of the time until that is due.
+LEAST_SURE = 0.5
 
 
 @dataclass(slots=True)
@@ -89,7 +91,7 @@ class Planner:
             spread_of_one: how much slower than the centre one step may be, where no others even it out.
         """
         self.step_margin = max(self.settings.margin, spread or 0.0)
-        self._sure = min((1.0 + self.step_margin) / (1.0 + spread_of_one), 1.0)
+        self._sure = min(max((1.0 + self.step_margin) / (1.0 + spread_of_one), LEAST_SURE), 1.0)
         self.coefficients = self._modelled * (factor * (1.0 + self.step_margin))
 
     def plan(self, now_s: float, view: EngineView) -> StepPlan:

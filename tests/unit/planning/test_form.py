@@ -72,6 +72,16 @@ def test_a_first_token_is_in_time_in_a_slow_step_too(slower: float) -> None:
     assert 0.085 < plan.predicted_s * (1.0 + slower) <= 0.09
 
 
+def test_steps_that_vary_wildly_are_filled_for_half_of_the_time() -> None:
+    engine = EngineBuilder()
+    engine.wait(100, due_in_s=0.18, waited_s=0.2)
+    engine.wait(6000, due_in_s=60.0)
+    planner = Planner(OPT_13B_A100, 2, PlannerSettings(margin=0.0))
+    planner.correct(1.0, 0.0, 1e9)
+    plan = carried_out(planner, engine.now_s, engine.view())
+    assert 0.085 < plan.predicted_s <= 0.09
+
+
 def test_two_prompts_are_chunked_to_the_decodes_pace() -> None:
     engine = EngineBuilder()
     engine.decode(ahead_s=0.08, max_tokens=100)
