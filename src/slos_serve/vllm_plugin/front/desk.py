@@ -178,8 +178,13 @@ class FrontDesk:
 
     def ended(self, judged: Judged) -> None:
         """The exchange of an HTTP request is over; what its engine never had of it is reserved no more."""
-        for ticket in judged.tickets:
-            self._mirror.withdraw(ticket)
+        try:
+            for ticket in judged.tickets:
+                self._mirror.withdraw(ticket)
+        except Exception:
+            if not self._failed:
+                self._failed = True
+                _logger.exception("slos-serve: failed to give back the room of a request (said once).")
 
     def look(self, args: SloArgs, tokens: int, max_tokens: int | None) -> tuple[RoutingRequest, Looked] | None:
         """What would be said now of a request that is not there; ``None`` while nothing can be judged.

@@ -129,6 +129,18 @@ async def test_a_request_keeps_its_room_until_its_engine_names_it(tmp_path: Path
     assert (await ask())[0] == 200, "an answer that has ended needs no room"
 
 
+async def test_a_fault_while_room_is_given_back_harms_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(_ticket: int) -> None:
+        raise KeyError("no such ticket")
+
+    server = Server(desk(tmp_path, loaded(0)))
+    monkeypatch.setattr(server.front._mirror, "withdraw", fails)
+    status, headers, body = await server.ask("strict")
+    assert (status, headers["x-slo-verdict"]) == (200, "admitted") and body.endswith(b"data: [DONE]\n\n")
+
+
 async def test_a_refusal_says_why_in_openais_shape_and_reaches_no_engine(tmp_path: Path) -> None:
     engine = loaded(0)
     for _ in range(8):
