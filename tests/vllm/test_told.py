@@ -12,6 +12,8 @@ import pytest
 pytest.importorskip("vllm")
 
 from slos_serve.bench.demo_plan import DemoSettings, classes_yaml, plan_demo
+from slos_serve.bench.requests import BenchRequest
+from slos_serve.core.verdict import Verdict
 from slos_serve.files.profile_file import load_profile, save_profile
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.testing.dry_engine import DryEngine
@@ -68,20 +70,48 @@ def test_a_told_promise_that_is_lost_before_its_prompt_begins_is_a_broken_promis
     assert (told["verdict"], told["ttft_ok"]) == ("admitted", False)
 
 
+def dry_load(start: Start, folder: Path, classes: str) -> ToldLoad:
+    """The demo's engine behind a front end that knows these classes."""
+    (folder / "classes.yaml").write_text(classes, encoding="utf-8")
+    (folder / "events.jsonl").unlink(missing_ok=True)
+    save_profile(replace(load_profile(folder / "profile.json"), model=CPU), folder / "profile.json")
+    scheduler = start(depth=1, async_scheduling=False, num_blocks=3000).scheduler
+    return ToldLoad(DryEngine(scheduler, CPU, depth=1), folder)
+
+
 def test_what_clients_are_told_in_bursts_comes_true(start: Start, tmp_path: Path) -> None:
     found: Counter[tuple[str, str, bool]] = Counter()
     for seed in (1, 2):
         plan = plan_demo(CPU, DemoSettings(seed=seed))
-        (tmp_path / "classes.yaml").write_text(classes_yaml(plan.classes), encoding="utf-8")
-        (tmp_path / "events.jsonl").unlink(missing_ok=True)
-        profile = replace(load_profile(tmp_path / "profile.json"), model=CPU)
-        save_profile(profile, tmp_path / "profile.json")
-        scheduler = start(depth=1, async_scheduling=False, num_blocks=3000).scheduler
-        load = ToldLoad(DryEngine(scheduler, CPU, depth=1), tmp_path)
-        load.run(plan, {None: 1.3, "chat": 1.2, "coding": 2.2, "summarization": 1.25})
+        load = dry_load(start, tmp_path, classes_yaml(plan.classes))
+        load.run(plan.burst, {None: 1.3, "chat": 1.2, "coding": 2.2, "summarization": 1.25})
         found += load.compared(events(tmp_path, "request"))
     told, right = found.total(), sum(count for (said, did, _), count in found.items() if said == did)
     admitted = sum(count for (said, _, _), count in found.items() if said == "admitted")
     assert told > 150 and 0.3 * told < admitted < 0.8 * told
     assert right >= 0.97 * told, found
     assert found["admitted", "admitted", True] >= 0.97 * admitted, found
+
+
+def crowd(count: int, words: int, max_tokens: int) -> list[BenchRequest]:
+    """Clients of a class that refuses, all within a fifth of a second."""
+    text = "word " * words
+    return [BenchRequest(f"r{k}", 0.01 + 0.2 * k / count, text, max_tokens, "strict") for k in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "max_tokens", "tpot_ms", "soon_s"),
+    [(10, 470, 4, 2000, 5), (100, 470, 4, 2000, 5), (100, 100, 100, 100, 10)],
+    ids=["a few too many", "prompts bind", "decodes bind"],
+)
+def test_refused_clients_that_wait_as_told_are_served(
+    start: Start, tmp_path: Path, count: int, words: int, max_tokens: int, tpot_ms: int, soon_s: int
+) -> None:
+    load = dry_load(start, tmp_path, f"classes: {{strict: {{ttft_ms: 6000, tpot_ms: {tpot_ms}, when_full: reject}}}}\n")
+    load.run(crowd(count, words, max_tokens), {"strict": 1.0}, again=True)
+    served = [key for key in load.waits if load.told[key] is Verdict.ADMITTED]
+    assert 0 < len(load.waits) < count and len(served) >= 0.8 * len(load.waits)
+    assert min(load.waits.values()) <= soon_s, "the first room opens soon"
+    assert max(load.waits.values()) > 30 or count < 100, "and the last one does not"
+    found = load.compared(events(tmp_path, "request"))
+    assert found["admitted", "admitted", True] >= 0.9 * found.total()

@@ -1,20 +1,20 @@
-"""The demo's burst through the front end and vLLM's real scheduler, in virtual time: what was told, what was done."""
+"""Bursts through the front end and vLLM's real scheduler, in virtual time: what was told, what was done."""
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from slos_serve.bench.demo_plan import DemoPlan
 from slos_serve.bench.requests import BenchRequest
 from slos_serve.core.verdict import Verdict
 from slos_serve.routing.publication import Publication
@@ -22,6 +22,7 @@ from slos_serve.testing.dry_engine import DryEngine
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.client import with_said
 from slos_serve.vllm_plugin.front.desk import FrontDesk
+from slos_serve.vllm_plugin.front.judged import Judged
 from slos_serve.vllm_plugin.metrics import EngineLabels
 from slos_serve.vllm_plugin.publish import TICKETS_KEY, FrontPublisher
 from tests.vllm.dry_load import prompt
@@ -48,12 +49,14 @@ class ToldLoad:
     """A front end before a dry engine.
 
     Attributes:
-        told: verdict of each request with a promise, by its id.
+        told: verdict of each request with a promise, by its id; of one that came again the second.
+        waits: seconds that refused clients waited before they came again.
     """
 
     engine: DryEngine
     folder: Path
     told: dict[str, Verdict] = field(default_factory=dict)
+    waits: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         control = self.engine.scheduler._slo
@@ -68,17 +71,25 @@ class ToldLoad:
         self.engine.scheduler._slo_desk._front = os.getpid()
         self.engine.scheduler._slo_desk._arrival_s = lambda _stamped: self._arrived_s
 
-    def run(self, plan: DemoPlan, tokens_per_word: Mapping[str | None, float]) -> None:
-        """Serve the burst of a demo to its end."""
-        rng, engine = np.random.default_rng(1), self.engine
-        coming = sorted(plan.burst, key=lambda request: request.arrival_s, reverse=True)
+    def run(
+        self, requests: Iterable[BenchRequest], tokens_per_word: Mapping[str | None, float], *, again: bool = False
+    ) -> None:
+        """Serve requests to their end; with ``again`` those that are refused come back once, when they are told to."""
+        rng, engine, number = np.random.default_rng(1), self.engine, itertools.count()
+        coming = [(one.arrival_s, next(number), one) for one in requests]
+        heapq.heapify(coming)
         handed: list[tuple[float, int, Any]] = []
         while coming or handed or engine.scheduler.has_unfinished_requests():
-            while coming and coming[-1].arrival_s <= engine.now_s:
-                one = coming.pop()
+            while coming and coming[0][0] <= engine.now_s:
+                _, _, one = heapq.heappop(coming)
                 tokens = prompt(rng, int(33 + tokens_per_word[one.slo_class] * len(one.prompt.split())))
-                extra_args = self._judge(one, tokens)
-                heapq.heappush(handed, (one.arrival_s + TRANSIT_S, len(coming), (one, tokens, extra_args)))
+                judged, extra_args = self._judge(one, tokens)
+                if judged.refusal is None:
+                    heapq.heappush(handed, (one.arrival_s + TRANSIT_S, next(number), (one, tokens, extra_args)))
+                elif again and one.request_id not in self.waits:
+                    self.waits[one.request_id] = judged.refusal[1]
+                    back = replace(one, arrival_s=one.arrival_s + judged.refusal[1])
+                    heapq.heappush(coming, (back.arrival_s, next(number), back))
             while handed and handed[0][0] <= engine.now_s:
                 at_s, _, (one, tokens, extra_args) = heapq.heappop(handed)
                 self._arrived_s = at_s - TRANSIT_S
@@ -86,10 +97,10 @@ class ToldLoad:
             if engine.scheduler.has_unfinished_requests():
                 engine.step()
             elif coming or handed:
-                engine.now_s = max(engine.now_s, min([at_s for at_s, *_ in handed] + [one.arrival_s for one in coming]))
+                engine.now_s = max(engine.now_s, min(one[0] for one in (*coming, *handed)))
 
-    def _judge(self, one: BenchRequest, tokens: list[int]) -> Mapping[str, Any] | None:
-        """Ask the front end; returns what the engine gets beside the prompt."""
+    def _judge(self, one: BenchRequest, tokens: list[int]) -> tuple[Judged, Mapping[str, Any] | None]:
+        """Ask the front end; returns what it said, and what the engine gets beside the prompt."""
         slo_class = None if one.slo_class is None else self.front.version.classes.classes[one.slo_class]
         self._asked_s = one.arrival_s
         judged = self.front.begin(slo_class, self.front.version)
@@ -99,13 +110,13 @@ class ToldLoad:
         if slo_class is not None:
             assert judged.answer is not None
             self.told[one.request_id] = judged.answer.verdict
-        said: Mapping[str, Any] | None = with_said(params, self.front.version, handed).extra_args
-        return said
+        return judged, with_said(params, self.front.version, handed).extra_args
 
     def compared(self, events: list[dict[str, Any]]) -> Counter[tuple[str, str, bool]]:
-        """How many were told what, got what, and whether their promise was kept."""
+        """How many of those that were served were told what, got what, and whether their promise was kept."""
         found = {event["request_id"]: event for event in events}
         return Counter(
             (str(told), found[key]["verdict"], bool(found[key]["ttft_ok"] and found[key]["tpot_ok"]))
             for key, told in self.told.items()
+            if told is not Verdict.REJECTED
         )

@@ -19,7 +19,7 @@ from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import Envelope
 from slos_serve.routing.clock_offset import ClockOffset
 from slos_serve.routing.mirrors import Mirrors
-from slos_serve.routing.retry_after import retry_after_s
+from slos_serve.routing.retry_after import RetryTimes
 from slos_serve.routing.router import RouterSettings, RoutingDecision, route, unpromised
 from slos_serve.routing.sessions import Sessions
 from slos_serve.routing.settings import STALE_AFTER_S, Order
@@ -72,6 +72,7 @@ class Dispatcher:
         self._now_s = -float("inf")
         self._patient = True
         self.mirrors = Mirrors(num_classes=num_classes, transit_s=transit_s)
+        self._retry = RetryTimes(self.mirrors)
         self.decisions: Counter[tuple[Verdict, Why]] = Counter()
 
     def set_replicas(self, addresses: Mapping[str, str | None]) -> None:
@@ -116,7 +117,7 @@ class Dispatcher:
             ticket.reservation = decision.replica, self.mirrors.newest(decision.replica)
         self.decisions[decision.verdict, decision.reason] += 1
         if decision.verdict is Verdict.REJECTED:
-            ticket.retry_after_s = retry_after_s(now_s, asked.class_index, self.mirrors, self._settings.stale_after_s)
+            ticket.retry_after_s = self._retry.next_s(now_s, asked, self._settings.stale_after_s)
         elif decision.replica is not None and ticket.session is not None and not ticket.last_round:
             self._sessions.sent(ticket.session, decision.replica, asked.prompt_tokens)
         return decision

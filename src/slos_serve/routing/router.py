@@ -110,7 +110,7 @@ def route(
     """
     if not len(mirrors):
         return RoutingDecision(None, Verdict.REJECTED, Why.NO_REPLICA)
-    row = _row_of(request)
+    row = row_of(request)
     usable, present = mirrors.usable(now_s, settings.stale_after_s), mirrors.present
     away = [mirrors.position(name) for name in request.avoid if name in mirrors]
     if 0 < len(away) < len(mirrors):
@@ -143,7 +143,7 @@ def verdicts(
     now_s: float, request: RoutingRequest, mirrors: Mirrors, settings: RouterSettings = DEFAULT
 ) -> dict[str, bool]:
     """Whether each replica with a fresh publication would attain the request; nothing is reserved."""
-    row = _row_of(request)
+    row = row_of(request)
     usable = mirrors.usable(now_s, settings.stale_after_s)
     found = {}
     for name in mirrors:
@@ -158,10 +158,10 @@ def verdicts(
 
 def unpromised(now_s: float, request: RoutingRequest) -> Sent:
     """The request as one that goes to a replica without a promise."""
-    return Sent(now_s, _row_of(request), 0, promised=False, ticket=request.ticket)
+    return Sent(now_s, row_of(request), 0, promised=False, ticket=request.ticket)
 
 
-def _row_of(request: RoutingRequest) -> RequestArray:
+def row_of(request: RoutingRequest) -> RequestArray:
     """The request as the planner's tables have it."""
     row = request_row(
         arrival_s=request.arrival_s,

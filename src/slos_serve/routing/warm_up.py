@@ -10,7 +10,7 @@ from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.planner import Planner
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publisher import publication_of
-from slos_serve.routing.retry_after import retry_after_s
+from slos_serve.routing.retry_after import RetryTimes
 from slos_serve.routing.router import RouterSettings, RoutingRequest, route
 
 
@@ -33,4 +33,4 @@ def warm_up_routing() -> None:
     for due_s, cached in ((9.0, {"warm-up": 16}), (1e-6, {}), (np.inf, {}), (9.0, {})):
         asked = RoutingRequest(0.0, 800, 64, ttft_due_s=due_s, tpot_s=0.1 if due_s < np.inf else due_s, cached=cached)
         route(0.0, asked, mirrors, RouterSettings())
-    retry_after_s(0.0, 0, mirrors, 1.0)
+    RetryTimes(mirrors).next_s(0.0, asked, 1.0)

@@ -12,31 +12,82 @@ from slos_serve.routing import warm_up
 from slos_serve.routing.clock_offset import WINDOW_S, ClockOffset
 from slos_serve.routing.headroom import LONGEST_TTFT_S, MOST, fullness, headroom, promises, standard_ttft_s
 from slos_serve.routing.mirrors import Mirrors
-from slos_serve.routing.retry_after import LATEST_S, SOONEST_S, UNKNOWN_S, retry_after_s, room_in_s
-from slos_serve.routing.router import RoutingDecision, route
-from tests.builders import OPT_13B_A100
+from slos_serve.routing.retry_after import (
+    LATEST_S,
+    LEAST_STEP_S,
+    SOONEST_S,
+    UNKNOWN_S,
+    RetryTimes,
+    rooms_after_s,
+)
+from slos_serve.routing.router import RoutingDecision, RoutingRequest, route
+from tests.builders import OPT_13B_A100, EngineBuilder
 from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, published, request
 
 
-def test_room_comes_with_owed_prompts_computed_and_decodes_that_end() -> None:
-    few, many, owing = loaded(10), loaded(40), loaded(10)
-    owing.wait(3000, due_in_s=5.0)
-    mirrors = mirrors_of(few=few, many=many, owing=owing)
-    waits = {name: room_in_s(NOW_S, 0, mirrors, mirrors.position(name)) for name in mirrors}
-    assert waits["many"] < waits["few"] < waits["owing"]
-    # Ten decodes at 100 ms (less the margin) a token and as many tokens as are forecast: one of them ends soonest.
-    tokens = float(mirrors.arrays.forecast_tokens[0, 0, 0])
-    pace_s = float(mirrors.arrays.pace_s[0].min())
-    assert waits["few"] == pytest.approx(tokens * pace_s / 10)
+def first_room_s(engine: EngineBuilder, asked: RoutingRequest) -> float:
+    """When the first request like this one fits."""
+    after_s = rooms_after_s(NOW_S, asked, mirrors_of(a=engine), 0)
+    assert np.all(np.diff(after_s) >= 0.0)
+    return float(min(after_s, default=np.inf))
 
 
-def test_the_answer_is_bounded_and_stale_replicas_are_not_counted_on() -> None:
-    mirrors = mirrors_of(a=loaded(200, total_blocks=40_000))
-    assert retry_after_s(NOW_S, 0, mirrors, 1.0) == SOONEST_S
-    assert retry_after_s(NOW_S + 100.0, 0, mirrors, 1.0) == UNKNOWN_S
-    assert retry_after_s(NOW_S, 0, Mirrors(), 1.0) == UNKNOWN_S
-    lone = loaded(1)
-    assert SOONEST_S < retry_after_s(NOW_S, 0, mirrors_of(a=lone), 1.0) <= LATEST_S
+def owing(*prompts: int, due_in_s: float = 5.0) -> EngineBuilder:
+    """An engine that has promised these prompts."""
+    engine = loaded(0)
+    for tokens in prompts:
+        engine.prefilling(tokens, 0, due_in_s=due_in_s)
+    return engine
+
+
+def test_room_opens_when_owed_prompts_are_computed() -> None:
+    asked = request(1500, due_in_s=1.0, reject_when_full=True)
+    rate = float(mirrors_of(a=loaded(0)).arrays.idle_rate[0])
+    for count in (2, 4):
+        needs_s = 8000 * count / rate
+        found_s = first_room_s(owing(*[8000] * count, due_in_s=1.2 * needs_s), asked)
+        assert 0.5 * needs_s <= found_s <= 1.2 * needs_s + 0.5
+    assert first_room_s(loaded(0), asked) == LEAST_STEP_S
+    assert first_room_s(loaded(0), request(9000, due_in_s=0.01)) == np.inf, "it never fits"
+
+
+def test_room_opens_when_decodes_end_at_the_pace_that_they_really_have() -> None:
+    """More decodes than the engine can carry: room opens only when some end."""
+    full = loaded(800, total_blocks=400_000)
+    short, long = (first_room_s(full, request(200, max_tokens=tokens)) for tokens in (20, 200))
+    assert 0.0 < short < long < np.inf
+    hinted = first_room_s(full, request(200, max_tokens=200, hint_tokens=20))
+    assert hinted == short, "a client's forecast of its answer is used"
+    memory = loaded(20, total_blocks=500)
+    assert LEAST_STEP_S < first_room_s(memory, request(4000, due_in_s=60.0)) < np.inf, "their KV is free then"
+
+
+def test_each_refusal_is_told_a_later_time_than_the_one_before() -> None:
+    mirrors, asked = mirrors_of(a=owing(*[8000] * 3)), request(4000, reject_when_full=True)
+    times = RetryTimes(mirrors)
+    told = [times.next_s(NOW_S, asked, 1.0) for _ in range(20)]
+    assert told == sorted(told) and SOONEST_S <= told[0] <= 5.0 and told[-1] > told[0]
+    # As fast as the engine computes prompts like it; attention makes them dearer than their tokens.
+    gap_s = 4000 / float(mirrors.arrays.idle_rate[0])
+    assert gap_s <= (told[-1] - told[4]) / 15 <= 2.5 * gap_s
+    assert times.next_s(NOW_S + told[-1] + 1.0, asked, 1000.0) < told[-1], "those that were told are gone by then"
+    assert max(RetryTimes(mirrors).next_s(NOW_S, request(9000, due_in_s=0.01), 1.0) for _ in range(3)) == LATEST_S
+
+
+def test_a_fleet_has_the_rooms_of_all_its_replicas() -> None:
+    engines = {f"r{k}": owing(*[8000] * 3) for k in range(12)}
+    asked = request(4000, reject_when_full=True)
+    alone, fleet = RetryTimes(mirrors_of(a=engines["r0"])), RetryTimes(mirrors_of(**engines))
+    for _ in range(24):
+        last = alone.next_s(NOW_S, asked, 1.0), fleet.next_s(NOW_S, asked, 1.0)
+    assert last[1] < 0.5 * last[0]
+
+
+def test_stale_replicas_are_not_counted_on() -> None:
+    mirrors, asked = mirrors_of(a=loaded(10)), request(200)
+    assert RetryTimes(mirrors).next_s(NOW_S, asked, 1.0) == SOONEST_S
+    assert RetryTimes(mirrors).next_s(NOW_S + 100.0, asked, 1.0) == UNKNOWN_S
+    assert RetryTimes(Mirrors()).next_s(NOW_S, asked, 1.0) == UNKNOWN_S
 
 
 def test_headroom_shrinks_with_load_and_reserves_nothing() -> None:

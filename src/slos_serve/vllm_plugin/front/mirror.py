@@ -22,7 +22,7 @@ from slos_serve.routing.headroom import MOST
 from slos_serve.routing.mirror_arrays import advance, rate_beside
 from slos_serve.routing.mirrors import Mirrors, Sent, request_row
 from slos_serve.routing.publication import Publication
-from slos_serve.routing.retry_after import LATEST_S, SOONEST_S, UNKNOWN_S, room_in_s
+from slos_serve.routing.retry_after import RetryTimes
 from slos_serve.routing.router import RouterSettings, RoutingRequest, route, verdicts
 from slos_serve.routing.settings import STALE_AFTER_S, Order
 
@@ -100,7 +100,7 @@ class EngineMirror:
         self._mirrors = Mirrors([ENGINE], num_classes=num_classes, transit_s=TRANSIT_S)
         self._newest: Publication | None = None
         self._now_s = -math.inf
-        self._retry_s = -math.inf
+        self._retry = RetryTimes(self._mirrors)
 
     def update(self, publication: Publication, tickets: Container[int] = ()) -> None:
         """Take over what the engine published, ``tickets`` of requests that have come to it with it."""
@@ -174,22 +174,8 @@ class EngineMirror:
         return Looked(first, predicted, room, obstacle)
 
     def retry_after_s(self, now_s: float, asked: RoutingRequest) -> float:
-        """When a refused request is to ask again, in [1, 60] s; each refusal is told a later time than the one before.
-
-        The first room is when the owed prompts are computed and a decode has ended. Rooms after it come as fast as the
-        engine computes prompts, or ends decodes, whichever is slower.
-        """
-        k = self._mirrors.position(ENGINE)
-        if self._newest is None:
-            return UNKNOWN_S
-        m = self._mirrors.arrays
-        room_s = room_in_s(now_s, asked.class_index, self._mirrors, k)
-        first, count = int(m.first[k]), int(m.num_owed[k])
-        owed_s = float(m.cost_tokens[k, first : first + count].sum()) / max(rate_beside(m, k, m.counts[k]), 1e-9)
-        gap_s = max(room_s - owed_s, asked.prompt_tokens / max(float(m.idle_rate[k]), 1e-9))
-        self._retry_s = max(now_s + room_s, self._retry_s + gap_s)
-        self._retry_s = min(self._retry_s, now_s + LATEST_S)
-        return min(max(self._retry_s - now_s, SOONEST_S), LATEST_S)
+        """When a refused request is to ask again, in [1, 60] s; each is told a later time than the one before."""
+        return self._retry.next_s(max(now_s, self._now_s), asked, STALE_AFTER_S)
 
     def _keep_fresh(self, now_s: float) -> None:
         """An engine without requests publishes nothing: its last word holds until a request has been sent to it."""
