@@ -1,4 +1,4 @@
-"""Holds the planner's rows against vLLM's own counters in every plan."""
+"""Holds the planner's rows against vLLM's own counters, and what is taken to have run against vLLM's step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from slos_serve.vllm_plugin import compat_counters
 
 
 def check_rows(scheduler: Any) -> None:
-    """Let every look at the running requests fail when a row says other than vLLM's request; stock has no rows."""
+    """Let every look at the running requests fail when a row says other than vLLM's request, and every commit when
+    other requests are taken to have run than did, or in another order; stock has neither."""
     control = getattr(scheduler, "_slo", None)
     if control is None:
         return
-    book, sync = control.book, control.book.sync_running
+    book, sync, ran = control.book, control.book.sync_running, control._ran
 
     def checked(scheduler: Any, pending_first_s: float) -> SlotArray:
         slots: SlotArray = sync(scheduler, pending_first_s)
@@ -30,4 +31,9 @@ def check_rows(scheduler: Any) -> None:
             np.testing.assert_array_equal(rows["blocked"][slots], blocked)
         return slots
 
-    book.sync_running = checked
+    def checked_ran(output: Any, proposal: Any) -> SlotArray:
+        slots: SlotArray = ran(output, proposal)
+        np.testing.assert_array_equal(slots, book.slots_of(output.num_scheduled_tokens))
+        return slots
+
+    book.sync_running, control._ran = checked, checked_ran

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +12,12 @@ import pytest
 pytest.importorskip("vllm")
 
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 
 from slos_serve.testing.request import RequestFeatures
 from slos_serve.vllm_plugin import compat_kv
 from slos_serve.vllm_plugin.progress import AUDIT_EVERY
+from slos_serve.vllm_plugin.steering import _place_in, _remove
 from tests.vllm.dry_load import Start, assert_answers, mixed_load
 from tests.vllm.progress_check import check_rows
 
@@ -112,3 +115,26 @@ def test_a_search_that_begins_at_the_answer_asks_twice() -> None:
 
     assert compat_kv._largest(1000, holds, 500) == 500
     assert asked == [500, 501]
+
+
+def test_a_started_request_is_found_in_a_deep_queue_without_a_scan() -> None:
+    """By arrival; one that was put to the front out of order is left to vLLM's own search."""
+    queue = FCFSRequestQueue(SimpleNamespace(name=at, arrival_time=at // 2) for at in range(1000))  # two at a time
+    looked: list[int] = []
+
+    class Counting(FCFSRequestQueue):
+        def __getitem__(self, at: Any) -> Any:
+            looked.append(at)
+            return super().__getitem__(at)
+
+    counting = Counting(queue)
+    for number in (0, 701, 999):
+        assert _place_in(counting, queue[number]) == number
+    assert len(looked) < 3 * 20
+    last = queue.pop()
+    assert _place_in(queue, last) is None
+    queue.prepend_request(last)
+    assert _place_in(queue, last) is None
+    _remove(queue, [last])
+    assert last not in queue
+    assert len(queue) == 999

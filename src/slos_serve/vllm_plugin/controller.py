@@ -239,7 +239,7 @@ class StepController:
     def _commit(self, output: SchedulerOutput, proposal: Proposal | None, before_s: float, made_s: float) -> bool:
         """Write down what the step was; the lists are vLLM's own again. True once all of it is written."""
         now_s = self._clock_s()
-        ran = self.book.slots_of(output.num_scheduled_tokens)
+        ran = self._ran(output, proposal)
         shape, predicted_s = self.learner.scheduled(output, ran, now_s, None if proposal is None else proposal.plan)
         if proposal is not None:
             compat.note_waiting(self.scheduler)
@@ -271,6 +271,13 @@ class StepController:
         if self._steps % GAUGES_EVERY == 0:
             self.post_gauges()
         return True
+
+    def _ran(self, output: SchedulerOutput, proposal: Proposal | None) -> SlotArray:
+        """Rows of a step's requests, in vLLM's order: those selected, in their order, where all of them ran."""
+        ran = output.num_scheduled_tokens
+        if proposal is not None and len(ran) == len(proposal.chosen.slots):
+            return proposal.chosen.slots
+        return self.book.slots_of(ran)
 
     def _commit_plan(self, proposal: Proposal, ran: SlotArray) -> None:
         """Make the promises of a plan, for what really ran."""

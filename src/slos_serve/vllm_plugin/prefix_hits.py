@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
 # Look-ups of one plan: of requests that were never looked up, and of those that were.
-FIRST_LOOKUPS, REPEATED_LOOKUPS = 16, 8
+FIRST_LOOKUPS, REPEATED_LOOKUPS = 16, 4
 
 
 class PrefixHits:

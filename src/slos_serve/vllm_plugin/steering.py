@@ -8,6 +8,8 @@ put back right after, in the engine's own order, whatever happened in between.
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -51,6 +53,7 @@ class Selection:
         budget: tokens of the step.
         most_tokens_each: no request may get more tokens than this; 0 for no such limit.
         drafts: drafts that each of ``run`` is to verify; empty without speculation.
+        slots: int64, rows of ``run`` and ``start``.
         started, preempted, loading: after the step, who started, was preempted, and whose KV is being loaded.
     """
 
@@ -62,6 +65,7 @@ class Selection:
     budget: int = 0
     most_tokens_each: int = 0
     drafts: list[int] = field(default_factory=list)
+    slots: SlotArray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     started: list[Request] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     loading: list[Request] = field(default_factory=list)
@@ -91,12 +95,14 @@ def select(
     chosen.run = progress.requests[slots[runs]].tolist()
     planned = plan.draft_tokens[runs] if len(plan.draft_tokens) else np.zeros(len(runs), dtype=np.int64)
     chosen.drafts = limits.take_running(chosen.run, plan.tokens[runs], planned)
-    to_load = {tracked.slot for tracked in loads}
+    to_load, begun = {tracked.slot for tracked in loads}, []
     for position in starts.tolist() if may_start else ():
         slot, count = int(slots[position]), int(plan.tokens[position])
         request = book.by_slot[slot].request
         if slot not in to_load and compat.may_start(request) and limits.takes_start(request, count):
             chosen.start.append(request)
+            begun.append(slot)
+    chosen.slots = np.concatenate((slots[runs], np.array(begun, dtype=np.int64)))
     chosen.budget = limits.tokens
     chosen.loads, chosen.unfit_loads = _loads_that_fit(scheduler, plan, book, needs, loads)
     if chosen.loads:
@@ -351,8 +357,27 @@ def _remove(queue: RequestQueue, moved: Sequence[Request]) -> None:
         queue.remove_requests(moved)
         return
     for request in moved:
+        place = _place_in(queue, request)
+        if place is not None:
+            del queue[place]
+            continue
         with suppress(ValueError):  # it is in the other queue
             queue.remove_request(request)
+
+
+def _place_in(queue: RequestQueue, request: Request) -> int | None:
+    """Where a request is in a queue that is a deque by arrival; ``None`` where bisection does not find it.
+
+    A deep queue is not scanned: that would touch each of its requests.
+    """
+    if not isinstance(queue, deque):
+        return None
+    place = bisect_left(queue, request.arrival_time, key=lambda one: one.arrival_time)
+    while place < len(queue) and queue[place] is not request:
+        if queue[place].arrival_time != request.arrival_time:
+            return None
+        place += 1
+    return place if place < len(queue) else None
 
 
 def _behind(after: list[Request], run: list[Request]) -> list[Request]:
