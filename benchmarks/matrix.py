@@ -4,8 +4,10 @@
 
 Capacity at 90 % attained, by the mean of each stage and with every token in time. In each cell every rival of the
 registry is first compared on a tuning seed, with all of its parameters; the best three of them and SLOs-Serve are then
-searched on the seeds of tables. Every simulation is kept in ``answers.jsonl`` beside the result, so that a run goes on
-where it was interrupted; rows of finished cells are in ``matrix.json`` at any time. Cells below 1.0 are printed first.
+searched on the seeds of tables. A parameter set or rival that one simulation shows to be worse than those found so far
+is searched no further. Every simulation is kept in ``answers.jsonl`` beside the result, so that a run goes on where it
+was interrupted, and a change of our planner leaves the rivals' answers as they are. Rows of finished cells are in
+``matrix.json`` at any time; cells below 1.0 are printed first.
 ``--quick`` takes 100 requests and two seeds: to see that it runs, not to publish.
 """
 
@@ -29,7 +31,7 @@ from slos_serve.sim.conditions import AS_SERVED, EXACT
 from slos_serve.sim.interval import ratio_interval
 from slos_serve.sim.profiles import find_profile
 from slos_serve.sim.question import Answer, Question
-from slos_serve.sim.search import Capacity, enough_requests, screen, search_seeds
+from slos_serve.sim.search import Capacity, Screened, enough_requests, screen, search_seeds
 from slos_serve.sim.seeds import default_count, table_seeds
 from slos_serve.sim.sweep import AnswerFile, run_searches
 from slos_serve.workload.scenarios import SCENARIOS, scenario_named
@@ -38,6 +40,7 @@ ENGINES = ("opt-13b-a100", "llama-2-7b-h100", "opt-66b-a100-tp4", "llama-3.1-8b-
 ARRIVALS = ("poisson", "gamma:3", "scenario")
 OURS = "slos-serve"
 FINALISTS = 3
+LIKELY = ("qoserve", "edf", "scorpio")  # compared first: most others need one simulation then
 # Requests of a simulation: at least these, fewer where answers are long; and so many that they take ``USUAL_SPAN_S`` to
 # arrive at the fluid bound, or several times as long as an answer takes, within ``MOST_REQUESTS``.
 REQUESTS, SPAN_S = {"tool": 200, "reasoning": 200}, {"reasoning": 300.0, "agents": 300.0}
@@ -74,7 +77,7 @@ class Cell:
         return max(REQUESTS.get(self.scenario, USUAL_REQUESTS), min(enough, MOST_REQUESTS))
 
 
-Found = tuple[Capacity, list[Capacity], dict[str, float]]
+Found = tuple[Capacity, list[Capacity], dict[str, dict[str, Any]]]
 
 
 def search_cell(
@@ -97,12 +100,23 @@ def search_cell(
             conditions=EXACT if exact else AS_SERVED,
         )
 
-    screened = yield from _each(screen(base(policy)) for policy in policies)
-    each = {one.best.policy: one.rate_rps / one.best.replicas for one in screened}
-    screened.sort(key=lambda one: -one.rate_rps / one.best.replicas)
+    screened: list[Screened] = []
+    for policy in policies:
+        # Only the best few matter: one that does not reach the last of them is looked at no further.
+        found = sorted((_rate_of(one) for one in screened if not one.at_most), reverse=True)
+        beat = found[FINALISTS - 1] if len(found) >= FINALISTS else 0.0
+        asked = base(policy)
+        screened.append((yield from screen(asked, beat_rps=beat * asked.replicas)))
+    each = {one.best.policy: {"rps": _rate_of(one), "at_most": one.at_most} for one in screened}
+    screened.sort(key=lambda one: (one.at_most, -_rate_of(one)))
     ours = yield from search_seeds((yield from screen(base(OURS))), seeds)
     rivals = yield from _each(search_seeds(one, seeds) for one in screened[:FINALISTS])
     return ours, rivals, each
+
+
+def _rate_of(screened: Screened) -> float:
+    """Requests/s of one replica."""
+    return screened.rate_rps / screened.best.replicas
 
 
 def _each(
@@ -262,7 +276,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     given.scenario = given.scenario or list(SCENARIOS)
     given.arrivals = given.arrivals or list(ARRIVALS)
     honest = [name for name, entry in POLICIES.items() if name != OURS and not entry.true_lengths]
-    given.policy = given.policy or honest
+    given.policy = sorted(given.policy or honest, key=lambda name: name not in LIKELY)
     return given
 
 

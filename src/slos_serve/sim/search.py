@@ -48,7 +48,7 @@ class Capacity:
         attainment: mean of the seeds at the highest rate tried below their crossing.
         fluid_bound_rps_per_gpu, fluid_bound_speculative_rps_per_gpu: no policy that serves all can carry more.
         fluid_bound_dropping_rps_per_gpu: when the costliest tenth of the requests is dropped for free.
-        parameters: the best ones tried; tried: the capacity of each on the tuning seed.
+        parameters: the best ones tried; tried: the capacity of each on the tuning seed, or what it did not reach.
         curve: (rate per GPU, attainment) of the best on the first seed, rising rates.
         at_capacity: further means over the seeds at the rate of ``attainment``.
     """
@@ -170,7 +170,7 @@ def _result(
     best: Question,
     seeds: Sequence[int],
     bounds: tuple[float, float, float],
-    tried: Sequence[tuple[float, Question]],
+    tried: Sequence[Tried],
     found: Crossings,
     strict: Crossings,
 ) -> Capacity:
@@ -198,8 +198,12 @@ def _result(
         fluid_bound_dropping_rps_per_gpu=bounds[2] / tensor_parallel,
         parameters={**best.parameters, **_split_of(best)},
         tried=[
-            {"parameters": {**question.parameters, **_split_of(question)}, "rps_per_gpu": rate / gpus}
-            for rate, question in tried
+            {
+                "parameters": {**one.question.parameters, **_split_of(one.question)},
+                "rps_per_gpu": one.rate_rps / gpus,
+                "at_most": one.at_most,
+            }
+            for one in tried
         ],
         curve=[(rate / gpus, one.attainment) for rate, one in sorted(found[seeds[0]][1].items())],
         admitted_attained=mean_of([one.admitted_attained for one in at]),
@@ -240,41 +244,82 @@ def enough_requests(base: Question, span_s: float) -> int:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """What one parameter set of a policy came to on a tuning seed.
+
+    Attributes:
+        rate_rps: its crossing, to within 8 %.
+        question: with it.
+        at_most: it failed at ``rate_rps``, where an earlier one was about as good: it was not searched further.
+    """
+
+    rate_rps: float
+    question: Question
+    at_most: bool = False
+
+
+@dataclass(frozen=True)
 class Screened:
     """The best parameters of a policy on a tuning seed.
 
     Attributes:
         best: the question with them.
-        rate_rps: their crossing, to within 8 %.
-        tried: crossing of each parameter set.
+        rate_rps: their crossing, to within 8 %; only an upper bound when ``at_most``.
+        tried: each parameter set.
     """
 
     best: Question
     rate_rps: float
-    tried: list[tuple[float, Question]]
+    tried: list[Tried]
+
+    @property
+    def at_most(self) -> bool:
+        """Every parameter set failed at the rate that was to be beaten."""
+        return all(one.at_most for one in self.tried) and bool(self.tried)
 
 
-def screen(base: Question, target: float = 0.9) -> Generator[list[Question], list[Answer], Screened]:
-    """Compare a policy's parameter sets on a tuning seed, then fixed draft lengths on the best of them."""
+def screen(
+    base: Question, target: float = 0.9, beat_rps: float = 0.0
+) -> Generator[list[Question], list[Answer], Screened]:
+    """Compare a policy's parameter sets on a tuning seed, then fixed draft lengths on the best of them.
+
+    A set that fails a little above what the best before it carries is dropped after that one simulation.
+
+    Args:
+        base: everything but rate, seed and parameters.
+        target: attainment asked for.
+        beat_rps: a rate that the policy must carry to be of interest; 0 to search it in any case.
+    """
     fluid, _, _ = _bounds(base)
-    start, least = 0.6 * fluid * base.replicas, 0.05 * fluid
     (seed,) = tuning_seeds(1)
-    tried: list[tuple[float, Question]] = []
+    tried: list[Tried] = []
 
-    def try_one(candidate: Question, begin: float) -> Generator[list[Question], list[Answer], float]:
-        found = yield from _crossings(candidate, [seed], {seed: begin}, target, COARSE_TOLERANCE, "attainment", {})
-        tried.append((found[seed][0], candidate))
-        return max(found[seed][0], least)
+    def best() -> Tried:
+        return max(tried, key=lambda one: (not one.at_most, one.rate_rps))
+
+    def try_one(candidate: Question) -> Generator[list[Question], list[Answer], None]:
+        found = [one.rate_rps for one in tried if not one.at_most]
+        hurdle = max([*found, beat_rps])
+        start, known = 0.6 * fluid * base.replicas, {}
+        if hurdle > 0.0:
+            above = hurdle * (1.0 + COARSE_TOLERANCE)
+            (asked,) = yield [candidate.at(above, seed, target - STOP_MARGIN)]
+            if asked.attainment < target:
+                tried.append(Tried(above, candidate, at_most=True))
+                return
+            start, known = above, {seed: {above: asked}}
+        crossings = yield from _crossings(
+            candidate, [seed], {seed: start}, target, COARSE_TOLERANCE, "attainment", known
+        )
+        tried.append(Tried(crossings[seed][0], candidate))
 
     for candidate in _candidates(base):
-        start = yield from try_one(candidate, start)
-    _, best = max(tried, key=lambda pair: pair[0])
+        yield from try_one(candidate)
     drafts = FIXED_DRAFTS if base.drafter != NO_DRAFTER and policy_entry(base.policy).fixed_drafts else ()
+    plain = best().question
     for length in drafts:
-        longer = replace(best, parameters={**best.parameters, "draft_tokens": length})
-        start = yield from try_one(longer, start)
-    rate, best = max(tried, key=lambda pair: pair[0])
-    return Screened(best, rate, tried)
+        yield from try_one(replace(plain, parameters={**plain.parameters, "draft_tokens": length}))
+    return Screened(best().question, best().rate_rps, tried)
 
 
 def _candidates(base: Question) -> list[Question]:

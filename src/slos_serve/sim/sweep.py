@@ -20,18 +20,41 @@ from slos_serve.sim.question import Answer, Question, answer
 
 Result = TypeVar("Result")
 
-# Whatever these packages hold can change an answer.
-_DECIDING = ("core", "perf", "planning", "policies", "routing", "metrics", "workload", "sim")
+# Whatever these packages hold can change an answer, but for what only decides which questions are asked.
+_DECIDING = ("core", "perf", "planning", "policies", "routing", "metrics", "workload", "sim", "profiles")
+_ASKING = ("sim/search.py", "sim/sweep.py", "sim/sizing.py", "sim/interval.py", "sim/seeds.py")
+OUR_POLICY = "slos-serve"
+# What only our own policy and router run, and files that belong to one rival.
+_OURS = ("planning/", "routing/", "policies/slos_serve.py", "sim/slo_router.py")
+_RIVALS = {name: f"policies/{name}.py" for name in ("edf", "jitserve", "qoserve", "sarathi", "scorpio", "distserve")}
 
 
 @cache
-def source_digest() -> str:
-    """Digest of the code that answers depend on: a cache from other code is not used."""
-    digest = hashlib.sha256()
+def _file_digests() -> dict[str, bytes]:
+    """Digest of each file of the packages above, by its path within the package."""
     root = Path(str(resources.files("slos_serve")))
-    for package in _DECIDING:
-        for file in sorted((root / package).rglob("*.py")):
-            digest.update(file.read_bytes())
+    files = [file for package in _DECIDING for file in sorted((root / package).rglob("*")) if file.is_file()]
+    return {
+        file.relative_to(root).as_posix(): hashlib.sha256(file.read_bytes()).digest()
+        for file in files
+        if "__pycache__" not in file.parts
+    }
+
+
+@cache
+def source_digest(policy: str = OUR_POLICY) -> str:
+    """Digest of the code and tables that a policy's answers depend on: a cache from others is not used.
+
+    A rival depends neither on our planner and router, which only our policy can use, nor on another rival.
+    """
+    left_out: tuple[str, ...] = _ASKING
+    if policy != OUR_POLICY:
+        own = _RIVALS.get(policy.partition("-")[0])
+        left_out += _OURS + tuple(file for file in _RIVALS.values() if file != own)
+    digest = hashlib.sha256()
+    for name, of_file in _file_digests().items():
+        if not name.startswith(left_out):
+            digest.update(name.encode() + of_file)
     return digest.hexdigest()[:16]
 
 
@@ -40,7 +63,7 @@ class AnswerFile:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self._known: dict[str, Answer] = {}
+        self._known: dict[tuple[str, str], Answer] = {}
         if path is not None and path.is_file():
             for line in path.read_text(encoding="utf-8").splitlines():
                 self._read(line)
@@ -48,22 +71,22 @@ class AnswerFile:
     def _read(self, line: str) -> None:
         try:
             row = json.loads(line)
-            if row["code"] == source_digest():
-                self._known[row["question"]] = Answer.from_json(row["answer"])
+            self._known[row["code"], row["question"]] = Answer.from_json(row["answer"])
         except (ValueError, KeyError, TypeError):
             return  # the end of a line that an interrupted run left half written
 
     def get(self, question: Question) -> Answer | None:
         """A known answer."""
-        return self._known.get(question.key())
+        return self._known.get((source_digest(question.policy), question.key()))
 
     def put(self, question: Question, found: Answer) -> None:
         """Remember an answer, on disk too."""
-        self._known[question.key()] = found
+        code = source_digest(question.policy)
+        self._known[code, question.key()] = found
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        row = {"code": source_digest(), "question": question.key(), "answer": asdict(found)}
+        row = {"code": code, "question": question.key(), "answer": asdict(found)}
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 

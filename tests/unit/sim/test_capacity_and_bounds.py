@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.sim import sweep
 from slos_serve.sim.bounds import cheapest_share_bound, clairvoyant_attainment, fluid_bound, work_of
 from slos_serve.sim.engine import SimSettings
 from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.profiles import find_profile, limits_of, profile_names
 from slos_serve.sim.question import Answer, EarlyStop, Question, answer
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.search import Bisection, Capacity, search_capacity
+from slos_serve.sim.search import Bisection, Capacity, Screened, screen, search_capacity
 from slos_serve.sim.sizing import fewest_replicas
 from slos_serve.sim.sweep import AnswerFile, run_searches
 from slos_serve.workload.scenarios import SCENARIOS, make_workload
@@ -72,6 +75,51 @@ def test_a_bisection_ends_between_two_rates_that_it_tried() -> None:
 def test_distserve_tries_every_split() -> None:
     question = Question("chat", "distserve", {}, "opt-13b-a100", "poisson", 1.0, 60, 0, replicas=4)
     assert [row["parameters"]["prefill_replicas"] for row in _drive(question, 2.0).tried] == [1, 2, 3]
+
+
+def test_a_worse_parameter_set_takes_one_simulation() -> None:
+    """And so does each of a policy that does not reach the rate that is to be beaten."""
+    asked: list[Question] = []
+
+    def drive(beat_rps: float) -> Screened:
+        asked.clear()
+        search = screen(replace(BASE, policy="edf"), beat_rps=beat_rps)
+        try:
+            questions = next(search)
+            while True:
+                asked.extend(questions)
+                knees = [3.0 if one.parameters["token_budget"] == 512 else 1.0 for one in questions]
+                shares = [0.95 if one.rate_rps <= knee else 0.5 for one, knee in zip(questions, knees, strict=True)]
+                questions = search.send([Answer(share, share) for share in shares])
+        except StopIteration as end:
+            found: Screened = end.value
+            return found
+
+    found = drive(0.0)
+    assert found.best.parameters["token_budget"] == 512 and not found.at_most
+    assert found.rate_rps == pytest.approx(3.0, rel=0.05)
+    assert [one.at_most for one in found.tried] == [False, True, True, True]
+    assert Counter(one.parameters["token_budget"] for one in asked)[256] == 1
+    assert drive(10.0).at_most and len(asked) == 4
+    assert not drive(2.0).at_most
+
+
+def test_answers_of_rivals_outlive_a_change_of_our_planner(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {name: sweep.source_digest(name) for name in ("slos-serve", "qoserve", "edf")}
+    files = sweep._file_digests()
+    assert {"planning/form.py", "policies/qoserve.py", "sim/step.py", "profiles/opt-13b-a100.json"} <= set(files)
+
+    def changed(name: str) -> list[str]:
+        """Policies whose digest changes with a file."""
+        sweep.source_digest.cache_clear()
+        monkeypatch.setattr(sweep, "_file_digests", lambda: {**files, name: b"other"})
+        return [policy for policy, was in before.items() if sweep.source_digest(policy) != was]
+
+    assert changed("planning/form.py") == ["slos-serve"]
+    assert changed("policies/qoserve.py") == ["slos-serve", "qoserve"]
+    assert changed("sim/step.py") == ["slos-serve", "qoserve", "edf"]
+    assert changed("sim/search.py") == []
+    sweep.source_digest.cache_clear()
 
 
 def test_answers_are_remembered_on_disk(tmp_path: Path) -> None:
