@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import matrix
 from benchmarks.matrix import Cell, Row, geometric_mean, row_of, search_cell, table
+from slos_serve.policies.registry import POLICIES
 from slos_serve.sim import sweep
 from slos_serve.sim.question import Answer, Question
 from slos_serve.sim.seeds import FIRST_TEST_SEED
@@ -40,10 +41,15 @@ def test_rivals_are_screened_on_a_tuning_seed_and_the_best_three_searched_on_tho
     row, asked = _run(CELL, ["vllm", "qoserve", "edf", "sarathi"])
     assert {policy for policy, of_table in asked if not of_table} == set(KNEES)
     assert {policy for policy, of_table in asked if of_table} == {"slos-serve", "edf", "sarathi", "vllm"}
-    assert row["screened"]["vllm"] == pytest.approx(1.0, rel=0.08)
+    assert row["screened"]["vllm"] == {"rps": pytest.approx(1.0, rel=0.08), "at_most": False}
     assert row["mean"]["rival"] == "sarathi" and row["mean"]["over"] == pytest.approx(3.0 / 2.5, rel=0.02)
     assert row["strict"]["rival"] == "edf" and row["strict"]["over"] == pytest.approx(2.8 / 2.0, rel=0.02)
     assert 0.5 < row["of_possible"] < 2.0 and 0.5 < row["of_ideal"] < 2.0
+
+
+def test_a_rival_behind_the_best_three_takes_one_simulation_for_each_parameter_set() -> None:
+    row, asked = _run(CELL, ["edf", "sarathi", "vllm", "qoserve"])
+    assert row["screened"]["qoserve"]["at_most"] and asked["qoserve", False] == len(POLICIES["qoserve"].variants)
 
 
 def test_a_fast_engine_gets_so_many_requests_that_they_are_no_burst() -> None:
