@@ -99,12 +99,16 @@ class ToldLoad:
             elif coming or handed:
                 engine.now_s = max(engine.now_s, min(one[0] for one in (*coming, *handed)))
 
+    def fields(self, one: BenchRequest) -> dict[str, Any] | None:
+        """What a request asks for."""
+        return {"slo_class": one.slo_class} if one.slo_class else None
+
     def _judge(self, one: BenchRequest, tokens: list[int]) -> tuple[Judged, Mapping[str, Any] | None]:
         """Ask the front end; returns what it said, and what the engine gets beside the prompt."""
         slo_class = None if one.slo_class is None else self.front.version.classes.classes[one.slo_class]
         self._asked_s = one.arrival_s
         judged = self.front.begin(slo_class, self.front.version)
-        extra_args = {"slo_class": one.slo_class} if one.slo_class else None
+        extra_args = self.fields(one)
         params = SimpleNamespace(max_tokens=one.max_tokens, n=1, extra_args=extra_args)
         handed = self.front.entered(judged, {"prompt_token_ids": tokens}, params, one.request_id)
         if slo_class is not None:

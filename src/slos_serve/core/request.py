@@ -15,6 +15,18 @@ MAX_DRAFT_TOKENS = 10
 NUM_SHARES = 256
 
 
+def share_of(class_index: int, num_classes: int = NUM_SHARES, tenant: int = 0) -> int:
+    """Whose part of what an engine gives a request takes: its class's, or its tenant's within that class.
+
+    Args:
+        num_classes: classes there are. Beyond ``NUM_SHARES`` some share a part.
+        tenant: 1 and up for tenants that are known by name; 0 for everybody else, together. Where tenants are too many
+            for the table, some share a part.
+    """
+    tenants = max(NUM_SHARES // num_classes, 1)
+    return (class_index + num_classes * (tenant % tenants)) % NUM_SHARES
+
+
 class Status(IntEnum):
     """Where a request stands with its promise."""
 
@@ -30,7 +42,7 @@ class Status(IntEnum):
 REQUEST_DTYPE = np.dtype(
     [
         ("order", np.int64),  # arrival order, grows
-        ("share", np.int64),  # whose part of best effort's time it takes: its class's, or its tenant's in that class
+        ("share", np.int64),  # see :func:`share_of`
         ("status", np.int64),
         ("class_index", np.int64),
         ("answer_due_s", np.float64),  # when the last token is due; inf without such a promise
@@ -89,6 +101,7 @@ class RequestTable:
         tpot_s: float = np.inf,
         answer_due_s: float = np.inf,
         class_index: int = 0,
+        share: int | None = None,
         weight: float = 1.0,
         max_stall_s: float = np.inf,
         hint_tokens: int = 0,
@@ -121,7 +134,7 @@ class RequestTable:
         row["draft_limit"] = MAX_DRAFT_TOKENS
         row["cached_tokens"] = cached_tokens
         row["class_index"] = class_index
-        row["share"] = class_index % NUM_SHARES
+        row["share"] = share_of(class_index) if share is None else share
         row["order"] = self._num_added
         row["status"] = Status.UNDECIDED if has_slo else Status.BEST_EFFORT
         row["has_slo"] = has_slo

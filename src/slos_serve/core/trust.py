@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 
@@ -121,6 +122,14 @@ class Trust:
     def known(self, tenant: str | None) -> str:
         """The tenant whose rule and budget count: itself, or :data:`OTHERS`."""
         return tenant if tenant is not None and tenant in self.tenants else OTHERS
+
+    @cached_property
+    def _places(self) -> dict[str, int]:
+        return {name: place for place, name in enumerate(sorted(self.tenants), start=1)}
+
+    def place(self, tenant: str | None) -> int:
+        """Number of a tenant among those that the file names, from 1; 0 for everybody else, together."""
+        return 0 if tenant is None else self._places.get(tenant, 0)
 
     def rule(self, tenant: str | None) -> TenantRule:
         """What a tenant may have."""

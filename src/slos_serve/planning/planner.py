@@ -67,7 +67,7 @@ class Planner:
     Attributes:
         lengths: how long answers are, learnt.
         acceptance: how often drafts are right, learnt.
-        shares: how much of what each class asks for is promised.
+        shares: how much of what each class, and each tenant in it, asks for is promised.
     """
 
     def __init__(self, model: BatchTimeModel, num_classes: int, settings: PlannerSettings | None = None) -> None:
@@ -126,7 +126,7 @@ class Planner:
         if len(made) or len(demoted):
             decided = np.concatenate((made, demoted[rows["status"][demoted] == UNDECIDED]))
             promised = np.arange(len(decided)) < len(made)
-            self.shares.decided(rows["class_index"][decided], promised, rows["weight"][decided])
+            self.shares.decided(rows["share"][decided], promised, rows["weight"][decided])
             rows["status"][made], rows["status"][demoted] = ADMITTED, BEST_EFFORT
         self.counters.plans += 1
         self.counters.demoted += len(plan.demoted)

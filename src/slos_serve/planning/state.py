@@ -35,7 +35,7 @@ class State(NamedTuple):
         coefficients: float64 [8], batch times as they are planned: corrected, margin added.
         now_s: when the step starts.
         margin: share of every TPOT kept in hand.
-        boost: float64 [classes], see :class:`slos_serve.perf.class_shares.ClassShares`.
+        boost: float64 [NUM_SHARES], see :class:`slos_serve.perf.class_shares.ClassShares`.
         free_blocks .. max_tokens: as of the view.
     """
 
@@ -106,8 +106,8 @@ def without(state: State, slot: int) -> State:
 
 @in_place
 def weight_of(state: State, slot: int) -> float:
-    """What admitting a request is worth: its own weight, more where its class has been admitted less than others."""
-    return float(state.rows["weight"][slot] * state.boost[state.rows["class_index"][slot]])
+    """What admitting a request is worth: its own weight, more where its class or tenant is promised less."""
+    return float(state.rows["weight"][slot] * state.boost[state.rows["share"][slot]])
 
 
 @in_place

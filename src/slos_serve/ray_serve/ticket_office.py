@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from slos_serve.core.request import share_of
 from slos_serve.core.slo import SLOClass, WhenFull
 from slos_serve.core.trust import DeniedError
 from slos_serve.files.class_file import CUSTOM_CLASS
@@ -84,7 +85,7 @@ class TicketOffice:
             slo_class = allowed_class(self._settings.trust, self._settings.classes, asked, tenant)
         except DeniedError:
             slo_class = None  # it came around the middleware: its replica's scheduler promises nothing either
-        prompt_tokens = self._prompts.prompt_tokens(body)
+        prompt_tokens, class_index = self._prompts.prompt_tokens(body), self._index(slo_class)
         ttft_s, tpot_s, e2e_s = self._promise(slo_class, prompt_tokens)
         margin_s = self._settings.planner.ttft_margin_s
         request = RoutingRequest(
@@ -94,7 +95,8 @@ class TicketOffice:
             ttft_due_s=arrival_s + ttft_s - margin_s,
             tpot_s=tpot_s,
             answer_due_s=arrival_s + e2e_s - margin_s,
-            class_index=self._index(slo_class),
+            class_index=class_index,
+            share=share_of(class_index, len(self._indices) + 2, self._settings.trust.place(tenant)),
             weight=max(slo_class.weight, 1e-6) if slo_class is not None else 1.0,
             hint_tokens=asked.expected_tokens or 0,
             reject_when_full=slo_class is not None and slo_class.when_full is not WhenFull.BEST_EFFORT,

@@ -65,7 +65,10 @@ def state_of_one(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int)
     one, none = np.zeros(1, dtype=np.int64), np.empty(0, dtype=np.int64)
     row["cached_tokens"][0] = cached_tokens
     # A replica may know fewer classes than the router; the last is for requests of none.
-    row["class_index"][0] = min(row["class_index"][0], m.boost.shape[1] - 1)
+    last = m.forecast_tokens.shape[1] - 1
+    if row["class_index"][0] > last:
+        row["class_index"][0] = last
+        row["share"][0] = last
     forecast_lengths(row, one, m.forecast_tokens[k])
     blocks, size, many = m.total_blocks[k], m.block_size[k], 1 << 40
     status = np.full(1, UNDECIDED)

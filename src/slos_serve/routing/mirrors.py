@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.core.request import REQUEST_DTYPE, RequestArray, Status
+from slos_serve.core.request import NUM_SHARES, REQUEST_DTYPE, RequestArray, Status
 from slos_serve.perf.formula import NUM_COEFFICIENTS
 from slos_serve.planning.supply import MOMENT_TOKENS
 from slos_serve.routing.mirror_arrays import TIERS, MirrorArrays, rate_beside
@@ -264,7 +264,10 @@ class Mirrors:
         m.total_blocks[k], m.block_size[k] = given.total_blocks, given.block_size
         classes = min(len(given.forecast_tokens), self._num_classes)
         m.forecast_tokens[k, :classes, 0] = given.forecast_tokens[:classes]
-        m.boost[k, :classes] = given.boost[:classes]
+        rank, class_index = np.divmod(given.boosted, len(given.forecast_tokens))
+        here = class_index < self._num_classes  # a replica that knows other classes numbers shares in its own way
+        places = class_index[here] + self._num_classes * rank[here]
+        m.boost[k, places[places < NUM_SHARES]] = given.boost[here][places < NUM_SHARES]
         m.num_unpromised[k] = given.num_unpromised
         m.idle_rate[k] = max(rate_beside(m, k, np.zeros(TIERS)), 1e-9)
 
@@ -310,6 +313,7 @@ def request_row(
     tpot_s: float,
     answer_due_s: float,
     class_index: int,
+    share: int,
     weight: float,
     hint_tokens: int,
 ) -> RequestArray:
@@ -320,7 +324,7 @@ def request_row(
     row["tpot_s"] = row["promised_tpot_s"] = tpot_s
     row["answer_due_s"] = answer_due_s
     row["stage_start_s"], row["max_stall_s"] = np.nan, np.inf
-    row["weight"], row["class_index"] = weight, class_index
+    row["weight"], row["class_index"], row["share"] = weight, class_index, share
     row["prompt_tokens"], row["max_tokens"], row["hint_tokens"] = prompt_tokens, max_tokens, hint_tokens
     row["expected_tokens"] = max_tokens
     row["status"], row["has_slo"] = Status.UNDECIDED, 1
@@ -336,7 +340,7 @@ def _arrays(replicas: int, places: int, checkpoints: int, classes: int) -> Mirro
     shapes |= dict.fromkeys(("moments_s", "lent_tokens"), (replicas, len(MOMENT_TOKENS)))
     shapes["memory_left"] = (replicas, checkpoints)
     shapes["coefficients"] = (replicas, NUM_COEFFICIENTS)
-    shapes["forecast_tokens"], shapes["boost"] = (replicas, classes, 1), (replicas, classes)
+    shapes["forecast_tokens"], shapes["boost"] = (replicas, classes, 1), (replicas, NUM_SHARES)
     whole = {"first", "num_owed", "tier", "begun", "num_tiers", "total_blocks", "block_size", "num_unpromised"}
     made: dict[str, Any] = {
         name: np.zeros(shape, dtype=np.int64 if name in whole else np.float64) for name, shape in shapes.items()

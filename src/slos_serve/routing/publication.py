@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.request import NUM_SHARES
 from slos_serve.perf.formula import NUM_COEFFICIENTS
 from slos_serve.planning.state import FloatArray, IntArray
 from slos_serve.planning.supply import MOMENT_TOKENS
 
-FORMAT = "slos-serve-publication/5"
+FORMAT = "slos-serve-publication/6"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -52,7 +53,8 @@ class Publication:
         num_requests: unfinished requests of any kind.
         num_unpromised: of them, best effort and those passed over.
         forecast_tokens: float64 [classes], forecast output length of a request that has not begun.
-        boost: float64 [classes], what weights of each class are multiplied with, already in ``weight``.
+        boosted: int64 [b], shares (:func:`slos_serve.core.request.share_of`) whose weights are multiplied.
+        boost: float64 [b], with what; it is already in ``weight``.
     """
 
     replica: str
@@ -87,6 +89,7 @@ class Publication:
     num_requests: int
     num_unpromised: int
     forecast_tokens: FloatArray
+    boosted: IntArray
     boost: FloatArray
 
     def as_dict(self) -> dict[str, Any]:
@@ -129,8 +132,12 @@ class Publication:
         for name in ("due_s", "moments_s"):
             if np.any(np.diff(getattr(self, name)) < 0.0):
                 raise InvalidFieldError(name, "unsorted", "times in ascending order")
-        if len(self.boost) != len(self.forecast_tokens) or not np.all(np.isfinite(self.boost) & (self.boost > 0.0)):
-            raise InvalidFieldError("boost", self.boost.tolist(), "a finite number above 0 for each class")
+        if len(self.forecast_tokens) == 0:
+            raise InvalidFieldError("forecast_tokens", 0, "a number for each class")
+        if not np.all((self.boosted >= 0) & (self.boosted < NUM_SHARES)):
+            raise InvalidFieldError("boosted", self.boosted.tolist(), f"0 to {NUM_SHARES - 1}")
+        if not np.all(np.isfinite(self.boost) & (self.boost > 0.0)):
+            raise InvalidFieldError("boost", self.boost.tolist(), "finite numbers above 0")
         if self.block_size < 1 or self.total_blocks < 0:
             raise InvalidFieldError("block_size", self.block_size, "1 or more, and total_blocks 0 or more")
         for name in ("coefficients", "time_s", "ready_s", "seen_until_s"):
@@ -146,7 +153,8 @@ def _sizes(publication: Publication) -> list[tuple[str, int]]:
     by_tier = ("periods_s", "tokens_each", "extra_s_each", "counts", "in_tier")
     by_prompt = ("cost_tokens", "tier", "weight", "begun")
     by_moment = ("moments_s", "lent_tokens")
-    sizes = [(by_tier, tiers), (by_prompt, owed), (by_moment, len(MOMENT_TOKENS))]
+    by_share = ("boosted", "boost")
+    sizes = [(by_tier, tiers), (by_prompt, owed), (by_moment, len(MOMENT_TOKENS)), (by_share, len(publication.boost))]
     return [(name, size) for names, size in sizes for name in names]
 
 

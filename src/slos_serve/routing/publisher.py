@@ -109,6 +109,7 @@ def publication_of(
     rows, taken = view.table.rows, admitted.taken
     promised = int(supply.counts.sum()) + int(taken.sum())
     num_requests = len(view.running) + len(view.waiting)
+    boosted = np.flatnonzero(planner.shares.boost != 1.0)
     return Publication(
         replica=replica,
         sequence=sequence,
@@ -142,5 +143,6 @@ def publication_of(
         num_requests=num_requests,
         num_unpromised=max(num_requests - promised, 0),
         forecast_tokens=planner.lengths.table()[:, 0].copy(),
-        boost=planner.shares.boost,
+        boosted=boosted,
+        boost=planner.shares.boost[boosted],
     )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from slos_serve.core.request import RequestArray, Status
+from slos_serve.core.request import RequestArray, Status, share_of
 from slos_serve.core.slo import check_number
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.routing import mirror_kernel as kernel
@@ -33,6 +33,7 @@ class RoutingRequest:
         tpot_s: promised time per output token; ``inf`` without such a promise.
         answer_due_s: when the last token is due; ``inf`` without such a promise.
         class_index, weight: its class.
+        share: see :func:`slos_serve.core.request.share_of`; ``None`` for its class's.
         hint_tokens: the client's forecast of the answer's length, 0 without one.
         cached: replica -> prompt tokens that its prefix cache would supply.
         missed: a promise to an earlier call of its session is broken for good, so that nothing is to be kept.
@@ -49,6 +50,7 @@ class RoutingRequest:
     tpot_s: float = np.inf
     answer_due_s: float = np.inf
     class_index: int = 0
+    share: int | None = None
     weight: float = 1.0
     hint_tokens: int = 0
     cached: Mapping[str, int] = field(default_factory=dict)
@@ -171,6 +173,7 @@ def row_of(request: RoutingRequest) -> RequestArray:
         tpot_s=request.tpot_s,
         answer_due_s=request.answer_due_s,
         class_index=request.class_index,
+        share=share_of(request.class_index) if request.share is None else request.share,
         weight=request.weight,
         hint_tokens=request.hint_tokens,
     )

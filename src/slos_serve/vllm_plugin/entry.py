@@ -14,7 +14,7 @@ import numpy as np
 from vllm.logger import init_logger
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.core.request import Status
+from slos_serve.core.request import Status, share_of
 from slos_serve.core.slo import SLOClass
 from slos_serve.core.tasks import task_of
 from slos_serve.core.trust import DeniedError, Quotas
@@ -104,8 +104,8 @@ class RequestDesk:
             return
         control = self._control
         if control.book.honour(tracked, rank):
-            classes, weights = np.array([tracked.promise.class_index]), np.array([tracked.promise.weight])
-            control.policy.planner.shares.decided(classes, np.ones(1, dtype=np.bool_), weights)
+            rows = control.book.table.rows[[tracked.slot]]
+            control.policy.planner.shares.decided(rows["share"], np.ones(1, dtype=np.bool_), rows["weight"])
 
     def continued(self, request: Request) -> None:
         """A streaming-input session goes on with another chunk: its promise counts from the chunk's arrival."""
@@ -130,7 +130,9 @@ class RequestDesk:
         arrival_s = self._arrival_s(request.arrival_time)
         first, *weaker = [None] if slo_class is None else slo_class.promises
         several = [self._one_promise(request, asked, one, new_tokens, arrival_s) for one in (first, *weaker)]
-        return replace(several[0], tenant=tenant, weaker=tuple(several[1:])), asked
+        place = self._settings.trust.place(tenant)
+        share = share_of(several[0].class_index, len(self._class_indices) + 2, place)
+        return replace(several[0], tenant=tenant, share=share, weaker=tuple(several[1:])), asked
 
     def _with_task(self, request: Request, promise: Promise, asked: SloArgs) -> Promise:
         """The promise of a call of a task: its answer is due when its share of the task is over."""
@@ -216,14 +218,14 @@ class RequestDesk:
             tenant = None if self._seal is None else self._seal.opened(asked.tenant)
             slo_class = allowed_class(trust, self._versions.classes_of(extra_args), asked, tenant)
             if slo_class is None or slo_class.best_effort:
-                return asked, None, None
+                return asked, None, tenant
             self._quotas.take(now_s, tenant)
         except InvalidFieldError as error:
             self._refuse(error)
             return SloArgs(), None, None
         except DeniedError as denied:
             self._control.telemetry.post(self._control.recorder.denied, denied.why)
-            return asked, None, None
+            return asked, None, tenant
         self._quotas.used(now_s, tenant, new_tokens)
         return asked, slo_class, tenant
 

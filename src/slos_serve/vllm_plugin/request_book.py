@@ -7,14 +7,13 @@ is preempted or promoted; the book looks at them only then. Times are the book's
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from slos_serve.core.plan import StepPlan
-from slos_serve.core.request import NUM_SHARES, RequestTable, SlotArray, Status
+from slos_serve.core.request import RequestTable, SlotArray, Status, share_of
 from slos_serve.core.slo import SLOClass
 from slos_serve.perf.batch_time import BatchShape
 from slos_serve.planning.planner import promises_made
@@ -71,13 +70,13 @@ class RequestBook:
             tpot_s=slo_class.slo.tpot_s if slo_class else np.inf,
             answer_due_s=promise.planned_answer_due_s,
             class_index=promise.class_index,
+            share=promise.share,
             weight=promise.weight,
             max_stall_s=slo_class.max_stall_ms / 1000.0 if slo_class else np.inf,
             hint_tokens=promise.hint_tokens,
             adapter=compat.adapter_of(request),
             fixed_blocks=fixed_blocks,
         )
-        self.table.rows["share"][slot] = share_of(promise)
         tracked = Tracked(request, slot, promise, fixed_blocks=fixed_blocks, decode_blocks=decode_blocks)
         self._shrinks |= decode_blocks < fixed_blocks
         self.by_id[request.request_id] = tracked
@@ -115,7 +114,8 @@ class RequestBook:
         row["expected_tokens"] = min(promise.hint_tokens, promise.max_tokens) or promise.max_tokens
         row["hint_tokens"] = promise.hint_tokens
         self._write_promise(tracked.slot, promise)
-        row["class_index"], row["share"] = promise.class_index, share_of(promise)
+        row["class_index"] = promise.class_index
+        row["share"] = share_of(promise.class_index) if promise.share is None else promise.share
         row["stage_start_s"] = np.nan
         row["stage_tokens"] = row["output_tokens"] = 0
         row["has_slo"], row["missed"] = has_slo, False
@@ -368,13 +368,6 @@ class RequestBook:
         if tracked.stage != stage_before:
             row["tpot_s"] = row["promised_tpot_s"] = tracked.stages[tracked.stage].slo.tpot_s
             row["stage_tokens"] = total - tracked.stage_offset
-
-
-def share_of(promise: Promise) -> int:
-    """Whose part of best effort a request takes: its class's, or its tenant's in that class (two may fall together)."""
-    if promise.tenant is None:
-        return promise.class_index % NUM_SHARES
-    return zlib.crc32(f"{promise.class_index} {promise.tenant}".encode()) % NUM_SHARES
 
 
 def class_index_of(classes: Mapping[str, int], slo_class: SLOClass | None) -> int:

@@ -29,6 +29,7 @@ class Promise:
         hint_tokens: the client's own forecast of its answer; 0 without one.
         max_tokens: most output tokens.
         tenant: in whose budget it counts; ``None`` for nobody's.
+        share: see :func:`slos_serve.core.request.share_of`; ``None`` for its class's.
         weaker: what is asked for in its place, in order, once it cannot be kept.
         call: the call of a task that it is; ``None`` for none.
         last_call: its client says that no call of the task follows.
@@ -44,6 +45,7 @@ class Promise:
     hint_tokens: int
     max_tokens: int
     tenant: str | None = None
+    share: int | None = None
     weaker: tuple[Promise, ...] = ()
     call: CallDue | None = None
     last_call: bool = False

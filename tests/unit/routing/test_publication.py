@@ -72,7 +72,8 @@ def test_a_publication_survives_json() -> None:
     given = published(_mixed())
     engine = EngineBuilder()
     engine.wait(100, tpot_s=np.inf)
-    for one in (given, published(engine)):
+    boosted = replace(given, boosted=np.array([0, 7]), boost=np.array([2.0, 3.5]))
+    for one in (given, boosted, published(engine)):
         found = Publication.of_dict(json.loads(json.dumps(one.as_dict(), allow_nan=False)))
         for field in fields(Publication):
             np.testing.assert_array_equal(getattr(found, field.name), getattr(one, field.name), field.name)
@@ -91,6 +92,11 @@ def test_a_publication_survives_json() -> None:
         ({"tier": [0, 7]}, "tier"),
         ({"block_size": 0}, "block_size"),
         ({"time_s": "nan"}, "time_s"),
+        ({"boosted": [0], "boost": [1.0, 2.0]}, "boosted"),
+        ({"boosted": [256], "boost": [2.0]}, "boosted"),
+        ({"boosted": [-1], "boost": [2.0]}, "boosted"),
+        ({"boosted": [0], "boost": [0.0]}, "boost"),
+        ({"forecast_tokens": []}, "forecast_tokens"),
     ],
 )
 def test_what_does_not_belong_together_is_refused(change: dict[str, object], named: str) -> None:

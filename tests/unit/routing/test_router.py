@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.core.request import share_of
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.routing.mirrors import LOST_AFTER_S, Mirrors
 from slos_serve.routing.router import RouterSettings, route, verdicts
@@ -64,6 +65,17 @@ def test_nothing_begun_and_nothing_worth_more_is_given_up(change: str) -> None:
     else:
         full.wait(3500, due_in_s=0.6, weight=2.0)
     assert route(NOW_S, request(1000, due_in_s=0.5), mirrors_of(a=full)).verdict is Verdict.BEST_EFFORT
+
+
+def test_a_tenant_that_is_promised_too_little_takes_the_place_of_another() -> None:
+    for class_index, tenant, verdict in ((0, 2, Verdict.ADMITTED), (0, 1, Verdict.BEST_EFFORT)):
+        full = loaded(0)
+        full.wait(3500, due_in_s=0.6)
+        mirrors = Mirrors(["a"], num_classes=3)  # the replica knows two classes: it numbers shares in its own way
+        given = replace(published(full), forecast_tokens=np.full(2, 50.0))
+        mirrors.update(replace(given, boosted=np.array([share_of(0, 2, 2)]), boost=np.array([4.0])))
+        asked = request(3800, due_in_s=0.65, class_index=class_index, share=share_of(class_index, 3, tenant))
+        assert route(NOW_S, asked, mirrors).verdict is verdict
 
 
 def test_a_promise_that_binds_gives_no_place_and_stays_when_times_turn_out_otherwise() -> None:

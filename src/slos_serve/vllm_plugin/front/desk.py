@@ -25,6 +25,7 @@ from typing import Any
 
 import zmq
 
+from slos_serve.core.request import share_of
 from slos_serve.core.slo import SLOClass, WhenFull
 from slos_serve.core.verdict import Verdict
 from slos_serve.perf.batch_time import BatchTimeModel
@@ -44,6 +45,7 @@ from slos_serve.vllm_plugin.live.feed import LIVE_KEY, WATCHED
 from slos_serve.vllm_plugin.live.state import LiveState, Watch
 from slos_serve.vllm_plugin.metrics import EngineLabels
 from slos_serve.vllm_plugin.publish import TICKETS_KEY
+from slos_serve.vllm_plugin.seal import seal_of
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
 
 POLL_MS = 200
@@ -91,6 +93,7 @@ class FrontDesk:
         self._newest: Publication | None = None
         self._told: OrderedDict[str, Verdict] = OrderedDict()
         self._tasks = FrontTasks(config)
+        self._seal = seal_of(os.environ) if config.trust.knows_tenants else None
         self._gauges_s = -math.inf
         self.load: dict[str, float] = {}
         self.ready = False
@@ -247,10 +250,15 @@ class FrontDesk:
             tpot_s=math.inf if slo_class is None else slo_class.slo.tpot_s,
             answer_due_s=math.inf if slo_class is None else arrival_s + slo_class.slo.e2e_s - margin_s,
             class_index=index,
+            share=self._share(index, args),
             weight=1.0 if slo_class is None else max(slo_class.weight, 1e-6),
             hint_tokens=args.expected_tokens or 0,
             reject_when_full=slo_class is not None and slo_class.when_full is not WhenFull.BEST_EFFORT,
         )
+
+    def _share(self, class_index: int, args: SloArgs) -> int:
+        tenant = None if self._seal is None else self._seal.opened(args.tenant)
+        return share_of(class_index, len(self._indices) + 2, self._config.trust.place(tenant))
 
     def _refusal(self, slo_class: SLOClass, asked: RoutingRequest, now_s: float) -> tuple[int, int]:
         least_s = self._mirror.retry_after_s(now_s, asked)

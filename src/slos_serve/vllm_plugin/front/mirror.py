@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from slos_serve.core.request import share_of
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.perf.step_time import roofline_s
 from slos_serve.planning.demand import is_lost
@@ -23,7 +24,7 @@ from slos_serve.routing.mirror_arrays import advance, rate_beside
 from slos_serve.routing.mirrors import Mirrors, Sent, request_row
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.retry_after import RetryTimes
-from slos_serve.routing.router import RouterSettings, RoutingRequest, route, verdicts
+from slos_serve.routing.router import RouterSettings, RoutingRequest, route, unpromised, verdicts
 from slos_serve.routing.settings import STALE_AFTER_S, Order
 
 ENGINE = "engine"
@@ -127,10 +128,18 @@ class EngineMirror:
         """
         now_s = self._now_s = max(now_s, self._now_s)
         self._keep_fresh(now_s)
-        several = (asked, *weaker)
-        rank = next((rank for rank, one in enumerate(several) if self._fits(now_s, one)), 0) if weaker else 0
-        asked = several[rank]
+        several, yields = (asked, *weaker), self._yields(asked)
+        rank: int | None = 0
+        if weaker or yields:
+            fitting = [replace(one, prompt_tokens=2 * one.prompt_tokens) for one in several] if yields else several
+            rank = next((rank for rank, one in enumerate(fitting) if self._fits(now_s, one)), None if yields else 0)
+        asked = several[rank or 0]
         predicted = self._predicted(now_s, asked) if asked.has_slo else None
+        if rank is None:
+            if not asked.reject_when_full:
+                self._mirrors.send(self._mirrors.position(ENGINE), unpromised(now_s, asked))
+            verdict = Verdict.REJECTED if asked.reject_when_full else Verdict.BEST_EFFORT
+            return Answer(verdict, Why.TTFT_TOO_LATE if predicted is None else predicted.obstacle)
         decision = route(now_s, asked, self._mirrors, _SETTINGS)
         if not asked.has_slo:
             return Answer(Verdict.NO_SLO, Why.NO_SLO)
@@ -142,6 +151,20 @@ class EngineMirror:
         if reason is Why.ALL_FULL:  # of one engine it is known what binds
             reason = Why.TTFT_TOO_LATE if predicted is None else predicted.obstacle
         return Answer(decision.verdict, reason)
+
+    def _yields(self, asked: RoutingRequest) -> bool:
+        """Whether another tenant of its class is promised less of what it is due.
+
+        A promise that is told binds, so that weights count no more. Such a request is told one only where there is
+        room for a second one like it, which the other tenant finds when it asks.
+        """
+        newest = self._newest
+        if newest is None or not len(newest.boosted) or asked.share is None or not asked.has_slo:
+            return False
+        num_classes = len(newest.forecast_tokens)
+        own = newest.boost[newest.boosted == asked.share].max(initial=1.0)
+        others = newest.boost[newest.boosted % num_classes == asked.share % num_classes]
+        return bool(others.max(initial=1.0) > own)
 
     def _fits(self, now_s: float, asked: RoutingRequest) -> bool:
         return verdicts(now_s, asked, self._mirrors, _SETTINGS).get(ENGINE, False)
@@ -197,6 +220,7 @@ class EngineMirror:
             tpot_s=asked.tpot_s,
             answer_due_s=asked.answer_due_s,
             class_index=asked.class_index,
+            share=share_of(asked.class_index) if asked.share is None else asked.share,
             weight=asked.weight,
             hint_tokens=asked.hint_tokens,
         )
