@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,6 +23,7 @@ from slos_serve.core.redaction import redacted, redacted_arguments, redacted_tex
 from slos_serve.files.profile_file import Profile
 from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.launch.server import STOP_TIMEOUT_S, Patience, ServerProcess, ServerStartError
+from slos_serve.vllm_plugin.hangup import has_terminal
 
 INTERRUPTED_STOP_S = 5.0
 _KILLED = 128
@@ -67,13 +69,15 @@ def _run_in(console: Console, launch: Launch, json_file: Path | None, folder: Pa
     if json_file is not None:
         shown = json.dumps(_resolved(launch, server), indent=2)
         json_file.write_text(redacted_text(shown, _secrets(launch)) + "\n", encoding="utf-8")
-    with _forwarded_signals(server, ended_by):
+    with _forwarded_signals(server, ended_by) as reads_again:
         stopped = None
         try:
             server.start()
             if not config.endpoint.headless:
                 server.wait_ready()
                 console.print(f"[bold green]ready[/] at {server.base_url}/v1", highlight=False)
+                if config.replicas is None:
+                    reads_again.set()
             server.wait()
         except ServerStartError:
             if not ended_by:
@@ -112,16 +116,29 @@ def _give_up_if(ended_by: Sequence[int]) -> None:
 
 
 @contextmanager
-def _forwarded_signals(server: ServerProcess, came: list[int]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM go to the server, which finishes by itself; the signals that came are added to ``came``."""
+def _forwarded_signals(server: ServerProcess, came: list[int]) -> Iterator[threading.Event]:
+    """Ctrl-C and SIGTERM go to the server, which finishes by itself; the signals that came are added to ``came``.
+
+    SIGHUP goes there as SIGTERM when the terminal is closed. Without a terminal it goes there as it is, for the class
+    file to be read again, once the event that is yielded says that the server can; before that it does nothing.
+    """
+    reads_again, in_terminal = threading.Event(), has_terminal()
 
     def forward(number: int, _frame: FrameType | None) -> None:
         came.append(number)
         server.send_signal(number)
 
+    def hang_up(number: int, frame: FrameType | None) -> None:
+        if in_terminal:
+            forward(signal.SIGTERM, frame)
+        elif reads_again.is_set():
+            server.send_signal(number)
+
     before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # else nohup
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, hang_up)
     try:
-        yield
+        yield reads_again
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -34,6 +34,7 @@ from slos_serve.vllm_plugin.body_fields import body_fields
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.load_report import reporting, wanted_format
 from slos_serve.vllm_plugin.gate import Gate, Granted
+from slos_serve.vllm_plugin.hangup import on_hangup
 from slos_serve.vllm_plugin.live.routes import LIVE_PATHS, LiveRoutes
 from slos_serve.vllm_plugin.slo_args import HEADER_KEYS, SESSION_KEY
 
@@ -212,7 +213,9 @@ def _front_of(scope: Scope) -> FrontDesk | None:
         return None
     from slos_serve.vllm_plugin.front.client import open_front  # noqa: PLC0415 - loads the routing kernels
 
-    return open_front(app)
+    front = open_front(app)
+    on_hangup(lambda: None if front is None else front.read_file_again())
+    return front
 
 
 def _explained_of(scope: Scope, front: FrontDesk | None) -> ExplainRoute | None:

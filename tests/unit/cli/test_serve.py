@@ -7,6 +7,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -196,29 +198,67 @@ def test_an_interrupt_while_the_server_starts_ends_it(monkeypatch: pytest.Monkey
 
 
 FORWARDING = """
-import signal, sys
+import os, signal, sys
+if sys.argv[1]:
+    os.open(sys.argv[1], os.O_RDWR)  # becomes the terminal of the session
 from rich.console import Console
 from slos_serve.cli.serve_run import _forwarded_signals
 class Server:
     def send_signal(self, number):
         print("got", number, flush=True)
 came = []
-with _forwarded_signals(Server(), came):
+with _forwarded_signals(Server(), came) as reads_again:
     print("up", flush=True)
-    while len(came) < 2:
-        signal.pause()
+    if sys.stdin.readline():
+        reads_again.set()
+        print("ready", flush=True)
+        sys.stdin.readline()
 """
 
 
-def test_ctrl_c_and_sigterm_reach_the_server() -> None:
-    with subprocess.Popen([sys.executable, "-c", FORWARDING], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
+@contextmanager
+def forwarding(terminal: str = "") -> Iterator[tuple[int, Callable[[], str], Callable[[], None]]]:
+    """What passes signals on, in a session of its own: its number, what it says next, and "the server is ready"."""
+    command, pipe = [sys.executable, "-c", FORWARDING, terminal], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, start_new_session=True) as process:
+        assert process.stdin is not None and process.stdout is not None
         assert process.stdout.readline() == "up\n"
-        os.kill(process.pid, signal.SIGINT)
-        assert process.stdout.readline() == "got 2\n"
-        os.kill(process.pid, signal.SIGTERM)
-        assert process.stdout.readline() == "got 15\n"
+
+        def ready() -> None:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "ready\n"
+
+        yield process.pid, process.stdout.readline, ready
+        process.stdin.close()
     assert process.returncode == 0
+
+
+def test_ctrl_c_and_sigterm_reach_the_server() -> None:
+    with forwarding() as (pid, said, _):
+        os.kill(pid, signal.SIGINT)
+        assert said() == "got 2\n"
+        os.kill(pid, signal.SIGTERM)
+        assert said() == "got 15\n"
+
+
+def test_a_hangup_asks_the_server_to_read_again_once_it_can() -> None:
+    with forwarding() as (pid, said, ready):
+        os.kill(pid, signal.SIGHUP)
+        ready()
+        os.kill(pid, signal.SIGHUP)
+        assert said() == "got 1\n", "the first one came while the server started"
+        os.kill(pid, signal.SIGTERM)
+        assert said() == "got 15\n"
+
+
+def test_the_server_ends_when_its_terminal_is_closed() -> None:
+    ours, theirs = os.openpty()
+    with forwarding(os.ttyname(theirs)) as (_, said, _):
+        os.close(theirs)
+        os.close(ours)
+        assert said() == "got 15\n"
 
 
 def test_replicas_are_handed_to_ray_serve(

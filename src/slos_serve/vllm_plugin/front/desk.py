@@ -304,6 +304,10 @@ class FrontDesk:
             self.watch.close()
             sockets.close()
 
+    def read_file_again(self) -> None:
+        """Take the class file soon, whether it has changed or not; for a signal handler."""
+        self._watch_file.read_again = True
+
     def look_at_file(self, now_s: float) -> None:
         """Take the class file if it has changed."""
         if not self._watch_file.look(now_s):

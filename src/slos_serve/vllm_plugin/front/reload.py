@@ -1,4 +1,4 @@
-"""The class file is read again when it changes, while the server runs.
+"""The class file is read again when it changes or at SIGHUP, while the server runs.
 
 A file is taken once it has been the same for two looks, so one that is being written is left alone. A file that cannot
 be used changes nothing: the classes stay as they were, the log names file and line, and a counter grows. Requests that
@@ -36,6 +36,7 @@ class ClassFileWatch:
 
     Attributes:
         current: the version that new requests are judged by. Read on the event loop, replaced by the thread that looks.
+        read_again: an operator asks that the next look takes the file as it is.
     """
 
     def __init__(
@@ -48,15 +49,17 @@ class ClassFileWatch:
         self._process = os.getpid() if process is None else process
         self._seen = self._used = self._stamp()
         self._looked_s = 0.0
+        self.read_again = False
 
     def look(self, now_s: float) -> bool:
-        """Take the file if it has changed; whether it was taken. Cheap when called often."""
-        if self._path is None or now_s - self._looked_s < LOOK_EVERY_S:
+        """Take the file if it has changed, or if that was asked for; whether it was taken. Cheap when called often."""
+        asked, self.read_again = self.read_again, False
+        if self._path is None or (now_s - self._looked_s < LOOK_EVERY_S and not asked):
             return False
         self._looked_s = now_s
         stamp = self._stamp()
         settled, self._seen = stamp == self._seen, stamp
-        if not settled or stamp == self._used:
+        if not asked and (not settled or stamp == self._used):
             return False
         self._used = stamp
         if stamp is None:

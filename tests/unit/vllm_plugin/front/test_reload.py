@@ -77,6 +77,24 @@ async def test_a_file_that_is_gone_keeps_the_classes_and_says_so_once(
     assert count(front, "taken") == 1.0
 
 
+def test_a_file_that_is_asked_for_is_taken_at_the_next_look(tmp_path: Path) -> None:
+    front = desk(tmp_path, loaded(0))
+    front.look_at_file(1000.0)
+    (tmp_path / "classes.yaml").write_text(NEW, encoding="utf-8")
+    front.look_at_file(1000.1)
+    assert front.version.digest == ""
+    front.read_file_again()
+    front.look_at_file(1000.2)
+    assert front.version.digest == digest_of(NEW)
+    for second in range(1, 4):
+        front.look_at_file(1000.0 + second)
+    assert count(front, "taken") == 1.0, "once"
+    (tmp_path / "classes.yaml").unlink()
+    front.read_file_again()
+    front.look_at_file(1005.0)
+    assert front.version.digest == digest_of(NEW) and count(front, "kept_old") == 1.0
+
+
 def test_the_engine_judges_by_the_version_that_the_front_end_used(tmp_path: Path) -> None:
     front = desk(tmp_path, loaded(0))
     engine = ClassVersions(front.config.classes, os.getpid())
