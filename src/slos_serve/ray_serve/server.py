@@ -30,6 +30,7 @@ from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import ADDRESS_KEY
 from slos_serve.routing.headroom import standard_ttft_s
 from slos_serve.vllm_plugin.config import EVENTS_ENV, PUBLISH_ENV, PluginConfig
+from slos_serve.vllm_plugin.handed import with_told
 from slos_serve.vllm_plugin.metrics import MULTIPROC_ENV
 
 HANG_ENV = "SLOS_SERVE_HANG_AFTER_S"
@@ -65,10 +66,12 @@ class SLOServer(LLMServer):
 
     async def chat(self, request: Any, raw_request_info: Any = None, ticket: Ticket | None = None) -> Any:
         """Run a chat request."""
+        _hand_over(request, ticket)
         return self._watched(await super().chat(request, raw_request_info), ticket)
 
     async def completions(self, request: Any, raw_request_info: Any = None, ticket: Ticket | None = None) -> Any:
         """Run a completion request."""
+        _hand_over(request, ticket)
         return self._watched(await super().completions(request, raw_request_info), ticket)
 
     async def check_health(self) -> None:
@@ -125,6 +128,12 @@ class SLOServer(LLMServer):
         finally:
             self._pulse.call_ended(number)
             self._demand.ended(number)
+
+
+def _hand_over(request: Any, ticket: Ticket | None) -> None:
+    """Tell the engine that the client was told a promise, which binds it; not where another replica was to keep it."""
+    told = ticket is not None and ticket.is_told_at(serve.get_replica_context().replica_id.unique_id)
+    request.vllm_xargs = with_told(getattr(request, "vllm_xargs", None), told=told)
 
 
 def end_this_replica() -> None:

@@ -67,6 +67,11 @@ class Ticket:
         self.decision = None
         self.output_tokens = 0
 
+    def is_told_at(self, replica: str) -> bool:
+        """Whether the client was told that this replica promises its request."""
+        decision = self.decision
+        return decision is not None and decision.replica == replica and decision.verdict is Verdict.ADMITTED
+
     @property
     def is_unpromised(self) -> bool:
         """Whether it asked for a promise and was sent without one."""

@@ -101,6 +101,7 @@ class TicketOffice:
             hint_tokens=asked.expected_tokens or 0,
             reject_when_full=slo_class is not None and slo_class.when_full is not WhenFull.BEST_EFFORT,
             ticket=random.getrandbits(TICKET_BITS) | 1,
+            binding=True,
         )
         ticket = Ticket(
             request,

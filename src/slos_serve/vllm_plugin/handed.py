@@ -1,7 +1,8 @@
-"""A call's due time, handed by a fleet's ingress to the replica that serves it: a task has one book, not one a replica.
+"""What a fleet's ingress hands to the replica that serves a request: a call's due time, and that a promise was told.
 
-It travels in the request's extra arguments under a key that the ingress always writes or removes, so that a client's
-own value never arrives. Only a replica of a fleet reads it. Times count from the arrival: clocks of nodes differ.
+A task has one book, at the ingress, not one a replica. Both travel in the request's extra arguments under keys that are
+always written or removed, so that a client's own value never arrives. Only a replica of a fleet reads them. Times count
+from the arrival: clocks of nodes differ.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from slos_serve.perf.tasks import MOST_LATE_WEIGHT, CallDue, TaskKey
+from slos_serve.vllm_plugin.slo_args import TOLD_KEY
 
 HANDED_KEY = "slos_serve_task_call"
 _NOT_IN_A_BOOK = 0
@@ -26,6 +28,15 @@ def with_handed(
     if extra_args is None or HANDED_KEY not in extra_args:
         return extra_args
     return {key: value for key, value in extra_args.items() if key != HANDED_KEY}
+
+
+def with_told(extra_args: Mapping[str, Any] | None, *, told: bool) -> Mapping[str, Any] | None:
+    """The extra arguments with the first promise as told to the client, or without any."""
+    if told:
+        return {**(extra_args or {}), TOLD_KEY: 0}
+    if extra_args is None or TOLD_KEY not in extra_args:
+        return extra_args
+    return {key: value for key, value in extra_args.items() if key != TOLD_KEY}
 
 
 def handed_call(extra_args: Mapping[str, Any] | None, key: TaskKey, arrival_s: float) -> CallDue | None:

@@ -226,6 +226,20 @@ def test_a_retry_gives_back_what_the_first_try_held(dispatcher: Dispatcher, post
     assert asked.attempts == 5
 
 
+@pytest.mark.parametrize("binding", [True, False])
+def test_a_told_promise_gives_its_place_to_nobody(dispatcher: Dispatcher, postman: Postman, binding: bool) -> None:
+    dispatcher.set_replicas({"a": "tcp://a"})
+    postman.bring("a", loaded(0), tickets=[])
+    assert dispatcher.decide(ticket(3500, due_in_s=0.6, binding=binding, ticket=7)).verdict is Verdict.ADMITTED
+    shorter = dispatcher.decide(ticket(1000, due_in_s=0.5, binding=binding, ticket=9))
+    assert shorter.reason is (Why.ALL_FULL if binding else Why.FITS_INSTEAD)
+    if binding:
+        postman.bring("a", loaded(0), at_s=0.05, tickets=[9])
+        assert dispatcher.decide(ticket(1000, due_in_s=0.5, binding=True, ticket=11)).verdict is Verdict.BEST_EFFORT
+        postman.bring("a", loaded(0), at_s=0.1, tickets=[7])  # it came and has ended
+        assert dispatcher.decide(ticket(1000, due_in_s=0.6, binding=True, ticket=13)).verdict is Verdict.ADMITTED
+
+
 def test_who_served_is_told_where_ray_chose_another(dispatcher: Dispatcher, postman: Postman) -> None:
     postman.bring("a", loaded(600, total_blocks=40_000))
     postman.bring("b", loaded(3))

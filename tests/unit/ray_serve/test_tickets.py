@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +20,7 @@ from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.ticket_office import TicketOffice, session_of
 from slos_serve.routing.router import RoutingDecision
 from slos_serve.vllm_plugin.config import PluginConfig
-from slos_serve.vllm_plugin.handed import HANDED_KEY, handed_call
+from slos_serve.vllm_plugin.handed import HANDED_KEY, handed_call, with_told
 from tests.builders import OPT_13B_A100
 from tests.unit.routing.fleet import NOW_S, loaded, published, request
 
@@ -63,6 +64,26 @@ def test_the_default_class_and_a_slowdown(office: TicketOffice) -> None:
     assert asked.arrival_s == 7.0
     assert asked.ttft_due_s == pytest.approx(7.0 - 0.01 + max(5 * OPT_13B_A100.zero_load_s(3), 0.2))
     assert asked.tpot_s == 0.1 and not asked.reject_when_full
+
+
+def test_a_promise_that_was_told_binds_the_replica_that_was_to_keep_it(office: TicketOffice) -> None:
+    ticket = office.ticket(body())
+    assert ticket.asked.binding and not ticket.is_told_at("a"), "nobody has decided yet"
+    for verdict in (Verdict.ADMITTED, Verdict.BEST_EFFORT, Verdict.NO_SLO):
+        ticket.decision = RoutingDecision("a", verdict, Why.FITS)
+        assert ticket.is_told_at("a") is (verdict is Verdict.ADMITTED) and not ticket.is_told_at("b")
+    ticket.decision = RoutingDecision("a", Verdict.ADMITTED, Why.FITS)
+    copied = pickle.loads(pickle.dumps(ticket))
+    assert copied.is_told_at("a"), "the replica's copy says so too"
+    ticket.again()
+    assert not ticket.is_told_at("a")
+
+
+def test_what_a_client_says_it_was_told_never_arrives() -> None:
+    assert with_told(None, told=False) is None
+    assert with_told({"slo_told": 1, "slo_class": "chat"}, told=False) == {"slo_class": "chat"}
+    assert with_told({"slo_told": 1, "slo_class": "chat"}, told=True) == {"slo_told": 0, "slo_class": "chat"}
+    assert with_told(None, told=True) == {"slo_told": 0}
 
 
 def test_a_class_that_is_rejected_when_full_and_a_hint(office: TicketOffice) -> None:
