@@ -131,6 +131,8 @@ RESPONSE_HEADERS = {
     "x-slo-task-left-ms": "What was left of the task when this call came.",
     "x-slo-predicted-ttft-ms": "Predicted time to first token of an admitted request.",
     "x-slo-predicted-tpot-ms": "Predicted time per output token of an admitted request.",
+    "x-slo-predicted-start-ms": "Predicted time to first token of a request that is promised nothing; a forecast "
+    "of what is left over.",
     "x-llm-d-request-dropped-reason": "`rejected-saturated` on a refusal, for llm-d's gateway.",
     "endpoint-load-metrics": "Load report (ORCA) of one server, where the request asks for it with "
     "`endpoint-load-metrics-format: TEXT` or `JSON`: `slos_serve_least_headroom_requests` and "

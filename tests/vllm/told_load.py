@@ -51,12 +51,16 @@ class ToldLoad:
     Attributes:
         told: verdict of each request with a promise, by its id; of one that came again the second.
         waits: seconds that refused clients waited before they came again.
+        starts: when requests without a promise were told that their answer begins, in seconds from their arrival.
+        began: when these answers began.
     """
 
     engine: DryEngine
     folder: Path
     told: dict[str, Verdict] = field(default_factory=dict)
     waits: dict[str, int] = field(default_factory=dict)
+    starts: dict[str, float] = field(default_factory=dict)
+    began: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         control = self.engine.scheduler._slo
@@ -78,6 +82,7 @@ class ToldLoad:
         rng, engine, number = np.random.default_rng(1), self.engine, itertools.count()
         coming = [(one.arrival_s, next(number), one) for one in requests]
         heapq.heapify(coming)
+        arrivals = {one.request_id: one.arrival_s for _, _, one in coming}
         handed: list[tuple[float, int, Any]] = []
         while coming or handed or engine.scheduler.has_unfinished_requests():
             while coming and coming[0][0] <= engine.now_s:
@@ -96,12 +101,18 @@ class ToldLoad:
                 engine.add(one.request_id, tokens, one.max_tokens, extra_args)
             if engine.scheduler.has_unfinished_requests():
                 engine.step()
+                self._note_begun(arrivals)
             elif coming or handed:
                 engine.now_s = max(engine.now_s, min(one[0] for one in (*coming, *handed)))
 
     def fields(self, one: BenchRequest) -> dict[str, Any] | None:
         """What a request asks for."""
         return {"slo_class": one.slo_class} if one.slo_class else None
+
+    def _note_begun(self, arrivals: Mapping[str, float]) -> None:
+        for key in self.starts.keys() - self.began.keys():
+            if self.engine.answers.get(key):
+                self.began[key] = self.engine.now_s - arrivals[key]
 
     def _judge(self, one: BenchRequest, tokens: list[int]) -> tuple[Judged, Mapping[str, Any] | None]:
         """Ask the front end; returns what it said, and what the engine gets beside the prompt."""
@@ -111,8 +122,10 @@ class ToldLoad:
         extra_args = self.fields(one)
         params = SimpleNamespace(max_tokens=one.max_tokens, n=1, extra_args=extra_args)
         handed = self.front.entered(judged, {"prompt_token_ids": tokens}, params, one.request_id)
+        assert judged.answer is not None
+        if judged.answer.start_s is not None:
+            self.starts[one.request_id] = judged.answer.start_s
         if slo_class is not None:
-            assert judged.answer is not None
             self.told[one.request_id] = judged.answer.verdict
         return judged, with_said(params, self.front.version, handed).extra_args
 

@@ -178,6 +178,8 @@ def told(found: Explained) -> Iterator[str]:
     yield f"{found.verdict} ({found.reason}): {found.text}"
     if found.status is not None:
         yield f"It would be refused with {found.status}."
+    if found.predicted_start_ms is not None:
+        yield f"begins        in about {found.predicted_start_ms / 1e3:.1f} s, without a promise"
     if found.verdict == "no-slo":
         return
     if found.predicted_ttft_ms is None and found.reason == "ttft_too_late":

@@ -120,6 +120,10 @@ class Mirrors:
         """How many requests were sent there that no publication has shown yet."""
         return len(self._at(self._index[name]).in_flight)
 
+    def sent_unpromised(self, name: str) -> list[RequestArray]:
+        """Rows of requests that were sent there without a promise and that no publication has shown yet."""
+        return [sent.row for sent in self._at(self._index[name]).in_flight if not sent.promised]
+
     def usable(self, now_s: float, stale_after_s: float) -> BoolArray:
         """bool [R]: replicas whose last publication still tells enough.
 

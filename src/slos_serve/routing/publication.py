@@ -52,6 +52,8 @@ class Publication:
         lent_tokens: float64 [M], prefill tokens that running decodes lend until each of these moments.
         num_requests: unfinished requests of any kind.
         num_unpromised: of them, best effort and those passed over.
+        queued_shares: int64 [q], shares with a request of those that has no token yet.
+        queued_tokens: float64 [q], prompt tokens that these have still to compute.
         forecast_tokens: float64 [classes], forecast output length of a request that has not begun.
         boosted: int64 [b], shares (:func:`slos_serve.core.request.share_of`) whose weights are multiplied.
         boost: float64 [b], with what; it is already in ``weight``.
@@ -88,6 +90,8 @@ class Publication:
     lent_tokens: FloatArray
     num_requests: int
     num_unpromised: int
+    queued_shares: IntArray
+    queued_tokens: FloatArray
     forecast_tokens: FloatArray
     boosted: IntArray
     boost: FloatArray
@@ -153,8 +157,9 @@ def _sizes(publication: Publication) -> list[tuple[str, int]]:
     by_tier = ("periods_s", "tokens_each", "extra_s_each", "counts", "in_tier")
     by_prompt = ("cost_tokens", "tier", "weight", "begun")
     by_moment = ("moments_s", "lent_tokens")
-    by_share = ("boosted", "boost")
+    by_share, queued = ("boosted", "boost"), ("queued_shares", "queued_tokens")
     sizes = [(by_tier, tiers), (by_prompt, owed), (by_moment, len(MOMENT_TOKENS)), (by_share, len(publication.boost))]
+    sizes.append((queued, len(publication.queued_tokens)))
     return [(name, size) for names, size in sizes for name in names]
 
 

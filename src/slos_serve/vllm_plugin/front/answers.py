@@ -32,6 +32,7 @@ def verdict_headers(judged: Judged) -> Headers:
         b"x-slo-task-left-ms": None if judged.call is None else judged.call.task_due_s - judged.arrival_s,
         b"x-slo-predicted-ttft-ms": answer.ttft_s,
         b"x-slo-predicted-tpot-ms": answer.tpot_s,
+        b"x-slo-predicted-start-ms": answer.start_s,
     }
     told = [(name, value) for name, value in seconds.items() if value is not None and math.isfinite(value)]
     return [*found, *((name, f"{value * 1e3:.0f}".encode("ascii")) for name, value in told)]
@@ -95,6 +96,7 @@ def measured(judged: Judged, output_tokens: int) -> dict[str, object]:
         "tpot_ms": tpot_s,
         "target_tpot_ms": target_tpot_s,
         "predicted_tpot_ms": None if answer is None else answer.tpot_s,
+        "predicted_start_ms": None if answer is None else answer.start_s,
     }
     return found | {
         name: round(value * 1e3, 1) for name, value in times.items() if value is not None and math.isfinite(value)

@@ -54,6 +54,7 @@ class Explained:
         prompt_tokens: of the request.
         target_ttft_ms, predicted_ttft_ms: first token: promised, and expected if the request were taken now.
         target_tpot_ms, predicted_tpot_ms: time per output token, likewise.
+        predicted_start_ms: first token of a request that is promised nothing.
         ahead_tokens: prompt tokens to compute until the first token, its own counted.
         prefill_rate: prompt tokens a second beside the promised decodes and this one; negative: those would be late.
         kv_blocks, kv_blocks_left: needed at the forecast peak, and left beside all promises.
@@ -71,6 +72,7 @@ class Explained:
     predicted_ttft_ms: float | None = None
     target_tpot_ms: float | None = None
     predicted_tpot_ms: float | None = None
+    predicted_start_ms: float | None = None
     ahead_tokens: float | None = None
     prefill_rate: float | None = None
     kv_blocks: float | None = None
@@ -143,6 +145,7 @@ def explain(desk: FrontDesk, args: SloArgs, prompt_tokens: int, max_tokens: int 
         prompt_tokens=prompt_tokens,
         target_ttft_ms=_ms(ttft_s),
         target_tpot_ms=_ms(asked.tpot_s),
+        predicted_start_ms=_ms(answer.start_s),
         room=looked.room,
         next_obstacle=None if looked.next_obstacle is None else looked.next_obstacle.value,
         **numbers,

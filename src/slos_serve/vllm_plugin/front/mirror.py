@@ -26,6 +26,7 @@ from slos_serve.routing.publication import Publication
 from slos_serve.routing.retry_after import RetryTimes
 from slos_serve.routing.router import RouterSettings, RoutingRequest, route, unpromised, verdicts
 from slos_serve.routing.settings import STALE_AFTER_S, Order
+from slos_serve.vllm_plugin.front.starts import Queued, StartForecast
 
 ENGINE = "engine"
 # From the hand-over in the API process to the scheduler's queue.
@@ -41,6 +42,7 @@ class Answer:
         verdict, reason: see :mod:`slos_serve.core.verdict`.
         ttft_s, tpot_s: predicted; ``None`` where nothing is promised, because nothing is known then.
         rank: which promise was given: 0 for the one asked for, then the weaker ones in order.
+        start_s: seconds from its arrival to its first token, forecast where nothing is promised; else ``None``.
     """
 
     verdict: Verdict
@@ -48,6 +50,7 @@ class Answer:
     ttft_s: float | None = None
     tpot_s: float | None = None
     rank: int = 0
+    start_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,11 +105,14 @@ class EngineMirror:
         self._newest: Publication | None = None
         self._now_s = -math.inf
         self._retry = RetryTimes(self._mirrors)
+        self._starts = StartForecast()
 
     def update(self, publication: Publication, tickets: Container[int] = ()) -> None:
         """Take over what the engine published, ``tickets`` of requests that have come to it with it."""
-        self._newest = publication
+        self._newest, before = publication, self._sent_queued()
         self._mirrors.update(publication, tickets=tickets)
+        still = {id(row) for row in self._mirrors.sent_unpromised(ENGINE)}
+        self._starts.update(publication, [queued for key, queued in before.items() if key not in still])
 
     def withdraw(self, ticket: int) -> None:
         """A request has ended: where its engine never had it, its room is free again."""
@@ -136,13 +142,14 @@ class EngineMirror:
         asked = several[rank or 0]
         predicted = self._predicted(now_s, asked) if asked.has_slo else None
         if rank is None:
-            if not asked.reject_when_full:
-                self._mirrors.send(self._mirrors.position(ENGINE), unpromised(now_s, asked))
-            verdict = Verdict.REJECTED if asked.reject_when_full else Verdict.BEST_EFFORT
-            return Answer(verdict, Why.TTFT_TOO_LATE if predicted is None else predicted.obstacle)
+            why = Why.TTFT_TOO_LATE if predicted is None else predicted.obstacle
+            if asked.reject_when_full:
+                return Answer(Verdict.REJECTED, why)
+            self._mirrors.send(self._mirrors.position(ENGINE), unpromised(now_s, asked))
+            return Answer(Verdict.BEST_EFFORT, why, start_s=self._start_s(now_s, asked))
         decision = route(now_s, asked, self._mirrors, _SETTINGS)
         if not asked.has_slo:
-            return Answer(Verdict.NO_SLO, Why.NO_SLO)
+            return Answer(Verdict.NO_SLO, Why.NO_SLO, start_s=self._start_s(now_s, asked))
         if decision.verdict is Verdict.ADMITTED:
             assert predicted is not None
             word = Verdict.SECOND_BEST if rank else decision.verdict
@@ -150,7 +157,27 @@ class EngineMirror:
         reason = decision.reason
         if reason is Why.ALL_FULL:  # of one engine it is known what binds
             reason = Why.TTFT_TOO_LATE if predicted is None else predicted.obstacle
-        return Answer(decision.verdict, reason)
+        start_s = self._start_s(now_s, asked) if decision.verdict is Verdict.BEST_EFFORT else None
+        return Answer(decision.verdict, reason, start_s=start_s)
+
+    def _sent_queued(self) -> dict[int, Queued]:
+        """Share and prompt tokens of requests without a promise that no publication has shown, by their row's id."""
+        return {
+            id(row): (int(row["share"][0]), float(row["prompt_tokens"][0]))
+            for row in self._mirrors.sent_unpromised(ENGINE)
+        }
+
+    def _start_s(self, now_s: float, asked: RoutingRequest) -> float | None:
+        """Seconds from its arrival until the first token of a request that was sent without a promise just now."""
+        k, m = self._mirrors.position(ENGINE), self._mirrors.arrays
+        if self._newest is None:
+            return None
+        first, count = int(m.first[k]), int(m.num_owed[k])
+        owed = float(m.cost_tokens[k, first : first + count].sum())
+        rate = rate_beside(m, k, m.counts[k])
+        share = share_of(asked.class_index) if asked.share is None else asked.share
+        wait_s = self._starts.start_s(share, self._sent_queued().values(), owed, rate, float(m.idle_rate[k]))
+        return max(float(m.ready_s[k]), now_s) - asked.arrival_s + wait_s
 
     def _yields(self, asked: RoutingRequest) -> bool:
         """Whether another tenant of its class is promised less of what it is due.
