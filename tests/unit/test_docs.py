@@ -54,7 +54,7 @@ def test_the_page_of_headers_has_every_field_and_header() -> None:
         classes[0],
         0.0,
         ClassVersion(ClassSet()),
-        Answer(Verdict.SECOND_BEST, Why.FITS, 1.0, 1.0, rank=1),
+        Answer(Verdict.SECOND_BEST, Why.FITS, 1.0, 1.0, rank=1, start_s=1.0),
         classes[0],
         ttft_target_s=1.0,
         call=CallDue(TaskKey("", "s"), 1, 1.0, 1.0, 1.0, 1),
