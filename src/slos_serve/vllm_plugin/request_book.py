@@ -332,13 +332,14 @@ class RequestBook:
 
     def _computed_before(self, slots: SlotArray, tokens: SlotArray, *, planned: bool) -> SlotArray:
         """Tokens with KV that requests had before a batch of ``tokens``; empty where their rows say so."""
-        rows, requests_of = self.table.rows, self.progress.requests_of
+        requests = self.progress.requests
         if not (planned and self._has_advanced):
-            return compat_counters.computed_tokens(requests_of(slots)) - tokens
-        started = np.flatnonzero(rows["running"][slots] == 0)
+            return compat_counters.computed_tokens(requests[slots].tolist()) - tokens
+        started = np.flatnonzero(~self.progress.listed[slots])
         if len(started):
             begun = slots[started]
-            rows["computed_tokens"][begun] = compat_counters.computed_tokens(requests_of(begun)) - tokens[started]
+            computed = compat_counters.computed_tokens(requests[begun].tolist())
+            self.table.rows["computed_tokens"][begun] = computed - tokens[started]
         return _NONE
 
     def tokens_came(self, request_ids: Iterable[str], now_s: float) -> None:
