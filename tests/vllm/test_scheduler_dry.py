@@ -22,7 +22,7 @@ from slos_serve.core.errors import (
 from slos_serve.metrics.attainment import stage_starts_of
 from slos_serve.planning.state import next_due_s
 from slos_serve.routing.publication import Publication
-from slos_serve.vllm_plugin.class_versions import VERSION_KEY, ClassVersions, digest_of, keep_copy
+from slos_serve.vllm_plugin.class_versions import VERSION_KEY, ClassVersion, ClassVersions, digest_of, keep_copy
 from slos_serve.vllm_plugin.config import PROFILE_ENV, PUBLISH_ENV
 from slos_serve.vllm_plugin.publish import EnginePublisher
 from slos_serve.vllm_plugin.scheduler import SLOScheduler
@@ -242,7 +242,7 @@ def test_requests_are_judged_by_the_version_of_the_class_file_that_they_name(
     assert keep_copy(text, 77)
     engine = start()
     desk = engine.scheduler._slo_desk
-    desk._versions = ClassVersions(desk._settings.classes, 77)
+    desk._versions = ClassVersions(ClassVersion(desk._settings.classes), 77)
     engine.add("new", [5, 6, 7], 4, {"slo_class": "newer", VERSION_KEY: digest_of(text)})
     engine.add("unknown", [5, 6, 7], 4, {"slo_class": "newer", VERSION_KEY: "0" * 16})
     promised = engine.scheduler._slo.book.by_id

@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
+from slos_serve.vllm_plugin.class_versions import VERSION_KEY, ClassVersion, ClassVersions, digest_of, keep_copy
 from slos_serve.vllm_plugin.seal import SEAL_KEY_ENV, Seal, seal_of
 from tests.vllm.dry_load import Start, events
 
@@ -74,6 +75,32 @@ def test_tokens_are_counted_when_they_come(trusting: Start, tmp_path: Path) -> N
         engine.run()
     given = [event["verdict"] for event in events(tmp_path, "request")]
     assert given == ["admitted", "admitted", "no-slo"], "60 tokens each of 100 a minute: the second one may overdraw"
+
+
+def test_the_scheduler_goes_by_the_sections_that_the_front_end_used(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SEAL_KEY_ENV, SECRET)
+    folder = tmp_path / "versions"
+    folder.mkdir()
+    named = "slos_serve.vllm_plugin.class_versions.socket_path"
+    monkeypatch.setattr(named, lambda kind, process: folder / f"{process}.{kind}")
+    (tmp_path / "classes.yaml").write_text(TRUST.partition("trust:")[0], encoding="utf-8")
+    engine = start()  # its first file knows no tenants
+    desk = engine.scheduler._slo_desk
+    desk._versions = ClassVersions(ClassVersion(desk._settings.classes), 77)
+    assert keep_copy(TRUST, 77)
+    new = {VERSION_KEY: digest_of(TRUST)}
+    asked: dict[str, dict[str, object]] = {
+        "before": {"slo_class": "gold"},
+        "sealed": sealed("team-a", slo_class="gold", **new),
+        "nobody": {"slo_class": "gold", **new},
+    }
+    for name, fields in asked.items():
+        engine.add(name, [5, 6, 7], 4, fields)
+    engine.run()
+    given = {event["request_id"]: event["verdict"] for event in events(tmp_path, "request")}
+    assert given == {"before": "admitted", "sealed": "admitted", "nobody": "no-slo"}
 
 
 def test_both_processes_of_a_server_have_one_key(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 
@@ -114,6 +114,13 @@ class Trust:
         if len(self.tenants) > MAX_TENANTS:
             raise InvalidFieldError("trust.tenants", len(self.tenants), f"at most {MAX_TENANTS} tenants")
 
+    def allowing(self, custom_numbers: bool) -> Trust:
+        """The same where the server allows numbers of a request's own; else with those forbidden to everybody."""
+        if custom_numbers:
+            return self
+        rules = {name: replace(rule, custom_numbers=False) for name, rule in self.tenants.items()}
+        return replace(self, custom_numbers=False, tenants=rules, others=replace(self.others, custom_numbers=False))
+
     @property
     def knows_tenants(self) -> bool:
         """Whether it matters who asks."""
@@ -186,6 +193,10 @@ class Quotas:
     def __len__(self) -> int:
         return len(self._promises) + len(self._tokens)
 
+    def follow(self, trust: Trust) -> None:
+        """The rules have changed; what was used counts on."""
+        self._trust = trust
+
     def take(self, now_s: float, tenant: str | None) -> None:
         """Count a request that asks for a promise; raise :class:`DeniedError` when its tenant has had enough."""
         rule, key = self._trust.rule(tenant), self._trust.known(tenant)
@@ -222,5 +233,6 @@ def _bucket(buckets: dict[str, _Bucket], key: str, per_minute: float | None, now
     bucket = buckets.get(key)
     if bucket is None:
         bucket = buckets[key] = _Bucket(per_minute, per_minute, now_s)
+    bucket.per_minute = per_minute
     bucket.fill(now_s)
     return bucket

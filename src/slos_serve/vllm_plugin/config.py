@@ -170,12 +170,7 @@ class PluginConfig(BaseModel):
     @cached_property
     def trust(self) -> Trust:
         """Who may ask for what; ``custom_numbers`` off forbids numbers to everybody."""
-        trust = self.class_file.trust
-        if self.custom_numbers:
-            return trust
-        rules = {name: replace(rule, custom_numbers=False) for name, rule in trust.tenants.items()}
-        others = replace(trust.others, custom_numbers=False)
-        return replace(trust, custom_numbers=False, tenants=rules, others=others)
+        return self.class_file.trust.allowing(self.custom_numbers)
 
     @property
     def tiers(self) -> TierMap:

@@ -17,12 +17,12 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.request import Status, share_of
 from slos_serve.core.slo import SLOClass
 from slos_serve.core.tasks import task_of
-from slos_serve.core.trust import DeniedError, Quotas
+from slos_serve.core.trust import DeniedError, Quotas, Trust
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.files.class_file import CUSTOM_CLASS
 from slos_serve.perf.tasks import CallAsked, CallDue, TaskBook, TaskEnded, TaskKey
 from slos_serve.vllm_plugin import compat
-from slos_serve.vllm_plugin.class_versions import ClassVersions
+from slos_serve.vllm_plugin.class_versions import ClassVersions, version_of
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.controller import StepController
 from slos_serve.vllm_plugin.gate import allowed_class
@@ -58,7 +58,8 @@ class RequestDesk:
         self._settings = settings
         self._front = front
         self._stop_strings = stop_strings
-        self._versions = ClassVersions(settings.classes, front)
+        first = version_of(settings.class_file, custom_numbers=settings.custom_numbers)
+        self._versions = ClassVersions(first, front, custom_numbers=settings.custom_numbers)
         self._class_names = {index: slo_class.name for index, slo_class in enumerate(settings.classes)}
         self._class_indices = {slo_class.name: index for index, slo_class in enumerate(settings.classes)}
         # Lengths that the telemetry thread found to be of finished answers: (class index, prompt, output tokens).
@@ -69,8 +70,14 @@ class RequestDesk:
         self._quotas = Quotas(settings.trust)
         self._tasks = TaskBook(control.policy.model.zero_load_s)
         self._seal: Seal | None = None
-        if settings.trust.knows_tenants:
-            self._seal = seal_of(os.environ, may_make=settings.publish_to is None)
+        self._follow(settings.trust)
+
+    def _follow(self, trust: Trust) -> None:
+        """Go by this section of the class file: that of the version by which the front end judged a request."""
+        if self._seal is None and trust.knows_tenants:
+            self._seal = seal_of(os.environ, may_make=self._settings.publish_to is None)
+        self._trust = trust
+        self._quotas.follow(trust)
 
     # Entering -------------------------------------------------------------------------------------------------
 
@@ -130,7 +137,7 @@ class RequestDesk:
         arrival_s = self._arrival_s(request.arrival_time)
         first, *weaker = [None] if slo_class is None else slo_class.promises
         several = [self._one_promise(request, asked, one, new_tokens, arrival_s) for one in (first, *weaker)]
-        place = self._settings.trust.place(tenant)
+        place = self._trust.place(tenant)
         share = share_of(several[0].class_index, len(self._class_indices) + 2, place)
         return replace(several[0], tenant=tenant, share=share, weaker=tuple(several[1:])), asked
 
@@ -212,11 +219,13 @@ class RequestDesk:
         self, extra_args: Mapping[str, object] | None, new_tokens: int, arrival_at: float
     ) -> tuple[SloArgs, SLOClass | None, str | None]:
         """What it asks for, the class it gets, and who asks; judged here again, whatever the front end said."""
-        trust, now_s = self._settings.trust, self._control.now_s()
+        now_s = self._control.now_s()
         try:
             asked = from_extra_args(extra_args, arrival_at)
+            version = self._versions.version_of(extra_args)
+            self._follow(version.trust)
             tenant = None if self._seal is None else self._seal.opened(asked.tenant)
-            slo_class = allowed_class(trust, self._versions.classes_of(extra_args), asked, tenant)
+            slo_class = allowed_class(version.trust, version.classes, asked, tenant)
             if slo_class is None or slo_class.best_effort:
                 return asked, None, tenant
             self._quotas.take(now_s, tenant)

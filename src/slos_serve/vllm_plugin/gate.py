@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import NO_SLO_CLASS, ClassSet, SLOClass
-from slos_serve.core.tiers import BODY_FIELDS, ORDINARY
+from slos_serve.core.tiers import BODY_FIELDS, ORDINARY, TierMap
 from slos_serve.core.trust import TENANT_ALLOWED, Denied, DeniedError, Quotas, Trust, WhenDenied, check_tenant
 from slos_serve.vllm_plugin.api_keys import bearer_key
 from slos_serve.vllm_plugin.asgi import RawHeaders
@@ -93,6 +93,19 @@ class Gate:
         self.quotas = Quotas(self._trust)
         self._seal = seal_of(os.environ) if seal is None and self._trust.knows_tenants else seal
         self._warned: set[tuple[str, str]] = set()
+
+    def follow(self, trust: Trust, tiers: TierMap) -> None:
+        """Go by these sections of the class file from now on.
+
+        Raises:
+            InvalidFieldError: they name tenants and no seal can be had.
+        """
+        if trust is self._trust and tiers is self._tiers:
+            return
+        if self._seal is None and trust.knows_tenants:
+            self._seal = seal_of(os.environ)
+        self._trust, self._tiers = trust, tiers
+        self.quotas.follow(trust)
 
     @property
     def reads_all(self) -> bool:

@@ -109,6 +109,8 @@ class SLOMiddleware:
         version = None if self._front is None else self._front.version
         classes = self._classes if version is None else version.classes
         try:
+            if version is not None:
+                self._gate.follow(version.trust, version.tiers)
             headers = self._gate.headers(scope["headers"])
             if len(body.data) > self._max_body_bytes:
                 await self._pass_unread(scope, body, receive, send, asks=any(key != SESSION_KEY for key in headers))

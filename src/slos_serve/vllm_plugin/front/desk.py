@@ -45,7 +45,7 @@ from slos_serve.vllm_plugin.live.feed import LIVE_KEY, WATCHED
 from slos_serve.vllm_plugin.live.state import LiveState, Watch
 from slos_serve.vllm_plugin.metrics import EngineLabels
 from slos_serve.vllm_plugin.publish import TICKETS_KEY
-from slos_serve.vllm_plugin.seal import seal_of
+from slos_serve.vllm_plugin.seal import Seal, seal_of
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
 
 POLL_MS = 200
@@ -93,14 +93,14 @@ class FrontDesk:
         self._newest: Publication | None = None
         self._told: OrderedDict[str, Verdict] = OrderedDict()
         self._tasks = FrontTasks(config)
-        self._seal = seal_of(os.environ) if config.trust.knows_tenants else None
+        self._seal: Seal | None = None
         self._gauges_s = -math.inf
         self.load: dict[str, float] = {}
         self.ready = False
         self._ended = threading.Event()
         self._failed = False
         self.metrics = FrontMetrics(self._indices, labels)
-        self._watch_file = ClassFileWatch(config.classes_path, config.class_file, self.metrics.class_file_read)
+        self._watch_file = ClassFileWatch(config, self.metrics.class_file_read)
         self._typical = self._standard()
         self.live = LiveState(labels.model_name, config.classes) if config.live_page else None
         self.watch = Watch(socket_path(WATCHED, os.getpid()) if config.live_page else None)
@@ -257,8 +257,11 @@ class FrontDesk:
         )
 
     def _share(self, class_index: int, args: SloArgs) -> int:
+        trust = self.version.trust
+        if self._seal is None and trust.knows_tenants:
+            self._seal = seal_of(os.environ)
         tenant = None if self._seal is None else self._seal.opened(args.tenant)
-        return share_of(class_index, len(self._indices) + 2, self._config.trust.place(tenant))
+        return share_of(class_index, len(self._indices) + 2, trust.place(tenant))
 
     def _refusal(self, slo_class: SLOClass, asked: RoutingRequest, now_s: float) -> tuple[int, int]:
         least_s = self._mirror.retry_after_s(now_s, asked)

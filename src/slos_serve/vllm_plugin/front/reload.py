@@ -1,10 +1,10 @@
 """The class file is read again when it changes or at SIGHUP, while the server runs.
 
 A file is taken once it has been the same for two looks, so one that is being written is left alone. A file that cannot
-be used changes nothing: the classes stay as they were, the log names file and line, and a counter grows. Requests that
-came before keep the promise that they were given. The sections ``scheduler:``, ``trust:`` and ``map:`` and the size of
-the planner's statistics are fixed at start: a new class shares the length forecast and the label of ``custom`` until a
-restart.
+be used changes nothing: the classes stay as they were, the log names file and line, and a counter grows. Classes,
+``trust:`` and ``map:`` change together. Requests that came before keep the promise that they were given, and what a
+tenant has used of its budget counts on. The section ``scheduler:`` and the size of the planner's statistics are fixed
+at start: a new class shares the length forecast and the label of ``custom`` until a restart.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Literal
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.files.class_file import ClassFile, parse_class_file
-from slos_serve.vllm_plugin.class_versions import ClassVersion, digest_of, keep_copy
+from slos_serve.files.class_file import parse_class_file
+from slos_serve.vllm_plugin.class_versions import ClassVersion, digest_of, keep_copy, version_of
+from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.seal import seal_of
 
 LOOK_EVERY_S = 1.0
 _logger = logging.getLogger("vllm.slos_serve")
@@ -29,8 +31,7 @@ class ClassFileWatch:
     """Looks at a class file now and then.
 
     Args:
-        path: the file; ``None`` for none, which never changes.
-        first: what it said when the server started.
+        config: names the file, and has what it said when the server started.
         counted: told of each changed file, whether it was taken.
         process: the API process, whose engine core is to find the versions.
 
@@ -39,12 +40,10 @@ class ClassFileWatch:
         read_again: an operator asks that the next look takes the file as it is.
     """
 
-    def __init__(
-        self, path: Path | None, first: ClassFile, counted: Callable[[Result], None], process: int | None = None
-    ) -> None:
-        self.current = ClassVersion(first.classes)
-        self._path = path
-        self._first = first
+    def __init__(self, config: PluginConfig, counted: Callable[[Result], None], process: int | None = None) -> None:
+        self.current: ClassVersion = version_of(config.class_file, custom_numbers=config.custom_numbers)
+        self._config = config
+        self._path = config.classes_path
         self._counted = counted
         self._process = os.getpid() if process is None else process
         self._seen = self._used = self._stamp()
@@ -79,6 +78,8 @@ class ClassFileWatch:
         try:
             text = path.read_text(encoding="utf-8")
             found = parse_class_file(text, str(path))
+            if found.trust.knows_tenants:
+                seal_of(os.environ)  # without one nobody could tell the engine who asks
         except (OSError, UnicodeDecodeError, InvalidFieldError) as error:
             _logger.error("slos-serve: the classes stay as they were: %s", error)
             self._counted("kept_old")
@@ -87,16 +88,14 @@ class ClassFileWatch:
             _logger.error("slos-serve: the classes stay as they were: there is no safe folder to hand %s on in.", path)
             self._counted("kept_old")
             return False
-        self.current = ClassVersion(found.classes, digest_of(text))
+        before = self.current
+        self.current = version_of(found, digest_of(text), custom_numbers=self._config.custom_numbers)
         self._counted("taken")
         names = ", ".join(slo_class.name for slo_class in found.classes)
         _logger.info("slos-serve: read %s again: classes %s, default %s.", path, names, found.classes.default or "none")
-        first = self._first
-        sections = {
-            "scheduler": found.scheduler != first.scheduler,
-            "trust": found.trust != first.trust,
-            "map": found.tiers != first.tiers,
-        }
-        for name in [name for name, changed in sections.items() if changed]:
-            _logger.warning("slos-serve: the section %s: of %s takes effect at the next start.", name, path)
+        changed = {"trust": self.current.trust != before.trust, "map": self.current.tiers != before.tiers}
+        for name in [name for name, differs in changed.items() if differs]:
+            _logger.info("slos-serve: the section %s: of %s has changed.", name, path)
+        if found.scheduler != self._config.class_file.scheduler:
+            _logger.warning("slos-serve: the section scheduler: of %s takes effect at the next start.", path)
         return True

@@ -10,13 +10,16 @@ import pytest
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import ClassSet
-from slos_serve.vllm_plugin.class_versions import VERSION_KEY, ClassVersions, digest_of
+from slos_serve.vllm_plugin.class_versions import VERSION_KEY, ClassVersion, ClassVersions, digest_of
 from slos_serve.vllm_plugin.front.client import attach
 from slos_serve.vllm_plugin.front.desk import FrontDesk
 from slos_serve.vllm_plugin.front.explain import explain
+from slos_serve.vllm_plugin.middleware import SLOMiddleware
+from slos_serve.vllm_plugin.seal import SEAL_KEY_ENV
 from slos_serve.vllm_plugin.slo_args import SloArgs
 from tests.unit.routing.fleet import loaded
 from tests.unit.vllm_plugin.front.builders import CLASSES, Client, Server, desk
+from tests.unit.vllm_plugin.test_middleware import Engine, Wire
 
 NEW = CLASSES.replace("chat: {ttft_ms: 1000", "chat: {ttft_ms: 700").replace("batch", "nightly")
 
@@ -97,13 +100,13 @@ def test_a_file_that_is_asked_for_is_taken_at_the_next_look(tmp_path: Path) -> N
 
 def test_the_engine_judges_by_the_version_that_the_front_end_used(tmp_path: Path) -> None:
     front = desk(tmp_path, loaded(0))
-    engine = ClassVersions(front.config.classes, os.getpid())
+    engine = ClassVersions(ClassVersion(front.config.classes), os.getpid())
     before = handed_over(front, {"slo_class": "chat"})
     changed(tmp_path, front, NEW)
     after = handed_over(front, {"slo_class": "chat"})
     changed(tmp_path, front, NEW.replace("700", "600"), at_s=20.0)
     latest = handed_over(front, None)
-    found = [engine.classes_of(args).classes["chat"].slo.ttft_ms for args in (before, after, latest, before)]
+    found = [engine.version_of(args).classes.classes["chat"].slo.ttft_ms for args in (before, after, latest, before)]
     assert found == [1000, 700, 600, 1000]
 
 
@@ -151,7 +154,105 @@ def test_what_a_client_says_of_versions_counts_for_nothing(tmp_path: Path, given
     changed(tmp_path, front, NEW)
     found = handed_over(front, {VERSION_KEY: given})
     assert found == {VERSION_KEY: digest_of(NEW)}
-    engine = ClassVersions(ClassSet(), os.getpid())
+    engine = ClassVersions(ClassVersion(ClassSet()), os.getpid())
     if given is not None:  # past the front end
         with pytest.raises(InvalidFieldError, match=VERSION_KEY):
-            engine.classes_of({VERSION_KEY: given})
+            engine.version_of({VERSION_KEY: given})
+
+
+# Who may ask, and tiers -----------------------------------------------------------------------------------------------
+
+SECTIONS = """
+trust:
+  tenant_header: x-tenant
+  tenants:
+    team-a: {classes: [chat, strict], promises_per_minute: %s}
+    team-b: {classes: %s}
+map:
+  service_tier: {priority: %s}
+"""
+
+
+class Asking:
+    """The middleware before a front desk; the engine behind it takes everything."""
+
+    def __init__(self, front: FrontDesk, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SLOS_SERVE_CLASSES", str(front.config.classes_path))
+        monkeypatch.setenv(SEAL_KEY_ENV, "k" * 32)
+        self.engine = Engine()
+        self._served = SLOMiddleware(self.engine)
+        self._served._front = front
+
+    async def status(self, tenant: str, slo_class: str | None, body: bytes = b'{"prompt": "x"}') -> int:
+        self.engine.body = b""
+        wire = Wire([body])
+        headers = {"x-tenant": tenant} | ({"x-slo-class": slo_class} if slo_class else {})
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": raw}
+        await self._served(scope, wire.receive, wire.send)
+        return wire.status
+
+
+async def test_who_may_ask_and_tiers_change_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    front = desk(tmp_path, loaded(0))  # its file has neither section
+    asking = Asking(front, monkeypatch)
+    assert await asking.status("team-b", "strict") == 200
+    changed(tmp_path, front, CLASSES + SECTIONS % (2, "[chat]", "chat"))
+    assert [await asking.status("team-b", name) for name in ("strict", "chat")] == [403, 200]
+    assert await asking.status("nobody", "chat") == 403, "others may have no promise"
+    changed(tmp_path, front, CLASSES + SECTIONS % (2, "[strict]", "strict"), at_s=20.0)
+    assert [await asking.status("team-b", name) for name in ("strict", "chat")] == [200, 403]
+    assert await asking.status("team-b", None, b'{"prompt": "x", "service_tier": "priority"}') == 200
+    assert asking.engine.document["vllm_xargs"]["slo_class"] == "strict"
+    changed(tmp_path, front, CLASSES, at_s=30.0)
+    assert await asking.status("nobody", "chat") == 200
+
+
+async def test_what_was_used_of_a_budget_counts_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    front = desk(tmp_path, loaded(0))
+    asking = Asking(front, monkeypatch)
+    changed(tmp_path, front, CLASSES + SECTIONS % (2, "[chat]", "chat"))
+    assert [await asking.status("team-a", "chat") for _ in range(3)] == [200, 200, 429]
+    changed(tmp_path, front, CLASSES + SECTIONS % (3, "[chat]", "chat"), at_s=20.0)
+    assert await asking.status("team-a", "chat") == 429
+
+
+@pytest.mark.parametrize(
+    ("broken", "named"), [("[nightly]", "nightly"), ("[chat], promises_per_minut: 1", "promises_per_minut")]
+)
+async def test_a_broken_section_keeps_the_old_one_and_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, broken: str, named: str
+) -> None:
+    front = desk(tmp_path, loaded(0))
+    asking = Asking(front, monkeypatch)
+    changed(tmp_path, front, CLASSES + SECTIONS % (2, "[chat]", "chat"))
+    changed(tmp_path, front, CLASSES + SECTIONS % (2, broken, "chat"), at_s=20.0)
+    assert [await asking.status("team-b", name) for name in ("strict", "chat")] == [403, 200]
+    assert (count(front, "taken"), count(front, "kept_old")) == (1.0, 1.0)
+    assert "the classes stay as they were" in caplog.text and named in caplog.text
+
+
+def test_tenants_without_a_seal_keep_the_old_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv(SEAL_KEY_ENV, "short")
+    front = desk(tmp_path, loaded(0))
+    changed(tmp_path, front, CLASSES + SECTIONS % (2, "[chat]", "chat"))
+    assert front.version.digest == "" and count(front, "kept_old") == 1.0
+    assert SEAL_KEY_ENV in caplog.text
+
+
+def test_the_engine_knows_who_may_ask_of_the_version_that_was_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SEAL_KEY_ENV, "k" * 32)
+    front = desk(tmp_path, loaded(0))
+    engine = ClassVersions(ClassVersion(front.config.classes), os.getpid(), custom_numbers=False)
+    before = handed_over(front, {"slo_class": "chat"})
+    changed(tmp_path, front, CLASSES + SECTIONS % (2, "[chat]", "strict"))
+    after = handed_over(front, {"slo_class": "chat"})
+    assert not engine.version_of(before).trust.given
+    found = engine.version_of(after)
+    assert found.trust.rule("team-b").classes == frozenset(["chat"])
+    assert not found.trust.rule("team-a").custom_numbers
+    assert found.tiers.class_of("service_tier", "priority") == "strict"
