@@ -44,7 +44,13 @@ def simulate(
     rate: Annotated[float | None, typer.Option(help="Requests a second, all replicas together.")] = None,
     requests: Annotated[int, typer.Option(min=1, help="How many requests.")] = 2000,
     replicas: Annotated[int, typer.Option(min=1, help="Engines.")] = 1,
-    prefill_replicas: Annotated[int, typer.Option(min=1, help="Of them for prefill, under distserve.")] = 1,
+    prefill_replicas: Annotated[
+        int, typer.Option(min=0, help="Of them for prefill, the others for decode; 0: together (distserve: 1).")
+    ] = 0,
+    moving_roles: Annotated[
+        bool, typer.Option("--moving-roles", help="Replicas change between prefill and decode, under --router slo.")
+    ] = False,
+    link: Annotated[float, typer.Option(min=0.001, help="GB/s of each replica's link for KV, in and out.")] = 50.0,
     router: Router = "least-loaded",
     routers: Annotated[int, typer.Option(min=1, help="Routers that share the replicas, under --router slo.")] = 1,
     arrivals: Arrivals = "scenario",
@@ -87,6 +93,8 @@ def simulate(
             parameters=parameters,
             replicas=replicas,
             prefill_replicas=prefill_replicas,
+            moving_roles=moving_roles,
+            transfer_bytes_per_s=1e9 * link,
             router=router,
             routers=routers,
             oracle_lengths=oracle_lengths,

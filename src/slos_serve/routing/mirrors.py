@@ -116,6 +116,11 @@ class Mirrors:
         """Position of a replica in the arrays, -1 when unknown."""
         return self._index.get(name, -1)
 
+    def planned_step_s(self, k: int) -> float:
+        """Seconds of the step that the replica at position ``k`` published last; 0 when it was idle."""
+        last = self._at(k).last
+        return last.ready_s - last.time_s if last is not None else 0.0
+
     def in_flight(self, name: str) -> int:
         """How many requests were sent there that no publication has shown yet."""
         return len(self._at(self._index[name]).in_flight)

@@ -11,15 +11,17 @@ from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.policies.base import Policy
 from slos_serve.policies.registry import Parameters, make_policy, policy_entry
 from slos_serve.routing.settings import PUBLISH_EVERY_S
-from slos_serve.sim.cluster import Cluster, Handover
+from slos_serve.sim.cluster import Apart, Cluster
 from slos_serve.sim.drafters import DRAFTERS, NO_DRAFTER
 from slos_serve.sim.limits import EngineLimits, ReplicaSettings
 from slos_serve.sim.model_error import ModelError
+from slos_serve.sim.pair_router import PairRouter
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.replica import Replica
 from slos_serve.sim.rival_routers import RIVAL_ROUTERS
 from slos_serve.sim.routers import SLO_ORDERS, Router, make_router
 from slos_serve.sim.slo_router import SloRouter, SloRouting
+from slos_serve.sim.split import FixedSplit, Links, Placement
 from slos_serve.sim.tasks import SimTasks
 from slos_serve.workload.calls import Workload
 
@@ -34,7 +36,9 @@ class SimSettings:
         policy: name in the registry.
         parameters: of the policy; ``None`` for its default.
         replicas: how many.
-        prefill_replicas: of them, when the policy keeps prefill and decode apart.
+        prefill_replicas: of them for prefill, the others for decode; 0 for as the policy has it: one where it keeps
+            prefill and decode apart, none elsewhere.
+        moving_roles: replicas change between prefill and decode with the mix, under an ``slo`` router.
         router: ``round-robin``, ``least-loaded``, one of ``RIVAL_ROUTERS``, or one of ``SLO_ORDERS``, which ask mirrors
             of the planners.
         sticky_sessions: later rounds of a session go where its prefix is cached, whatever the load there (those that
@@ -56,7 +60,8 @@ class SimSettings:
     policy: str = "slos-serve"
     parameters: Parameters | None = None
     replicas: int = 1
-    prefill_replicas: int = 1
+    prefill_replicas: int = 0
+    moving_roles: bool = False
     router: str = "least-loaded"
     sticky_sessions: bool = True
     publish_every_s: float = PUBLISH_EVERY_S
@@ -75,9 +80,10 @@ class SimSettings:
     drafter: str = NO_DRAFTER
 
     @property
-    def disaggregated(self) -> bool:
-        """Prefill and decode have replicas of their own."""
-        return policy_entry(self.policy).make_decode is not None
+    def num_prefill(self) -> int:
+        """Replicas for prefill alone; 0 where every replica serves whole calls."""
+        own = 1 if policy_entry(self.policy).make_decode is not None else 0
+        return self.prefill_replicas or own
 
 
 def simulate(
@@ -101,22 +107,41 @@ def simulate(
     replicas = [
         _replica(index, recording, batch_time, limits, settings, router, tasks) for index in range(settings.replicas)
     ]
-    handover = None
-    if settings.disaggregated:
-        seconds_per_token = settings.kv_bytes_per_token / settings.transfer_bytes_per_s
-        handover = Handover(seconds_per_token, make_router("least-loaded", sticky=False))
-    cluster = Cluster(recording, replicas, router, handover, settings.deaths, stop=stop, progress=progress)
-    return cluster.run()
+    return Cluster(recording, replicas, router, settings.deaths, stop=stop, progress=progress).run()
 
 
 def _router(
     recording: Recording, batch_time: BatchTimeModel, limits: EngineLimits, settings: SimSettings, tasks: SimTasks
-) -> Router:
+) -> Router | Apart:
+    if settings.num_prefill:
+        links = Links(settings.kv_bytes_per_token / settings.transfer_bytes_per_s)
+        return Apart(_placement(recording, limits, settings, tasks, links), links)
     if settings.router in RIVAL_ROUTERS:
         return RIVAL_ROUTERS[settings.router](recording, batch_time)
     if settings.router not in SLO_ORDERS:
-        return make_router(settings.router, settings.sticky_sessions and not settings.disaggregated)
-    routing = SloRouting(
+        return make_router(settings.router, settings.sticky_sessions)
+    return SloRouter(recording, _routing(limits, settings), tasks)
+
+
+def _placement(
+    recording: Recording, limits: EngineLimits, settings: SimSettings, tasks: SimTasks, links: Links
+) -> Placement:
+    if settings.router in SLO_ORDERS:
+        return PairRouter(
+            recording,
+            _routing(limits, settings),
+            tasks,
+            links,
+            settings.replicas,
+            settings.num_prefill,
+            moving=settings.moving_roles,
+        )
+    decode_begins = policy_entry(settings.policy).make_decode is None
+    return FixedSplit(recording, settings.num_prefill, links, decode_begins=decode_begins)
+
+
+def _routing(limits: EngineLimits, settings: SimSettings) -> SloRouting:
+    return SloRouting(
         order=SLO_ORDERS[settings.router],
         publish_every_s=settings.publish_every_s,
         publish_delay_s=settings.publish_delay_s,
@@ -128,7 +153,6 @@ def _router(
         shards=settings.routers,
         tries=settings.router_tries,
     )
-    return SloRouter(recording, routing, tasks)
 
 
 def _replica(
@@ -137,19 +161,24 @@ def _replica(
     batch_time: BatchTimeModel,
     limits: EngineLimits,
     settings: SimSettings,
-    router: Router,
+    router: Router | Apart,
     tasks: SimTasks,
 ) -> Replica:
-    prefill_only = settings.disaggregated and index < settings.prefill_replicas
-    decode = settings.disaggregated and not prefill_only
-    policy = _policy(settings, batch_time, len(recording.workload.classes), decode)
-    if isinstance(router, SloRouter):
-        policy = router.watch(index, policy)
+    decodes = settings.num_prefill > 0 and index >= settings.num_prefill
+    policy = _policy(settings, batch_time, len(recording.workload.classes), decodes)
+    chooses = router.placement if isinstance(router, Apart) else router
+    if isinstance(chooses, SloRouter):
+        policy = chooses.watch(index, policy)
     true_lengths = settings.oracle_lengths or policy_entry(settings.policy).true_lengths
     replica_settings = ReplicaSettings(
-        true_lengths, settings.error, settings.seed, settings.plan_ahead, settings.scheduling_s
+        true_lengths,
+        settings.error,
+        settings.seed,
+        settings.plan_ahead,
+        settings.scheduling_s,
+        is_apart=settings.num_prefill > 0,
     )
-    return Replica(index, policy, batch_time, limits, recording, replica_settings, prefill_only, tasks)
+    return Replica(index, policy, batch_time, limits, recording, replica_settings, tasks)
 
 
 def _policy(settings: SimSettings, batch_time: BatchTimeModel, num_classes: int, decode: bool) -> Policy:
@@ -165,10 +194,16 @@ def _check_split(settings: SimSettings) -> None:
         raise InvalidFieldError("drafter", settings.drafter, f"one of {list(DRAFTERS)}")
     if settings.replicas < 1:
         raise InvalidFieldError("replicas", settings.replicas, "a whole number, 1 or more")
-    if settings.disaggregated and not 1 <= settings.prefill_replicas < settings.replicas:
+    if settings.num_prefill and not 1 <= settings.num_prefill < settings.replicas:
         raise InvalidFieldError(
-            "prefill_replicas", settings.prefill_replicas, f"1 to {settings.replicas - 1} of {settings.replicas}"
+            "prefill_replicas", settings.num_prefill, f"1 to {settings.replicas - 1} of {settings.replicas}"
         )
+    if settings.num_prefill and settings.router in RIVAL_ROUTERS:
+        raise InvalidFieldError("router", settings.router, "least-loaded or an slo router, where prefill is apart")
+    if settings.moving_roles and not (settings.num_prefill and settings.router in SLO_ORDERS):
+        raise InvalidFieldError("moving_roles", True, "prefill_replicas and an slo router")
+    if settings.num_prefill and settings.routers > 1:
+        raise InvalidFieldError("routers", settings.routers, "1 where prefill and decode are apart")
     if not 1 <= settings.routers <= settings.replicas:
         raise InvalidFieldError("routers", settings.routers, f"1 to the number of replicas, {settings.replicas}")
     for at_s, replica in settings.deaths:

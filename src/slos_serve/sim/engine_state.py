@@ -15,6 +15,7 @@ from slos_serve.sim import step as rules
 from slos_serve.sim.block_cache import empty_cache, look_up, with_room
 from slos_serve.sim.faults import PlanFaultError
 from slos_serve.sim.limits import EngineLimits
+from slos_serve.sim.parts import Part
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.slots import grown
 from slos_serve.sim.tasks import SimTasks
@@ -47,14 +48,11 @@ class EngineState:
         limits: EngineLimits,
         recording: Recording,
         tasks: SimTasks,
-        prefill_only: bool = False,
+        is_apart: bool = False,
         oracle_lengths: bool = False,
     ) -> None:
-        """``prefill_only``: answers end with their first token; ``oracle_lengths``: the policy is told their length."""
-        self.calls = recording.workload.calls
-        if prefill_only:
-            self.calls = self.calls.copy()
-            self.calls["output_tokens"] = 1
+        """``is_apart``: calls may come in parts; ``oracle_lengths``: the policy is told the length of their answers."""
+        self.calls = recording.workload.calls.copy() if is_apart else recording.workload.calls
         self.arrivals_s = np.ascontiguousarray(recording.calls["arrival_s"])
         self._running, self.num_running = np.empty(limits.max_num_seqs + 1, dtype=np.int64), 0
         self._waiting, self.num_waiting = np.empty(64, dtype=np.int64), 0
@@ -63,6 +61,9 @@ class EngineState:
         self._tasks = tasks
         self._classes = recording.workload.classes
         self._oracle_lengths = oracle_lengths
+        self._prompts: set[int] = set()
+        self._silent: set[int] = set()
+        self._coming: dict[int, float] = {}
         table = RequestTable(64)
         self.slots = grown(None, len(table.rows))
         self.cache = empty_cache(recording.prefixes, limits.prefix_cache)
@@ -78,9 +79,15 @@ class EngineState:
             max_num_batched_tokens=limits.max_num_batched_tokens,
         )
 
-    def show(self) -> EngineView:
-        """The view, with the lists and what is cached as they are now."""
+    def show(self, now_s: float) -> EngineView:
+        """The view, with the lists and what is cached as they are now.
+
+        A call whose KV is on its way is shown as one that cannot run, due earlier by what is left of the transfer.
+        """
         view = self.view
+        for slot, comes_s in self._coming.items():
+            row = view.table.rows[slot]
+            row["ttft_due_s"] = row["promised_ttft_due_s"] - max(comes_s - now_s, 0.0)
         view.running = self._running[: self.num_running]
         view.waiting = self._waiting[: self.num_waiting]
         if self.num_waiting:
@@ -94,34 +101,56 @@ class EngineState:
         most = int(self.calls["prompt_tokens"][call]) - 1
         return look_up(self.cache, call, most, self._limits.block_size)[0]
 
-    def enter(self, call: int, arrival_s: float, tokens_done: int, output_tokens: int) -> int:
+    @property
+    def num_coming(self) -> int:
+        """Waiting calls whose KV is on its way."""
+        return len(self._coming)
+
+    def enter(self, call: int, arrival_s: float, part: Part) -> int:
         """A call's slot in the table; it is in no list yet (see :meth:`Replica.add` for what the arguments mean)."""
+        if self.calls is not self._recording.workload.calls:
+            self.calls["output_tokens"][call] = 1 if part.prompt_only else self._true_length(call)
         row = self.calls[call]
         slo_class = self._classes[int(row["class_index"])]
         table = self.view.table
         due = self._tasks.begin(call, arrival_s)
         answer_due_s = arrival_s + float(row["e2e_s"])
+        answer_due_s = answer_due_s if due is None else min(answer_due_s, due.due_s)
         slot = table.add(
             arrival_s=arrival_s,
             prompt_tokens=int(row["prompt_tokens"]),
-            max_tokens=int(row["max_tokens"]),
-            ttft_due_s=arrival_s + float(row["ttft_s"]),
-            tpot_s=float(row["tpot_s"]),
-            answer_due_s=answer_due_s if due is None else min(answer_due_s, due.due_s),
+            max_tokens=1 if part.prompt_only else int(row["max_tokens"]),
+            ttft_due_s=part.due_s if part.prompt_only else arrival_s + float(row["ttft_s"]),
+            tpot_s=np.inf if part.prompt_only else float(row["tpot_s"]),
+            answer_due_s=np.inf if part.prompt_only else answer_due_s,
             class_index=int(row["class_index"]),
             weight=slo_class.weight * (1.0 if due is None else due.weight),
             max_stall_s=slo_class.max_stall_ms / 1000.0,
             hint_tokens=self._true_length(call) if self._oracle_lengths else 0,
-            cached_tokens=tokens_done or self.cached_tokens(call),
+            cached_tokens=part.tokens_done or self.cached_tokens(call),
         )
         self.slots = grown(self.slots, len(table.rows))
         self.slots.call_of[slot] = call
-        self.slots.brought[slot] = tokens_done
+        self.slots.brought[slot] = part.tokens_done
         self.slots.hit[slot] = self.slots.lost[slot] = 0
         self.arrivals_s[call] = arrival_s
-        if output_tokens:
-            self._take_over(slot, call, output_tokens)
+        if part.prompt_only:
+            self._prompts.add(slot)
+        if not part.is_promise:
+            self._silent.add(slot)
+        if part.comes_s > 0.0:
+            table.rows["blocked"][slot] = 1
+            self._coming[slot] = part.comes_s
+        if part.output_tokens:
+            self._take_over(slot, call, part.output_tokens)
         return slot
+
+    def came(self, slot: int) -> None:
+        """The KV of a call that entered with ``comes_s`` is there."""
+        if self._coming.pop(slot, None) is None:
+            return
+        row = self.view.table.rows[slot]
+        row["blocked"], row["ttft_due_s"] = 0, row["promised_ttft_due_s"]
 
     def _true_length(self, call: int) -> int:
         return int(self._recording.workload.calls["output_tokens"][call])
@@ -166,6 +195,11 @@ class EngineState:
         """Give the cache's queue room for all running requests to leave; called when some have left."""
         self.cache = with_room(self.cache, len(self._running) * (self._recording.longest_path + 1))
 
+    def note_promises(self, slots: SlotArray) -> None:
+        """Slots were admitted: record the promises that this makes to clients."""
+        told = [int(self.slots.call_of[slot]) for slot in slots.tolist() if slot not in self._silent]
+        self._recording.calls["admitted"][told] = 1
+
     def _requeue(self, slots: SlotArray) -> None:
         """Put preempted requests at the head of the waiting list, the last victim first, as vLLM does."""
         self._make_room()
@@ -206,6 +240,8 @@ class EngineState:
         rows, recording = self.view.table.rows, self._recording
         waits = (rows["output_tokens"][slots] == 0) & (rows["status"][slots] == Status.BEST_EFFORT)
         for slot in slots[waits].tolist():
+            if slot in self._prompts:
+                continue
             call = int(self.slots.call_of[slot])
             promises = self._classes[int(self.calls["class_index"][call])].promises
             arrival_s, rank = self.arrivals_s[call], int(recording.calls["rank"][call])
@@ -301,9 +337,9 @@ class EngineState:
         record = self._recording.calls[call]
         record["output_tokens"] = output
         record["cached_tokens"] = max(int(record["cached_tokens"]), int(self.slots.hit[slot]))
-        if rows["status"][slot] == Status.ADMITTED:
+        if rows["status"][slot] == Status.ADMITTED and slot not in self._silent:
             record["admitted"] = 1
-        whole = output == self._true_length(call)
+        whole = output == self._true_length(call) and slot not in self._prompts
         if whole:
             record["outcome"] = rules.COMPLETED
             record["done_s"] = now_s
@@ -315,6 +351,9 @@ class EngineState:
         """Free a slot that is in no list any more."""
         self.view.table.remove(slot)
         self.slots.call_of[slot] = -1
+        self._prompts.discard(slot)
+        self._silent.discard(slot)
+        self._coming.pop(slot, None)
 
     def lose_all(self, unseen: list[int]) -> tuple[list[int], list[int]]:
         """The engine died; returns the calls that had not begun to stream, and those that had (lost)."""

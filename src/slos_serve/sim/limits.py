@@ -42,6 +42,7 @@ class ReplicaSettings:
         plan_ahead: the next step is planned while one executes, as vLLM's async scheduling does: a request that arrives
             during a step is seen one step later.
         scheduling_s: added to every step.
+        is_apart: calls may come in parts: one replica computes the prompt, another the answer.
     """
 
     oracle_lengths: bool = False
@@ -49,3 +50,4 @@ class ReplicaSettings:
     seed: int = 0
     plan_ahead: bool = False
     scheduling_s: float = 0.0
+    is_apart: bool = False

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from slos_serve.sim.conditions import AS_SERVED, Conditions
 from slos_serve.sim.drafters import NO_DRAFTER, with_drafter
-from slos_serve.sim.engine import SimSettings, simulate
+from slos_serve.sim.engine import KV_TRANSFER_BYTES_PER_S, SimSettings, simulate
 from slos_serve.sim.outcome import Outcome, summarize_run
 from slos_serve.sim.profiles import find_profile, kv_bytes_per_token, limits_of
 from slos_serve.sim.recording import Recording
@@ -37,7 +37,9 @@ class Question:
     num_requests: int
     seed: int
     replicas: int = 1
-    prefill_replicas: int = 1
+    prefill_replicas: int = 0
+    moving_roles: bool = False
+    transfer_bytes_per_s: float = KV_TRANSFER_BYTES_PER_S
     router: str = "least-loaded"
     oracle_lengths: bool = False
     acceptance: float = 0.7
@@ -143,6 +145,8 @@ def run_question(question: Question, stop: EarlyStop | None = None) -> Recording
         parameters=question.parameters,
         replicas=question.replicas,
         prefill_replicas=question.prefill_replicas,
+        moving_roles=question.moving_roles,
+        transfer_bytes_per_s=question.transfer_bytes_per_s,
         router=question.router,
         oracle_lengths=question.oracle_lengths,
         kv_bytes_per_token=kv_bytes_per_token(profile),

@@ -18,6 +18,7 @@ from slos_serve.sim.engine_state import EngineState
 from slos_serve.sim.faults import PlanFaultError, StuckError
 from slos_serve.sim.limits import EngineLimits, ReplicaSettings
 from slos_serve.sim.model_error import StepFactors
+from slos_serve.sim.parts import WHOLE, Part
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.tasks import SimTasks
 
@@ -33,7 +34,6 @@ class Replica:
         index: position among the cluster's replicas.
         busy: a step is executing.
         alive: False after :meth:`die`.
-        prefill_only: calls leave with their first token; another replica generates the rest.
     """
 
     def __init__(
@@ -44,12 +44,10 @@ class Replica:
         limits: EngineLimits,
         recording: Recording,
         settings: ReplicaSettings,
-        prefill_only: bool = False,
         tasks: SimTasks | None = None,
     ) -> None:
-        """``prefill_only``: calls leave with their first token; ``tasks``: shared with other replicas."""
+        """``tasks``: shared with other replicas."""
         self.index = index
-        self.prefill_only = prefill_only
         self.policy = policy
         self.busy = False
         self.alive = True
@@ -58,11 +56,13 @@ class Replica:
         self._recording = recording
         self._settings = settings
         tasks = SimTasks(recording, batch_time) if tasks is None else tasks
-        self._state = EngineState(limits, recording, tasks, prefill_only, settings.oracle_lengths)
+        self._state = EngineState(limits, recording, tasks, settings.is_apart, settings.oracle_lengths)
         self._offers_weaker = any(slo_class.otherwise for slo_class in recording.workload.classes)
         self._factors = StepFactors(settings.error, settings.seed, index)
         self._empty_plans = 0
         self._unseen: list[int] = []
+        self._slot_of: dict[int, int] = {}
+        self._came: list[int] = []
         self._step_count = 0
         self._step_shape = BatchShape(0)
         self._step_start_s = 0.0
@@ -104,16 +104,17 @@ class Replica:
         """Prompt tokens that this replica's prefix cache would supply now."""
         return self._state.cached_tokens(call)
 
-    def add(self, call: int, arrival_s: float, tokens_done: int = 0, output_tokens: int = 0) -> int:
+    def add(self, call: int, arrival_s: float, part: Part = WHOLE) -> int:
         """Enter a call that arrived at ``arrival_s``; returns its slot.
 
         Args:
             call: row of the workload.
             arrival_s: when its client sent it; promises count from there.
-            tokens_done: prompt tokens whose KV comes from another replica (disaggregated prefill).
-            output_tokens: tokens it already has from there.
+            part: what of it this replica serves.
         """
-        slot = self._state.enter(call, arrival_s, tokens_done, output_tokens)
+        slot = self._state.enter(call, arrival_s, part)
+        if part.comes_s > 0.0:
+            self._slot_of[call] = slot
         if self._settings.plan_ahead and self.busy:
             self._unseen.append(slot)
         else:
@@ -122,6 +123,14 @@ class Replica:
         record["arrival_s"] = arrival_s
         record["replica"] = self.index
         return slot
+
+    def kv_came(self, call: int) -> None:
+        """The KV of a call that entered with ``comes_s`` is there: it may run."""
+        slot = self._slot_of.pop(call)
+        if self._settings.plan_ahead and self.busy:
+            self._came.append(slot)
+        else:
+            self._state.came(slot)
 
     # ------------------------------------------------------------------------------------------------- steps
 
@@ -136,16 +145,19 @@ class Replica:
             StuckError: the policy keeps planning nothing while requests wait.
         """
         unseen, self._unseen = self._unseen, []
+        came, self._came = self._came, []
         end_s = self._plan_step(now_s)
         for slot in unseen:
             self._state.wait(slot)
+        for slot in came:
+            self._state.came(slot)
         return end_s
 
     def _plan_step(self, now_s: float) -> float | None:
         state = self._state
         if state.num_running + state.num_waiting == 0:
             return None
-        plan = self.policy.plan(now_s, state.show())
+        plan = self.policy.plan(now_s, state.show(now_s))
         try:
             if len(plan.preempt):
                 state.preempt(plan.preempt)
@@ -167,7 +179,7 @@ class Replica:
         return PlanFaultError(f"replica {self.index} at {now_s:.3f} s: {type(self.policy).__name__} {what}")
 
     def _idle(self, now_s: float) -> None:
-        if self.num_requests:
+        if self.num_requests > self._state.num_coming:
             self._recording.num_empty_plans += 1
             self._empty_plans += 1
             if self._empty_plans > MAX_EMPTY_PLANS:
@@ -253,7 +265,7 @@ class Replica:
             return
         calls, call_of, status = self._recording.calls, self._state.slots.call_of, self.view.table.rows["status"]
         promised = plan.admitted[status[plan.admitted] == Status.ADMITTED]
-        calls["admitted"][call_of[promised]] = 1
+        self._state.note_promises(promised)
         calls["demoted"][call_of[plan.demoted]] = 1
         if len(plan.demoted) and self._offers_weaker:
             self._state.fall_back(plan.demoted, now_s + plan.predicted_s, self._batch_time)

@@ -333,7 +333,7 @@ def _candidates(base: Question) -> list[Question]:
 
 
 def _split_of(question: Question) -> dict[str, int]:
-    apart = policy_entry(question.policy).make_decode is not None
+    apart = question.prefill_replicas > 0
     return {"prefill_replicas": question.prefill_replicas} if apart else {}
 
 

@@ -42,7 +42,7 @@ def fewest_replicas(
             tried(count, known[count])
         return known[count] >= target
 
-    least = 2 if settings.disaggregated else 1
+    least = 2 if settings.num_prefill else 1
     low, high = least - 1, least
     while not enough(high):
         if high >= most:
@@ -61,7 +61,7 @@ def _attainment(workload: Workload, profile: Profile, settings: SimSettings, rep
     fleet = replace(
         settings,
         replicas=replicas,
-        prefill_replicas=max(replicas // 2, 1),
+        prefill_replicas=max(replicas // 2, 1) if settings.num_prefill else 0,
         kv_bytes_per_token=kv_bytes_per_token(profile),
     )
     return summarize_run(simulate(workload, profile.model, limits_of(profile), fleet)).attainment

@@ -220,6 +220,16 @@ class SloRouter:
             self._sessions.sent(session, str(record["replica"]), context)
         return self._sessions.cached(session, prompt_tokens)
 
+    def _forget(self, name: str) -> None:
+        """A replica is dead."""
+        self.mirrors_of(int(name)).remove(name)
+        self._sessions.forget_replica(name)
+        self._idle.pop(int(name), None)
+
+    def _take(self, publication: Publication) -> None:
+        """A publication has arrived."""
+        self.mirrors_of(int(publication.replica)).update(publication)
+
     def _receive(self, now_s: float, replicas: Sequence[Replica]) -> None:
         """Take over what has arrived by now, and drop the dead."""
         if not self._began:
@@ -230,9 +240,7 @@ class SloRouter:
         if len(replicas) != sum(len(mirrors) for mirrors in self.shards):
             alive = {str(replica.index) for replica in replicas}
             for name in [name for mirrors in self.shards for name in mirrors if name not in alive]:
-                self.mirrors_of(int(name)).remove(name)
-                self._sessions.forget_replica(name)
-                self._idle.pop(int(name), None)
+                self._forget(name)
         for index, idle in self._idle.items():
             if not idle.published:
                 due_s = max(idle.since_s, self._last_published_s.get(index, -np.inf) + self._routing.publish_every_s)
@@ -242,7 +250,7 @@ class SloRouter:
         waiting = []
         for visible_s, publication in self._pending:
             if visible_s <= now_s:
-                self.mirrors_of(int(publication.replica)).update(publication)
+                self._take(publication)
             else:
                 waiting.append((visible_s, publication))
         self._pending = waiting
