@@ -83,7 +83,7 @@ def explain(
             stdout_console().print(line, markup=False, highlight=False, soft_wrap=True)
         if json_file is not None:
             json_file.write_text(text + "\n", encoding="utf-8")
-    raise typer.Exit(0 if found.verdict in ("admitted", "no-slo") else 1)
+    raise typer.Exit(0 if found.verdict in ("admitted", "second-best", "no-slo") else 1)
 
 
 def counts(option: str, given: Sequence[str] | None) -> dict[str, int]:
@@ -178,6 +178,7 @@ def told(found: Explained) -> Iterator[str]:
     yield f"{found.verdict} ({found.reason}): {found.text}"
     if found.status is not None:
         yield f"It would be refused with {found.status}."
+    yield from _promises(found)
     if found.predicted_start_ms is not None:
         yield f"begins        in about {found.predicted_start_ms / 1e3:.1f} s, without a promise"
     if found.verdict == "no-slo":
@@ -198,6 +199,17 @@ def told(found: Explained) -> Iterator[str]:
     yield f"KV blocks     {found.kv_blocks:g} needed, {found.kv_blocks_left:g} left beside all promises"
     more = f"{found.room} like this one fit now"
     yield f"room          {more}" + (f"; then {found.next_obstacle} binds" if found.next_obstacle else " (at least)")
+
+
+def _promises(found: Explained) -> Iterator[str]:
+    """The promises of a class that has weaker ones, and which of them is given."""
+    promised = found.verdict in ("admitted", "second-best")
+    words = {"ttft_ms": "first token {:g} ms", "tpot_ms": "{:g} ms per token", "e2e_ms": "answer {:g} ms"}
+    for rank, promise in enumerate(found.promises):
+        said = ", ".join(text.format(promise[name]) for name, text in words.items() if name in promise)
+        kept_out = not promised or rank < found.rank
+        mark = "does not fit" if kept_out else "given" if rank == found.rank else "not asked for"
+        yield f"{'promises' if rank == 0 else '':<13} {rank + 1}. {said}: {mark}"
 
 
 def _of(predicted_ms: float | None, target_ms: float | None) -> str:

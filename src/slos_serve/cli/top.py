@@ -18,6 +18,7 @@ from rich.text import Text
 
 from slos_serve.cli.printed import FILE_WIDTH, failure
 from slos_serve.core.errors import SlosServeError
+from slos_serve.core.verdict import Verdict
 
 STATE_PATH = "/slo/state"
 FORMAT = "slos-serve-live/1"
@@ -134,8 +135,9 @@ def _table(title: str, *columns: str, left: tuple[str, ...] = ()) -> Table:
 
 
 def _classes(state: dict[str, Any]) -> Table:
-    columns = ("class", "promised", "kept", "kept, %", "best effort", "refused", "room for", "last 10 minutes")
-    table = _table("Attainment", *columns, left=("class", "last 10 minutes"))
+    weaker = any(Verdict.SECOND_BEST in each["requests"] for each in state["classes"])
+    columns = ("class", "promised", "kept", "kept, %", *(("weaker",) if weaker else ()), "best effort", "refused")
+    table = _table("Attainment", *columns, "room for", "last 10 minutes", left=("class", "last 10 minutes"))
     for each in state["classes"]:
         given, kept = each["requests"].get("admitted", 0), each["attained"].get("admitted", 0)
         style = "" if not given else "green" if kept >= GOOD_SHARE * given else "bold red"
@@ -144,12 +146,19 @@ def _classes(state: dict[str, Any]) -> Table:
             str(given),
             str(kept),
             Text(f"{kept / given:.1%}" if given else "-", style=style),
+            *((_weaker(each),) if weaker else ()),
             str(each["requests"].get("best-effort", 0)),
             str(each["told"].get("rejected", 0)),
             "-" if each["headroom"] is None else str(each["headroom"]),
             bars(state["history"]["classes"].get(each["name"])),
         )
     return table
+
+
+def _weaker(row: dict[str, Any]) -> str:
+    """Kept of a class's weaker promises that were given."""
+    given = row["requests"].get(Verdict.SECOND_BEST, 0)
+    return f"{row['attained'].get(Verdict.SECOND_BEST, 0)} of {given}" if given else "-"
 
 
 def bars(history: dict[str, list[int]] | None) -> Text:

@@ -88,6 +88,16 @@ def test_one_look_shows_every_part(server: tuple[str, State], tmp_path: Path) ->
     assert json.loads(told.output) == json.loads(json.dumps(state.document))
 
 
+def test_weaker_promises_have_a_column_where_there_are_some(server: tuple[str, State], tmp_path: Path) -> None:
+    url, state = server
+    state.document = document(tmp_path)
+    assert "weaker" not in CliRunner().invoke(app, ["top", url, "--once"]).output
+    chat = state.document["classes"][0]
+    chat["requests"]["second-best"], chat["attained"]["second-best"] = 4, 3
+    told = CliRunner().invoke(app, ["top", url, "--once"]).output
+    assert "weaker" in told and "3 of 4" in told
+
+
 def test_a_key_comes_from_the_environment(server: tuple[str, State], tmp_path: Path, monkeypatch: Any) -> None:
     url, state = server
     state.document, state.key = document(tmp_path), "sesame"

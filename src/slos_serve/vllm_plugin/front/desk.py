@@ -189,20 +189,22 @@ class FrontDesk:
                 self._failed = True
                 _logger.exception("slos-serve: failed to give back the room of a request (said once).")
 
-    def look(self, args: SloArgs, tokens: int, max_tokens: int | None) -> tuple[RoutingRequest, Looked] | None:
-        """What would be said now of a request that is not there; ``None`` while nothing can be judged.
+    def look(self, args: SloArgs, tokens: int, max_tokens: int | None) -> tuple[list[RoutingRequest], Looked] | None:
+        """What would be said now of a request that is not there, and what it asks for, the first promise first.
+
+        ``None`` while nothing can be judged.
 
         Raises:
             InvalidFieldError: its class is unknown.
         """
         params = SimpleNamespace(max_tokens=max_tokens)
         applied = self.applied(args)
-        asked, _ = self._tasks.with_task(
-            applied, args, self._asked(applied, args, None, tokens, params, self._clock_s())
-        )
+        now_s, promises = self._clock_s(), (None,) if applied is None else applied.promises
+        several = [self._asked(one, args, None, tokens, params, now_s) for one in promises]
+        several[0], _ = self._tasks.with_task(applied, args, several[0])
         if not self.ready or not self._hear():
             return None
-        return asked, self._mirror.look(asked.arrival_s, asked)
+        return several, self._mirror.look(now_s, several[0], several[1:])
 
     def applied(self, args: SloArgs) -> SLOClass | None:
         """The class of a request that is only asked about: without a session it is the first call of a task.

@@ -23,6 +23,7 @@ from slos_serve.core.verdict import SENTENCES, Verdict
 from slos_serve.files.profile_file import Profile
 from slos_serve.planning.planner import Planner
 from slos_serve.routing.publisher import publication_of
+from slos_serve.routing.router import RoutingRequest
 from slos_serve.vllm_plugin.api_keys import KeyDigests, bearer_key
 from slos_serve.vllm_plugin.asgi import Scope, Send
 from slos_serve.vllm_plugin.config import PluginConfig
@@ -52,6 +53,8 @@ class Explained:
         verdict, reason, text: as in the answer's headers.
         status: HTTP status of a refusal.
         prompt_tokens: of the request.
+        rank: which promise of its class it is given: 0 for the first, then the weaker ones.
+        promises: all of them in order, where there are weaker ones: ``ttft_ms``, ``tpot_ms``, ``e2e_ms``.
         target_ttft_ms, predicted_ttft_ms: first token: promised, and expected if the request were taken now.
         target_tpot_ms, predicted_tpot_ms: time per output token, likewise.
         predicted_start_ms: first token of a request that is promised nothing.
@@ -68,6 +71,8 @@ class Explained:
     text: str
     status: int | None
     prompt_tokens: int
+    rank: int = 0
+    promises: Sequence[Mapping[str, float]] = ()
     target_ttft_ms: float | None = None
     predicted_ttft_ms: float | None = None
     target_tpot_ms: float | None = None
@@ -123,9 +128,9 @@ def explain(desk: FrontDesk, args: SloArgs, prompt_tokens: int, max_tokens: int 
     found = desk.look(args, prompt_tokens, max_tokens)
     if found is None:
         raise NothingKnownError("nothing can be judged: no profile, or the engine has not published its state yet")
-    asked, looked = found
+    several, looked = found
     answer, predicted = looked.answer, looked.predicted
-    ttft_s = asked.ttft_due_s + desk.config.planner.ttft_margin_s - asked.arrival_s
+    asked, margin_s = several[answer.rank], desk.config.planner.ttft_margin_s
     numbers: dict[str, float | None] = {}
     if predicted is not None:
         numbers = {
@@ -143,7 +148,9 @@ def explain(desk: FrontDesk, args: SloArgs, prompt_tokens: int, max_tokens: int 
         text=SENTENCES[answer.reason],
         status=_status(slo_class) if answer.verdict is Verdict.REJECTED else None,
         prompt_tokens=prompt_tokens,
-        target_ttft_ms=_ms(ttft_s),
+        rank=answer.rank,
+        promises=[_promise(one, margin_s) for one in several] if len(several) > 1 else [],
+        target_ttft_ms=_ms(asked.ttft_due_s + margin_s - asked.arrival_s),
         target_tpot_ms=_ms(asked.tpot_s),
         predicted_start_ms=_ms(answer.start_s),
         room=looked.room,
@@ -305,6 +312,16 @@ def _whole(given: Mapping[str, str], key: str) -> int:
 def _error(message: str, param: str | None, code: int) -> bytes:
     kind = {400: "invalid_request_error", 401: "authentication_error"}.get(code, "service_unavailable")
     return json.dumps({"error": {"message": message, "type": kind, "param": param, "code": code}}).encode("ascii")
+
+
+def _promise(asked: RoutingRequest, margin_s: float) -> dict[str, float]:
+    """What a request asks for in milliseconds."""
+    promised = {
+        "ttft_ms": _ms(asked.ttft_due_s + margin_s - asked.arrival_s),
+        "tpot_ms": _ms(asked.tpot_s),
+        "e2e_ms": _ms(asked.answer_due_s + margin_s - asked.arrival_s),
+    }
+    return {name: value for name, value in promised.items() if value is not None}
 
 
 def _status(slo_class: SLOClass | None) -> int:

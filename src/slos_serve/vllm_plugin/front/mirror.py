@@ -82,8 +82,9 @@ class Looked:
 
     Attributes:
         answer: what would be said of it.
-        predicted: what that rests on; ``None`` without a promise, and when its first token is lost already.
-        room: requests like it that fit beside all that is promised now, itself counted.
+        predicted: what that rests on, for the promise that is given, or the first one; ``None`` without a promise, and
+            when its first token is lost already.
+        room: requests like it, with that promise, that fit beside all that is promised now, itself counted.
         next_obstacle: what stops the one after those; ``None`` when none was found.
     """
 
@@ -134,11 +135,8 @@ class EngineMirror:
         """
         now_s = self._now_s = max(now_s, self._now_s)
         self._keep_fresh(now_s)
-        several, yields = (asked, *weaker), self._yields(asked)
-        rank: int | None = 0
-        if weaker or yields:
-            fitting = [replace(one, prompt_tokens=2 * one.prompt_tokens) for one in several] if yields else several
-            rank = next((rank for rank, one in enumerate(fitting) if self._fits(now_s, one)), None if yields else 0)
+        several = (asked, *weaker)
+        rank = self._rank(now_s, several)
         asked = several[rank or 0]
         predicted = self._predicted(now_s, asked) if asked.has_slo else None
         if rank is None:
@@ -179,6 +177,14 @@ class EngineMirror:
         wait_s = self._starts.start_s(share, self._sent_queued().values(), owed, rate, float(m.idle_rate[k]))
         return max(float(m.ready_s[k]), now_s) - asked.arrival_s + wait_s
 
+    def _rank(self, now_s: float, several: Sequence[RoutingRequest]) -> int | None:
+        """The first of a request's promises that fits, 0 where none does; ``None`` where it is to be told none."""
+        yields = self._yields(several[0])
+        if len(several) == 1 and not yields:
+            return 0
+        fitting = [replace(one, prompt_tokens=2 * one.prompt_tokens) for one in several] if yields else several
+        return next((rank for rank, one in enumerate(fitting) if self._fits(now_s, one)), None if yields else 0)
+
     def _yields(self, asked: RoutingRequest) -> bool:
         """Whether another tenant of its class is promised less of what it is due.
 
@@ -196,24 +202,32 @@ class EngineMirror:
     def _fits(self, now_s: float, asked: RoutingRequest) -> bool:
         return verdicts(now_s, asked, self._mirrors, _SETTINGS).get(ENGINE, False)
 
-    def look(self, now_s: float, asked: RoutingRequest, most: int = MOST) -> Looked:
-        """Judge a request without counting it, and find how many like it there is room for, ``most`` at most."""
+    def look(
+        self, now_s: float, asked: RoutingRequest, weaker: Sequence[RoutingRequest] = (), most: int = MOST
+    ) -> Looked:
+        """Judge a request as :meth:`answer` does, without counting it, and find how many like it there is room for.
+
+        Args:
+            most: of these; they are given the same promise.
+        """
         now_s = max(now_s, self._now_s)
-        predicted = self._predicted(now_s, asked) if asked.has_slo else None
+        self._keep_fresh(now_s)
+        given = (asked, *weaker)[self._rank(now_s, (asked, *weaker)) or 0]
+        predicted = self._predicted(now_s, given) if given.has_slo else None
         sent: list[Sent] = []
         obstacle: Why | None = None
         first: Answer | None = None
         room = 0
         try:
             for _ in range(most):
-                expected = self._predicted(now_s, asked) if asked.has_slo else None
+                expected = self._predicted(now_s, given) if given.has_slo else None
                 before = self._mirrors.in_flight(ENGINE)
-                answer = self.answer(now_s, asked)
+                answer = self.answer(now_s, given) if first else self.answer(now_s, asked, weaker)
                 first = first or answer
                 if self._mirrors.in_flight(ENGINE) > before:
                     sent.append(self._mirrors.newest(ENGINE))
                 if answer.reason is not Why.FITS:
-                    if asked.has_slo:
+                    if given.has_slo:
                         obstacle = Why.TTFT_TOO_LATE if expected is None else expected.obstacle
                     break
                 room += 1

@@ -132,8 +132,8 @@ class LiveState:
         queue = message["queue"]
         part = _Part(
             int(now_s // PART_S),
-            {name: counts.get(Verdict.ADMITTED, 0) for name, counts in message["requests"].items()},
-            {name: counts.get(Verdict.ADMITTED, 0) for name, counts in message["attained"].items()},
+            {name: _promised(counts) for name, counts in message["requests"].items()},
+            {name: _promised(counts) for name, counts in message["attained"].items()},
             sum(queue["running"]),
             sum(queue["waiting"]),
         )
@@ -217,10 +217,19 @@ def _grown(before: Mapping[str, int], after: Mapping[str, int], name: str) -> in
     return max(after.get(name, 0) - before.get(name, 0), 0)
 
 
+def _promised(counts: Mapping[str, int]) -> int:
+    """Of requests by verdict, those with a promise: the first one of their class, or a weaker one."""
+    return counts.get(Verdict.ADMITTED, 0) + counts.get(Verdict.SECOND_BEST, 0)
+
+
 def _promise(name: str, slo_class: SLOClass | None) -> str:
-    """A class's promise in words."""
+    """A class's promises in words, weaker ones after the first."""
     if slo_class is None:
         return "no promise" if name == NO_SLO_CLASS else "as each request asks"
+    return "; else ".join(_one_promise(one) for one in slo_class.promises)
+
+
+def _one_promise(slo_class: SLOClass) -> str:
     slo, told = slo_class.slo, []
     if slo.ttft_ms is not None:
         told.append(f"first token within {slo.ttft_ms:g} ms")
@@ -229,6 +238,8 @@ def _promise(name: str, slo_class: SLOClass | None) -> str:
     rates = [stage.slo.tpot_ms for stage in slo_class.stages if stage.slo.tpot_ms is not None]
     if rates:
         told.append(f"then {', '.join(f'{rate:g}' for rate in rates)} ms per token")
+    if slo.e2e_ms is not None:
+        told.append(f"answer within {slo.e2e_ms:g} ms")
     return ", ".join(told) or "no promise"
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from slos_serve.cli.explain import told
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.vllm_plugin.asgi import Message
 from slos_serve.vllm_plugin.front.desk import FrontDesk
@@ -24,7 +25,7 @@ def crowded() -> EngineBuilder:
     return engine
 
 
-@pytest.mark.parametrize("slo_class", ["chat", "strict", "spare", "batch"])
+@pytest.mark.parametrize("slo_class", ["chat", "strict", "spare", "batch", "patient"])
 @pytest.mark.parametrize(
     ("prompt_tokens", "max_tokens"),
     [(100, 100), (3900, 100), (100, 3000)],
@@ -38,7 +39,9 @@ async def test_what_is_explained_is_what_the_next_request_is_told(
         status, headers, _ = await Server(front).ask(slo_class, prompt_tokens=prompt_tokens, max_tokens=max_tokens)
         assert (found.verdict, found.reason) == (headers["x-slo-verdict"], headers["x-slo-reason"])
         assert (found.status or 200) == status
-        if found.verdict == "admitted":
+        assert found.rank == int(headers.get("x-slo-rank", 0))
+        if found.verdict in ("admitted", "second-best"):
+            assert found.target_ttft_ms == float(headers["x-slo-target-ttft-ms"])
             assert found.predicted_ttft_ms == pytest.approx(int(headers["x-slo-predicted-ttft-ms"]), abs=1.0)
 
 
@@ -124,3 +127,21 @@ async def test_the_route_answers_and_names_what_is_wrong(tmp_path: Path) -> None
         assert (status, error["param"]) == (400, field), query
     status, _ = await answered(desk(tmp_path), "prompt_tokens=100")
     assert status == 503
+
+
+def test_the_weaker_promise_that_is_given_is_explained(tmp_path: Path) -> None:
+    front = desk(tmp_path, crowded())
+    found = explain(front, SloArgs(slo_class="patient"), 3000, 100)
+    assert (found.verdict, found.rank) == ("second-best", 1)
+    assert found.promises == [{"ttft_ms": 1000.0, "tpot_ms": 100.0}, {"ttft_ms": 9000.0, "tpot_ms": 150.0}]
+    assert found.target_ttft_ms == 9000.0 and found.predicted_ttft_ms is not None
+    assert 1000.0 < found.predicted_ttft_ms < 9000.0
+    assert found.room > 1, "of the weaker promise"
+    lines = list(told(found))
+    assert lines[1:3] == [
+        "promises      1. first token 1000 ms, 100 ms per token: does not fit",
+        "              2. first token 9000 ms, 150 ms per token: given",
+    ]
+    first = explain(desk(tmp_path, loaded(0)), SloArgs(slo_class="patient"), 100, 100)
+    assert [line.rpartition(": ")[2] for line in told(first)][1:3] == ["given", "not asked for"]
+    assert explain(front, SloArgs(slo_class="chat"), 100).promises == []

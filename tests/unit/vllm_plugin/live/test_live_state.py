@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from slos_serve.core.request import RequestTable, Status
+from slos_serve.core.slo import SLO, ClassSet
 from slos_serve.core.verdict import SENTENCES, Verdict, Why
 from slos_serve.vllm_plugin.live.feed import MOST_STEPS
 from slos_serve.vllm_plugin.live.state import LiveState, Watch
@@ -47,6 +49,26 @@ def test_counts_are_those_of_the_metrics(tmp_path: Path) -> None:
             assert engine.count("attained_total", slo_class=name, verdict=verdict) == number
     assert chat["promise"] == "first token within 1000 ms, then 100 ms per token"
     assert batch["promise"] == "no promise"
+
+
+def test_weaker_promises_are_counted_apart_and_are_promises(tmp_path: Path) -> None:
+    classes = ClassSet({"chat": replace(CHAT, otherwise=(SLO(ttft_ms=9000.0), SLO(e2e_ms=60_000.0)))})
+    engine, clock = Engine(tmp_path), Clock()
+    state = LiveState("m", classes, clock)
+    engine.after(1.0)
+    state.heard(engine.wire.newest())
+    for kept in (True, True, False):
+        engine.ends(CHAT, Verdict.SECOND_BEST, kept=kept)
+    engine.after(1.0)
+    clock.now_s += 30.0
+    state.heard(engine.wire.newest())
+    chat = state.document()["classes"][0]
+    assert (chat["requests"], chat["attained"]) == ({"second-best": 3}, {"second-best": 2})
+    assert chat["promise"] == (
+        "first token within 1000 ms, then 100 ms per token; "
+        "else first token within 9000 ms; else answer within 60000 ms"
+    )
+    assert state.document()["history"]["classes"]["chat"] == {"promised": [3], "kept": [2]}
 
 
 def test_steps_and_streams_go_out_only_while_somebody_looks(tmp_path: Path) -> None:
