@@ -24,6 +24,7 @@ pytest.importorskip("ray")
 vllm = pytest.importorskip("vllm")
 
 from openai import AsyncOpenAI, BadRequestError, OpenAI, RateLimitError
+from prometheus_client.parser import text_string_to_metric_families
 
 from slos_serve.files.engine_identity import model_label
 from slos_serve.files.profile_file import Profile, save_profile
@@ -53,6 +54,7 @@ classes:
   now: {ttft_ms: 1, tpot_ms: 1, when_full: reject}
   hopeless: {ttft_ms: 1, tpot_ms: 1}
   tool: {ttft_ms: 30000, tpot_ms: 3000, last_round: chat}
+  crowd: {ttft_ms: 4000, tpot_ms: 5000, when_full: reject}
   batch: {}
 """
 
@@ -162,6 +164,40 @@ async def test_forty_mixed_requests_are_served_by_both(server: ServerProcess) ->
         ("batch", "no-slo"): 10,
         ("none", "no-slo"): 10,
     }
+
+
+async def test_promises_that_were_told_bind_the_replicas(server: ServerProcess) -> None:
+    """Long prompts come first; the short ones behind them are worth more, and would take their place."""
+    limits = httpx.Limits(max_connections=60)
+    async with httpx.AsyncClient(base_url=server.base_url, timeout=300.0, limits=limits) as client:
+
+        async def one(number: int) -> httpx.Response:
+            prompt = f"{number} " + "word " * (700 if number < 8 else 60)
+            body = {"model": MODEL, "prompt": prompt, "max_tokens": 4, "temperature": 0.0}
+            return await client.post("/v1/completions", json=body, headers={"x-slo-class": "crowd"})
+
+        answers = await asyncio.gather(*(one(number) for number in range(60)))
+    served = [answer for answer in answers if answer.is_success]
+    assert {answer.status_code for answer in answers} == {200, 429} and len(served) >= 8
+    assert {answer.headers["x-slo-verdict"] for answer in served} == {"admitted"}
+    found: Counter[str] = Counter()
+    for _ in range(100):  # metrics leave the scheduler by a thread of their own
+        found = engine_verdicts(server, "crowd")
+        if found.total() >= len(served):
+            break
+        await asyncio.sleep(0.2)
+    assert found == {"admitted": len(served)}, "each replica does what the ingress told"
+
+
+def engine_verdicts(server: ServerProcess, slo_class: str) -> Counter[str]:
+    """What the engines of all replicas made of a class's requests."""
+    text = httpx.get(f"{server.base_url}/metrics", timeout=30.0).text
+    found: Counter[str] = Counter()
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == "slos_serve:requests_total" and sample.labels["slo_class"] == slo_class:
+                found[sample.labels["verdict"]] += int(sample.value)
+    return +found
 
 
 def test_the_live_page_shows_both_replicas(server: ServerProcess) -> None:
