@@ -43,6 +43,7 @@ class Traffic:
             front.answered("chat", Verdict.ADMITTED, Why.FITS)
             front.compared(Verdict.ADMITTED, Verdict.ADMITTED)
             front.first_token(0.2, 0.21)
+            engine.task_done("chat", Verdict.ADMITTED, kept=ratio < 1.0)
         engine.plan(0.0002)
         engine.step_timed(0.03, 0.029)
         engine.fallback("overrun")
