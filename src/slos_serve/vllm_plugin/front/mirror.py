@@ -281,7 +281,10 @@ class EngineMirror:
         before = int(np.searchsorted(m.due_s[k, first : first + count], due_s, side="right"))
         owed = float(m.cost_tokens[k, first : first + before].sum()) + cost
         ready_s = max(float(m.ready_s[k]), now_s)
-        ttft_s = ready_s - asked.arrival_s + owed / max(rate, 1e-9)
+        # Even a short prompt takes a whole step beside the decodes that run.
+        step_s = float(roofline_s(m.coefficients[k], m.counts[k].sum() + min(owed, m.max_step_tokens[k])))
+        step_s += float((m.counts[k] * m.extra_s_each[k]).sum())
+        ttft_s = ready_s - asked.arrival_s + max(owed / max(rate, 1e-9), step_s)
         # While prompts are owed, steps are as long as the tightest pace allows; else as long as the decodes take.
         busy_share = min(owed / max(rate, 1e-9) / max(asked.max_tokens * asked.tpot_s, 1e-9), 1.0)
         alone_s = float(roofline_s(m.coefficients[k], counts.sum()) + (counts * m.extra_s_each[k]).sum())

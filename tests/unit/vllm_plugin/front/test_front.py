@@ -13,6 +13,7 @@ from slos_serve.core.verdict import Verdict
 from slos_serve.routing.headroom import headroom
 from slos_serve.vllm_plugin.front.desk import FrontDesk
 from slos_serve.vllm_plugin.front.judged import prompt_tokens
+from tests.builders import OPT_13B_A100
 from tests.unit.routing.fleet import NOW_S, loaded, published, request
 from tests.unit.vllm_plugin.front.builders import Server, desk
 
@@ -30,6 +31,11 @@ async def test_a_request_that_fits_is_told_so_with_targets_and_predictions(tmp_p
     assert headers["x-slo-target-ttft-ms"] == "1000"
     assert 10 < int(headers["x-slo-predicted-ttft-ms"]) < 1000
     assert 10 < int(headers["x-slo-predicted-tpot-ms"]) <= 100
+
+
+async def test_even_the_shortest_prompt_takes_a_step(tmp_path: Path) -> None:
+    _, headers, _ = await Server(desk(tmp_path, loaded(0))).ask("chat", prompt_tokens=1)
+    assert int(headers["x-slo-predicted-ttft-ms"]) >= int(1000.0 * OPT_13B_A100.zero_load_s(1))
 
 
 @pytest.mark.parametrize("slo_class", [None, "batch"])
