@@ -14,7 +14,7 @@ from slos_serve.cli.promises import shown_first_token, shown_per_token, shown_wh
 from slos_serve.core.errors import SlosServeError
 from slos_serve.core.slo import SLOClass
 from slos_serve.files.class_file import ClassFile, load_class_file
-from slos_serve.files.profile_file import load_profile
+from slos_serve.files.profile_file import load_profile, profile_path
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
 
 # Prompt lengths that a slowdown promise is shown for.
@@ -32,7 +32,8 @@ classes = typer.Typer(
 def check(
     file: Annotated[Path, typer.Argument(help="The class file.")],
     profile: Annotated[
-        Path | None, typer.Option(help="Batch-time profile: also check what this engine can do at best.")
+        str | None,
+        typer.Option(help="Batch-time profile, a file or a shipped one: also check what this engine can do at best."),
     ] = None,
 ) -> None:
     """Read FILE as the server does; print what it promises, or its first fault with file and line.
@@ -42,7 +43,7 @@ def check(
     console = stdout_console()
     try:
         found = load_class_file(file)
-        model = None if profile is None else load_profile(profile).model
+        model = None if profile is None else load_profile(profile_path(profile)).model
     except SlosServeError as error:
         raise failure(error) from None
     console.print(_table(found, model))

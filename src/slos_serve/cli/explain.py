@@ -9,7 +9,6 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +16,7 @@ import typer
 
 from slos_serve.cli.printed import USAGE_ERROR, failure, stdout_console
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
+from slos_serve.files.profile_file import profile_path
 
 if TYPE_CHECKING:
     from slos_serve.vllm_plugin.front.explain import Explained
@@ -123,14 +123,9 @@ def described(
         missing = "--classes" if classes is None else "--profile"
         raise InvalidFieldError(missing, None, "a file, or --url with the address of a running server")
     assert isinstance(load, asked.Load)
-    config = PluginConfig.of({"classes_path": classes, "profile_path": _profile_path(profile)})
+    config = PluginConfig.of({"classes_path": classes, "profile_path": profile_path(profile)})
     desk = asked.loaded_desk(config, load, prompt_tokens + max_tokens)
     return asked.explain(desk, SloArgs(slo_class=slo_class, expected_tokens=expected_tokens), prompt_tokens, max_tokens)
-
-
-def _profile_path(name: str) -> Path:
-    shipped = Path(str(resources.files("slos_serve") / "profiles" / f"{name}.json"))
-    return shipped if "/" not in name and shipped.is_file() else Path(name)
 
 
 def ask(url: str, slo_class: str | None, prompt_tokens: int, max_tokens: int, expected_tokens: int | None) -> Explained:

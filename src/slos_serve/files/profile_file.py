@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,12 @@ def save_profile(profile: Profile, path: Path, samples: Sequence[Sample] | None 
     if samples is not None:
         save_samples(samples, samples_path(path))
     _write_atomically(path, json.dumps(record, indent=2) + "\n")
+
+
+def profile_path(name: str) -> Path:
+    """Where a profile lies: a shipped one by its name, any other by its path."""
+    shipped = Path(str(resources.files("slos_serve") / "profiles" / f"{name}.json"))
+    return shipped if "/" not in name and shipped.is_file() else Path(name)
 
 
 def load_profile(path: Path) -> Profile:

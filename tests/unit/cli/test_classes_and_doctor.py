@@ -59,7 +59,7 @@ def test_promises_that_no_idle_engine_keeps_are_errors(tmp_path: Path) -> None:
     file.write_text(
         "classes:\n  a: {ttft_ms: 5, tpot_ms: 100}\n  b: {stages: [{tpot_ms: 2, max_tokens: 3}, {tpot_ms: 90}]}\n"
     )
-    result = RUNNER.invoke(app, ["classes", "check", str(file), "--profile", str(PROFILE)])
+    result = RUNNER.invoke(app, ["classes", "check", str(file), "--profile", "opt-13b-a100"])
     assert result.exit_code == 2
     assert "classes.a.ttft_ms: 5" in result.stderr and "classes.b.stages[0].tpot_ms: 2" in result.stderr
     assert RUNNER.invoke(app, ["classes", "check", str(file)]).exit_code == 0
