@@ -7,8 +7,8 @@ import pytest
 pytest.importorskip("ray")
 pytest.importorskip("vllm")
 
-from slos_serve.ray_serve.demand import FULLNESS, HEADROOM
 from slos_serve.ray_serve.replica_gauges import ReplicaGauges
+from slos_serve.routing.demand import FULLNESS, HEADROOM
 
 pytestmark = pytest.mark.ray
 

@@ -1,7 +1,7 @@
 """How many replicas are needed for promises to be kept: a policy for Ray Serve's autoscaler.
 
 Ray pickles this module by value and calls the policy in its controller. Each replica reports its fullness: demand for
-promises over what it could promise (:mod:`slos_serve.ray_serve.demand`). The policy holds the replicas' mean at a
+promises over what it could promise (:mod:`slos_serve.routing.demand`). The policy holds the replicas' mean at a
 target below 1, so that there is room for what comes while a new replica starts.
 """
 
@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
-TARGET_FULLNESS = 0.7
+from slos_serve.routing.demand import TARGET_FULLNESS
+
 _FULLNESS = "slos_serve_fullness"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from ray.serve import metrics
 
-from slos_serve.ray_serve.demand import FULLNESS, HEADROOM
+from slos_serve.routing.demand import FULLNESS, HEADROOM
 from slos_serve.routing.headroom import MOST
 
 

@@ -16,9 +16,9 @@ from ray import serve
 from ray.serve.llm import LLMConfig
 from ray.serve.llm.deployment import LLMServer
 
+from slos_serve.files.class_file import CUSTOM_CLASS
 from slos_serve.ray_serve.compat import ClusterStore
 from slos_serve.ray_serve.curve import shared_keys
-from slos_serve.ray_serve.demand import Demand
 from slos_serve.ray_serve.engine import SLOEngine
 from slos_serve.ray_serve.live import ReplicaLive
 from slos_serve.ray_serve.plugin_metrics import ReplicaMetrics
@@ -28,6 +28,7 @@ from slos_serve.ray_serve.relay import Relay
 from slos_serve.ray_serve.replica_gauges import ReplicaGauges
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import ADDRESS_KEY
+from slos_serve.routing.demand import Demand
 from slos_serve.routing.headroom import standard_ttft_s
 from slos_serve.vllm_plugin.config import EVENTS_ENV, PUBLISH_ENV, PluginConfig
 from slos_serve.vllm_plugin.handed import with_told
@@ -121,7 +122,8 @@ class SLOServer(LLMServer):
     async def _watched(self, answer: Any, ticket: Ticket | None) -> AsyncGenerator[Any, None]:
         now_s = time.monotonic()
         number = self._pulse.call_began(now_s)
-        self._demand.began(number, ticket, now_s)
+        if ticket is not None:
+            self._demand.began(number, ticket.asked, ticket.slo_class or CUSTOM_CLASS, not ticket.is_unpromised, now_s)
         try:
             async for part in answer:
                 yield part

@@ -93,8 +93,11 @@ def simulate(
     settings: SimSettings,
     stop: Callable[[Recording, float], bool] | None = None,
     progress: Callable[[float], None] | None = None,
+    make_slo_router: Callable[[Recording, SloRouting, SimTasks], SloRouter] = SloRouter,
 ) -> Recording:
     """Serve a workload in virtual time; returns every token's time.
+
+    ``make_slo_router`` makes the router that asks mirrors, where replicas serve whole calls.
 
     Raises:
         InvalidFieldError: unknown policy, router or parameter, or a split that leaves a side without replicas.
@@ -103,7 +106,10 @@ def simulate(
     _check_split(settings)
     recording = Recording.of(workload.bound(batch_time))
     tasks = SimTasks(recording, batch_time, oracle_lengths=settings.oracle_lengths)
-    router = _router(recording, batch_time, limits, settings, tasks)
+    if settings.router in SLO_ORDERS and not settings.num_prefill:
+        router: Router | Apart = make_slo_router(recording, _routing(limits, settings), tasks)
+    else:
+        router = _router(recording, batch_time, limits, settings, tasks)
     replicas = [
         _replica(index, recording, batch_time, limits, settings, router, tasks) for index in range(settings.replicas)
     ]
@@ -118,9 +124,7 @@ def _router(
         return Apart(_placement(recording, limits, settings, tasks, links), links)
     if settings.router in RIVAL_ROUTERS:
         return RIVAL_ROUTERS[settings.router](recording, batch_time)
-    if settings.router not in SLO_ORDERS:
-        return make_router(settings.router, settings.sticky_sessions)
-    return SloRouter(recording, _routing(limits, settings), tasks)
+    return make_router(settings.router, settings.sticky_sessions)
 
 
 def _placement(

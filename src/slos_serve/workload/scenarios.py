@@ -258,9 +258,19 @@ def trace_workload(
     Raises:
         InvalidFieldError: broken file, unknown class, or a scale out of range.
     """
-    requests = read_trace(path, limit)
     if not 0.0 < rate_scale <= 1e6:
         raise InvalidFieldError("rate_scale", rate_scale, "a number in (0, 1e6]")
+    return recorded_workload(read_trace(path, limit), path, classes, rate_scale)
+
+
+def recorded_workload(
+    requests: Sequence[TraceRequest], path: Path, classes: ClassSet | None = None, rate_scale: float = 1.0
+) -> Workload:
+    """Requests of the trace ``path`` as a workload, see :func:`trace_workload`.
+
+    Raises:
+        InvalidFieldError: unknown class.
+    """
     chosen = classes if classes is not None else ClassSet({CHAT.name: CHAT}, CHAT.name)
     within_ms = {one.session: one.task_ms for one in reversed(requests) if one.task_ms is not None}
     resolved = [_class_of(request, within_ms.get(request.session), chosen, path) for request in requests]

@@ -67,16 +67,18 @@ def test_capacity_writes_one_row_a_search(tmp_path: Path) -> None:
     assert all(wanted <= set(row) for row in rows)
 
 
-def test_size_counts_replicas(tmp_path: Path) -> None:
-    trace = tmp_path / "trace.csv"
+def test_size_prints_writes_and_draws_every_way(tmp_path: Path) -> None:
+    trace, file, chart = tmp_path / "trace.csv", tmp_path / "size.json", tmp_path / "size.svg"
     lines = [f"{0.2 * i},500,50" for i in range(100)]
     trace.write_text("Timestamp,Request tokens,Response tokens\n" + "\n".join(lines) + "\n")
-    file = tmp_path / "size.json"
-    result = RUNNER.invoke(
-        app, ["size", "--trace", str(trace), "--policy", "vllm", "--attain", "0.9", "--json", str(file)]
-    )
+    where = ["--trace", str(trace), "--json", str(file), "--plot", str(chart)]
+    result = RUNNER.invoke(app, ["size", *where, "--policy", "vllm", "--violations", "0.1"])
     assert result.exit_code == 0, result.output
-    assert json.loads(file.read_text())["results"][0]["replicas"] >= 1
+    found = json.loads(file.read_text())
+    assert [size["by"] for size in found["sizes"]] == ["vllm, 10 %", "mean load", "vLLM's throughput"]
+    assert all(size["servers_at_peak"] >= 1 and size["kwh"] > 0.0 for size in found["sizes"])
+    assert found["peak_rps"] == pytest.approx(5.05, abs=0.1) and "vllm, 10 %" in result.output
+    assert "<svg" in chart.read_text()
 
 
 @pytest.mark.parametrize(
@@ -94,6 +96,9 @@ def test_size_counts_replicas(tmp_path: Path) -> None:
         (["capacity", "--scenario", "chatt"], "summarization"),
         (["capacity", "--policy", "vlm"], "sarathi"),
         (["size", "--trace", "nowhere.csv"], "nowhere.csv"),
+        (["size", "--mix", "nowhere.yaml"], "nowhere.yaml"),
+        (["size"], "one of the two"),
+        (["size", "--mix", "examples/mix.yaml"], "class file"),
     ],
 )
 def test_bad_input_is_named(arguments: list[str], named: str) -> None:

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from slos_serve.ray_serve.autoscaling import TARGET_FULLNESS, headroom_policy
-from slos_serve.ray_serve.demand import FULLNESS
+from slos_serve.routing.demand import FULLNESS
 
 
 def wanted(replicas: int, *fullness: float, requests: float = 0.0) -> float:

@@ -1,4 +1,4 @@
-"""What an ingress makes of a request: class, promises, lengths; and what replicas make of the demand."""
+"""What an ingress makes of a request: class, promises, lengths."""
 
 from __future__ import annotations
 
@@ -14,15 +14,12 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.perf.tasks import MOST_LATE_WEIGHT, TaskKey
-from slos_serve.ray_serve.demand import FORGET_S, FULLNESS, HEADROOM, Demand
 from slos_serve.ray_serve.prompts import PromptCounter
-from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.ticket_office import TicketOffice, session_of
 from slos_serve.routing.router import RoutingDecision
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.handed import HANDED_KEY, handed_call, with_told
 from tests.builders import OPT_13B_A100
-from tests.unit.routing.fleet import NOW_S, loaded, published, request
 
 CLASSES = """
 default_class: chat
@@ -145,43 +142,6 @@ def test_estimates_without_a_tokenizer_and_when_it_fails() -> None:
     failing = SimpleNamespace(encode=None, apply_chat_template=None)
     assert PromptCounter(failing).prompt_tokens(chat) == 117
     assert PromptCounter().prompt_tokens(SimpleNamespace(prompt="x" * 40)) == 11
-
-
-# Demand -------------------------------------------------------------------------------------------------------------
-
-
-def asking(verdict: Verdict) -> Ticket:
-    return Ticket(request(), slo_class="chat", decision=RoutingDecision("a", verdict, Why.FITS))
-
-
-def test_fullness_and_headroom_follow_the_load() -> None:
-    demand = Demand()
-    demand.began(1, asking(Verdict.ADMITTED), NOW_S)
-    demand.began(2, None, NOW_S)
-    idle, half, full = (demand.stats(published(loaded(n, total_blocks=2000)), NOW_S) for n in (0, 50, 200))
-    name = f"{HEADROOM}chat"
-    assert idle[FULLNESS] < half[FULLNESS] < full[FULLNESS] == 1.0
-    assert idle[name] > half[name] > full[name] == 0.0
-
-
-def test_those_that_wait_for_a_promise_make_a_replica_more_than_full() -> None:
-    demand = Demand()
-    for number in range(20):
-        demand.began(number, asking(Verdict.BEST_EFFORT), NOW_S)
-    full = published(loaded(200, total_blocks=2000))
-    assert demand.stats(full, NOW_S)[FULLNESS] == pytest.approx(1.1)
-    for number in range(20):
-        demand.ended(number)
-    assert demand.stats(full, NOW_S)[FULLNESS] == 1.0
-
-
-def test_a_class_that_nobody_asks_for_is_forgotten() -> None:
-    demand = Demand()
-    demand.began(1, asking(Verdict.ADMITTED), NOW_S)
-    publication = published(loaded(1))
-    assert f"{HEADROOM}chat" in demand.stats(publication, NOW_S + FORGET_S)
-    assert list(demand.stats(publication, NOW_S + FORGET_S + 1.0)) == [FULLNESS]
-    assert demand.stats(None, NOW_S) == {FULLNESS: 1.0}
 
 
 def ended_with(verdict: Verdict) -> RoutingDecision:

@@ -12,13 +12,11 @@ import pytest
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.sim import sweep
 from slos_serve.sim.bounds import cheapest_share_bound, clairvoyant_attainment, fluid_bound, work_of
-from slos_serve.sim.engine import SimSettings
 from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.profiles import find_profile, limits_of, profile_names
 from slos_serve.sim.question import Answer, EarlyStop, Question, answer
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.search import Bisection, Capacity, Screened, screen, search_capacity
-from slos_serve.sim.sizing import fewest_replicas
 from slos_serve.sim.sweep import AnswerFile, run_searches
 from slos_serve.workload.scenarios import SCENARIOS, make_workload
 from tests.sim_builders import run
@@ -179,16 +177,6 @@ def test_clairvoyant_bound_falls_with_the_rate_and_is_a_bound() -> None:
         outcome = summarize_run(run(load, "sarathi", PROFILE.model, limits))
         assert outcome.attainment <= shares[-1] + 1e-6
     assert shares == sorted(shares, reverse=True) and shares[-1] < 0.8
-
-
-def test_sizing_finds_the_fewest_replicas() -> None:
-    load = make_workload("chat", 6.0, 300, arrivals="poisson")
-    fleet = SimSettings(policy="vllm", parameters={"token_budget": 8192})
-    found = fewest_replicas(load, PROFILE, fleet, 0.9, 16, lambda *_: None)
-    assert 3 <= found["replicas"] <= 8
-    assert found["attainment"] >= 0.9 > found["attainment_with_one_fewer"]
-    none = fewest_replicas(load, PROFILE, fleet, 0.9, 1, lambda *_: None)
-    assert none["replicas"] == 0
 
 
 def test_every_shipped_profile_loads() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.routing.headroom import fullness, headroom, promises
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.router import RoutingRequest
 
 FULLNESS = "slos_serve_fullness"
 HEADROOM = "slos_serve_headroom_"
+# Replicas are scaled so that their mean fullness is this: below 1 there is room for what comes while one starts.
+TARGET_FULLNESS = 0.7
 FORGET_S = 300.0
 LEAST_ASKED = 32
 _WEIGHT_OF_NEW = 0.1
@@ -33,13 +34,20 @@ class Demand:
         self._classes: dict[str, _Asked] = {}
         self._unpromised: set[int] = set()
 
-    def began(self, number: int, ticket: Ticket | None, now_s: float) -> None:
-        """A call came, with what its ingress told of it."""
-        if ticket is None or not ticket.asked.has_slo:
+    def began(self, number: int, asked: RoutingRequest, name: str, promised: bool, now_s: float) -> None:
+        """A call came.
+
+        Args:
+            number: of the call, for :meth:`ended`.
+            asked: what its router knew of it.
+            name: of its class.
+            promised: its router promised it.
+            now_s: present time.
+        """
+        if not asked.has_slo:
             return
-        if ticket.is_unpromised:
+        if not promised:
             self._unpromised.add(number)
-        asked, name = ticket.asked, ticket.slo_class or "custom"
         known = self._classes.get(name)
         share = 1.0 if known is None else _WEIGHT_OF_NEW
         prompt, most = (0.0, 0.0) if known is None else (known.prompt_tokens, known.max_tokens)
