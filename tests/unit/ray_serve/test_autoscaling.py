@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from slos_serve.ray_serve.autoscaling import TARGET_FULLNESS, headroom_policy
-from slos_serve.routing.demand import FULLNESS
+from slos_serve.ray_serve.autoscaling import headroom_policy
+from slos_serve.routing.demand import FULLNESS, TARGET_FULLNESS
 
 
 def wanted(replicas: int, *fullness: float, requests: float = 0.0) -> float:
