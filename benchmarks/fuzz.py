@@ -3,8 +3,9 @@
 python -m benchmarks.fuzz [--steps 1000000] [--seed 0] [--until SEED] [--only FEATURE] [--keep-going N]
 
 Each seed is an episode: features of vLLM in random combination, aborts, pauses, little KV, drafts, one to four steps in
-flight. It is played on stock too: an episode that fails there is vLLM's own. Seeds can be split over machines and gone
-on from where a run ended. A failing seed is shrunk to the smallest feature set that fails. Exits 1 when one fails.
+flight. It is played on stock too: an episode that fails there is vLLM's own, and so is one in which streaming-input
+sessions lock vLLM on either side. Seeds can be split over machines and gone on from where a run ended. A failing seed
+is shrunk to the smallest feature set that fails. Exits 1 when one fails.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _fuzz(options: argparse.Namespace, folder: Path) -> int:
     from tests.vllm.fuzzing import shrink, try_seed
 
     without = [word for word in options.without.split(",") if word]
-    counts: Counter[str] = Counter()
+    counts, locked = Counter[str](), Counter[str]()
     steps = episodes = vllms = 0
     failed: list[int] = []
     seed, told_s, start_s = options.seed, time.monotonic(), time.monotonic()
@@ -56,6 +57,7 @@ def _fuzz(options: argparse.Namespace, folder: Path) -> int:
         steps += verdict.ours.steps
         vllms += bool(verdict.stock.error)
         counts.update(verdict.ours.counts)
+        locked.update(stock=int(verdict.stock.locked), ours=int(verdict.ours.locked))
         if verdict.problem:
             failed.append(seed)
             print(f"seed {seed}: {verdict.problem}", flush=True)
@@ -73,7 +75,8 @@ def _fuzz(options: argparse.Namespace, folder: Path) -> int:
             print(f"{steps} steps, {episodes} episodes, next seed {seed}, {len(failed)} failed", flush=True)
     minutes = (time.monotonic() - start_s) / 60
     print(f"{steps} steps, {episodes} episodes in {minutes:.1f} minutes up to seed {seed}; failed {failed}; "
-          f"{vllms} fail on stock as well; stock steps by kind {dict(counts)}")  # fmt: skip
+          f"{vllms} fail on stock as well; sessions lock vLLM in {locked['stock']} on stock, {locked['ours']} on ours; "
+          f"stock steps by kind {dict(counts)}")  # fmt: skip
     return 1 if failed else 0
 
 

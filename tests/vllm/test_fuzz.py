@@ -14,6 +14,7 @@ from vllm.config import SchedulerConfig
 from slos_serve.vllm_plugin import compat
 from slos_serve.vllm_plugin.config import CLASSES_ENV, PROFILE_ENV
 from slos_serve.vllm_plugin.scheduler import SLOScheduler
+from tests.vllm import fuzzing
 from tests.vllm.dry_load import CLASSES, write_profile
 from tests.vllm.episodes import SHARES, episode_of
 from tests.vllm.fuzzing import Run, judged, run_episode, try_seed
@@ -67,6 +68,25 @@ def test_wrong_tokens_lost_requests_and_faults_are_noticed() -> None:
     assert "slots" in judged(episode, stock, Run(answers={name: [5, 6]}, faults=["3 requests in 2 slots"]))
     assert "steer" in judged(episode, stock, Run(answers={name: [5, 6]}, counts={"steer": 1, "unserved": 3}))
     assert judged(episode, stock, Run(error="KeyError")) == "KeyError"
+
+
+def test_sessions_that_lock_vllm_are_told_from_requests_that_ours_starves(
+    configured: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fuzzing, "MOST_STEPS", 1000)
+    if not hasattr(SchedulerConfig, "max_num_active_seqs"):
+        pytest.skip("without streaming input")
+    locked = run_episode(episode_of(334384), configured, SLOScheduler)
+    assert locked.locked and locked.error.startswith("never finished")
+    assert judged(episode_of(334384), Run(), locked) == ""
+
+    class Starving(SLOScheduler):
+        def schedule(self, *args: Any, **kwargs: Any) -> Any:
+            self.max_num_scheduled_tokens = 0 if self._slo is not None and self._slo.guard.armed else 2048
+            return super().schedule(*args, **kwargs)
+
+    starved = run_episode(episode_of(0), configured, Starving)
+    assert not starved.locked and judged(episode_of(0), Run(), starved)
 
 
 def test_a_scheduler_that_forgets_a_request_is_noticed(configured: Path) -> None:
