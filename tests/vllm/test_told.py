@@ -93,6 +93,23 @@ def test_what_clients_are_told_in_bursts_comes_true(start: Start, tmp_path: Path
     assert found["admitted", "admitted", True] >= 0.97 * admitted, found
 
 
+def test_a_weaker_promise_takes_in_nearly_everybody_of_a_burst_at_little_price_for_the_first(
+    start: Start, tmp_path: Path
+) -> None:
+    kept: Counter[tuple[bool, str]] = Counter()
+    asked = 0
+    for weaker in (False, True):
+        plan = plan_demo(CPU, DemoSettings(seed=1, weaker=weaker))
+        load = dry_load(start, tmp_path, classes_yaml(plan.classes))
+        load.run(plan.burst, {None: 1.3, "chat": 1.2, "coding": 2.2, "summarization": 1.25})
+        found = [event for event in events(tmp_path, "request") if event["request_id"] in load.told]
+        kept += Counter((weaker, event["verdict"]) for event in found if event["ttft_ok"] and event["tpot_ok"])
+        asked = len(found)
+    assert kept[True, "admitted"] + kept[True, "second-best"] > 0.95 * asked, kept
+    assert kept[True, "second-best"] > 0.3 * asked, kept
+    assert kept[True, "admitted"] >= kept[False, "admitted"] - 0.05 * asked, kept
+
+
 def crowd(count: int, words: int, max_tokens: int) -> list[BenchRequest]:
     """Clients of a class that refuses, all within a fifth of a second."""
     text = "word " * words

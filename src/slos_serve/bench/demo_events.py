@@ -21,6 +21,7 @@ class SchedulerEvents:
 
     Attributes:
         verdicts: of :class:`slos_serve.core.verdict.Verdict`, by our request id.
+        kept: whether the promise that was given was kept, or without one that of the class, by our request id.
         plan_ms, added_ms: of each planned step, by phase.
         fallbacks: steps that ran in stock order because planning failed, by phase.
         preemptions: requests' preemptions by our request id.
@@ -31,6 +32,7 @@ class SchedulerEvents:
     added_ms: dict[str, list[float]] = field(default_factory=dict)
     fallbacks: dict[str, int] = field(default_factory=dict)
     preemptions: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, bool] = field(default_factory=dict)
 
 
 def read_events(path: Path, phase_ends: Iterable[tuple[str, int]]) -> SchedulerEvents:
@@ -55,6 +57,7 @@ def _take(events: SchedulerEvents, phase: str, event: dict[str, Any]) -> None:
         found = _OUR_ID.search(str(event["request_id"]))
         if found:
             events.verdicts[found.group()] = str(event["verdict"])
+            events.kept[found.group()] = bool(event.get("ttft_ok") and event.get("tpot_ok"))
             events.preemptions[found.group()] = int(event.get("num_preemptions") or 0)
     elif event["kind"] == "step":
         events.plan_ms.setdefault(phase, []).append(float(event["plan_ms"]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import yaml
@@ -26,6 +27,9 @@ _CONTEXT_TOKENS = 200
 # Tokens of the chat template; as tokens_per_word below counted with SmolLM2's tokenizer. Only rates hang on them.
 TEMPLATE_TOKENS = 33.0
 
+# A weaker promise, in times of the first one: the first token within most of the burst, tokens as fast as one reads.
+WEAKER_TTFT, WEAKER_TPOT = 20.0, 4.0
+
 
 @dataclass(frozen=True, slots=True)
 class DemoSettings:
@@ -38,6 +42,7 @@ class DemoSettings:
         calm_load, burst_load: offered load as a part of the capacity.
         decode_batch: decodes in the step that TPOTs are multiples of.
         editing: all prompts are texts to edit, which answers repeat in part (where drafts by lookup do well).
+        weaker: each class has a weaker promise, for requests that cannot have the first one.
     """
 
     seed: int = 0
@@ -48,6 +53,7 @@ class DemoSettings:
     burst_load: float = 1.7
     decode_batch: int = 6
     editing: bool = False
+    weaker: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +123,7 @@ class DemoPlan:
 def plan_demo(model: BatchTimeModel, settings: DemoSettings) -> DemoPlan:
     """Scale the demo to an engine."""
     step_s = decode_step_s(model, settings.decode_batch)
-    classes = demo_classes(step_s)
+    classes = demo_classes(step_s, weaker=settings.weaker)
     tightest_s = min(slo_class.slo.tpot_s for slo_class in classes)
     kinds = _EDITING if settings.editing else _KINDS
     capacity = fluid_rate(model, tightest_s, kinds)
@@ -153,7 +159,7 @@ def decode_step_s(model: BatchTimeModel, batch: int) -> float:
     return model.step_s(BatchShape(new_tokens=batch, context_tokens=batch * _CONTEXT_TOKENS, num_seqs=batch))
 
 
-def demo_classes(step_s: float) -> ClassSet:
+def demo_classes(step_s: float, *, weaker: bool = False) -> ClassSet:
     """The three classes; no TTFT is below eight decode steps, which waiting for running batches may take."""
     found = {}
     for kind in _KINDS:
@@ -163,21 +169,32 @@ def demo_classes(step_s: float) -> ClassSet:
                 ttft_floor_ms=round(8000.0 * step_s, 1),
                 tpot_ms=round(1000.0 * kind.tpot_steps * step_s, 1),
             )
-            found[kind.part.slo_class] = single_stage(kind.part.slo_class, slo)
+            otherwise = (weakened(slo),) if weaker else ()
+            found[kind.part.slo_class] = replace(single_stage(kind.part.slo_class, slo), otherwise=otherwise)
     return ClassSet(found)
+
+
+def weakened(slo: SLO) -> SLO:
+    """The weaker promise of the demo, for those who would wait for the end of a burst otherwise."""
+    assert slo.ttft_slowdown is not None and slo.tpot_ms is not None
+    return SLO(
+        ttft_slowdown=WEAKER_TTFT * slo.ttft_slowdown,
+        ttft_floor_ms=round(WEAKER_TTFT * slo.ttft_floor_ms, 1),
+        tpot_ms=round(WEAKER_TPOT * slo.tpot_ms, 1),
+    )
 
 
 def classes_yaml(classes: ClassSet) -> str:
     """The class file of single-stage classes."""
-    rows = {
-        slo_class.name: {
-            "ttft_slowdown": slo_class.slo.ttft_slowdown,
-            "ttft_floor_ms": slo_class.slo.ttft_floor_ms,
-            "tpot_ms": slo_class.slo.tpot_ms,
-        }
-        for slo_class in classes
-    }
+    rows = {}
+    for slo_class in classes:
+        weaker = [_promise_row(slo) for slo in slo_class.otherwise]
+        rows[slo_class.name] = _promise_row(slo_class.slo) | ({"otherwise": weaker} if weaker else {})
     return yaml.safe_dump({"classes": rows}, sort_keys=False)
+
+
+def _promise_row(slo: SLO) -> dict[str, Any]:
+    return {"ttft_slowdown": slo.ttft_slowdown, "ttft_floor_ms": slo.ttft_floor_ms, "tpot_ms": slo.tpot_ms}
 
 
 def fluid_rate(model: BatchTimeModel, step_s: float, kinds: Sequence[Kind] = _KINDS) -> float:

@@ -56,6 +56,9 @@ def demo(
         float | None, typer.Option(min=1, help="How long requests arrive in the burst; 24, of agents 40.")
     ] = None,
     burst_load: Annotated[float, typer.Option(min=0.1, help="Load of the burst, in parts of the capacity.")] = 1.7,
+    weaker: Annotated[
+        bool, typer.Option("--weaker", help="Give each class of streams a weaker promise, asked for in its place.")
+    ] = False,
     record: Annotated[
         Path | None, typer.Option(help="Write each side's requests with their token times to this folder, for replay.")
     ] = None,
@@ -68,7 +71,7 @@ def demo(
     from slos_serve.bench.demo_report import claims, demo_json, demo_table
 
     if story is Story.AGENTS:
-        for given, name in ((png, "--png"), (record, "--record")):
+        for given, name in ((png, "--png"), (record, "--record"), (weaker or None, "--weaker")):
             if given is not None:
                 raise failure(InvalidFieldError(name, str(given), "only with --story streams"))
     console = Console(stderr=True)
@@ -78,7 +81,7 @@ def demo(
     try:
         setup, found = _engine(console, model, profile)
         burst_s = BURST_SECONDS[story] if burst_seconds is None else burst_seconds
-        settings = DemoSettings(seed=seed, calm_s=calm_seconds, burst_s=burst_s, burst_load=burst_load)
+        settings = DemoSettings(seed=seed, calm_s=calm_seconds, burst_s=burst_s, burst_load=burst_load, weaker=weaker)
         if story is Story.AGENTS:
             told, result = _agents(console, setup, found, settings, folder)
             _say(told)

@@ -97,6 +97,30 @@ def test_verdicts_that_were_told_are_held_against_what_the_engine_did() -> None:
     assert f"{len(promised) - 3}/{len(promised) - 1} true" in captured.get()
 
 
+def test_weaker_promises_are_counted_apart_and_claimed() -> None:
+    plan = small_plan()
+    sides = sides_of(plan)
+    events = sides[OURS].events
+    assert events is not None
+    late = [one.request_id for one in plan.burst[12:] if one.slo_class is not None]
+    for request_id in late[:-1]:
+        events.verdicts[request_id], events.kept[request_id] = "second-best", True
+    events.kept[late[0]] = False
+    result = demo_json(sides, {})
+    burst = result[OURS]["burst"]
+    assert burst["second_best"] == {"given": len(late) - 1, "kept": len(late) - 2}
+    assert burst["best_effort"] == 1 and burst["admitted"] + len(late) == burst["requests"]
+    assert result[STOCK]["burst"]["second_best"] == {"given": 0, "kept": 0}
+    (some, many_have), (kept, are_kept) = claims(result)[:2]
+    given = burst["requests"] - 1
+    assert f"{given / burst['requests']:.1%} of the requests get some" in some and many_have
+    assert f"of the {given} promises given" in kept and are_kept is ((given - 1) / given >= 0.95)
+    with (console := Console(width=180)).capture() as captured:
+        console.print(demo_table(result))
+    assert f"{len(late) - 2}/{len(late) - 1} kept" in captured.get()
+    assert len(claims(result)) == len(claims(demo_json(sides_of(plan), {}))) + 2
+
+
 def test_calm_first_tokens_are_compared_request_by_request() -> None:
     plan = small_plan()
     stock = demo_side(plan, slow_from=4)
