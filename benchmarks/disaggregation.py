@@ -13,7 +13,8 @@ prompts of summarization for two minutes, then reasoning for ten. Every column g
 
 A split is the best of its column on a tuning seed at the middle load. KV moves over a link of ``--link`` GB/s in and
 out of each replica. Under ``distserve`` clients get the first token when the prompt is computed; elsewhere the decode
-replica gives it, as vLLM has it. Beside each mean stands its 95 % interval over the seeds.
+replica gives it, as vLLM has it. Each cell: mean share attained and its 95 % interval over the seeds; after the slash
+the share with every token in time; then the split.
 """
 
 from __future__ import annotations
@@ -82,10 +83,12 @@ class Found:
     """What one simulation came to.
 
     Attributes:
-        attained: share of the requests; kept: of those that were promised; ``None`` where nobody was.
+        attained, strict: share of the requests, by the mean pace and with every token in time.
+        kept: share of those that were promised; ``None`` where nobody was.
     """
 
     attained: float
+    strict: float
     kept: float | None
     tokens_per_s: float
 
@@ -130,7 +133,7 @@ def run(case: Case) -> Found:
     recording = simulate(workload, measured.model, limits_of(measured), AS_SERVED.on(settings))
     outcome: Outcome = summarize_run(recording, measured_part(workload.num_requests))
     kept = outcome.admitted_attained / outcome.admitted if outcome.admitted else None
-    return Found(outcome.attainment, kept, outcome.output_tokens_per_s)
+    return Found(outcome.attainment, outcome.strict, kept, outcome.output_tokens_per_s)
 
 
 def split_cases(case: Case) -> list[Case]:
@@ -165,9 +168,13 @@ def table(given: argparse.Namespace, pool: ProcessPoolExecutor) -> list[dict[str
                 cases = [Case(name, column, load, split, seed, *rest) for seed in table_seeds(given.seeds)]
                 found = list(pool.map(run, cases))
                 low, high = seed_interval([one.attained for one in found])
-                mean = float(np.mean([one.attained for one in found]))
+                mean, strict = (
+                    float(np.mean([getattr(one, name) for one in found])) for name in ("attained", "strict")
+                )
                 where = f" ({split}+{given.replicas - split})" if split else ""
-                cells.append(f"{100 * mean:.1f} [{100 * low:.0f}, {100 * min(high, 1.0):.0f}]{where}")
+                cells.append(
+                    f"{100 * mean:.1f} [{100 * low:.0f}, {100 * min(high, 1.0):.0f}] / {100 * strict:.0f}{where}"
+                )
                 rows += [{**asdict(case), **asdict(one)} for case, one in zip(cases, found, strict=True)]
             print(f"| {name} | {load:g} | {rate} | " + " | ".join(cells) + " |", flush=True)
     return rows
