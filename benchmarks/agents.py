@@ -1,11 +1,11 @@
 """Whole tasks of agents beside chats and answers with deadlines: what every policy keeps, and ours with true lengths.
 
-    python -m benchmarks.agents [--seconds 300] [--seeds 22 23]
+    python -m benchmarks.agents [--scenario agents | compound] [--seconds 300] [--seeds 22 23]
 
-Scenario ``agents`` as served, at loads from easy to hopeless. Every policy is told when each call of a task is due, by
-the same book of tasks (``perf/tasks.py``). Rivals run with their tuned parameters (``policies/registry.py``). A task is
-kept when its last answer ends in time; a request is a chat, an answer or a task. Goodput counts the tokens of requests
-that were kept.
+Scenario ``agents`` as served, or ``compound``, whose tasks are JITServe's: 2 to 6 calls, 8 s each. Loads from easy to
+hopeless. Every policy is told when each call of a task is due, by the same book of tasks (``perf/tasks.py``). Rivals
+run with their tuned parameters (``policies/registry.py``). A task is kept when its last answer ends in time; a request
+is a chat, an answer or a task. Goodput counts the tokens of requests that were kept.
 """
 
 from __future__ import annotations
@@ -27,12 +27,17 @@ from slos_serve.sim.recording import Recording
 from slos_serve.sim.seeds import check_test
 from slos_serve.workload.scenarios import make_workload
 
-LOADS = {"opt-13b-a100": (0.5, 0.8, 1.2), "llama-2-7b-h100": (2.0, 3.0, 4.0)}
+LOADS = {
+    "agents": {"opt-13b-a100": (0.5, 0.8, 1.2), "llama-2-7b-h100": (2.0, 3.0, 4.0)},
+    "compound": {"opt-13b-a100": (0.8, 1.2, 1.8), "llama-2-7b-h100": (4.0, 6.0, 9.0)},
+}
 OURS = "slos-serve"
 RIVALS = ("vllm", "sarathi", "edf", "qoserve", "jitserve")
 
 
-def run(engine: str, policy: str, rate_rps: float, seeds: Sequence[int], requests: int, oracle: bool) -> list[float]:
+def run(
+    scenario: str, engine: str, policy: str, rate_rps: float, seeds: Sequence[int], requests: int, oracle: bool
+) -> list[float]:
     """Means over seeds: requests kept; chats, answers and tasks kept; goodput in tokens/s.
 
     Args:
@@ -40,7 +45,7 @@ def run(engine: str, policy: str, rate_rps: float, seeds: Sequence[int], request
     """
     profile, found = find_profile(engine), []
     for seed in seeds:
-        load = make_workload("agents", rate_rps, requests, seed)
+        load = make_workload(scenario, rate_rps, requests, seed)
         settings = AS_SERVED.on(
             SimSettings(policy=policy, oracle_lengths=oracle, kv_bytes_per_token=kv_bytes_per_token(profile), seed=seed)
         )
@@ -67,15 +72,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=int, default=300, help="how long requests arrive; tasks take up to 150 s")
     parser.add_argument("--seeds", type=int, nargs="+", default=[22, 23])
-    parser.add_argument("--engines", nargs="+", choices=sorted(LOADS), default=list(LOADS))
+    parser.add_argument("--engines", nargs="+", choices=sorted(LOADS["agents"]), default=list(LOADS["agents"]))
+    parser.add_argument("--scenario", choices=sorted(LOADS), default="agents")
     given = parser.parse_args(arguments)
     seeds = check_test(given.seeds)
     print("| engine | requests/s | policy | kept | chats | answers | tasks | goodput tokens/s |")
     print("|---|---|---|---|---|---|---|---|")
     for engine in given.engines:
-        for rate_rps in LOADS[engine]:
+        for rate_rps in LOADS[given.scenario][engine]:
             for policy, oracle in (*((name, False) for name in (*RIVALS, OURS)), (OURS, True)):
-                *kept, goodput = run(engine, policy, rate_rps, seeds, round(rate_rps * given.seconds), oracle)
+                requests = round(rate_rps * given.seconds)
+                *kept, goodput = run(given.scenario, engine, policy, rate_rps, seeds, requests, oracle)
                 name = f"{policy}, true lengths" if oracle else policy
                 cells = " | ".join(f"{100.0 * share:.1f} %" for share in kept)
                 print(f"| {engine} | {rate_rps:g} | {name} | {cells} | {goodput:.0f} |", flush=True)

@@ -3,7 +3,8 @@
 A third of the requests each: a chat that is read as it comes (2 s and 100 ms), an answer that is due as a whole within
 8 s times 1 to 4, and a task of several calls. A task's next call comes a tool's pause after the answer before, and its
 prompt holds all that came before. Tasks are promised about 10 s a call and their pauses: few calls within 60 s, many
-within 150 s. Nobody is told how many calls a task has.
+within 150 s. Nobody is told how many calls a task has. :func:`compound` has JITServe's own tasks instead: 2 to 6 calls,
+promised 8 s a call, pauses included.
 """
 
 from __future__ import annotations
@@ -20,6 +21,11 @@ from slos_serve.workload.lengths import length_table
 LOOKUP = with_task(single_stage("lookup", SLO()), TaskPromise(60_000.0))
 RESEARCH = with_task(single_stage("research", SLO()), TaskPromise(150_000.0))
 LOOKUP_CALLS, RESEARCH_CALLS = (3, 6), (7, 20)
+COMPOUND_CALLS, COMPOUND_CALL_MS = (2, 6), 8000.0
+COMPOUND = tuple(
+    with_task(single_stage(f"compound-{n}", SLO()), TaskPromise(n * COMPOUND_CALL_MS))
+    for n in range(COMPOUND_CALLS[0], COMPOUND_CALLS[1] + 1)
+)
 MAX_PROMPT_TOKENS, MAX_TOKENS = 16_000, 1024
 # Mean and sigma of log-normal lengths in tokens, and of the tools' seconds.
 FIRST_PROMPT, RESULT, CALL, ANSWER = (1500.0, 0.4), (300.0, 0.8), (80.0, 0.6), (250.0, 0.6)
@@ -36,6 +42,31 @@ def agents(count: int, random: Generator, num_answers: int) -> CallArray:
         random.integers(LOOKUP_CALLS[0], LOOKUP_CALLS[1] + 1, count),
     )
     rounds = np.where(kinds == 2, rounds, 1)
+    return _calls_of(kinds, rounds, num_answers + 1 + long, random, num_answers)
+
+
+def compound(count: int, random: Generator, num_answers: int) -> CallArray:
+    """As :func:`agents`, with a class for each number of calls that a task may have (:data:`COMPOUND`)."""
+    kinds = random.integers(0, 3, count)
+    rounds = np.where(kinds == 2, random.integers(COMPOUND_CALLS[0], COMPOUND_CALLS[1] + 1, count), 1)
+    return _calls_of(kinds, rounds, num_answers + 1 + rounds - COMPOUND_CALLS[0], random, num_answers)
+
+
+def _calls_of(
+    kinds: NDArray[np.int64],
+    rounds: NDArray[np.int64],
+    task_class: NDArray[np.int64],
+    random: Generator,
+    num_answers: int,
+) -> CallArray:
+    """Calls of requests.
+
+    Args:
+        kinds: int64 [requests], 0 for a chat, 1 for an answer, 2 for a task.
+        rounds: calls of each.
+        task_class: its class, should it be a task.
+    """
+    count = len(kinds)
     calls = empty_calls(int(rounds.sum()))
     session = np.repeat(np.arange(count), rounds)
     ends = np.cumsum(rounds)
@@ -55,7 +86,7 @@ def agents(count: int, random: Generator, num_answers: int) -> CallArray:
     calls["output_tokens"] = calls["first_stage_tokens"] = outputs
     calls["max_tokens"] = MAX_TOKENS
     answer_class = random.integers(1, num_answers + 1, count)
-    by_request = np.select([kinds == 0, kinds == 1], [0 * answer_class, answer_class], num_answers + 1 + long)
+    by_request = np.select([kinds == 0, kinds == 1], [0 * answer_class, answer_class], task_class)
     calls["class_index"] = by_request[session]
     calls["session"] = session
     calls["next_call"] = np.where(is_last, -1, np.arange(1, len(calls) + 1))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import SLO, ClassSet, SLOClass, Stage, single_stage
 from slos_serve.core.tasks import TaskPromise, with_task
-from slos_serve.workload.agents import LOOKUP, RESEARCH, agents
+from slos_serve.workload.agents import COMPOUND, LOOKUP, RESEARCH, agents, compound
 from slos_serve.workload.arrivals import arrival_times
 from slos_serve.workload.calls import CallArray, Workload, empty_calls
 from slos_serve.workload.lengths import length_table
@@ -238,6 +238,9 @@ SCENARIOS: dict[str, Scenario] = {
     "answers": Scenario((INTERACTIVE, *ANSWERS), _with_deadlines),
     "agents": Scenario(
         (INTERACTIVE, *ANSWERS, LOOKUP, RESEARCH), lambda count, random: agents(count, random, len(ANSWERS))
+    ),
+    "compound": Scenario(
+        (INTERACTIVE, *ANSWERS, *COMPOUND), lambda count, random: compound(count, random, len(ANSWERS))
     ),
     "batch-with-deadline": Scenario((CHAT, BATCH), _batch_with_deadline),
     "long": Scenario((LONG_CONTEXT,), _long_context, share=continue_turns),

@@ -35,7 +35,7 @@ def test_rank_correlations_are_kept() -> None:
     np.testing.assert_allclose(np.corrcoef(ranks), load_table("reasoning_lengths")["rank_correlation"], atol=0.05)
 
 
-DEADLINES = ("agents", "answers", "batch-with-deadline")
+DEADLINES, TASKS = ("agents", "answers", "batch-with-deadline", "compound"), ("agents", "compound")
 
 
 @pytest.mark.parametrize("scenario", sorted(SCENARIOS))
@@ -52,8 +52,18 @@ def test_every_scenario_is_well_formed(scenario: str) -> None:
     complete = np.isfinite(bound["e2e_s"])
     tasks = np.array([task_of(one) is not None for one in workload.classes])[calls["class_index"]]
     assert np.all(bound["ttft_s"] >= 0.2) and np.all(bound["tpot_s"][~complete & ~tasks] <= 0.1)
-    assert tasks.any() == (scenario == "agents")
+    assert tasks.any() == (scenario in TASKS)
     assert np.all(np.isinf(bound["tpot_s"][complete])) and complete.any() == (scenario in DEADLINES)
+
+
+def test_compound_tasks_are_promised_eight_seconds_a_call() -> None:
+    load = make_workload("compound", 1.0, 900, seed=2)
+    first = load.calls[np.isfinite(load.calls["arrival_s"])]
+    rounds = np.bincount(load.calls["session"])[first["session"]]
+    promises = [task_of(load.classes[index]) for index in first["class_index"]]
+    tasks = [(int(calls), promise.task_s) for calls, promise in zip(rounds, promises, strict=True) if promise]
+    assert set(tasks) == {(calls, 8.0 * calls) for calls in range(2, 7)}
+    assert 250 < len(tasks) < 350 and all(rounds[index] == 1 for index, one in enumerate(promises) if one is None)
 
 
 def test_same_seed_same_requests_at_every_rate() -> None:
