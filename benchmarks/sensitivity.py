@@ -63,6 +63,7 @@ CONSTANTS = (
     Constant("LEAD_OF_STALL", ("best_effort",)),
     Constant("TURN_TOKENS", ("form",)),
     Constant("DECODE_TURNS", ("best_effort",)),
+    Constant("LEAST_SURE", ("planner",), (0.25, 0.75)),
 )
 
 
