@@ -11,14 +11,14 @@ import math
 import numpy as np
 
 from slos_serve.core.plan import EngineView, StepPlan
-from slos_serve.core.request import SlotArray
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.admission import Asked
 from slos_serve.planning.planner import Planner
-from slos_serve.planning.state import ADMITTED, FloatArray, IntArray, state_of
+from slos_serve.planning.state import ADMITTED, FloatArray, state_of
 from slos_serve.routing.projection import after_step, view_copy
 from slos_serve.routing.publication import Publication
+from slos_serve.routing.queued import queued_by_share
 from slos_serve.routing.settings import PUBLISH_EVERY_S
 
 
@@ -85,23 +85,6 @@ def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, 
     return planner.ask_now(state_of(view, now_s, coefficients, planner.settings.margin, planner.shares.boost))
 
 
-def _queued(view: EngineView, taken: SlotArray) -> tuple[IntArray, FloatArray]:
-    """Shares of requests without a promise and without a token, and the prompt tokens that each has still to compute.
-
-    Args:
-        taken: slots of requests that are promised, or are about to be.
-    """
-    rows, slots = view.table.rows, np.concatenate((view.running, view.waiting))
-    slots = slots[(rows["output_tokens"][slots] == 0) & (rows["status"][slots] != ADMITTED)]
-    if len(taken):
-        slots = slots[~np.isin(slots, taken)]
-    cached = np.where(rows["running"][slots] == 1, 0, rows["cached_tokens"][slots])
-    left = np.maximum(rows["prompt_tokens"][slots] - rows["computed_tokens"][slots] - cached, 0)
-    tokens: FloatArray = np.bincount(rows["share"][slots], weights=left, minlength=1).astype(np.float64)
-    shares = np.flatnonzero(tokens)
-    return shares, tokens[shares]
-
-
 def publication_of(
     planner: Planner,
     model: BatchTimeModel,
@@ -127,7 +110,7 @@ def publication_of(
     rows, taken = view.table.rows, admitted.taken
     promised = int(supply.counts.sum()) + int(taken.sum())
     num_requests = len(view.running) + len(view.waiting)
-    queued_shares, queued_tokens = _queued(view, demand.slots[taken])
+    queued_shares, queued_tokens = queued_by_share(view, demand.slots[taken])
     boosted = np.flatnonzero(planner.shares.boost != 1.0)
     return Publication(
         replica=replica,

@@ -46,6 +46,22 @@ def test_sums_are_those_of_the_requests() -> None:
     found.check()
 
 
+def test_what_is_queued_without_a_promise_is_told_by_share() -> None:
+    engine = _mixed()
+    late = engine.best_effort(prompt_tokens=700)
+    engine.table.rows["share"][late], engine.table.rows["cached_tokens"][late] = 9, 160
+    begun = engine.best_effort(prompt_tokens=400)
+    engine.table.rows["share"][begun], engine.table.rows["computed_tokens"][begun] = 9, 100
+    found = published(engine)
+    shares = dict(zip(found.queued_shares.tolist(), found.queued_tokens.tolist(), strict=True))
+    rows = engine.table.rows
+    waiting = engine.view().waiting
+    unpromised = [slot for slot in waiting if rows["status"][slot] == Status.BEST_EFFORT and rows["share"][slot] == 0]
+    passed_over = 12_000
+    assert shares == {0: float(passed_over + rows["prompt_tokens"][unpromised].sum()), 9: 540.0 + 300.0}
+    assert len(published(EngineBuilder()).queued_shares) == 0
+
+
 def test_an_idle_engine_publishes_that_all_is_free() -> None:
     found = published(EngineBuilder())
     assert found.memory_left.tolist() == [4000.0]
