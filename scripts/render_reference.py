@@ -134,7 +134,7 @@ RESPONSE_HEADERS = {
     "x-slo-predicted-start-ms": "Predicted time to first token of a request that is promised nothing; a forecast "
     "of what is left over.",
     "x-llm-d-request-dropped-reason": "`rejected-saturated` on a refusal, for llm-d's gateway.",
-    "endpoint-load-metrics": "Load report (ORCA) of one server, where the request asks for it with "
+    "endpoint-load-metrics": "Load report (ORCA), where the request asks for it with "
     "`endpoint-load-metrics-format: TEXT` or `JSON`: `slos_serve_least_headroom_requests` and "
     "`slos_serve_standard_ttft_seconds` beside vLLM's own numbers, on streams too.",
 }

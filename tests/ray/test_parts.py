@@ -13,6 +13,7 @@ import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,7 +31,7 @@ from starlette.requests import Request
 
 from slos_serve.core.errors import UnsupportedEngineError
 from slos_serve.core.verdict import Verdict, Why
-from slos_serve.ray_serve import compat
+from slos_serve.ray_serve import compat, plugin_metrics
 from slos_serve.ray_serve.answers import answer_headers, refusal, retry_after
 from slos_serve.ray_serve.curve import CurveKeys
 from slos_serve.ray_serve.ingress import MAX_ATTEMPTS, SLOIngress, events, is_loss
@@ -193,6 +194,41 @@ async def first_part(handle: Handle, ticket: Ticket) -> tuple[Any, Any]:
     )
 
 
+@pytest.mark.parametrize(
+    ("asked", "load", "told"),
+    [
+        ("TEXT", {"slos_serve_x": 3.0}, "TEXT named_metrics.slos_serve_x=3.0"),
+        ("json", {"slos_serve_x": 3.0}, 'JSON {"named_metrics": {"slos_serve_x": 3.0}}'),
+        ("TEXT", {}, None),
+        (None, {"slos_serve_x": 3.0}, None),
+        ("XML", {"slos_serve_x": 3.0}, None),
+    ],
+)
+async def test_an_answer_carries_the_load_report_that_is_asked_for(
+    asked: str | None, load: dict[str, float], told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticket = a_ticket()
+
+    async def made(*_: Any) -> Ticket:
+        return ticket
+
+    class Loaded(Handle):
+        def _remote(self, body: object, info: object, ticket: Ticket) -> AsyncIterator[Any]:
+            if ticket.wants_load:
+                ticket.load = load
+            return super()._remote(body, info, ticket)
+
+    ingress = ingress_of(Loaded(["data: {}\n\n"]))
+    for name, does in (("_ticket", made), ("_count", print), ("_left", print)):
+        monkeypatch.setattr(ingress, name, does)
+    headers = [] if asked is None else [(b"endpoint-load-metrics-format", asked.encode())]
+    request = Request({"type": "http", "headers": headers})
+    body = SimpleNamespace(model="m", vllm_xargs=None)
+    answer = await ingress._process_llm_request(body, "completions", request)
+    assert answer.headers.get("endpoint-load-metrics") == told
+    assert answer.status_code == 200 and answer.headers["x-slo-verdict"] == "admitted"
+
+
 class Fleet:
     """A deployment handle whose replicas answer for the live page, or fail."""
 
@@ -203,12 +239,24 @@ class Fleet:
     def broadcast(self, method: str) -> SimpleNamespace:
         assert method in ("live_state", "plugin_metrics")
         self.asked += 1
-        return SimpleNamespace(results_async=self._results)
+        return SimpleNamespace(_fetch_replica_results_async=self._asked)
 
-    async def _results(self, *, timeout_s: float) -> list[Any]:
+    async def _asked(self) -> list[Any]:
         if not self.answers:
-            raise TimeoutError(timeout_s)
-        return list(self.answers)
+            raise TimeoutError
+        return [SimpleNamespace(get_async=partial(answered, answer)) for answer in self.answers]
+
+
+SILENT = object()
+
+
+async def answered(answer: object) -> object:
+    """What a replica answers, if it does."""
+    if answer is SILENT:
+        await asyncio.Event().wait()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def showing(fleet: Fleet, live: FleetLive | None) -> SLOIngress:
@@ -247,12 +295,39 @@ async def test_the_plugins_metrics_of_all_replicas_are_on_one_page() -> None:
     ingress = showing(fleet, None)
     first, second = await asyncio.gather(ingress.plugin_metrics(), ingress.plugin_metrics())
     assert first.status_code == 200 and first.body == second.body and fleet.asked == 1
-    lines = [line for line in bytes(first.body).decode().splitlines() if not line.startswith("#")]
-    assert lines == [
-        f'slos_serve:requests_total{{model_name="m",replica="{name}",slo_class="chat"}} {count}.0'
-        for name, count in (("a", 3), ("b", 4))
+    assert samples(first) == [
+        *(f'slos_serve:replica_silent{{replica="{name}"}} 0.0' for name in ("a", "b", "starts")),
+        *(
+            f'slos_serve:requests_total{{model_name="m",replica="{name}",slo_class="chat"}} {count}.0'
+            for name, count in (("a", 3), ("b", 4))
+        ),
     ]
     assert (await showing(Fleet(), None).plugin_metrics()).status_code == 503
+
+
+def samples(page: Any) -> list[str]:
+    return [line for line in bytes(page.body).decode().splitlines() if not line.startswith("#")]
+
+
+async def test_the_page_of_metrics_has_those_that_answer_and_says_who_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(plugin_metrics, "ASK_EVERY_S", 0.0)
+    monkeypatch.setattr(plugin_metrics, "ASK_TIMEOUT_S", 0.05)
+    spoke, both = ("a", ONE_COUNTER % 3), [("a", ONE_COUNTER % 3), ("b", ONE_COUNTER % 4)]
+    fleet = Fleet(spoke, SILENT)
+    ingress = showing(fleet, None)
+    silent = [line for line in samples(await ingress.plugin_metrics()) if "silent" in line]
+    assert silent == [f'slos_serve:replica_silent{{replica="{name}"}} {n}.0' for name, n in (("a", 0), ("unknown", 1))]
+    fleet.answers = tuple(both)
+    assert "unknown" not in "".join(samples(await ingress.plugin_metrics()))
+    fleet.answers = (spoke, ActorDiedError())
+    page = await ingress.plugin_metrics()
+    assert page.status_code == 200
+    assert 'slos_serve:replica_silent{replica="b"} 1.0' in samples(page)
+    assert not [line for line in samples(page) if "requests_total" in line and 'replica="b"' in line]
+    fleet.answers = (SILENT, SILENT)
+    assert (await ingress.plugin_metrics()).status_code == 503
 
 
 def test_a_replica_reads_what_its_engine_core_wrote() -> None:

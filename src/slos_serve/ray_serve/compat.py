@@ -6,6 +6,7 @@ here and nowhere else, so that a release which is too old or moves one fails at 
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import ray
@@ -57,8 +58,12 @@ try:
     from ray.llm._internal.serve.core.protocol import RawRequestInfo
     from ray.llm._internal.serve.engines.vllm.vllm_engine import VLLMEngine
     from ray.serve.context import _get_global_client
+    from ray.serve.handle import DeploymentBroadcastResponse
 except ImportError as fault:
     raise UnsupportedEngineError(_needs(f"it lacks what is needed: {fault}")) from fault
+
+if not hasattr(DeploymentBroadcastResponse, "_fetch_replica_results_async"):
+    raise UnsupportedEngineError(_needs("its broadcasts have no answers of single replicas"))
 
 __all__ = [
     "DEFAULT_ENDPOINTS",
@@ -71,6 +76,7 @@ __all__ = [
     "OpenAIHTTPException",
     "RawRequestInfo",
     "VLLMEngine",
+    "answers_of",
     "endpoint_options",
     "engine_is_on_cpu",
     "fastapi_app",
@@ -92,6 +98,27 @@ class ClusterStore:
     def put_new(self, key: bytes, value: bytes) -> None:
         """Store a value where there is none yet."""
         _internal_kv_put(key, value, overwrite=False)
+
+
+async def answers_of(response: Any, timeout_s: float) -> tuple[list[Any], int]:
+    """What replicas answered a broadcast in time, and how many did not; Ray gives all answers or none.
+
+    Args:
+        response: of a handle's ``broadcast``.
+        timeout_s: for each replica, all at once.
+
+    Raises:
+        Exception: whatever Ray raises when there is no replica to ask.
+    """
+    asked = await asyncio.wait_for(response._fetch_replica_results_async(), timeout_s)
+    tasks = [asyncio.ensure_future(each.get_async()) for each in asked]
+    if not tasks:
+        return [], 0
+    done, late = await asyncio.wait(tasks, timeout=timeout_s)
+    for task in late:
+        task.cancel()
+    answers = [task.result() for task in tasks if task in done and not task.cancelled() and task.exception() is None]
+    return answers, len(tasks) - len(answers)
 
 
 def endpoint_options() -> Any:

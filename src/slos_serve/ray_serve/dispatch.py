@@ -16,13 +16,15 @@ from typing import Protocol
 
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.ray_serve.ticket import Ticket
-from slos_serve.ray_serve.wire import Envelope
+from slos_serve.ray_serve.wire import Envelope, Notes
 from slos_serve.routing.clock_offset import ClockOffset
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.retry_after import RetryTimes
-from slos_serve.routing.router import RouterSettings, RoutingDecision, route, unpromised
+from slos_serve.routing.router import RouterSettings, RoutingDecision, unpromised
 from slos_serve.routing.sessions import Sessions
 from slos_serve.routing.settings import STALE_AFTER_S, Order
+from slos_serve.routing.shards import Share, route_shared
+from slos_serve.vllm_plugin.front.load_report import LEAST_HEADROOM, STANDARD_TTFT
 
 TRANSIT_S = 0.05
 # A router is made with the first request that comes. It has heard of nobody then, though replicas publish every 100 ms.
@@ -32,6 +34,8 @@ _logger = logging.getLogger("slos_serve.ray_serve")
 
 class Mailbox(Protocol):
     """What :class:`slos_serve.ray_serve.inbox.Inbox` does."""
+
+    name: str
 
     def listen(self, replica: str, address: str) -> None:
         """Take in what a replica publishes from now on."""
@@ -69,6 +73,7 @@ class Dispatcher:
         self._settings = RouterSettings(Order(order), stale_after_s)
         self._sessions = Sessions()
         self._offsets: dict[str, ClockOffset] = {}
+        self._heard: dict[str, tuple[float, Notes]] = {}
         self._now_s = -float("inf")
         self._patient = True
         self.mirrors = Mirrors(num_classes=num_classes, transit_s=transit_s)
@@ -90,6 +95,7 @@ class Dispatcher:
         """A replica is gone, and its prefixes with it."""
         self.mirrors.remove(name)
         self._sessions.forget_replica(name)
+        self._heard.pop(name, None)
         if self._offsets.pop(name, None) is not None:
             self._mailbox.ignore(name)
 
@@ -110,7 +116,9 @@ class Dispatcher:
         asked = replace(ticket.asked, avoid=tuple(ticket.tried)) if ticket.tried else ticket.asked
         if ticket.session is not None:
             asked = replace(asked, cached=self._sessions.cached(ticket.session, asked.prompt_tokens))
-        decision = route(now_s, asked, self.mirrors, self._settings)
+        decision = route_shared(now_s, asked, self.mirrors, self._share(now_s), self._settings)
+        if ticket.wants_load:
+            ticket.load = self._load(now_s)
         ticket.decision = decision
         ticket.attempts += 1
         if decision.replica is not None:
@@ -133,6 +141,20 @@ class Dispatcher:
         self.mirrors.send(self.mirrors.position(replica), unpromised(self._later(), ticket.asked))
         ticket.reservation = replica, self.mirrors.newest(replica)
         self.decisions[verdict, Why.OUT_OF_REACH] += 1
+
+    def _share(self, now_s: float) -> Share:
+        """This router's part; replicas tell in their publications which routers hear them."""
+        since_s = now_s - self._settings.stale_after_s
+        heard = (notes.routers for at_s, notes in self._heard.values() if at_s >= since_s)
+        return Share.of(self.mirrors, tuple({self._mailbox.name}.union(*heard)), self._mailbox.name)
+
+    def _load(self, now_s: float) -> dict[str, float]:
+        """Headroom of all replicas that were heard lately, and the soonest that one of them would begin to answer."""
+        since_s = now_s - self._settings.stale_after_s
+        heard = [notes for at_s, notes in self._heard.values() if at_s >= since_s]
+        rooms = [notes.least_headroom for notes in heard if notes.least_headroom is not None]
+        ttfts = [notes.standard_ttft_s for notes in heard if notes.standard_ttft_s is not None]
+        return {LEAST_HEADROOM: sum(rooms), STANDARD_TTFT: min(ttfts)} if rooms and ttfts else {}
 
     def _later(self) -> float:
         """The present time; never before an earlier one."""
@@ -163,6 +185,7 @@ class Dispatcher:
             if offset is None:
                 continue
             self._patient = False
+            self._heard[name] = envelope.received_s, envelope.notes
             offset_s = offset.observe(envelope.sent_s, envelope.received_s)
             try:
                 self.mirrors.update(envelope.publication(name), offset_s, envelope.tickets())

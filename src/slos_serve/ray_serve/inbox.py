@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import zmq
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.ray_serve.curve import CurveKeys, RefusalCount
-from slos_serve.ray_serve.wire import ADDRESS_KEY, Envelope
+from slos_serve.ray_serve.wire import ADDRESS_KEY, ROUTER_TOPIC, Envelope
 
 _logger = logging.getLogger("slos_serve.ray_serve")
 _POLL_MS = 50
@@ -43,6 +44,9 @@ class Inbox:
         keys: gives the keys of this cluster; asked once, and again while it fails.
         clock_s: the router's clock.
         dropped: told why, for every message and every peer that is not believed.
+
+    Attributes:
+        name: of this router, which replicas tell the others.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Inbox:
         clock_s: Callable[[], float] = time.monotonic,
         dropped: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self.name = secrets.token_hex(8)
         self._ask_keys = keys
         self._keys: CurveKeys | None = None
         self._clock_s = clock_s
@@ -133,7 +138,7 @@ class Inbox:
         """To the replica; ``None`` where its address is none, so that it counts as full."""
         assert self._keys is not None
         try:
-            socket = _subscribed(context, address, self._keys)
+            socket = _subscribed(context, address, self._keys, self.name)
         except Exception:
             self._dropped("address")
             _logger.exception("slos-serve: failed to listen to replica %s at %r", replica, address)
@@ -155,7 +160,9 @@ class Inbox:
                 self._newest[replica] = envelope
 
 
-def _subscribed(context: zmq.Context[zmq.Socket[bytes]], address: object, keys: CurveKeys) -> zmq.Socket[bytes]:
+def _subscribed(
+    context: zmq.Context[zmq.Socket[bytes]], address: object, keys: CurveKeys, name: str
+) -> zmq.Socket[bytes]:
     """A socket that hears ``address``, which comes from another process and may be anything."""
     if not isinstance(address, str) or not address.startswith("tcp://"):
         raise InvalidFieldError(ADDRESS_KEY, address, "tcp://HOST:PORT")
@@ -169,6 +176,7 @@ def _subscribed(context: zmq.Context[zmq.Socket[bytes]], address: object, keys: 
         if "[" in address:
             socket.setsockopt(zmq.IPV6, 1)
         socket.setsockopt(zmq.SUBSCRIBE, b"")
+        socket.setsockopt(zmq.SUBSCRIBE, ROUTER_TOPIC + name.encode("ascii"))
         socket.connect(address)
     except BaseException:
         socket.close(linger=0)

@@ -38,6 +38,7 @@ from slos_serve.ray_serve.ticket import RequestRefusedError, Ticket
 from slos_serve.ray_serve.ticket_office import TicketOffice, session_of
 from slos_serve.routing.warm_up import warm_up_routing
 from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.front.load_report import wanted_format, with_load
 from slos_serve.vllm_plugin.live.routes import page, page_headers
 from slos_serve.vllm_plugin.slo_args import TICKET_KEY
 
@@ -102,7 +103,7 @@ class SLOIngress(OpenAiIngress):
             if self._shown is None or now_s - self._shown_s >= LOOK_EVERY_S:
                 handle = next(iter(self._default_serve_handles.values()))
                 try:
-                    answers = await handle.broadcast("live_state").results_async(timeout_s=LOOK_TIMEOUT_S)
+                    answers, _ = await compat.answers_of(handle.broadcast("live_state"), LOOK_TIMEOUT_S)
                 except Exception as error:
                     return _no_replica(error)
                 self._shown = self._live.document([answer for answer in answers if answer is not None])
@@ -129,12 +130,21 @@ class SLOIngress(OpenAiIngress):
     async def _process_llm_request(self, body: Any, call_method: str, raw_request: Request | None = None) -> Response:
         """Serve a chat or completion request; whatever else there is goes its usual way."""
         if call_method not in GENERATING or raw_request is None:
-            answer: Response = await super()._process_llm_request(body, call_method, raw_request)
-            return answer
+            other: Response = await super()._process_llm_request(body, call_method, raw_request)
+            return other
         try:
             ticket = await self._ticket(body, session_of(raw_request.headers))
         except InvalidFieldError as error:
             return error_response(400, str(error), "invalid_request_error", error.field)
+        wanted = wanted_format(raw_request.headers.raw)
+        ticket.wants_load = wanted is not None
+        answer = await self._answered(body, call_method, raw_request, ticket)
+        if wanted is not None and ticket.load and answer.status_code < 400:
+            answer.raw_headers = with_load(answer.raw_headers, wanted, ticket.load)
+        return answer
+
+    async def _answered(self, body: Any, call_method: str, raw_request: Request, ticket: Ticket) -> Response:
+        """Serve a request that has its ticket."""
         async with compat.router_request_timeout(compat.HTTP_TIMEOUT_S):
             try:
                 first, rest = await self._first_part(body, call_method, raw_request, ticket)

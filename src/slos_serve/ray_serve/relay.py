@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import zmq
@@ -19,12 +20,14 @@ import zmq
 from slos_serve.ray_serve.curve import CurveKeys, Doorkeeper, RefusalCount
 from slos_serve.ray_serve.ports import PortRange
 from slos_serve.ray_serve.pulse import Pulse
-from slos_serve.ray_serve.wire import Envelope
+from slos_serve.ray_serve.wire import MOST_NAME_CHARS, MOST_ROUTERS, ROUTER_TOPIC, Envelope, Notes
 from slos_serve.routing.publication import Publication
 
 _logger = logging.getLogger("slos_serve.ray_serve")
 # A router sends subscriptions only.
 _MAX_SUBSCRIPTION_BYTES = 1024
+# A router that answers nothing for so long is gone, as one that stands still is: others take over its share.
+_HEARTBEAT_MS, _GONE_AFTER_MS = 1000, 3000
 
 
 class Relay:
@@ -54,6 +57,7 @@ class Relay:
         self._last: bytes | None = None
         self._last_sent_s = clock_s()
         self.refused_peers = 0
+        self._notes = Notes()
         self._ended = threading.Event()
         self._folder = tempfile.TemporaryDirectory(prefix="slos-serve-")
         self.engine_address = f"ipc://{Path(self._folder.name) / 'engine'}"
@@ -62,7 +66,9 @@ class Relay:
         self._engine.setsockopt(zmq.CONFLATE, 1)
         self._engine.bind(self.engine_address)
         self._doorkeeper = Doorkeeper(self._context, keys.router_public)
-        self._routers = self._context.socket(zmq.PUB)
+        self._routers = self._context.socket(zmq.XPUB)
+        self._routers.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+        self._routers.setsockopt(zmq.HEARTBEAT_TIMEOUT, _GONE_AFTER_MS)
         self._routers.setsockopt(zmq.LINGER, 0)
         self._routers.setsockopt(zmq.MAXMSGSIZE, _MAX_SUBSCRIPTION_BYTES)
         keys.guard_replica(self._routers)
@@ -84,6 +90,10 @@ class Relay:
         payload = self._last
         return None if payload is None else Envelope(0.0, False, payload).publication("")
 
+    def tell_load(self, least_headroom: float, standard_ttft_s: float) -> None:
+        """What every publication says of the replica's load from now on."""
+        self._notes = replace(self._notes, least_headroom=least_headroom, standard_ttft_s=standard_ttft_s)
+
     def close(self) -> None:
         """End the thread and free the addresses."""
         self._ended.set()
@@ -96,7 +106,7 @@ class Relay:
 
     def _run(self) -> None:
         poller = zmq.Poller()
-        for socket in (self._engine, self._doorkeeper.socket, self._refusals.socket):
+        for socket in (self._engine, self._doorkeeper.socket, self._refusals.socket, self._routers):
             poller.register(socket, zmq.POLLIN)
         while not self._ended.is_set():
             try:
@@ -116,6 +126,8 @@ class Relay:
             self._doorkeeper.answer()
         if self._refusals.socket in ready:
             self._refusals.take_in()
+        if self._routers in ready:
+            self._subscription(self._routers.recv())
         now_s = self._clock_s()
         if self._engine in ready:
             payload = self._engine.recv()
@@ -128,6 +140,15 @@ class Relay:
             if self._last is not None and self._pulse.resting(now_s):
                 self._send(Envelope(now_s, True, self._last))
 
+    def _subscription(self, message: bytes) -> None:
+        """A router came or went: it says its name by what it subscribes to."""
+        topic = message[1:]
+        if not topic.startswith(ROUTER_TOPIC):
+            return
+        name = topic.removeprefix(ROUTER_TOPIC).decode("utf-8", "replace")[:MOST_NAME_CHARS]
+        others = [known for known in self._notes.routers if known != name][: MOST_ROUTERS - 1]
+        self._notes = replace(self._notes, routers=tuple(sorted([*others, name] if message[0] else others)))
+
     def _send(self, envelope: Envelope) -> None:
         self._last_sent_s = envelope.sent_s
-        self._routers.send_multipart(envelope.parts())
+        self._routers.send_multipart(replace(envelope, notes=self._notes).parts())

@@ -38,10 +38,18 @@ class ReplicaGauges:
             refused_peers: so far.
         """
         self._full.set(stats[FULLNESS])
-        rooms = {name.removeprefix(HEADROOM): value for name, value in stats.items() if name.startswith(HEADROOM)}
-        for name, value in rooms.items():
+        for name, value in _rooms(stats).items():
             self._room.set(value, tags={"slo_class": name})
         self._refused.set(refused_peers)
         if ttft_s is not None:
-            self._least.set(min(rooms.values(), default=float(MOST)))
+            self._least.set(least_headroom(stats))
             self._ttft.set(ttft_s)
+
+
+def least_headroom(stats: Mapping[str, float]) -> float:
+    """The smallest headroom of the classes asked for lately, in what a replica reports for scaling."""
+    return min(_rooms(stats).values(), default=float(MOST))
+
+
+def _rooms(stats: Mapping[str, float]) -> dict[str, float]:
+    return {name.removeprefix(HEADROOM): value for name, value in stats.items() if name.startswith(HEADROOM)}

@@ -25,7 +25,7 @@ from slos_serve.ray_serve.plugin_metrics import ReplicaMetrics
 from slos_serve.ray_serve.ports import DEFAULT_PORTS, PORTS_ENV, PortRange
 from slos_serve.ray_serve.pulse import Pulse
 from slos_serve.ray_serve.relay import Relay
-from slos_serve.ray_serve.replica_gauges import ReplicaGauges
+from slos_serve.ray_serve.replica_gauges import ReplicaGauges, least_headroom
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import ADDRESS_KEY
 from slos_serve.routing.demand import Demand
@@ -36,7 +36,7 @@ from slos_serve.vllm_plugin.metrics import MULTIPROC_ENV
 
 HANG_ENV = "SLOS_SERVE_HANG_AFTER_S"
 HANG_AFTER_S = 60.0
-METRICS_EVERY_S = 5.0
+METRICS_EVERY_S = 2.0
 _logger = logging.getLogger("slos_serve.ray_serve")
 
 
@@ -115,7 +115,10 @@ class SLOServer(LLMServer):
             try:
                 latest = self._relay.latest()
                 ttft_s = None if latest is None else await asyncio.to_thread(standard_ttft_s, latest, time.monotonic())
-                gauges.set(await self.record_autoscaling_stats(), ttft_s, self._relay.refused_peers)
+                stats = await self.record_autoscaling_stats()
+                gauges.set(stats, ttft_s, self._relay.refused_peers)
+                if ttft_s is not None:
+                    self._relay.tell_load(least_headroom(stats), ttft_s)
             except Exception:
                 _logger.exception("slos-serve: headroom cannot be told")
 

@@ -35,6 +35,8 @@ class Ticket:
         whole: the whole answer has gone out.
         reservation: replica and room that its router holds for it there; stays with the router.
         refused_status: HTTP status of its refusal.
+        wants_load: its client asks for a load report.
+        load: the replicas' load when it was routed, where it is wanted.
     """
 
     asked: RoutingRequest
@@ -50,6 +52,8 @@ class Ticket:
     whole: bool = False
     tried: list[str] = field(default_factory=list)
     reservation: tuple[str, Sent] | None = None
+    wants_load: bool = False
+    load: dict[str, float] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
         """What a replica gets of it."""

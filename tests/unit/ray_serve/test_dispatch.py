@@ -11,7 +11,7 @@ import pytest
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.ray_serve.dispatch import Dispatcher
 from slos_serve.ray_serve.ticket import Ticket
-from slos_serve.ray_serve.wire import Envelope
+from slos_serve.ray_serve.wire import Envelope, Notes
 from tests.builders import EngineBuilder
 from tests.unit.routing.fleet import NOW_S, loaded, published, request
 
@@ -21,7 +21,8 @@ AHEAD_S = 5000.0  # the router's clock against the replicas'
 class Postman:
     """A mailbox that is filled by hand."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "me") -> None:
+        self.name = name
         self.heard: dict[str, str] = {}
         self.waiting: dict[str, Envelope] = {}
 
@@ -43,13 +44,14 @@ class Postman:
         at_s: float = 0.0,
         unchanged: bool = False,
         tickets: list[int] | None = None,
+        notes: Notes | None = None,
     ) -> None:
         """What the engine publishes, sent ``at_s`` after NOW_S and received a millisecond later."""
         sent_s = NOW_S + at_s
         named = {} if tickets is None else {"tickets": tickets}
         document = published(engine, "", sequence=int(at_s * 1000), time_s=NOW_S + at_s).as_dict()
         payload = json.dumps(document | named).encode()
-        self.waiting[replica] = Envelope(sent_s, unchanged, payload, received_s=sent_s + AHEAD_S + 0.001)
+        self.waiting[replica] = Envelope(sent_s, unchanged, payload, sent_s + AHEAD_S + 0.001, notes or Notes())
 
 
 class Clock:
@@ -285,3 +287,83 @@ def test_a_replica_gets_a_ticket_without_the_routers_reservation(dispatcher: Dis
     copied = pickle.loads(pickle.dumps(asked))
     assert asked.reservation is not None and copied.reservation is None
     assert (copied.decision, copied.session, copied.asked) == (asked.decision, "s", asked.asked)
+
+
+# Several routers ------------------------------------------------------------------------------------------------------
+
+
+def two_routers(clock: Clock, told: tuple[str, ...], replicas: str = "ab") -> dict[str, Dispatcher]:
+    """Two endpoints' routers that heard the same publications of replicas with room for some requests."""
+    found = {}
+    for name in ("me", "you"):
+        postman = Postman(name)
+        found[name] = Dispatcher(postman, clock_s=clock)
+        found[name].set_replicas({replica: f"tcp://{replica}" for replica in replicas})
+        for replica in replicas:
+            postman.bring(replica, loaded(0), notes=Notes(routers=told))
+    return found
+
+
+def promised(routers: dict[str, Dispatcher]) -> list[tuple[str, str]]:
+    """(router, replica) of each promise in a burst that reaches both routers in turn, between two publications."""
+    made = []
+    for _ in range(80 // len(routers)):
+        for name, router in routers.items():
+            decision = router.decide(ticket(400))
+            if decision.verdict is Verdict.ADMITTED:
+                made.append((name, str(decision.replica)))
+    return made
+
+
+def test_two_routers_promise_no_room_twice(clock: Clock) -> None:
+    """Each promises on its own replica; the promises of both are what one router makes that sees everything."""
+    alone = two_routers(clock, ())
+    room = len(promised({"me": alone["me"]}))
+    twice = promised(two_routers(clock, ()))
+    assert len(twice) >= 1.8 * room, "without a word of each other both promise the same room"
+    shared = promised(two_routers(clock, ("me", "you")))
+    assert 0.8 * room <= len(shared) <= room < 80
+    assert set(shared) == {("me", "a"), ("you", "b")}
+
+
+@pytest.mark.parametrize("reject", [False, True])
+def test_what_only_anothers_replica_attains_goes_there_without_a_promise(clock: Clock, reject: bool) -> None:
+    router = two_routers(clock, ("me", "you"))["me"]
+    made = [router.decide(ticket(400, reject_when_full=reject)) for _ in range(80)]
+    promised_on = {decision.replica for decision in made if decision.verdict is Verdict.ADMITTED}
+    elsewhere = [decision for decision in made if decision.reason is Why.FITS_ELSEWHERE]
+    assert promised_on == {"a"} and len(elsewhere) > 5
+    assert {(decision.replica, decision.verdict) for decision in elsewhere} == {("b", Verdict.BEST_EFFORT)}
+    last = made[-1]
+    assert (last.verdict, last.reason) == (Verdict.REJECTED if reject else Verdict.BEST_EFFORT, Why.ALL_FULL)
+
+
+def test_more_routers_than_replicas_share_one(clock: Clock) -> None:
+    room = len(promised({"me": two_routers(clock, (), "a")["me"]}))
+    shared = promised(two_routers(clock, ("me", "you"), "a"))
+    assert {name for name, _ in shared} == {"me", "you"} and 2 <= len(shared) <= room
+
+
+def test_a_router_that_is_gone_leaves_its_share(clock: Clock) -> None:
+    postman = Postman("me")
+    router = Dispatcher(postman, clock_s=clock)
+    router.set_replicas({"a": "tcp://a", "b": "tcp://b"})
+    for replica in "ab":
+        postman.bring(replica, loaded(0), notes=Notes(routers=("me", "you")))
+    first = ticket()
+    assert router.decide(first).replica == "a"
+    for replica in "ab":
+        postman.bring(replica, loaded(0), at_s=0.1, notes=Notes(routers=("me",)))
+    clock.now_s += 0.1
+    assert {router.decide(ticket()).replica for _ in range(4)} == {"a", "b"}
+
+
+def test_the_load_of_all_replicas_goes_with_a_ticket_that_wants_it(dispatcher: Dispatcher, postman: Postman) -> None:
+    postman.bring("a", loaded(0), notes=Notes(least_headroom=3.0, standard_ttft_s=0.5))
+    postman.bring("b", loaded(0), notes=Notes(least_headroom=4.0, standard_ttft_s=0.2))
+    silent, wanting = ticket(), ticket()
+    wanting.wants_load = True
+    for each in (silent, wanting):
+        dispatcher.decide(each)
+    assert silent.load == {}
+    assert wanting.load == {"slos_serve_least_headroom_requests": 7.0, "slos_serve_standard_ttft_seconds": 0.2}

@@ -17,7 +17,7 @@ from slos_serve.ray_serve.curve import CurveKeys, Doorkeeper
 from slos_serve.ray_serve.inbox import Inbox
 from slos_serve.ray_serve.pulse import Pulse
 from slos_serve.ray_serve.relay import Relay
-from slos_serve.ray_serve.wire import Envelope
+from slos_serve.ray_serve.wire import MOST_ROUTERS, Envelope, Notes
 from slos_serve.vllm_plugin.publish import NAMED_FOR_S, EnginePublisher
 from tests.builders import OPT_13B_A100
 from tests.unit.ray_serve.ports import PORTS
@@ -117,9 +117,10 @@ def test_addresses_and_messages_that_are_none_end_nothing(
         inbox.listen("r1", relay.address)
         publisher.idle(NOW_S, loaded(7).view())  # repeated while the engine rests
         assert first_of(inbox, "r1").publication("r1").num_requests == 0
-        good = [b"1.0", b"0", b"{}"]
+        good = [b"1.0", b"0", b"{}", b"{}"]
+        bad = ([b""], [b"nan", b"0", b"{}", b"{}"], [b"1.0", b"0", b"{}", b"["], [b"\xff" * 100] * 50)
         for _ in range(PATIENCE):
-            for parts in ([b""], [b"nan", b"0", b"{}"], [b"inf", b"0", b"{}"], [b"\xff" * 100] * 50, good):
+            for parts in (*bad, good):
                 garbage.send_multipart(parts)
             if "garbage" in inbox.take():
                 break
@@ -194,12 +195,13 @@ def test_steps_are_read_where_they_are_told(payload: bytes, steps: int | None) -
 
 
 def test_an_envelope_is_read_back() -> None:
-    envelope = Envelope(1.25, True, b"{}", received_s=3.0)
+    envelope = Envelope(1.25, True, b"{}", 3.0, Notes(("a", "b"), 3.0, 0.25))
     assert Envelope.of_parts(envelope.parts(), 3.0) == envelope
 
 
 @pytest.mark.parametrize(
-    "parts", [[], [b"1.0", b"0"], [b"x", b"0", b"{}"], [b"nan", b"0", b"{}"], [b"-inf", b"0", b""]]
+    "parts",
+    [[], [b"1.0", b"0", b"{}"], [b"x", b"0", b"{}", b"{}"], [b"nan", b"0", b"{}", b"{}"], [b"-inf", b"0", b"", b"{}"]],
 )
 def test_other_messages_are_refused(parts: list[bytes]) -> None:
     with pytest.raises(InvalidFieldError, match="publication message"):
@@ -210,3 +212,47 @@ def test_other_messages_are_refused(parts: list[bytes]) -> None:
 def test_other_payloads_are_refused(payload: bytes) -> None:
     with pytest.raises(InvalidFieldError):
         Envelope(0.0, False, payload).publication("a")
+
+
+@pytest.mark.parametrize(
+    "notes",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b'{"other": 1}',
+        b'{"routers": "ab"}',
+        b'{"routers": [1]}',
+        json.dumps({"routers": ["x" * 65]}).encode(),
+        json.dumps({"routers": ["x"] * (MOST_ROUTERS + 1)}).encode(),
+        b'{"routers": [], "least_headroom": -1}',
+        b'{"routers": [], "standard_ttft_s": NaN}',
+        b'{"routers": [], "standard_ttft_s": "soon"}',
+    ],
+)
+def test_other_notes_are_refused(notes: bytes) -> None:
+    with pytest.raises(InvalidFieldError):
+        Envelope.of_parts([b"1.0", b"0", b"{}", notes], 0.0)
+
+
+def test_replicas_tell_each_router_who_hears_them(relay: Relay, inbox: Inbox, publisher: EnginePublisher) -> None:
+    publisher.idle(NOW_S, loaded(3).view())
+    relay.tell_load(5.0, 0.25)
+    other = Inbox(lambda: KEYS)
+    try:
+        for each in (inbox, other):
+            each.listen("r1", relay.address)
+        both = notes_with(inbox, 2)
+        assert both == Notes(tuple(sorted((inbox.name, other.name))), 5.0, 0.25)
+    finally:
+        other.close()
+    assert notes_with(inbox, 1).routers == (inbox.name,)
+
+
+def notes_with(inbox: Inbox, routers: int) -> Notes:
+    """The first notes of so many routers."""
+    for _ in range(PATIENCE):
+        notes = first_of(inbox, "r1").notes
+        if len(notes.routers) == routers:
+            return notes
+    raise AssertionError(notes)

@@ -37,6 +37,7 @@ from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.judged import HandedOver, Judged, prompt_tokens
 from slos_serve.vllm_plugin.front.link import FrontSockets, socket_path
+from slos_serve.vllm_plugin.front.load_report import LEAST_HEADROOM, STANDARD_TTFT
 from slos_serve.vllm_plugin.front.metrics import FrontMetrics
 from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror, Looked
 from slos_serve.vllm_plugin.front.reload import ClassFileWatch
@@ -375,7 +376,7 @@ class FrontDesk:
             self.live.gauges({"total": newest.total_blocks, "used": used, "forecast_peak": peak}, rooms)
         least, ttft_s = min(rooms.values(), default=MOST), standard_ttft_s(newest, newest.ready_s)
         self.metrics.to_routers(least, ttft_s)
-        self.load = {"slos_serve_least_headroom_requests": float(least), "slos_serve_standard_ttft_seconds": ttft_s}
+        self.load = {LEAST_HEADROOM: float(least), STANDARD_TTFT: ttft_s}
 
 
 def load_kernels() -> None:

@@ -16,6 +16,7 @@ Headers = list[tuple[bytes, bytes]]
 FORMAT_HEADER, HEADER = b"endpoint-load-metrics-format", b"endpoint-load-metrics"
 TEXT, JSON = "TEXT", "JSON"
 NAMED = "named_metrics"
+LEAST_HEADROOM, STANDARD_TTFT = "slos_serve_least_headroom_requests", "slos_serve_standard_ttft_seconds"
 
 
 def wanted_format(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
