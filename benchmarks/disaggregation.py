@@ -3,7 +3,7 @@
     python -m benchmarks.disaggregation [--scenario chat] [--load 0.6] [--link 50] [--replicas 4] [--seeds 3]
 
 Loads are multiples of the fluid bound (docs/simulator.md) of all replicas together. ``shifting`` is a mix that changes:
-prompts of summarization for two minutes, then reasoning for ten. Every column gets the same requests:
+prompts of summarization for one minute, then reasoning for five. Every column gets the same requests:
 
 - together: every replica serves whole requests; the router asks the mirrors of their planners;
 - fixed: prefill and decode apart, pairs chosen by the router, the best of all splits;
@@ -11,7 +11,7 @@ prompts of summarization for two minutes, then reasoning for ten. Every column g
 - distserve: DistServe's policies, first come, first served, least loaded, at its best split;
 - vllm apart, vllm: stock vLLM's order, apart at its best split and together, least loaded.
 
-A split is the best of its column on a tuning seed at the middle load. KV moves over a link of ``--link`` GB/s in and
+A split is the best of its column on a tuning seed at the highest load. KV moves over a link of ``--link`` GB/s in and
 out of each replica. Under ``distserve`` clients get the first token when the prompt is computed; elsewhere the decode
 replica gives it, as vLLM has it. Each cell: mean share attained and its 95 % interval over the seeds; after the slash
 the share with every token in time; then the split.
@@ -46,8 +46,8 @@ from slos_serve.workload.scenarios import make_workload
 
 # Prompts per output token fall from the first to the last.
 SCENARIOS = ("summarization", "coding", "mixed", "chat", "reasoning", "shifting")
-LOADS = (0.4, 0.6, 0.8)
-SPAN_S, LONG_SPAN_S = 120.0, 600.0
+LOADS = (0.5, 0.7)
+SPAN_S, LONG_SPAN_S = 60.0, 300.0
 PARTS = {"shifting": ("summarization", "reasoning")}
 COLUMNS = {
     "together": SimSettings(router="slo"),
@@ -154,10 +154,10 @@ def best_splits(cases: Sequence[Case], pool: ProcessPoolExecutor) -> dict[tuple[
 
 def table(given: argparse.Namespace, pool: ProcessPoolExecutor) -> list[dict[str, object]]:
     """Print the rows as they come; every simulation behind them."""
-    middle = given.load[len(given.load) // 2]
+    highest = given.load[-1]
     own = [name for name, column in COLUMNS.items() if column.prefill_replicas and not column.moving_roles]
     rest = (given.replicas, given.profile, given.link)
-    splits = best_splits([Case(name, one, middle, 1, 0, *rest) for name in given.scenario for one in own], pool)
+    splits = best_splits([Case(name, one, highest, 1, 0, *rest) for name in given.scenario for one in own], pool)
     print("| scenario | load | requests/s | " + " | ".join(COLUMNS) + " |\n|" + "---|" * (3 + len(COLUMNS)), flush=True)
     rows = []
     for name in given.scenario:

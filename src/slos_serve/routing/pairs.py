@@ -20,6 +20,7 @@ import numpy as np
 
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.perf.step_time import roofline_s
+from slos_serve.planning.state import IntArray
 from slos_serve.routing import mirror_kernel as kernel
 from slos_serve.routing.mirror_kernel import BoolArray
 from slos_serve.routing.mirrors import Mirrors, Sent
@@ -99,6 +100,17 @@ class PairDecision:
     reason: Why
 
 
+@dataclass(frozen=True, slots=True)
+class _Fleet:
+    """Who is asked: mirrors, whose publications are fresh (``usable``), roles and the order of asking."""
+
+    now_s: float
+    mirrors: Mirrors
+    roles: Roles
+    usable: BoolArray
+    order: Order
+
+
 def route_pair(
     now_s: float,
     request: RoutingRequest,
@@ -117,16 +129,16 @@ def route_pair(
         transfer_s: seconds that the prompt's KV takes from one replica to another.
         settings: order and bound.
     """
-    usable = mirrors.usable(now_s, settings.stale_after_s)
+    fleet = _Fleet(now_s, mirrors, roles, mirrors.usable(now_s, settings.stale_after_s), settings.order)
     if not request.has_slo:
         prompt = _prompt_of(request, np.inf)
-        return _unpromised(now_s, prompt, mirrors, roles, usable, Why.SESSION_MISSED if request.missed else Why.NO_SLO)
-    k, moved_decode = _fitting(now_s, request, mirrors, roles, Role.DECODE, usable, settings)
+        return _unpromised(fleet, prompt, Why.SESSION_MISSED if request.missed else Why.NO_SLO)
+    k, moved_decode = _fitting(fleet, request, Role.DECODE)
     due_s = _first_token_due_s(request, mirrors, k) - hand_over_s(mirrors, k, roles, transfer_s)
     prompt = _prompt_of(request, due_s - _scheduled_s(mirrors, roles))
     if k != kernel.NOBODY:
         avoid = mirrors.name_of(k)
-        at, moved_prefill = _fitting(now_s, prompt, mirrors, roles, Role.PREFILL, usable, settings, avoid)
+        at, moved_prefill = _fitting(fleet, prompt, Role.PREFILL, avoid)
         if at != kernel.NOBODY:
             for name, role in ((moved_decode, Role.DECODE), (moved_prefill, Role.PREFILL)):
                 if name is not None:
@@ -135,24 +147,24 @@ def route_pair(
             mirrors.send(at, Sent(now_s, row_of(prompt), int(cached), promised=True))
             _reserve(now_s, request, mirrors, k, promised=True)
             return PairDecision(mirrors.name_of(at), mirrors.name_of(k), due_s, Verdict.ADMITTED, Why.FITS)
-    why = Why.ALL_FULL if usable.any() else Why.NO_STATE
+    why = Why.ALL_FULL if fleet.usable.any() else Why.NO_STATE
     if request.reject_when_full:
         return PairDecision(None, None, due_s, Verdict.REJECTED, why)
-    return _unpromised(now_s, prompt, mirrors, roles, usable, why)
+    return _unpromised(fleet, prompt, why)
 
 
 def route_answer(
     now_s: float, request: RoutingRequest, mirrors: Mirrors, roles: Roles, settings: RouterSettings = DEFAULT
 ) -> str | None:
     """The decode replica of a request that was sent to its prefill replica without a promise; reserved at once."""
-    usable = mirrors.usable(now_s, settings.stale_after_s)
+    fleet = _Fleet(now_s, mirrors, roles, mirrors.usable(now_s, settings.stale_after_s), settings.order)
     k = kernel.NOBODY
     if request.has_slo:
-        k, _ = _fitting(now_s, request, mirrors, roles, Role.DECODE, usable, settings, may_move=False)
+        k, _ = _fitting(fleet, request, Role.DECODE, may_move=False)
     promised = k != kernel.NOBODY
     if not promised:
         present = _among(mirrors, roles.of(Role.DECODE))
-        k = kernel.least_loaded(mirrors.arrays, now_s, present, usable & present)
+        k = kernel.least_loaded(mirrors.arrays, now_s, present, fleet.usable & present)
     if k == kernel.NOBODY:
         return None
     _reserve(now_s, request, mirrors, k, promised=promised)
@@ -182,44 +194,38 @@ def _scheduled_s(mirrors: Mirrors, roles: Roles) -> float:
 
 
 def _fitting(
-    now_s: float,
-    request: RoutingRequest,
-    mirrors: Mirrors,
-    roles: Roles,
-    role: Role,
-    usable: BoolArray,
-    settings: RouterSettings,
-    avoid: str | None = None,
-    may_move: bool = True,
+    fleet: _Fleet, request: RoutingRequest, role: Role, avoid: str | None = None, *, may_move: bool = True
 ) -> tuple[int, str | None]:
     """Position of a replica that attains a part, ``NOBODY`` without one; and its name if it had to take the role."""
-    m, row = mirrors.arrays, row_of(request)
+    mirrors, row = fleet.mirrors, row_of(request)
     if role is Role.DECODE:
-        cached = np.full(len(usable), request.prompt_tokens - 1)
+        cached = np.full(len(fleet.usable), request.prompt_tokens - 1)
         home = kernel.NOBODY
     else:
         cached = _cached(request, mirrors)
-        home = int(cached.argmax()) if settings.order is Order.PREFIX and cached.any() else kernel.NOBODY
-    order = kernel.PACK if settings.order is Order.PACK else kernel.SPREAD
-    for names, moves in ((roles.of(role), False), (roles.may_move_to(role, now_s) if may_move else [], True)):
-        among = _among(mirrors, [name for name in names if name != avoid]) & usable
+        home = int(cached.argmax()) if fleet.order is Order.PREFIX and cached.any() else kernel.NOBODY
+    order = kernel.PACK if fleet.order is Order.PACK else kernel.SPREAD
+    movable = fleet.roles.may_move_to(role, fleet.now_s) if may_move else []
+    for names, moves in ((fleet.roles.of(role), False), (movable, True)):
+        among = _among(mirrors, [name for name in names if name != avoid]) & fleet.usable
         if not among.any():
             continue
-        k, _ = kernel.choose(m, order, now_s, row, cached, among, home if home >= 0 and among[home] else kernel.NOBODY)
+        first = home if home >= 0 and among[home] else kernel.NOBODY
+        k, _ = kernel.choose(mirrors.arrays, order, fleet.now_s, row, cached, among, first)
         if k != kernel.NOBODY:
             return int(k), mirrors.name_of(k) if moves else None
     return kernel.NOBODY, None
 
 
-def _unpromised(
-    now_s: float, prompt: RoutingRequest, mirrors: Mirrors, roles: Roles, usable: BoolArray, why: Why
-) -> PairDecision:
-    present = _among(mirrors, roles.of(Role.PREFILL))
-    k = kernel.least_loaded(mirrors.arrays, now_s, present, usable & present)
+def _unpromised(fleet: _Fleet, prompt: RoutingRequest, why: Why) -> PairDecision:
+    """The prefill replica with the fewest requests without a promise; no decode replica yet."""
+    mirrors, present = fleet.mirrors, _among(fleet.mirrors, fleet.roles.of(Role.PREFILL))
+    k = kernel.least_loaded(mirrors.arrays, fleet.now_s, present, fleet.usable & present)
     verdict = Verdict.NO_SLO if why is Why.NO_SLO else Verdict.BEST_EFFORT
     if k == kernel.NOBODY:
         return PairDecision(None, None, prompt.ttft_due_s, Verdict.REJECTED, Why.NO_REPLICA)
-    mirrors.send(k, Sent(now_s, row_of(prompt), int(_cached(prompt, mirrors)[k]), promised=False))
+    cached = int(_cached(prompt, mirrors)[k])
+    mirrors.send(k, Sent(fleet.now_s, row_of(prompt), cached, promised=False))
     return PairDecision(mirrors.name_of(k), None, prompt.ttft_due_s, verdict, why)
 
 
@@ -230,11 +236,14 @@ def _reserve(now_s: float, request: RoutingRequest, mirrors: Mirrors, k: int, *,
 
 
 def _first_token_due_s(request: RoutingRequest, mirrors: Mirrors, k: int) -> float:
-    """When the first token is due, by the deadline of the whole answer too."""
-    if not np.isfinite(request.answer_due_s) or k == kernel.NOBODY:
+    """When the first token is due, by the deadline of the whole answer too; with a pace alone, as planners imply it."""
+    if k == kernel.NOBODY:
         return request.ttft_due_s
-    state = kernel.state_of_one(mirrors.arrays, k, row_of(request), request.prompt_tokens - 1)
-    return float(state.rows["ttft_due_s"][0])
+    due_s = request.ttft_due_s
+    if np.isfinite(request.answer_due_s):
+        state = kernel.state_of_one(mirrors.arrays, k, row_of(request), request.prompt_tokens - 1)
+        due_s = float(state.rows["ttft_due_s"][0])
+    return due_s if due_s < np.inf else request.arrival_s + float(mirrors.arrays.max_implied_ttft_s[k])
 
 
 def _prompt_of(request: RoutingRequest, due_s: float) -> RoutingRequest:
@@ -242,7 +251,8 @@ def _prompt_of(request: RoutingRequest, due_s: float) -> RoutingRequest:
     return replace(request, ttft_due_s=due_s, tpot_s=np.inf, answer_due_s=np.inf, max_tokens=1, ticket=0)
 
 
-def _cached(request: RoutingRequest, mirrors: Mirrors) -> np.ndarray:
+def _cached(request: RoutingRequest, mirrors: Mirrors) -> IntArray:
+    """int64 [R], prompt tokens that each replica has cached."""
     cached = np.zeros(len(mirrors.present), dtype=np.int64)
     for name, tokens in request.cached.items():
         if name in mirrors:

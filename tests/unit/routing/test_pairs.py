@@ -63,6 +63,14 @@ def test_the_deadline_of_a_whole_answer_makes_the_prompt_due_too() -> None:
     assert NOW_S < decision.prompt_due_s < NOW_S + 20.0
 
 
+def test_a_pace_alone_makes_the_prompt_due_as_planners_imply_it() -> None:
+    mirrors, roles = _fleet(p=loaded(0), d=loaded(5))
+    asked = replace(request(1000), ttft_due_s=float("inf"))
+    decision = route_pair(NOW_S, asked, mirrors, roles, TRANSFER_S)
+    assert decision.verdict is Verdict.ADMITTED
+    assert NOW_S + 25.0 < decision.prompt_due_s < NOW_S + 30.0
+
+
 @pytest.mark.parametrize("full", ["p", "d"])
 def test_where_one_side_is_full_nothing_is_promised_and_nothing_reserved_at_the_decode_replica(full: str) -> None:
     engines = {"p": loaded(0), "d": loaded(5)}
