@@ -20,7 +20,7 @@ from tests.vllm.told_load import ToldLoad
 SECRET = "k" * 32
 FILE = """
 classes:
-  chat: {ttft_ms: 1000, tpot_ms: 100}
+  chat: {ttft_ms: 1000, tpot_ms: 100, when_full: %s}
 scheduler: {fairness: %s}
 trust:
   tenant_header: x-tenant
@@ -58,9 +58,9 @@ def load(rate: float = 40.0, seconds: float = 8.0) -> list[BenchRequest]:
     ]
 
 
-def serve(start: Start, folder: Path, fairness: float, *, told: bool) -> Promised:
+def serve(start: Start, folder: Path, fairness: float, *, told: bool, when_full: str = "best_effort") -> Promised:
     """The load on an engine, with a front end that tells clients their verdicts or without."""
-    (folder / "classes.yaml").write_text(FILE % fairness, encoding="utf-8")
+    (folder / "classes.yaml").write_text(FILE % (when_full, fairness), encoding="utf-8")
     (folder / "events.jsonl").unlink(missing_ok=True)
     engine, requests = start(num_blocks=4000), load()
     several = TenantsLoad(engine, folder)
@@ -79,11 +79,11 @@ def trusting(start: Start, monkeypatch: pytest.MonkeyPatch) -> Start:
     return start
 
 
-@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize(("told", "when_full"), [(False, "best_effort"), (True, "best_effort"), (True, "reject")])
 def test_a_tenant_that_sends_a_tenth_is_promised_twice_as_much_of_it(
-    trusting: Start, tmp_path: Path, told: bool
+    trusting: Start, tmp_path: Path, told: bool, when_full: str
 ) -> None:
-    without, found = (serve(trusting, tmp_path, fairness, told=told) for fairness in (0.0, 0.7))
+    without, found = (serve(trusting, tmp_path, fairness, told=told, when_full=when_full) for fairness in (0.0, 0.7))
     assert without.share("lone") < 0.35, "as any other request"
     assert found.share("lone") > 0.5 > found.share("crowd") + 0.15
     assert found.kept.total() > 0.93 * without.kept.total(), "all together lose little"

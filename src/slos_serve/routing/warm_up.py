@@ -7,6 +7,7 @@ import numpy as np
 from slos_serve.core.plan import EngineView
 from slos_serve.core.request import RequestTable
 from slos_serve.perf.batch_time import BatchTimeModel
+from slos_serve.perf.class_shares import ClassShares
 from slos_serve.planning.planner import Planner
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publisher import publication_of
@@ -15,7 +16,8 @@ from slos_serve.routing.router import RouterSettings, RoutingRequest, route
 
 
 def warm_up_routing() -> None:
-    """Route requests of every kind to an imaginary replica."""
+    """Route requests of every kind to an imaginary replica, and count by tenant as a front end does what it refuses."""
+    ClassShares(1, 0.5).decided(np.array([0, 1]), np.array([True, False]), np.ones(2))
     model = BatchTimeModel(0.1e-3, 5e-3, 0.05e-3, 20e-3)
     none = np.empty(0, dtype=np.int64)
     view = EngineView(

@@ -87,7 +87,7 @@ class FrontDesk:
         self._uniform = uniform
         self._max_model_len = max_model_len
         self._indices = {slo_class.name: index for index, slo_class in enumerate(config.classes)}
-        self._mirror = EngineMirror(len(self._indices) + 2)
+        self._mirror = EngineMirror(len(self._indices) + 2, config.planner.fairness)
         # Not taken over by the mirror yet, with the tickets that were named since.
         self._received: tuple[Publication, frozenset[int]] | None = None
         self._tickets = itertools.count(1)

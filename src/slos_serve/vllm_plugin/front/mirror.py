@@ -15,6 +15,7 @@ import numpy as np
 
 from slos_serve.core.request import share_of
 from slos_serve.core.verdict import Verdict, Why
+from slos_serve.perf.class_shares import ClassShares
 from slos_serve.perf.step_time import roofline_s
 from slos_serve.planning.demand import is_lost
 from slos_serve.planning.feasible import TOLERANCE
@@ -99,14 +100,17 @@ class EngineMirror:
 
     Args:
         num_classes: SLO classes that requests may belong to, custom numbers and none counted.
+        fairness: see :class:`slos_serve.perf.class_shares.ClassShares`.
     """
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, fairness: float = 0.0) -> None:
         self._mirrors = Mirrors([ENGINE], num_classes=num_classes, transit_s=TRANSIT_S)
         self._newest: Publication | None = None
         self._now_s = -math.inf
         self._retry = RetryTimes(self._mirrors)
         self._starts = StartForecast()
+        # Of requests that are refused where they do not fit: the engine never sees those that are.
+        self._refusable = ClassShares(num_classes, fairness)
 
     def update(self, publication: Publication, tickets: Container[int] = ()) -> None:
         """Take over what the engine published, ``tickets`` of requests that have come to it with it."""
@@ -125,17 +129,26 @@ class EngineMirror:
         """The newest publication, ``None`` before the first."""
         return self._newest
 
-    def answer(self, now_s: float, asked: RoutingRequest, weaker: Sequence[RoutingRequest] = ()) -> Answer:
+    def answer(
+        self, now_s: float, asked: RoutingRequest, weaker: Sequence[RoutingRequest] = (), *, counted: bool = True
+    ) -> Answer:
         """Judge a request and count it from here on, unless it is to be rejected.
 
         Args:
             now_s: present time.
             asked: with the promise that it asks for.
             weaker: with those asked for in its place, in order; the first that fits is given.
+            counted: what becomes of it counts for its tenant; off for a request that is only looked at.
         """
+        found = self._answer(now_s, (asked, *weaker))
+        if asked.reject_when_full and asked.has_slo and counted:
+            share, taken = np.array([self._share_of(asked)]), np.array([found.verdict is not Verdict.REJECTED])
+            self._refusable.decided(share, taken, np.array([asked.weight]))
+        return found
+
+    def _answer(self, now_s: float, several: Sequence[RoutingRequest]) -> Answer:
         now_s = self._now_s = max(now_s, self._now_s)
         self._keep_fresh(now_s)
-        several = (asked, *weaker)
         rank = self._rank(now_s, several)
         asked = several[rank or 0]
         predicted = self._predicted(now_s, asked) if asked.has_slo else None
@@ -173,9 +186,14 @@ class EngineMirror:
         first, count = int(m.first[k]), int(m.num_owed[k])
         owed = float(m.cost_tokens[k, first : first + count].sum())
         rate = rate_beside(m, k, m.counts[k])
-        share = share_of(asked.class_index) if asked.share is None else asked.share
-        wait_s = self._starts.start_s(share, self._sent_queued().values(), owed, rate, float(m.idle_rate[k]))
+        wait_s = self._starts.start_s(
+            self._share_of(asked), self._sent_queued().values(), owed, rate, float(m.idle_rate[k])
+        )
         return max(float(m.ready_s[k]), now_s) - asked.arrival_s + wait_s
+
+    @staticmethod
+    def _share_of(asked: RoutingRequest) -> int:
+        return share_of(asked.class_index) if asked.share is None else asked.share
 
     def _rank(self, now_s: float, several: Sequence[RoutingRequest]) -> int | None:
         """The first of a request's promises that fits, 0 where none does; ``None`` where it is to be told none."""
@@ -192,9 +210,14 @@ class EngineMirror:
         room for a second one like it, which the other tenant finds when it asks.
         """
         newest = self._newest
-        if newest is None or not len(newest.boosted) or asked.share is None or not asked.has_slo:
+        if newest is None or asked.share is None or not asked.has_slo:
             return False
         num_classes = len(newest.forecast_tokens)
+        if asked.reject_when_full:
+            boost = self._refusable.boost
+            return bool(boost[asked.share % num_classes :: num_classes].max() > boost[asked.share])
+        if not len(newest.boosted):
+            return False
         own = newest.boost[newest.boosted == asked.share].max(initial=1.0)
         others = newest.boost[newest.boosted % num_classes == asked.share % num_classes]
         return bool(others.max(initial=1.0) > own)
@@ -222,7 +245,8 @@ class EngineMirror:
             for _ in range(most):
                 expected = self._predicted(now_s, given) if given.has_slo else None
                 before = self._mirrors.in_flight(ENGINE)
-                answer = self.answer(now_s, given) if first else self.answer(now_s, asked, weaker)
+                several = (given,) if first else (asked, *weaker)
+                answer = self.answer(now_s, several[0], several[1:], counted=False)
                 first = first or answer
                 if self._mirrors.in_flight(ENGINE) > before:
                     sent.append(self._mirrors.newest(ENGINE))
