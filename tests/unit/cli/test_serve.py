@@ -199,6 +199,7 @@ def test_an_interrupt_while_the_server_starts_ends_it(monkeypatch: pytest.Monkey
 
 FORWARDING = """
 import os, signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 if sys.argv[1]:
     os.open(sys.argv[1], os.O_RDWR)  # becomes the terminal of the session
 from rich.console import Console

@@ -13,6 +13,7 @@ from slos_serve.vllm_plugin.hangup import on_hangup
 
 WAITING = """
 import os, signal, sys, threading
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 if sys.argv[1].startswith("/dev"):
     os.open(sys.argv[1], os.O_RDWR)  # becomes the terminal of the session
 if sys.argv[1] == "ignored":
@@ -62,5 +63,7 @@ def test_the_handler_of_somebody_else_stays(monkeypatch: pytest.MonkeyPatch) -> 
     before = signal.signal(signal.SIGHUP, lambda *_: None)
     try:
         assert not on_hangup(lambda: None)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert on_hangup(lambda: None)
     finally:
         signal.signal(signal.SIGHUP, before)
