@@ -273,9 +273,13 @@ class StepController:
         return True
 
     def _ran(self, output: SchedulerOutput, proposal: Proposal | None) -> SlotArray:
-        """Rows of a step's requests, in vLLM's order: those selected, in their order, where all of them ran."""
+        """Rows of a step's requests, in vLLM's order: those selected, in their order, where all of them ran.
+
+        With a connector a request that was to load may start instead of one that was to start.
+        """
         ran = output.num_scheduled_tokens
-        if proposal is not None and len(ran) == len(proposal.chosen.slots):
+        may_load = self.scheduler.connector is not None
+        if proposal is not None and not may_load and len(ran) == len(proposal.chosen.slots):
             return proposal.chosen.slots
         return self.book.slots_of(ran)
 
