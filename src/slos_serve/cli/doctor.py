@@ -36,6 +36,9 @@ class Finding(NamedTuple):
     mend: str = ""
 
 
+_PLANNED = Finding("ok", "steps are planned (slos_serve:armed is 1)")
+
+
 def doctor(
     url: Annotated[
         str | None, typer.Option(help="A running server to look at too, such as http://localhost:8000.")
@@ -46,7 +49,8 @@ def doctor(
     Exit status 0: nothing is wrong. 1: an error was found; its line says how to mend it.
     """
     console = Console()
-    findings = [*environment_findings(os.environ), *([] if url is None else server_findings(url, fetch))]
+    server = [] if url is None else list(server_findings(url, fetch))
+    findings = [*environment_findings(os.environ, serves=_PLANNED in server), *server]
     styles = {"ok": "green", "warning": "yellow", "error": "bold red"}
     for level, said, mend in findings:
         console.print(f"[{styles[level]}]{level:7}[/]", end=" ")
@@ -54,9 +58,17 @@ def doctor(
     raise typer.Exit(1 if any(finding.level == "error" for finding in findings) else 0)
 
 
-def environment_findings(environment: Mapping[str, str]) -> Iterator[Finding]:
-    """What the variables and packages of this environment are."""
+def environment_findings(environment: Mapping[str, str], *, serves: bool = False) -> Iterator[Finding]:
+    """What the variables and packages of this environment are.
+
+    A server that ``serves`` with planned steps got its variables at its start, perhaps from another shell. Warnings
+    about the variables of this shell are left out then.
+    """
     yield _vllm()
+    yield from (found for found in _variables(environment) if not (serves and found.level == "warning"))
+
+
+def _variables(environment: Mapping[str, str]) -> Iterator[Finding]:
     yield from _file(environment, CLASSES_ENV, load_class_file, "Requests then have no classes to name")
     yield from _file(environment, PROFILE_ENV, load_profile, "Every step then runs in stock order")
     yield _metrics_folder(environment)
@@ -135,7 +147,7 @@ def server_findings(url: str, get: Callable[[str], str | None]) -> Iterator[Find
     if min(armed) < 1.0:
         yield Finding("error", "the plug-in is not armed: every step is stock", "Its log says why; restart the engine")
     else:
-        yield Finding("ok", "steps are planned (slos_serve:armed is 1)")
+        yield _PLANNED
     yield from _counted(found)
 
 

@@ -125,6 +125,27 @@ def test_the_doctor_finds_what_the_environment_lacks(tmp_path: Path) -> None:
     assert findings({})["PROMETHEUS_MULTIPROC_DIR"] == "warning"
 
 
+def test_a_server_that_plans_steps_needs_no_variables_in_this_shell(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("SLOS_SERVE_PROFILE", raising=False)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    (tmp_path / "of_the_running_server.db").touch()
+    monkeypatch.setenv("SLOS_SERVE_CLASSES", "/none")
+    metrics = SchedulerMetrics(["chat"], EngineLabels("m", "0"))
+
+    def said() -> str:
+        page = generate_latest(metrics.registry).decode()
+        monkeypatch.setattr("slos_serve.cli.doctor.fetch", lambda _: page)
+        return RUNNER.invoke(app, ["doctor", "--url", "http://s:1"]).output
+
+    planned = said()
+    assert "steps are planned" in planned and "SLOS_SERVE_CLASSES: " in planned
+    assert "SLOS_SERVE_PROFILE" not in planned and "not empty" not in planned
+    metrics.armed(False)
+    assert "SLOS_SERVE_PROFILE is not set" in said()
+
+
 def server(metrics: SchedulerMetrics | None, more: str = "") -> list[tuple[str, str]]:
     page = None if metrics is None else generate_latest(metrics.registry).decode() + more
     return [(level, said) for level, said, _ in server_findings("http://s:1/v1", {"http://s:1/metrics": page}.get)]
