@@ -148,15 +148,16 @@ def server_findings(url: str, get: Callable[[str], str | None]) -> Iterator[Find
         yield Finding("error", "the plug-in is not armed: every step is stock", "Its log says why; restart the engine")
     else:
         yield _PLANNED
-    yield from _counted(found)
+    # A fleet's endpoint judges requests itself and counts what it told in metrics of Ray's.
+    yield from _counted(found, fleet='replica="' in text)
 
 
-def _counted(found: Mapping[str, list[float]]) -> Iterator[Finding]:
+def _counted(found: Mapping[str, list[float]], *, fleet: bool) -> Iterator[Finding]:
     correction = max(found.get("slos_serve:batch_time_correction", [1.0]))
     if not 1.0 / FAR_FROM_ONE <= correction <= FAR_FROM_ONE:
         mend = "Measure the profile again on this machine: slos-serve profile MODEL"
         yield Finding("warning", f"steps take {correction:.2f} times what the profile says", mend)
-    if "slos_serve:answers_total" not in found:
+    if "slos_serve:answers_total" not in found and not fleet:
         mend = "Add --middleware slos_serve.vllm_plugin.SLOMiddleware"
         yield Finding("warning", "answers have no verdict: the middleware does not judge requests", mend)
     for name, said, mend in (

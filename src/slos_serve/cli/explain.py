@@ -164,7 +164,10 @@ def _why(root: str, fault: urllib.error.HTTPError) -> str:
     except (ValueError, KeyError, TypeError):
         said = ""
     if fault.code == 404:
-        return f"{root} has no /slo/explain: it does not run the plug-in, or SLOS_SERVE_FRONT_END is 0"
+        return (
+            f"{root} has no /slo/explain: it does not run the plug-in, has several replicas (--replicas), "
+            "or SLOS_SERVE_FRONT_END is 0"
+        )
     return said or f"{root} answers {fault.code}"
 
 

@@ -156,6 +156,8 @@ def test_the_doctor_reads_a_servers_metrics() -> None:
     verdicts = 'slos_serve:answers_total{slo_class="chat"} 3.0\n'
     assert server(metrics, verdicts) == [("ok", "steps are planned (slos_serve:armed is 1)")]
     assert [level for level, _ in server(metrics)] == ["ok", "warning"]
+    fleet = 'slos_serve:requests_total{replica="x7vk",slo_class="chat"} 3.0\n'
+    assert server(metrics, fleet) == [("ok", "steps are planned (slos_serve:armed is 1)")]
     metrics.armed(False)
     metrics.invalid_field()
     metrics.correction(2.0)
