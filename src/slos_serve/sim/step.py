@@ -305,8 +305,10 @@ def finish_step(
         done = rows["computed_tokens"][slot] + known.step_tokens[i] - drafts
         known.step_accepted[i] = -1
         if known.step_tokens[i] > 1 + drafts or before == 0:
+            # Not all of its last node need be its own context: it may have found less than is cached of that.
+            known.referred[slot] -= referred_blocks(cache, call, known.nodes[slot], block_size)
             known.nodes[slot] = keep_computed(cache, call, known.nodes[slot], done, block_size)
-            known.referred[slot] = referred_blocks(cache, call, known.nodes[slot], block_size)
+            known.referred[slot] += referred_blocks(cache, call, known.nodes[slot], block_size)
         if done < total:
             rows["computed_tokens"][slot] = done
             continue

@@ -38,6 +38,15 @@ def conversations(seed: int, count: int, most_prompt: int = 400) -> Workload:
     return Workload("conversations", (CHAT,), load.calls, shared)
 
 
+def answered_before_asked(count: int) -> Workload:
+    """Turns of which every second one continues the one that comes after it: that finds its own answer in the cache."""
+    prompts, outputs = np.tile([160, 260], count), np.tile([40, 20], count)
+    times = np.repeat(np.arange(count), 2) + np.tile([0.5, 0.0], count)
+    before = np.where(np.arange(2 * count) % 2 == 1, np.arange(2 * count) - 1, -1)
+    load = workload(times.tolist(), prompts.tolist(), outputs.tolist())
+    return Workload("answered before asked", (CHAT,), load.calls, prefixes_of_turns(prompts, outputs, before))
+
+
 class PlainCache:
     """One block after the other in a queue of free blocks; requests come one at a time."""
 
@@ -83,10 +92,11 @@ def test_one_after_the_other_hits_what_a_plain_cache_hits(seed: int, blocks: int
         )
 
 
+@pytest.mark.parametrize("load", [conversations(7, 150), answered_before_asked(20)], ids=["conversations", "answered"])
 @pytest.mark.parametrize("policy", ["vllm", "sarathi", "slos-serve"])
-def test_blocks_add_up_after_every_step(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_add_up_after_every_step(policy: str, load: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many at once in too little memory: what is held, what is cached and what is free make the whole."""
-    load = conversations(7, 150)
+    load = Workload(load.name, load.classes, load.calls.copy(), load.prefixes)
     load.calls["arrival_s"] /= 4.0
     recording = Recording.of(load.bound(PLAIN))
     limits = EngineLimits(60 * BLOCK, max_num_batched_tokens=512)
