@@ -29,6 +29,7 @@ from slos_serve.planning.state import (
 from slos_serve.planning.step import (
     CUT,
     ENTRIES,
+    FREE,
     HELD,
     NO_MEMORY,
     NO_ROOM,
@@ -46,7 +47,7 @@ from slos_serve.planning.step import (
     seconds,
     seconds_with,
 )
-from slos_serve.planning.supply import KV_SHORT
+from slos_serve.planning.supply import KV_SHORT, KV_SHORT_FROM
 from slos_serve.planning.work import Rules, Work, any_prefill, split_by_promise, step_length_s
 
 DECODE_DUE, PREFILL_DEADLINE = int(Reason.DECODE_DUE), int(Reason.PREFILL_DEADLINE)
@@ -105,6 +106,19 @@ def can_wait(state: State, slot: int, due_s: float) -> bool:
 
 
 @in_place
+def must_leave_room(step: Step, slot: int, due_s: float) -> bool:
+    """Whether a complete answer waits though it would fit: its start can wait, and its peak would make KV short.
+
+    Nobody reads it as it comes, so its decodes run when nothing else asks and it holds its KV for long.
+    """
+    state, rows = step.state, step.state.rows
+    if rows["running"][slot] == 1 or rows["answer_due_s"][slot] == np.inf or step.counts[SEATS] == 0:
+        return False
+    left = step.counts[FREE] - peak_blocks(rows, slot, state.block_size)
+    return bool(left < (1.0 - KV_SHORT_FROM) * state.total_blocks and can_wait(state, slot, due_s))
+
+
+@in_place
 def add_prompts(step: Step, work: Work, limit_s: float, sure: float) -> float:
     """Run promised prompts by deadline; one that ends brings the step's end forward, so that it is in time all the same
     when this step is a slow one (``sure``, see :class:`Rules`).
@@ -114,6 +128,8 @@ def add_prompts(step: Step, work: Work, limit_s: float, sure: float) -> float:
     rows = step.state.rows
     for j in range(len(work.prefills)):
         slot = work.prefills[j]
+        if must_leave_room(step, slot, work.prefill_due_s[j]):
+            continue
         is_running = rows["running"][slot] == 1
         chunk, cut = chunk_within(step, slot, limit_s)
         reason, needed = NO_ROOM, chunk if is_running else tokens_left(rows, slot)

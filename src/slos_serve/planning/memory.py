@@ -1,7 +1,8 @@
 """KV memory that promises will need, forecast at several moments.
 
 A request holds its prompt and its answer so far, and grows until the answer ends. Each request counts by how likely it
-still runs at a moment, so room that some give back is promised to others. Best effort counts for nothing: it gives way.
+still runs at a moment, so room that some give back is promised to others. One that has not started holds nothing until
+it must. Best effort counts for nothing: it gives way.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from numba import njit
 from slos_serve.core.request import RequestArray
 from slos_serve.perf.jit import in_place
 from slos_serve.perf.lengths import share_left, survives
+from slos_serve.perf.step_time import alone_s
 from slos_serve.planning.demand import Demand
-from slos_serve.planning.state import ADMITTED, FloatArray, State, blocks_for, is_decode
+from slos_serve.planning.state import ADMITTED, FloatArray, State, blocks_for, is_decode, tokens_done, tokens_left
 from slos_serve.planning.supply import MOMENT_TOKENS
 
 # Standard deviations of the running requests' own ends that stay free at each moment.
@@ -36,6 +38,17 @@ def blocks_at(rows: RequestArray, slot: int, more: float, later: float, block_si
 
 
 @in_place
+def start_in_s(state: State, slot: int, wait_s: float) -> float:
+    """Seconds until a request holds KV, when its first token is due in ``wait_s``: now where it has some, else when its
+    prompt must start, alone on the engine."""
+    rows = state.rows
+    if rows["running"][slot] == 1 or rows["computed_tokens"][slot] > 0:
+        return 0.0
+    prompt_s = alone_s(state.coefficients, float(tokens_left(rows, slot)), tokens_done(rows, slot))
+    return float(max(wait_s - prompt_s, 0.0))
+
+
+@in_place
 def add_held(
     state: State,
     slot: int,
@@ -55,9 +68,12 @@ def add_held(
     own_s = rows["tpot_s"][slot] if np.isfinite(rows["tpot_s"][slot]) else pace_s
     own = survival[rows["class_index"][slot]]
     so_far = survives(own, float(rows["output_tokens"][slot]))
-    later = max(MOMENT_TOKENS[0] * pace_s - wait_s, 0.0) / own_s
+    later, starts_s = max(MOMENT_TOKENS[0] * pace_s - wait_s, 0.0) / own_s, start_in_s(state, slot, wait_s)
     for k in range(last + 1):
-        more, later = later, max(MOMENT_TOKENS[min(k + 1, last)] * pace_s - wait_s, 0.0) / own_s
+        next_s = MOMENT_TOKENS[min(k + 1, last)] * pace_s
+        more, later = later, max(next_s - wait_s, 0.0) / own_s
+        if next_s < starts_s:
+            continue
         share = share_left(rows, slot, more, so_far, own)
         if share <= 0.0:
             break  # it has ended, at every later moment too
@@ -72,8 +88,8 @@ def forecast(
 ) -> tuple[FloatArray, FloatArray]:
     """Blocks each request in demand is expected to hold at several moments, and what promised decodes leave then.
 
-    A request is taken to decode as slowly as its promise allows and to begin when its first token is due; a faster one
-    gives its room back sooner. Moments at which all requests fit together are left out, but for one, so that they cost
+    A request is taken to start its prompt as late and to decode as slowly as its promise allows; a faster one gives its
+    room back sooner. Moments at which all requests fit together are left out, but for one, so that they cost
     admission nothing.
 
     Args:

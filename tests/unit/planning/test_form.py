@@ -110,6 +110,21 @@ def test_a_prompt_with_most_of_its_time_left_waits_for_memory() -> None:
     assert plan.slots.tolist() == running
 
 
+@pytest.mark.parametrize(
+    ("waited_s", "running_blocks", "starts"), [(10.0, 20, True), (10.0, 62, False), (50.0, 62, True)]
+)
+def test_a_complete_answer_leaves_kv_to_others_while_its_start_can_wait(
+    waited_s: float, running_blocks: int, starts: bool
+) -> None:
+    engine = EngineBuilder(total_blocks=100)
+    engine.decode(prompt_tokens=16 * running_blocks - 10, ahead_s=0.09)
+    answer = engine.wait(160, max_tokens=20, tpot_s=np.inf, due_in_s=60.0 - waited_s, waited_s=waited_s)
+    rows = engine.table.rows
+    rows["answer_due_s"][answer] = engine.now_s - waited_s + 300.0
+    rows["promised_ttft_due_s"][answer] = engine.now_s - waited_s + 60.0
+    assert (answer in planned(engine).slots) == starts
+
+
 def test_when_everyone_is_short_of_memory_the_cheapest_promise_is_lost() -> None:
     engine = EngineBuilder(total_blocks=60)
     cheap = engine.decode(prompt_tokens=311, output_tokens=10, ahead_s=0.02)  # 320 computed: the next needs a block

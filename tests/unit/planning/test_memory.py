@@ -11,7 +11,7 @@ from slos_serve.planning.demand import SIZES, Demand, build_demand
 from slos_serve.planning.memory import forecast
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.state import State, peak_blocks
-from slos_serve.planning.supply import pace_of_moments_s, tier_paces
+from slos_serve.planning.supply import MOMENT_TOKENS, pace_of_moments_s, tier_paces
 from tests.builders import OPT_13B_A100, EngineBuilder, carried_out
 
 PACE_S = 0.1
@@ -52,6 +52,20 @@ def test_requests_of_known_length_are_counted_until_just_before_they_end() -> No
     blocks, room = forecast(state, demand, PACE_S, survival(), 280)
     assert room.min() == 280 - 10 * -(-(321 + 40) // 16)
     assert (blocks[0] > room).any()
+
+
+def test_a_prompt_that_can_start_later_holds_nothing_yet() -> None:
+    """Due in 20 s, 0.4 s of prompt: of the moments up to 205 s it counts from that on whose next is past its start."""
+    engine = EngineBuilder(total_blocks=1000)
+    later, soon = engine.wait(1600, due_in_s=20.0), engine.wait(1600, due_in_s=0.3)
+    begun = engine.wait(1600, due_in_s=20.0)
+    engine.table.rows["computed_tokens"][begun] = 160
+    state, demand = demand_of(engine)
+    blocks, _ = forecast(state, demand, PACE_S, survival(), 0)  # no room at all: every moment binds
+    of = {int(slot): blocks[j] for j, slot in enumerate(demand.slots)}
+    moments_s = MOMENT_TOKENS * PACE_S
+    assert moments_s[np.flatnonzero(of[later])[0]] == 12.8
+    assert (of[soon][:3] >= 100).all() and (of[begun][:3] >= 100).all()
 
 
 def test_best_effort_counts_for_nothing() -> None:
