@@ -4,8 +4,10 @@ Wrong is: an exception, a fault of the plug-in, a row that says other than vLLM'
 KV blocks that are not free at the end, an answer other than stock's, a fault on the device that stock has not, and no
 progress for longer than stock's worst case plus the planner's ``aging_s``.
 
-One end is vLLM's own, on either side: streaming-input sessions hold all KV between two turns, none of them can go on
-and vLLM cannot take KV from a session that waits. Such episodes are counted on both sides.
+Two ends are vLLM's own, on either side, and counted on both. Streaming-input sessions hold all KV between two turns,
+none of them can go on, and vLLM cannot take KV from a session that waits. And a step in vLLM's own order starts a
+request with one LoRA adapter too many, since it counts only the running requests that it schedules, not one that waits
+for its image; when all are scheduled, its assertion ends the engine.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class Run:
     counts: dict[str, int] = field(default_factory=dict)
     steps: int = 0
     locked: bool = False
+    overfull: bool = False
     worst_wait_s: float = 0.0
     cpu_s: float = 0.0
 
@@ -57,6 +60,7 @@ def run_episode(episode: Episode, folder: Path, cls: type[Any] | None = None) ->
     engine = DryEngine(scheduler, OPT_13B_A100, depth=None)
     scheduler.slo_clock_s = lambda: engine.now_s
     check_rows(scheduler)
+    overfull = _watch_adapters(scheduler)
     entered: dict[str, float] = {}
     start_s = time.process_time()
     try:
@@ -73,6 +77,7 @@ def run_episode(episode: Episode, folder: Path, cls: type[Any] | None = None) ->
         run.error = f"{type(error).__name__}: {error}"[:300]
         run.trace = traceback.format_exc(limit=-4)
     run.cpu_s = time.process_time() - start_s
+    run.overfull = overfull[0] and run.error.startswith("AssertionError")
     run.answers, run.faults, run.counts = engine.answers, engine.faults, counts_of(scheduler)
     run.steps = engine.all_steps
     run.worst_wait_s = max(
@@ -95,6 +100,26 @@ def _left_behind(engine: DryEngine, episode: Episode) -> str:
     return ""
 
 
+def _watch_adapters(scheduler: Any) -> list[bool]:
+    """A list whose one entry becomes true when a step in vLLM's own order lets too many LoRA adapters run."""
+    seen, most, schedule = [False], compat.most_adapters(scheduler), scheduler.schedule
+    control = getattr(scheduler, "_slo", None)
+
+    def num_adapters() -> int:
+        return len({compat.adapter_of(request) for request in scheduler.running} - {0})
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        before, plans = num_adapters(), 0 if control is None else control.policy.planner.counters.plans
+        output = schedule(*args, **kwargs)
+        is_own = control is None or control.policy.planner.counters.plans == plans
+        seen[0] = seen[0] or (is_own and before <= most < num_adapters())
+        return output
+
+    if most:
+        scheduler.schedule = watched
+    return seen
+
+
 def _is_locked(engine: DryEngine) -> bool:
     """Whether vLLM's own order makes nothing more: nobody runs, and sessions that wait for a turn hold KV."""
     scheduler = engine.scheduler
@@ -114,7 +139,7 @@ def _worst_wait(engine: DryEngine, name: str, entered_s: float) -> float:
 
 def judged(episode: Episode, stock: Run, ours: Run) -> str:
     """What is wrong with ours, empty when nothing is."""
-    if ours.locked:
+    if ours.locked or ours.overfull:
         return ""
     if ours.error:
         return ours.error
