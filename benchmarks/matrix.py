@@ -1,6 +1,7 @@
 """Every engine, scenario and arrival process: SLOs-Serve over the best rival of each cell.
 
-    python -m benchmarks.matrix [--engine opt-13b-a100] [--scenario chat] [--arrivals poisson] [--policy edf] [--quick]
+    python -m benchmarks.matrix [--engine opt-13b-a100] [--scenario chat] [--arrivals poisson] [--policy edf]
+        [--drafter opt-125m] [--quick]
 
 Capacity at 90 % attained, by the mean of each stage and with every token in time. In each cell every rival of the
 registry is first compared on a tuning seed, with all of its parameters; the best three of them and SLOs-Serve are then
@@ -28,15 +29,17 @@ from benchmarks._sim_commands import RESULTS
 from slos_serve.bench.charts import Chart, Series, png_bytes
 from slos_serve.policies.registry import POLICIES
 from slos_serve.sim.conditions import AS_SERVED, EXACT
+from slos_serve.sim.drafters import DRAFTERS, NO_DRAFTER
 from slos_serve.sim.interval import ratio_interval
 from slos_serve.sim.profiles import find_profile
 from slos_serve.sim.question import Answer, Question
 from slos_serve.sim.search import Capacity, Screened, enough_requests, screen, search_seeds
 from slos_serve.sim.seeds import default_count, table_seeds
 from slos_serve.sim.sweep import AnswerFile, run_searches
-from slos_serve.workload.scenarios import SCENARIOS, scenario_named
+from slos_serve.workload.scenarios import DEFAULT_ACCEPTANCE, SCENARIOS, scenario_named
 
 ENGINES = ("opt-13b-a100", "llama-2-7b-h100", "opt-66b-a100-tp4", "llama-3.1-8b-h100")
+SEVEN = ("chat", "coding", "mixed", "summarization", "tool", "reasoning", "long")
 ARRIVALS = ("poisson", "gamma:3", "scenario")
 OURS = "slos-serve"
 FINALISTS = 3
@@ -81,9 +84,18 @@ Found = tuple[Capacity, list[Capacity], dict[str, dict[str, Any]]]
 
 
 def search_cell(
-    cell: Cell, policies: Sequence[str], requests: int, seeds: Sequence[int], exact: bool
+    cell: Cell,
+    policies: Sequence[str],
+    requests: int,
+    seeds: Sequence[int],
+    exact: bool,
+    drafts: tuple[str, float] = (NO_DRAFTER, DEFAULT_ACCEPTANCE),
 ) -> Generator[list[Question], list[Answer], Found]:
-    """Ours and the best rivals on the seeds of tables, and what every rival carried on a tuning seed."""
+    """Ours and the best rivals on the seeds of tables, and what every rival carried on a tuning seed.
+
+    Args:
+        drafts: the drafter that all of them have, and the probability that a draft token is right.
+    """
 
     def base(policy: str) -> Question:
         replicas = 2 if POLICIES[policy].make_decode is not None else 1
@@ -97,6 +109,8 @@ def search_cell(
             requests * replicas,
             0,
             replicas=replicas,
+            drafter=drafts[0],
+            acceptance=drafts[1],
             conditions=EXACT if exact else AS_SERVED,
         )
 
@@ -130,18 +144,21 @@ def _each(
     return results
 
 
-def row_of(cell: Cell, found: Found) -> Row:
-    """A cell's result: capacities of all, and ours over the best rival by each metric."""
+def row_of(cell: Cell, found: Found, drafting: bool = False) -> Row:
+    """A cell's result: capacities of all, and ours over the best rival by each metric.
+
+    With drafts the bound is of all requests at full speed, and what an ideal engine would promise is not known.
+    """
     ours, rivals, each = found
     row: Row = {"engine": cell.engine, "scenario": cell.scenario, "arrivals": cell.arrivals, "screened": each}
     for metric, seeds_of in (("mean", "by_seed"), ("strict", "strict_by_seed")):
         best = max(rivals, key=lambda one: sum(getattr(one, seeds_of)))
         over, low, high = ratio_interval(getattr(ours, seeds_of), getattr(best, seeds_of))
         row[metric] = {"rival": best.policy, "over": over, "low": low, "high": high}
-    bound = ours.fluid_bound_dropping_rps_per_gpu
+    bound = ours.fluid_bound_speculative_rps_per_gpu if drafting else ours.fluid_bound_dropping_rps_per_gpu
     row["of_possible"] = ours.capacity_rps_per_gpu / bound
     row["of_ideal"] = None
-    if cell.scenario in ideal.SCENARIOS:
+    if cell.scenario in ideal.SCENARIOS and not drafting:
         row["of_ideal"] = ours.capacity_rps_per_gpu / ideal_capacity(cell, ours)
     row["capacities"] = [one.as_dict() for one in (ours, *rivals)]
     return row
@@ -224,11 +241,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in given.scenario
         for arrivals in given.arrivals
     ]
-    searches = []
+    searches, drafts = [], (given.drafter, given.acceptance)
     for cell in cells:
         requests = given.requests or (QUICK_REQUESTS if given.quick else cell.num_requests)
         seeds = table_seeds(given.seeds or (QUICK_SEEDS if given.quick else cell.num_seeds))
-        searches.append((cell.name, search_cell(cell, given.policy, requests, seeds, given.exact)))
+        searches.append((cell.name, search_cell(cell, given.policy, requests, seeds, given.exact, drafts)))
     file = given.output / "matrix.json"
     given.output.mkdir(parents=True, exist_ok=True)
     by_name = {cell.name: cell for cell in cells}
@@ -243,7 +260,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{spent:.0f} min, {len(rows)} of {len(cells)} cells, {simulations} simulations", file=sys.stderr)
 
     def on_done(name: str, found: Found) -> None:
-        rows[name] = row_of(by_name[name], found)
+        rows[name] = row_of(by_name[name], found, given.drafter != NO_DRAFTER)
         file.write_text(json.dumps([rows[one] for one in by_name if one in rows], indent=1) + "\n", encoding="utf-8")
         one = rows[name]
         print(f"{name}: {one['mean']['over']:.2f} over {one['mean']['rival']}, every token {one['strict']['over']:.2f}",
@@ -260,7 +277,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", action="append", help=f"profile; default: {', '.join(ENGINES)}")
-    parser.add_argument("--scenario", action="append", choices=list(SCENARIOS), help="default: all")
+    parser.add_argument("--scenario", action="append", choices=list(SCENARIOS), help="default: the seven")
     parser.add_argument("--arrivals", action="append", help=f"default: {', '.join(ARRIVALS)}")
     parser.add_argument(
         "--policy", action="append", help="rival; default: all of the registry that know no true lengths"
@@ -268,12 +285,14 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--requests", type=int, default=0, help="of each simulation")
     parser.add_argument("--seeds", type=int, default=0, help="default: 3, or 5 where arrivals are bursty")
     parser.add_argument("--quick", action="store_true", help="100 requests, 2 seeds")
+    parser.add_argument("--drafter", default=NO_DRAFTER, choices=DRAFTERS, help="what everybody drafts with")
+    parser.add_argument("--acceptance", type=float, default=DEFAULT_ACCEPTANCE, help="share of drafts that are right")
     parser.add_argument("--exact", action="store_true", help="steps take exactly what the profile says")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
     given.engine = given.engine or list(ENGINES)
-    given.scenario = given.scenario or list(SCENARIOS)
+    given.scenario = given.scenario or list(SEVEN)
     given.arrivals = given.arrivals or list(ARRIVALS)
     honest = [name for name, entry in POLICIES.items() if name != OURS and not entry.true_lengths]
     given.policy = sorted(given.policy or honest, key=lambda name: name not in LIKELY)

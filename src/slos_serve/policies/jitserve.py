@@ -9,10 +9,10 @@ densest of its lengths, then to the densest of all. A request that has waited lo
 taken for as long as a high quantile of their class, refined as they grow.
 
 Source: Zhang et al., NSDI 2026 (arXiv 2504.20068), and its artifact's weights and defaults. Simplified: the quantile
-comes from the class's answers (the paper trains a quantile forest on prompts); only the promises that a request here
-has, TTFT and TPOT, so no deadline of a complete answer or of a compound task and no pattern graph; the KV of running
-requests outside the group stays, and is preempted only where the group needs the room (the artifact swaps it out to the
-host); service counts prompt steps too.
+comes from the class's answers (the paper trains a quantile forest on prompts); when a call of a task is due comes from
+the book of tasks (``perf/tasks.py``; the paper matches graphs of earlier tasks); the KV of running requests outside the
+group stays, and is preempted only where the group needs the room (the artifact swaps it out to the host); service
+counts prompt steps too.
 """
 
 from __future__ import annotations

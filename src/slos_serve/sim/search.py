@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from slos_serve.core.errors import InvalidFieldError
 from slos_serve.policies.registry import policy_entry
 from slos_serve.sim.bounds import DRAFT_STEP_S, Work, cheapest_share_bound, fluid_bound, work_of
 from slos_serve.sim.drafters import NO_DRAFTER, with_drafter
@@ -218,15 +219,22 @@ def _result(
 
 
 def _bounds(base: Question) -> tuple[float, float, float]:
-    """Fluid bounds of one replica in requests/s: of all requests, with drafts, and with the costliest tenth dropped."""
+    """Fluid bounds of one replica in requests/s: of all requests, with drafts, and with the costliest tenth dropped.
+
+    Raises:
+        InvalidFieldError: promises that the engine cannot keep for one request alone.
+    """
     work = bound_work(base)
     profile = find_profile(base.profile)
     limits = limits_of(profile)
     drafting = with_drafter(profile, base.drafter)
     draft_step_s = drafting.model.k_s_s if base.drafter != NO_DRAFTER else DRAFT_STEP_S
+    plain = fluid_bound(work, profile.model, limits)
+    if plain <= 0.0:
+        raise InvalidFieldError("scenario", base.scenario, f"one whose every TPOT {base.profile} can keep")
     speculative = fluid_bound(work, drafting.model, limits_of(drafting), base.acceptance, draft_step_s)
     return (
-        fluid_bound(work, profile.model, limits),
+        plain,
         speculative,
         cheapest_share_bound(work, profile.model, limits),
     )

@@ -4,7 +4,8 @@ A third of the requests each: a chat that is read as it comes (2 s and 100 ms), 
 8 s times 1 to 4, and a task of several calls. A task's next call comes a tool's pause after the answer before, and its
 prompt holds all that came before. Tasks are promised about 10 s a call and their pauses: few calls within 60 s, many
 within 150 s. Nobody is told how many calls a task has. :func:`compound` has JITServe's own tasks instead: 2 to 6 calls,
-promised 8 s a call, pauses included.
+promised 8 s a call, pauses included. :func:`users` are what AA-AgentPerf counts: agents of 7 to 20 calls, of whom each
+wants every answer at a speed of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ COMPOUND_CALLS, COMPOUND_CALL_MS = (2, 6), 8000.0
 COMPOUND = tuple(
     with_task(single_stage(f"compound-{n}", SLO()), TaskPromise(n * COMPOUND_CALL_MS))
     for n in range(COMPOUND_CALLS[0], COMPOUND_CALLS[1] + 1)
+)
+# Tokens a second that a user is to have, and when every answer is to begin (AA-AgentPerf). Its third speed, 300, is
+# beyond the engines whose profiles are shipped.
+USER_SPEEDS, USER_TTFT_MS = (30.0, 100.0), 15_000.0
+USERS = tuple(
+    single_stage(f"user-{speed:g}", SLO(ttft_ms=USER_TTFT_MS, tpot_ms=1000.0 / speed)) for speed in USER_SPEEDS
 )
 MAX_PROMPT_TOKENS, MAX_TOKENS = 16_000, 1024
 # Mean and sigma of log-normal lengths in tokens, and of the tools' seconds.
@@ -50,6 +57,12 @@ def compound(count: int, random: Generator, num_answers: int) -> CallArray:
     kinds = random.integers(0, 3, count)
     rounds = np.where(kinds == 2, random.integers(COMPOUND_CALLS[0], COMPOUND_CALLS[1] + 1, count), 1)
     return _calls_of(kinds, rounds, num_answers + 1 + rounds - COMPOUND_CALLS[0], random, num_answers)
+
+
+def users(count: int, random: Generator) -> CallArray:
+    """Calls of ``count`` agents, as many at each speed (:data:`USERS`)."""
+    rounds = random.integers(RESEARCH_CALLS[0], RESEARCH_CALLS[1] + 1, count)
+    return _calls_of(np.full(count, 2), rounds, random.integers(0, len(USERS), count), random, 1)
 
 
 def _calls_of(

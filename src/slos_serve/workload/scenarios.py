@@ -1,4 +1,4 @@
-"""The scenarios of the evaluation as workloads: six from shipped tables, and one of long contexts.
+"""The scenarios of the evaluation as workloads: lengths from shipped tables, long contexts, agents.
 
 A scenario fixes what is asked (lengths, rounds, stages) and what is promised; rate, arrivals and number of requests are
 the caller's. Lengths and arrivals draw from separate streams of one seed, so the same requests come at every rate.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import SLO, ClassSet, SLOClass, Stage, single_stage
 from slos_serve.core.tasks import TaskPromise, with_task
-from slos_serve.workload.agents import COMPOUND, LOOKUP, RESEARCH, agents, compound
+from slos_serve.workload.agents import COMPOUND, LOOKUP, RESEARCH, USERS, agents, compound, users
 from slos_serve.workload.arrivals import arrival_times
 from slos_serve.workload.calls import CallArray, Workload, empty_calls
 from slos_serve.workload.lengths import length_table
@@ -54,6 +54,12 @@ INTERACTIVE = single_stage("interactive", SLO(ttft_ms=2000.0, tpot_ms=100.0))
 ANSWER_S = 8.0
 ANSWERS = tuple(single_stage(f"answer-{n}", SLO(e2e_ms=1000.0 * ANSWER_S * n)) for n in range(1, 5))
 BATCH = single_stage("batch", SLO(e2e_ms=600_000.0))
+# What QoServe (ASPLOS 26) promises: a tier that is read as it comes, and two that are due as a whole.
+TIERS = (
+    single_stage("interactive", SLO(ttft_ms=6000.0, tpot_ms=50.0)),
+    single_stage("within-600s", SLO(e2e_ms=600_000.0)),
+    single_stage("within-1800s", SLO(e2e_ms=1_800_000.0)),
+)
 
 LONG_CONTEXT = single_stage("long-context", SLO(ttft_slowdown=LOOSE_SLOWDOWN, tpot_ms=LOOSE_TPOT_MS))
 
@@ -243,6 +249,8 @@ SCENARIOS: dict[str, Scenario] = {
         (INTERACTIVE, *ANSWERS, *COMPOUND), lambda count, random: compound(count, random, len(ANSWERS))
     ),
     "batch-with-deadline": Scenario((CHAT, BATCH), _batch_with_deadline),
+    "tiers": Scenario(TIERS, mixed(*(from_table("azure_code_lengths", 2048, tier) for tier in range(len(TIERS))))),
+    "users": Scenario(USERS, users),
     "long": Scenario((LONG_CONTEXT,), _long_context, share=continue_turns),
 }
 

@@ -17,6 +17,7 @@ from slos_serve.sim.profiles import find_profile, limits_of, profile_names
 from slos_serve.sim.question import Answer, EarlyStop, Question, answer
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.search import Bisection, Capacity, Screened, screen, search_capacity
+from slos_serve.sim.seeds import FIRST_TEST_SEED
 from slos_serve.sim.sweep import AnswerFile, run_searches
 from slos_serve.workload.scenarios import SCENARIOS, make_workload
 from tests.sim_builders import run
@@ -155,7 +156,14 @@ def test_early_stop_only_when_out_of_reach() -> None:
     assert stop(recording, 1e6) and stop.bound == 0.0
 
 
-@pytest.mark.parametrize("scenario", sorted(SCENARIOS))
+def test_no_capacity_is_searched_where_a_promise_cannot_be_kept_at_all() -> None:
+    """A token every 10 ms is more than this engine makes for one request alone."""
+    base = Question("users", "vllm", {}, "opt-13b-a100", "poisson", 1.0, 20, 0)
+    with pytest.raises(InvalidFieldError, match=r"scenario: got 'users'.*opt-13b-a100 can keep"):
+        next(search_capacity(base, [FIRST_TEST_SEED]))
+
+
+@pytest.mark.parametrize("scenario", sorted(set(SCENARIOS) - {"users"}))
 def test_bounds_are_above_what_a_baseline_reaches(scenario: str) -> None:
     work = work_of(make_workload(scenario, 1.0, 5000).bound(PROFILE.model))
     limits = limits_of(PROFILE)

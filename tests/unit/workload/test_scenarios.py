@@ -35,7 +35,8 @@ def test_rank_correlations_are_kept() -> None:
     np.testing.assert_allclose(np.corrcoef(ranks), load_table("reasoning_lengths")["rank_correlation"], atol=0.05)
 
 
-DEADLINES, TASKS = ("agents", "answers", "batch-with-deadline", "compound"), ("agents", "compound")
+DEADLINES = ("agents", "answers", "batch-with-deadline", "compound", "tiers")
+TASKS = ("agents", "compound")
 
 
 @pytest.mark.parametrize("scenario", sorted(SCENARIOS))
@@ -54,6 +55,17 @@ def test_every_scenario_is_well_formed(scenario: str) -> None:
     assert np.all(bound["ttft_s"] >= 0.2) and np.all(bound["tpot_s"][~complete & ~tasks] <= 0.1)
     assert tasks.any() == (scenario in TASKS)
     assert np.all(np.isinf(bound["tpot_s"][complete])) and complete.any() == (scenario in DEADLINES)
+
+
+def test_a_user_wants_every_answer_at_its_own_speed() -> None:
+    load = make_workload("users", 1.0, 400, seed=2)
+    calls = load.calls
+    for session in range(40):
+        own = calls[calls["session"] == session]
+        assert 7 <= len(own) <= 20
+        assert len(set(own["class_index"])) == 1
+        assert np.all(np.diff(own["prompt_tokens"]) > 0)  # each prompt holds all before it
+    assert [one.stages[0].slo.tpot_ms for one in load.classes] == pytest.approx([1000.0 / 30.0, 10.0])
 
 
 def test_compound_tasks_are_promised_eight_seconds_a_call() -> None:
