@@ -185,6 +185,13 @@ def compared(rows: Sequence[tuple[Case, Found]]) -> list[str]:
     return lines
 
 
+def keep(folder: Path, rows: Sequence[tuple[Case, Found]]) -> None:
+    """Write what is found so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [{**asdict(case), **asdict(one)} for case, one in rows]
+    (folder / "published.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run every case, keep what is found in ``published.json``, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -203,11 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
         for case, found in zip(cases, pool.map(run, cases), strict=True):
             rows.append((case, found))
+            keep(given.output, rows)
             print(f"{len(rows)} of {len(cases)}: {case.workload} {case.engine} {case.rate_rps:g}/s {case.name}: "
                   f"{100.0 * found.kept:.1f} %", file=sys.stderr, flush=True)  # fmt: skip
-    given.output.mkdir(parents=True, exist_ok=True)
-    kept = [{**asdict(case), **asdict(found)} for case, found in rows]
-    (given.output / "published.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     print(tables(rows))
     return 0
 
