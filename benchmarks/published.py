@@ -165,20 +165,25 @@ def _place(case: Case) -> tuple[str, float]:
     return case.engine, case.rate_rps
 
 
+def best_of(rows: Sequence[tuple[Case, Found]], column: str) -> tuple[float, str]:
+    """The best of the rivals that know no true lengths, and its name."""
+    blind = [(getattr(found, column), case.name) for case, found in rows if case.policy != OURS]
+    return max(one for one in blind if not POLICIES[one[1]].true_lengths)
+
+
 def compared(rows: Sequence[tuple[Case, Found]]) -> list[str]:
     """One line a load: ours over the best rival by requests kept, by every token in time and by goodput."""
     lines = []
     for place in dict.fromkeys(_place(case) for case, _ in rows):
         here = [(case, found) for case, found in rows if _place(case) == place]
-        blind = {case.name: found for case, found in here if not (case.oracle or POLICIES[case.policy].true_lengths)}
         told = [found for case, found in here if case.policy == OURS and case.oracle]
-        if OURS not in blind or len(blind) < 2:
+        own = [found for case, found in here if case.policy == OURS and not case.oracle]
+        if not own or len(here) < 2 + len(told):
             continue
-        ours, parts = blind.pop(OURS), []
+        ours, parts = own[0], []
         for label, column in (("kept", "kept"), ("every token", "strict"), ("goodput", "goodput_tokens_per_s")):
-            best = max(blind, key=lambda name: getattr(blind[name], column))
-            over = getattr(ours, column) / max(getattr(blind[best], column), 1e-9)
-            parts.append(f"{label} {over:.2f} times {best}'s")
+            best, name = best_of(here, column)
+            parts.append(f"{label} {getattr(ours, column) / max(best, 1e-9):.2f} times {name}'s")
         if told:
             parts.append(f"{ours.kept / max(told[0].kept, 1e-9):.2f} of what true lengths would keep")
         lines.append(f"- {place[0]}, {place[1]:g} requests/s: {', '.join(parts)}")

@@ -196,6 +196,33 @@ def overload(rows: Rows) -> str:
     return table(HEAD, [line(Row(**row)) for row in rows])
 
 
+def published(rows: Rows) -> str:
+    """Share of requests kept by every policy, and ours over the best rival that knows no true lengths."""
+    from benchmarks.published import OURS, Case, Found, best_of
+
+    def name(row: dict[str, Any]) -> str:
+        return f"{row['policy']}, told" if row["oracle"] else str(row["policy"])
+
+    policies, found, lines = [], {}, []
+    for row in rows:
+        own = {key: row[key] for key in Case.__dataclass_fields__}
+        given = Found(**{key: row[key] for key in Found.__dataclass_fields__})
+        found[row["workload"], row["engine"], row["rate_rps"], name(row)] = Case(**own), given
+        policies += [name(row)] if name(row) not in policies else []
+    for place in dict.fromkeys(key[:3] for key in found):
+        here = [found.get((*place, policy)) for policy in policies]
+        ours = found[(*place, OURS)][1]
+        over = [
+            f"{getattr(ours, column) / max(best, 1e-9):.2f}"
+            for column in ("kept", "strict", "goodput_tokens_per_s")
+            for best, _ in (best_of([one for one in here if one is not None], column),)
+        ]
+        shares = ["-" if one is None else f"{100.0 * one[1].kept:.1f}" for one in here]
+        lines.append([str(place[0]), str(place[1]), f"{place[2]:g}", *shares, *over])
+    head = ["workload", "engine", "requests/s", *(f"{policy}, %" for policy in policies)]
+    return table([*head, "kept / best", "every token / best", "goodput / best"], lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "capacity": ("capacity.json", capacity),
     "speculation": ("speculation.json", speculation),
@@ -209,6 +236,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "burst-azure": ("burst-azure.json", burst),
     "scale": ("scale.json", scale),
     "matrix": ("matrix.json", matrix),
+    "published": ("published.json", published),
     "overload": ("overload-opt-13b-a100.json", overload),
 }
 
