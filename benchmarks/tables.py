@@ -13,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -241,6 +242,11 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
 }
 
 
+def _filled(made: str, match: re.Match[str]) -> str:
+    """The block of a table with what was made between its marks."""
+    return f"{match[1]}{made}\n{match[2]}"
+
+
 def main() -> None:
     """Rewrite the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -255,7 +261,8 @@ def main() -> None:
             continue
         made = make(json.loads(path.read_text(encoding="utf-8")))
         block = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text, count = block.subn(lambda match, made=made: f"{match[1]}{made}\n{match[2]}", text)
+        count = len(block.findall(text))
+        text = block.sub(partial(_filled, made), text)
         print(f"table {name}: {'written' if count else 'not on the page'}")
     given.page.write_text(text, encoding="utf-8")
 
