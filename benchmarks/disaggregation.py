@@ -38,7 +38,7 @@ from slos_serve.sim.engine import SimSettings, simulate
 from slos_serve.sim.interval import seed_interval
 from slos_serve.sim.outcome import Outcome, summarize_run
 from slos_serve.sim.profiles import find_profile, kv_bytes_per_token, limits_of
-from slos_serve.sim.question import Question, measured_part
+from slos_serve.sim.question import measured_part
 from slos_serve.sim.search import bound_work
 from slos_serve.sim.seeds import table_seeds, tuning_seeds
 from slos_serve.workload.calls import Workload
@@ -96,8 +96,7 @@ class Found:
 def rate_of(scenario: str, profile: str, replicas: int) -> float:
     """Requests a second at the fluid bound of all replicas."""
     measured = find_profile(profile)
-    base = Question(scenario, "vllm", {}, profile, "poisson", 1.0, 1, 0)
-    return replicas * fluid_bound(bound_work(base), measured.model, limits_of(measured))
+    return replicas * fluid_bound(bound_work(scenario, profile), measured.model, limits_of(measured))
 
 
 def workload_of(case: Case) -> Workload:

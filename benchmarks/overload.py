@@ -172,7 +172,7 @@ def question_of(scenario: str, load: float, minutes: float, profile: str, seed: 
     """The requests of one cell."""
     base = Question(scenario, STOCK, {}, profile, "poisson", 1.0, 1, seed, conditions=EXACT if exact else AS_SERVED)
     measured = find_profile(profile)
-    rate_rps = load * fluid_bound(bound_work(base), measured.model, limits_of(measured))
+    rate_rps = load * fluid_bound(bound_work(scenario, profile), measured.model, limits_of(measured))
     return Question(**{**vars(base), "rate_rps": rate_rps, "num_requests": max(round(60.0 * minutes * rate_rps), 20)})
 
 

@@ -9,23 +9,22 @@
 - ``agents``: longer tasks, within 60 and 150 s.
 
 Prompts and answers are this project's (docs/workloads.md), as served. Requests arrive at an easy, a full and a hopeless
-load, chosen on tuning seeds by how much stock vLLM keeps. Every policy is told when each call of a task is due, by the
-same book of tasks. Rivals run with their tuned parameters (``policies/registry.py``); those with true lengths know what
-no engine can. A request is a chat, an answer, a user or a task; it is kept when all of its promises are. Goodput counts
-the tokens of requests that were kept, work all tokens over stock vLLM's.
+load, chosen on tuning seeds by how much stock vLLM and QoServe keep. Every policy is told when each call of a task is
+due, by the same book of tasks. Rivals run with their tuned parameters (``policies/registry.py``); those with true
+lengths know what no engine can. A request is a chat, an answer, a user or a task; it is kept when all of its promises
+are. Goodput counts the tokens of requests that were kept, work all tokens over stock vLLM's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -39,6 +38,7 @@ from slos_serve.sim.profiles import find_profile, kv_bytes_per_token, limits_of
 from slos_serve.sim.question import measured_part
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.seeds import check_test
+from slos_serve.sim.sweep import worker_pool
 from slos_serve.workload.scenarios import make_workload
 
 LOADS = {
@@ -50,6 +50,8 @@ LOADS = {
 }
 SPAN_S = 300.0  # how long requests arrive
 OURS, STOCK = "slos-serve", "vllm"
+# What ours is compared with the best rival by: what tables call it, and the field of :class:`Found`.
+COMPARED = {"kept": "kept", "every token": "strict", "goodput": "goodput_tokens_per_s"}
 WITH_DECODE = [name for name, entry in POLICIES.items() if entry.make_decode is not None]
 
 
@@ -165,10 +167,12 @@ def _place(case: Case) -> tuple[str, float]:
     return case.engine, case.rate_rps
 
 
-def best_of(rows: Sequence[tuple[Case, Found]], column: str) -> tuple[float, str]:
-    """The best of the rivals that know no true lengths, and its name."""
-    blind = [(getattr(found, column), case.name) for case, found in rows if case.policy != OURS]
-    return max(one for one in blind if not POLICIES[one[1]].true_lengths)
+def over_best(rows: Sequence[tuple[Case, Found]], column: str) -> tuple[float, str]:
+    """Ours over the best of the rivals that know no true lengths either, and that rival's name."""
+    blind = [(getattr(found, column), case.policy) for case, found in rows if case.policy != OURS]
+    best, rival = max(one for one in blind if not POLICIES[one[1]].true_lengths)
+    (ours,) = (getattr(found, column) for case, found in rows if case.policy == OURS and not case.oracle)
+    return ours / max(best, 1e-9), rival
 
 
 def compared(rows: Sequence[tuple[Case, Found]]) -> list[str]:
@@ -180,14 +184,24 @@ def compared(rows: Sequence[tuple[Case, Found]]) -> list[str]:
         own = [found for case, found in here if case.policy == OURS and not case.oracle]
         if not own or len(here) < 2 + len(told):
             continue
-        ours, parts = own[0], []
-        for label, column in (("kept", "kept"), ("every token", "strict"), ("goodput", "goodput_tokens_per_s")):
-            best, name = best_of(here, column)
-            parts.append(f"{label} {getattr(ours, column) / max(best, 1e-9):.2f} times {name}'s")
+        parts = []
+        for label, column in COMPARED.items():
+            over, rival = over_best(here, column)
+            parts.append(f"{label} {over:.2f} times {rival}'s")
         if told:
-            parts.append(f"{ours.kept / max(told[0].kept, 1e-9):.2f} of what true lengths would keep")
+            parts.append(f"{own[0].kept / max(told[0].kept, 1e-9):.2f} of what true lengths would keep")
         lines.append(f"- {place[0]}, {place[1]:g} requests/s: {', '.join(parts)}")
     return lines
+
+
+def rows_of(kept: Sequence[dict[str, Any]]) -> list[tuple[Case, Found]]:
+    """What :func:`keep` wrote."""
+
+    def part(row: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        return {name: row[name] for name in names}
+
+    of_case, of_found = ([one.name for one in fields(kind)] for kind in (Case, Found))
+    return [(Case(**part(row, of_case)), Found(**part(row, of_found))) for row in kept]
 
 
 def keep(folder: Path, rows: Sequence[tuple[Case, Found]]) -> None:
@@ -201,7 +215,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run every case, keep what is found in ``published.json``, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workload", action="append", choices=list(LOADS), help="default: all")
-    parser.add_argument("--engine", action="append", help="profile; default: two for each workload")
+    engines = sorted({engine for loads in LOADS.values() for engine in loads})
+    parser.add_argument("--engine", action="append", choices=engines, help="profile; default: two for each workload")
     parser.add_argument("--policy", action="append", choices=list(POLICIES), help="default: all that serve on one GPU")
     parser.add_argument("--seeds", type=int, nargs="+", default=[22, 23])
     parser.add_argument("--processes", type=int, default=2)
@@ -212,7 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given.policy = given.policy or [name for name in POLICIES if name not in WITH_DECODE]
     cases = list(cases_of(given))
     rows: list[tuple[Case, Found]] = []
-    with ProcessPoolExecutor(given.processes, multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(given.processes) as pool:
         for case, found in zip(cases, pool.map(run, cases), strict=True):
             rows.append((case, found))
             keep(given.output, rows)

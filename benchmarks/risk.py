@@ -58,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("| scenario | noise (CV) | quantile | admitted that attain | all that attain |")
     print("|---|---|---|---|---|")
     for scenario in SCENARIOS:
-        base = Question(scenario, "slos-serve", {}, PROFILE, "poisson", 1.0, 1, 0)
-        rate_rps = given.load * fluid_bound(bound_work(base, 8000), profile.model, limits_of(profile)) / 0.9
+        work = bound_work(scenario, PROFILE, 8000)
+        rate_rps = given.load * fluid_bound(work, profile.model, limits_of(profile)) / 0.9
         for noise in NOISES:
             for quantile in QUANTILES:
                 found = run(scenario, rate_rps, quantile, noise, given.requests, given.seeds)

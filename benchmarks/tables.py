@@ -199,29 +199,18 @@ def overload(rows: Rows) -> str:
 
 def published(rows: Rows) -> str:
     """Share of requests kept by every policy, and ours over the best rival that knows no true lengths."""
-    from benchmarks.published import OURS, Case, Found, best_of
+    from benchmarks.published import COMPARED, over_best, rows_of
 
-    def name(row: dict[str, Any]) -> str:
-        return f"{row['policy']}, told" if row["oracle"] else str(row["policy"])
-
-    policies, found, lines = [], {}, []
-    for row in rows:
-        own = {key: row[key] for key in Case.__dataclass_fields__}
-        given = Found(**{key: row[key] for key in Found.__dataclass_fields__})
-        found[row["workload"], row["engine"], row["rate_rps"], name(row)] = Case(**own), given
-        policies += [name(row)] if name(row) not in policies else []
-    for place in dict.fromkeys(key[:3] for key in found):
-        here = [found.get((*place, policy)) for policy in policies]
-        ours = found[(*place, OURS)][1]
-        over = [
-            f"{getattr(ours, column) / max(best, 1e-9):.2f}"
-            for column in ("kept", "strict", "goodput_tokens_per_s")
-            for best, _ in (best_of([one for one in here if one is not None], column),)
-        ]
-        shares = ["-" if one is None else f"{100.0 * one[1].kept:.1f}" for one in here]
-        lines.append([str(place[0]), str(place[1]), f"{place[2]:g}", *shares, *over])
-    head = ["workload", "engine", "requests/s", *(f"{policy}, %" for policy in policies)]
-    return table([*head, "kept / best", "every token / best", "goodput / best"], lines)
+    found = rows_of(rows)
+    names = list(dict.fromkeys(case.name for case, _ in found))
+    lines = []
+    for place in dict.fromkeys((case.workload, case.engine, case.rate_rps) for case, _ in found):
+        here = [(case, one) for case, one in found if (case.workload, case.engine, case.rate_rps) == place]
+        kept = {case.name: f"{100.0 * one.kept:.1f}" for case, one in here}
+        over = [f"{over_best(here, column)[0]:.2f}" for column in COMPARED.values()]
+        lines.append([place[0], place[1], f"{place[2]:g}", *(kept.get(name, "-") for name in names), *over])
+    head = ["workload", "engine", "requests/s", *(f"{name}, %" for name in names)]
+    return table([*head, *(f"{label} / best" for label in COMPARED)], lines)
 
 
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {

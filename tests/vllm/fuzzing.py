@@ -139,13 +139,14 @@ def _worst_wait(engine: DryEngine, name: str, entered_s: float) -> float:
 
 def judged(episode: Episode, stock: Run, ours: Run) -> str:
     """What is wrong with ours, empty when nothing is."""
-    if ours.locked or ours.overfull:
-        return ""
-    if ours.error:
+    is_vllms = ours.locked or ours.overfull
+    if ours.error and not is_vllms:
         return ours.error
     hard = {kind: count for kind, count in ours.counts.items() if kind not in SOFT_KINDS}
     if hard:
         return f"faults of the plug-in: {hard}"
+    if is_vllms:
+        return ""
     if ours.faults and not stock.faults:
         return ours.faults[0]
     for name, answer in stock.answers.items():

@@ -92,10 +92,12 @@ def test_sessions_that_lock_vllm_are_told_from_requests_that_ours_starves(
 def test_adapters_that_vllm_lets_in_itself_are_told_from_those_that_ours_does(configured: Path) -> None:
     if not hasattr(SchedulerConfig, "max_num_active_seqs"):
         pytest.skip("the seed's episode is of a newer vLLM")
-    let_in = run_episode(episode_of(344288), configured, SLOScheduler)
-    assert let_in.overfull and let_in.error.startswith("AssertionError")
-    assert judged(episode_of(344288), Run(), let_in) == ""
-    assert judged(episode_of(344288), Run(), Run(error=let_in.error)) == let_in.error
+    stock = run_episode(episode_of(323), configured)
+    assert stock.overfull and stock.error.startswith("AssertionError")
+    episode, counts = episode_of(0), {"unserved": 1}
+    assert judged(episode, Run(), Run(error="AssertionError: ", overfull=True, counts=counts)) == ""
+    assert judged(episode, Run(), Run(error="AssertionError: ", counts=counts)) == "AssertionError: "
+    assert "steer" in judged(episode, Run(), Run(error="AssertionError: ", overfull=True, counts={"steer": 1}))
 
 
 def test_a_scheduler_that_forgets_a_request_is_noticed(configured: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from slos_serve.cli.printed import failure, progress_bar
@@ -29,7 +30,7 @@ from slos_serve.cli.sim_options import (
     scenarios_of,
     write_json,
 )
-from slos_serve.core.errors import SlosServeError
+from slos_serve.core.errors import InvalidFieldError, SlosServeError
 
 if TYPE_CHECKING:
     from slos_serve.sim.question import Answer, Question
@@ -85,6 +86,7 @@ def capacity(
         if tuning:
             check_tuning_engine(profile)
         names = scenarios_of(scenario or ["all"])
+        names = _searchable(names, profile, leave_out="all" in (scenario or ["all"]))
         policies = [policy_of(text) for text in policy or policy_names()]
         make_workload(names[0], 1.0, 1, arrivals=arrivals)
         searches = []
@@ -135,6 +137,23 @@ def capacity(
         console.print(line, highlight=False)
     console.print(f"{counts['simulations']} simulations, {counts['steps']:,} steps, {wall_s:.0f} s", highlight=False)
     write_json(json_file, [row.as_dict() for row in results])
+
+
+def _searchable(names: list[str], profile: str, *, leave_out: bool) -> list[str]:
+    """The scenarios of which an engine can carry some rate; the others are left out, and named, or refused."""
+    from slos_serve.sim.search import check_can_be_kept
+
+    kept = []
+    for name in names:
+        try:
+            check_can_be_kept(name, profile)
+        except InvalidFieldError as fault:
+            if not leave_out:
+                raise
+            Console(stderr=True).print(f"{name} is left out: {fault}", highlight=False)
+            continue
+        kept.append(name)
+    return kept
 
 
 def _seeds(scenario: str, arrivals: str, count: int | None, tuning: bool) -> list[int]:

@@ -107,12 +107,14 @@ def can_wait(state: State, slot: int, due_s: float) -> bool:
 
 @in_place
 def must_leave_room(step: Step, slot: int, due_s: float) -> bool:
-    """Whether a complete answer waits though it would fit: its start can wait, and its peak would make KV short.
+    """Whether an answer that is due as a whole waits though it would fit: its start can, and its peak makes KV short.
 
-    Nobody reads it as it comes, so its decodes run when nothing else asks and it holds its KV for long.
+    Nobody is promised its tokens as they come, so its decodes run when nothing else asks and hold their KV for long.
     """
     state, rows = step.state, step.state.rows
-    if rows["running"][slot] == 1 or rows["answer_due_s"][slot] == np.inf or step.counts[SEATS] == 0:
+    if rows["running"][slot] == 1 or step.counts[SEATS] == 0:
+        return False
+    if rows["answer_due_s"][slot] == np.inf or np.isfinite(rows["promised_tpot_s"][slot]):
         return False
     left = step.counts[FREE] - peak_blocks(rows, slot, state.block_size)
     return bool(left < (1.0 - KV_SHORT_FROM) * state.total_blocks and can_wait(state, slot, due_s))

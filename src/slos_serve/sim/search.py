@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -218,32 +219,38 @@ def _result(
     )
 
 
-def _bounds(base: Question) -> tuple[float, float, float]:
-    """Fluid bounds of one replica in requests/s: of all requests, with drafts, and with the costliest tenth dropped.
+@cache
+def bound_work(scenario: str, profile: str, sample: int = 20_000) -> Work:
+    """Work of a large sample of a scenario's requests on an engine."""
+    return work_of(make_workload(scenario, 1.0, sample, 0, "poisson").bound(find_profile(profile).model))
+
+
+def check_can_be_kept(scenario: str, profile: str) -> None:
+    """Refuse a scenario of which an engine can carry no rate.
 
     Raises:
         InvalidFieldError: promises that the engine cannot keep for one request alone.
     """
-    work = bound_work(base)
+    served = find_profile(profile)
+    if fluid_bound(bound_work(scenario, profile), served.model, limits_of(served)) <= 0.0:
+        raise InvalidFieldError("scenario", scenario, f"one whose every TPOT {profile} can keep for one request alone")
+
+
+def _bounds(base: Question) -> tuple[float, float, float]:
+    """Fluid bounds of one replica in requests/s: of all requests, with drafts, and with the costliest tenth dropped.
+
+    Raises:
+        InvalidFieldError: see :func:`check_can_be_kept`.
+    """
+    check_can_be_kept(base.scenario, base.profile)
+    work = bound_work(base.scenario, base.profile)
     profile = find_profile(base.profile)
     limits = limits_of(profile)
     drafting = with_drafter(profile, base.drafter)
     draft_step_s = drafting.model.k_s_s if base.drafter != NO_DRAFTER else DRAFT_STEP_S
-    plain = fluid_bound(work, profile.model, limits)
-    if plain <= 0.0:
-        raise InvalidFieldError("scenario", base.scenario, f"one whose every TPOT {base.profile} can keep")
     speculative = fluid_bound(work, drafting.model, limits_of(drafting), base.acceptance, draft_step_s)
-    return (
-        plain,
-        speculative,
-        cheapest_share_bound(work, profile.model, limits),
-    )
-
-
-def bound_work(base: Question, sample: int = 20_000) -> Work:
-    """Work of a large sample of a question's requests."""
-    profile = find_profile(base.profile)
-    return work_of(make_workload(base.scenario, 1.0, sample, 0, "poisson").bound(profile.model))
+    dropping = cheapest_share_bound(work, profile.model, limits)
+    return fluid_bound(work, profile.model, limits), speculative, dropping
 
 
 def enough_requests(base: Question, span_s: float) -> int:

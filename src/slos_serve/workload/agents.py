@@ -60,7 +60,7 @@ def compound(count: int, random: Generator, num_answers: int) -> CallArray:
 
 
 def users(count: int, random: Generator) -> CallArray:
-    """Calls of ``count`` agents, as many at each speed (:data:`USERS`)."""
+    """Calls of ``count`` agents, each speed as likely as the other (:data:`USERS`)."""
     rounds = random.integers(RESEARCH_CALLS[0], RESEARCH_CALLS[1] + 1, count)
     return _calls_of(np.full(count, 2), rounds, random.integers(0, len(USERS), count), random, 1)
 

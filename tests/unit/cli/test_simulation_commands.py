@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from slos_serve.cli.capacity import _searchable
 from slos_serve.cli.main import app
+from slos_serve.core.errors import InvalidFieldError
 
 RUNNER = CliRunner()
 
@@ -114,3 +116,10 @@ def test_broken_trace_lines_and_impossible_slos_carry_their_line(tmp_path: Path)
     trace.write_text("Timestamp,Request tokens,Response tokens,tpot_ms\n0,5,5,0\n")
     output = RUNNER.invoke(app, ["size", "--trace", str(trace)]).output.replace("\n", "")
     assert "trace.csv:2: tpot_ms" in output
+
+
+def test_all_leaves_out_what_the_engine_cannot_keep_and_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _searchable(["chat", "users"], "opt-13b-a100", leave_out=True) == ["chat"]
+    assert "users is left out" in capsys.readouterr().err
+    with pytest.raises(InvalidFieldError, match="scenario: got 'users'"):
+        _searchable(["chat", "users"], "opt-13b-a100", leave_out=False)

@@ -111,14 +111,16 @@ def test_a_prompt_with_most_of_its_time_left_waits_for_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    ("waited_s", "running_blocks", "starts"), [(10.0, 20, True), (10.0, 62, False), (50.0, 62, True)]
+    ("waited_s", "running_blocks", "tpot_s", "starts"),
+    [(10.0, 20, np.inf, True), (10.0, 62, np.inf, False), (50.0, 62, np.inf, True), (10.0, 62, 0.1, True)],
+    ids=["KV is plenty", "KV would be short", "its time has come", "it is read as it comes"],
 )
-def test_a_complete_answer_leaves_kv_to_others_while_its_start_can_wait(
-    waited_s: float, running_blocks: int, starts: bool
+def test_an_answer_due_as_a_whole_leaves_kv_to_others_while_its_start_can_wait(
+    waited_s: float, running_blocks: int, tpot_s: float, starts: bool
 ) -> None:
     engine = EngineBuilder(total_blocks=100)
     engine.decode(prompt_tokens=16 * running_blocks - 10, ahead_s=0.09)
-    answer = engine.wait(160, max_tokens=20, tpot_s=np.inf, due_in_s=60.0 - waited_s, waited_s=waited_s)
+    answer = engine.wait(160, max_tokens=20, tpot_s=tpot_s, due_in_s=60.0 - waited_s, waited_s=waited_s)
     rows = engine.table.rows
     rows["answer_due_s"][answer] = engine.now_s - waited_s + 300.0
     rows["promised_ttft_due_s"][answer] = engine.now_s - waited_s + 60.0
