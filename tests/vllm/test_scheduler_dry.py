@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -118,12 +119,28 @@ def test_a_planner_that_throws_costs_order_not_service(
 
 def test_plans_over_their_limit_are_used_and_then_planning_rests(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLOS_SERVE_PLAN_LIMIT_MS", "0")
+    monkeypatch.setattr("slos_serve.vllm_plugin.controller.PLAN_SHARE_OF_STEP", 0.0)
     engine = start()
     mixed_load(engine, count=20)
     assert_answers(engine)
     counts = engine.scheduler._slo.guard.counts
     assert set(counts) == {"overrun", "resting"}
     assert counts["resting"] > 20 * counts["overrun"]  # 64 steps of rest for each overrun in the end
+
+
+def test_a_plan_may_take_a_tenth_of_the_step_it_plans(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLOS_SERVE_PLAN_LIMIT_MS", "0")
+    engine = start()
+    policy = engine.scheduler._slo.policy
+    plan = policy.plan
+
+    def of_a_long_step(now_s: float, view: Any) -> Any:
+        return replace(plan(now_s, view), predicted_s=1000.0)
+
+    monkeypatch.setattr(policy, "plan", of_a_long_step)
+    mixed_load(engine, count=20)
+    assert_answers(engine)
+    assert "overrun" not in engine.scheduler._slo.guard.counts
 
 
 def test_aborts_at_any_time_free_everything(start: Start) -> None:

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.scheduler import Scheduler
 
 MOST_FORBEARANCE = 64
+# A plan that takes less of its step than this is in time, whatever the limit.
+PLAN_SHARE_OF_STEP = 0.1
 
 
 @dataclass(slots=True)
@@ -85,7 +87,7 @@ class StepController:
         guard: counts faults.
         reporting: where metrics, events and publications go.
         clock_s: the clock of every time that is compared.
-        plan_limit_s: processor time that a plan may take.
+        plan_limit_s: processor time that a plan may take, whatever its step takes.
     """
 
     def __init__(
@@ -246,9 +248,10 @@ class StepController:
             self._note_moves(proposal.chosen, now_s)
             self._commit_plan(proposal, ran)
             self._note_unserved(proposal.chosen, output)
-            in_time = proposal.busy_s <= self._plan_limit_s
+            limit_s = max(self._plan_limit_s, PLAN_SHARE_OF_STEP * proposal.plan.predicted_s)
+            in_time = proposal.busy_s <= limit_s
             if not in_time:
-                self.guard.overran(proposal.busy_s, self._plan_limit_s)
+                self.guard.overran(proposal.busy_s, limit_s)
             self.guard.planned(in_time)
         elif self.publisher is not None:
             self._publish_when_due()

@@ -3,8 +3,9 @@
 Every call into our code from an overridden method of vLLM goes through :meth:`Guard.run`. A fault is counted by kind
 and logged with its traceback; repeats of the same fault are logged with growing distance. After ``fault_limit`` faults
 with no planned step in between the plug-in disarms itself until the engine restarts: every step is stock then. A plan
-that takes too long is used (its time is spent), and the next steps are stock: 1, 2, 4, up to 64 of them while overruns
-go on.
+that takes too long is used (its time is spent). One alone changes nothing: a step in stock order starts whoever waits,
+which costs promises more than a slow plan costs time. When the next comes before ``CALM_PLANS`` plans were in time, a
+step is stock, then 2, 4, up to 64 while overruns go on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ logger = init_logger("vllm.slos_serve")
 P = ParamSpec("P")
 R = TypeVar("R")
 MOST_REST_STEPS = 64
+# So many plans in time halve the rest that the next overrun brings.
+CALM_PLANS = 8
 
 
 class Guard:
@@ -39,7 +42,8 @@ class Guard:
         self.resting = 0
         self._fault_limit = fault_limit
         self._in_a_row = 0
-        self._rest_steps = 0
+        self._rest_steps = 0.0
+        self._in_time = 0
         self._logged: dict[str, int] = {}
 
     def run(self, kind: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
@@ -71,10 +75,11 @@ class Guard:
         self.counts[kind] = self.counts.get(kind, 0) + 1
 
     def overran(self, seconds: float, limit_s: float) -> None:
-        """A plan took longer than its limit: rest for some steps."""
+        """A plan took longer than its limit: rest for some steps, if others did lately."""
         self.count("overrun")
-        self._rest_steps = min(max(2 * self._rest_steps, 1), MOST_REST_STEPS)
-        self.resting = self._rest_steps
+        self._rest_steps = min(max(2 * self._rest_steps, 0.5), MOST_REST_STEPS)
+        self._in_time = 0
+        self.resting = int(self._rest_steps)
         seen = self.counts["overrun"]
         if seen & (seen - 1) == 0:
             logger.warning(
@@ -82,11 +87,15 @@ class Guard:
                 seconds * 1e3,
                 limit_s * 1e3,
                 seen,
-                self._rest_steps,
+                self.resting,
             )
 
     def planned(self, in_time: bool) -> None:
         """A step was planned, steered and committed without a fault."""
         self._in_a_row = 0
-        if in_time:
-            self._rest_steps //= 2
+        if not in_time:
+            return
+        self._in_time += 1
+        if self._in_time >= CALM_PLANS:
+            self._in_time = 0
+            self._rest_steps = self._rest_steps / 2 if self._rest_steps > 0.5 else 0.0

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from slos_serve.vllm_plugin.guard import MOST_REST_STEPS, Guard
+from slos_serve.vllm_plugin.guard import CALM_PLANS, MOST_REST_STEPS, Guard
 
 
 def fail() -> None:
@@ -48,10 +48,23 @@ def test_overruns_rest_longer_each_time_and_recover() -> None:
         guard.overran(0.02, 0.01)
         rests.append(guard.resting)
         guard.planned(in_time=False)
-    assert rests == [1, 2, 4, 8, 16, 32, 64, 64, 64, 64]
+    assert rests == [0, 1, 2, 4, 8, 16, 32, 64, 64, 64]
     assert MOST_REST_STEPS == 64
-    for _ in range(7):
+    for _ in range(8 * CALM_PLANS):
         guard.planned(in_time=True)
     guard.overran(0.02, 0.01)
-    assert guard.resting == 1
+    assert guard.resting == 0  # as at first
     assert guard.armed
+
+
+def test_overruns_far_apart_never_rest_and_those_that_keep_coming_do() -> None:
+    apart, often = Guard(fault_limit=5), Guard(fault_limit=5)
+    rested = 0
+    for _ in range(20):
+        for guard, between in ((apart, CALM_PLANS), (often, CALM_PLANS - 1)):
+            guard.overran(0.02, 0.01)
+            for _ in range(between):
+                guard.planned(in_time=True)
+        rested += apart.resting
+    assert rested == 0
+    assert often.resting == MOST_REST_STEPS
