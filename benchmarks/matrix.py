@@ -6,9 +6,9 @@
 Capacity at 90 % attained, by the mean of each stage and with every token in time. In each cell every rival of the
 registry is first compared on a tuning seed, with all of its parameters; the best three of them and SLOs-Serve are then
 searched on the seeds of tables. A parameter set or rival that one simulation shows to be worse than those found so far
-is searched no further. Every simulation is kept in ``answers.jsonl`` beside the result, so that a run goes on where it
-was interrupted, and a change of our planner leaves the rivals' answers as they are. Rows of finished cells are in
-``matrix.json`` at any time; cells below 1.0 are printed first.
+is searched no further; on the seeds of tables one a seed and metric. Every simulation is kept in ``answers.jsonl``
+beside the result, so that a run goes on where it was interrupted, and a change of our planner leaves the rivals'
+answers as they are. Rows of finished cells are in ``matrix.json`` at any time; cells below 1.0 are printed first.
 ``--quick`` takes 100 requests and two seeds: to see that it runs, not to publish.
 """
 
@@ -19,10 +19,10 @@ import json
 import math
 import sys
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from benchmarks import ideal
 from benchmarks._sim_commands import RESULTS
@@ -33,7 +33,7 @@ from slos_serve.sim.drafters import DRAFTERS, NO_DRAFTER
 from slos_serve.sim.interval import ratio_interval
 from slos_serve.sim.profiles import find_profile
 from slos_serve.sim.question import Answer, Question
-from slos_serve.sim.search import Capacity, Screened, enough_requests, screen, search_seeds
+from slos_serve.sim.search import Capacity, Screened, enough_requests, is_behind, screen, search_seeds
 from slos_serve.sim.seeds import default_count, table_seeds
 from slos_serve.sim.sweep import AnswerFile, run_searches
 from slos_serve.workload.scenarios import DEFAULT_ACCEPTANCE, SCENARIOS, scenario_named
@@ -50,7 +50,6 @@ REQUESTS, SPAN_S = {"tool": 200, "reasoning": 200}, {"reasoning": 300.0, "agents
 USUAL_REQUESTS, MOST_REQUESTS, USUAL_SPAN_S = 400, 4000, 120.0
 QUICK_REQUESTS, QUICK_SEEDS = 100, 2
 Row = dict[str, Any]
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -124,24 +123,18 @@ def search_cell(
     each = {one.best.policy: {"rps": _rate_of(one), "at_most": one.at_most} for one in screened}
     screened.sort(key=lambda one: (one.at_most, -_rate_of(one)))
     ours = yield from search_seeds((yield from screen(base(OURS))), seeds)
-    rivals = yield from _each(search_seeds(one, seeds) for one in screened[:FINALISTS])
+    rivals: list[Capacity] = []
+    for one in screened[:FINALISTS]:
+        if (yield from is_behind(one, rivals, seeds)):
+            each[one.best.policy]["behind"] = True
+        else:
+            rivals.append((yield from search_seeds(one, seeds)))
     return ours, rivals, each
 
 
 def _rate_of(screened: Screened) -> float:
     """Requests/s of one replica."""
     return screened.rate_rps / screened.best.replicas
-
-
-def _each(
-    searches: Iterable[Generator[list[Question], list[Answer], Result]],
-) -> Generator[list[Question], list[Answer], list[Result]]:
-    """Searches one after the other; their results."""
-    results: list[Result] = []
-    for search in searches:
-        found = yield from search
-        results.append(found)
-    return results
 
 
 def row_of(cell: Cell, found: Found, drafting: bool = False) -> Row:

@@ -22,6 +22,7 @@ import numpy as np
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.policies.registry import policy_entry
+from slos_serve.sim.bisection import FINE_TOLERANCE, Bisection
 from slos_serve.sim.bounds import DRAFT_STEP_S, Work, cheapest_share_bound, fluid_bound, work_of
 from slos_serve.sim.drafters import NO_DRAFTER, with_drafter
 from slos_serve.sim.interval import seed_interval
@@ -34,9 +35,7 @@ from slos_serve.workload.scenarios import make_workload
 STOP_MARGIN = 0.10
 # Fixed draft lengths that a policy without its own is tried with, on the best of its other parameters.
 FIXED_DRAFTS = (2, 4)
-COARSE_STEP, COARSE_TOLERANCE, FINE_TOLERANCE = 1.3, 0.08, 0.02
-MAX_BRACKET_STEPS = 14
-METRICS = ("attainment", "strict")
+COARSE_TOLERANCE = 0.08
 
 
 @dataclass(frozen=True)
@@ -92,47 +91,6 @@ Found = dict[float, Answer]
 RateSearch = Generator[list[Question], list[Answer], dict[int, tuple[float, Found]]]
 
 
-class Bisection:
-    """Rates to try, one after the other, until two bracket the crossing.
-
-    Attributes:
-        low, high: highest rate known to be good (0: none) and lowest known to be bad (inf: none).
-    """
-
-    def __init__(self, start: float, tolerance: float) -> None:
-        self._start = start
-        self._tolerance = tolerance
-        self._step = COARSE_STEP if tolerance > FINE_TOLERANCE else 1.0 + 4.0 * tolerance
-        self._steps_left = MAX_BRACKET_STEPS
-        self.low, self.high = 0.0, math.inf
-
-    def next_rate(self) -> float | None:
-        """The rate to try; ``None`` when the search has ended."""
-        if self.low == 0.0 and self.high == math.inf:
-            return self._start
-        if self.low > 0.0 and self.high < math.inf:
-            narrow = self.high / self.low <= 1.0 + self._tolerance
-            return None if narrow else math.sqrt(self.low * self.high)
-        if self._steps_left == 0:
-            return None
-        self._steps_left -= 1
-        rate = self.low * self._step if self.low > 0.0 else self.high / self._step
-        self._step = min(self._step * 1.3, 3.0)
-        return rate
-
-    def tell(self, rate: float, good: bool) -> None:
-        """What was found at a rate; what contradicts an earlier answer is left out."""
-        if good and rate < self.high:
-            self.low = max(self.low, rate)
-        elif not good and rate > self.low:
-            self.high = min(self.high, rate)
-
-    @property
-    def crossing(self) -> float:
-        """The middle of the bracket; 0 when no rate was good."""
-        return self.low if self.high == math.inf else math.sqrt(self.low * self.high)
-
-
 def search_capacity(base: Question, seeds: Sequence[int], target: float = 0.9, variants: bool = True) -> Search:
     """Search one (scenario, policy): best parameters on a tuning seed, then each seed's own crossings.
 
@@ -163,6 +121,33 @@ def search_seeds(
     known = {seed: answers for seed, (_, answers) in found.items()}
     strict = yield from _crossings(best, seeds, starts, target, FINE_TOLERANCE, "strict", known)
     return _result(best, seeds, bounds, screened.tried, found, strict)
+
+
+def is_behind(
+    screened: Screened, others: Sequence[Capacity], seeds: Sequence[int], target: float = 0.9
+) -> Generator[list[Question], list[Answer], bool]:
+    """Whether by each metric one of ``others`` carries more on every seed; asks once a seed and metric at most.
+
+    Args:
+        screened: who is compared.
+        others: what was found on the same seeds; empty: nobody is behind.
+        seeds: of the table.
+        target: attainment asked for.
+    """
+    gpus = screened.best.replicas * find_profile(screened.best.profile).tensor_parallel
+    for metric, by_seed in (("attainment", "by_seed"), ("strict", "strict_by_seed")):
+        if not others:
+            return False
+        rates = max((getattr(one, by_seed) for one in others), key=sum)
+        if min(rates) <= 0.0:
+            return False
+        asked = [
+            screened.best.at(rate * gpus, seed, target - STOP_MARGIN) for rate, seed in zip(rates, seeds, strict=True)
+        ]
+        answers = yield asked
+        if any(getattr(one, metric) >= target for one in answers):
+            return False
+    return True
 
 
 Crossings = Mapping[int, tuple[float, Found]]

@@ -41,7 +41,7 @@ def test_rivals_are_screened_on_a_tuning_seed_and_the_best_three_searched_on_tho
     row, asked = _run(CELL, ["vllm", "qoserve", "edf", "sarathi"])
     assert {policy for policy, of_table in asked if not of_table} == set(KNEES)
     assert {policy for policy, of_table in asked if of_table} == {"slos-serve", "edf", "sarathi", "vllm"}
-    assert row["screened"]["vllm"] == {"rps": pytest.approx(1.0, rel=0.08), "at_most": False}
+    assert row["screened"]["vllm"] == {"rps": pytest.approx(1.0, rel=0.08), "at_most": False, "behind": True}
     assert row["mean"]["rival"] == "sarathi" and row["mean"]["over"] == pytest.approx(3.0 / 2.5, rel=0.02)
     assert row["strict"]["rival"] == "edf" and row["strict"]["over"] == pytest.approx(2.8 / 2.0, rel=0.02)
     assert 0.5 < row["of_possible"] < 2.0 and 0.5 < row["of_ideal"] < 2.0
@@ -50,6 +50,14 @@ def test_rivals_are_screened_on_a_tuning_seed_and_the_best_three_searched_on_tho
 def test_a_rival_behind_the_best_three_takes_one_simulation_for_each_parameter_set() -> None:
     row, asked = _run(CELL, ["edf", "sarathi", "vllm", "qoserve"])
     assert row["screened"]["qoserve"]["at_most"] and asked["qoserve", False] == len(POLICIES["qoserve"].variants)
+
+
+def test_a_finalist_behind_the_best_by_both_metrics_is_asked_once_a_seed_and_metric() -> None:
+    row, asked = _run(CELL, ["vllm", "qoserve", "edf", "sarathi"])
+    # vLLM carries less than Sarathi-Serve by the mean and less than EDF with every token in time; EDF is ahead there.
+    assert asked["vllm", True] == 2 * 3
+    assert row["screened"]["vllm"]["behind"] and "behind" not in row["screened"]["edf"]
+    assert asked["edf", True] > 2 * 3 and asked["sarathi", True] > 2 * 3
 
 
 def test_a_fast_engine_gets_so_many_requests_that_they_are_no_burst() -> None:

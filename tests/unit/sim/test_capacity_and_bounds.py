@@ -11,12 +11,13 @@ import pytest
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.sim import sweep
+from slos_serve.sim.bisection import Bisection
 from slos_serve.sim.bounds import cheapest_share_bound, clairvoyant_attainment, fluid_bound, work_of
 from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.profiles import find_profile, limits_of, profile_names
 from slos_serve.sim.question import Answer, EarlyStop, Question, answer
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.search import Bisection, Capacity, Screened, screen, search_capacity
+from slos_serve.sim.search import Capacity, Screened, screen, search_capacity
 from slos_serve.sim.seeds import FIRST_TEST_SEED
 from slos_serve.sim.sweep import AnswerFile, run_searches
 from slos_serve.workload.scenarios import SCENARIOS, make_workload
