@@ -39,7 +39,7 @@ from slos_serve.sim.interval import seed_interval
 from slos_serve.sim.outcome import Outcome, summarize_run
 from slos_serve.sim.profiles import find_profile, kv_bytes_per_token, limits_of
 from slos_serve.sim.question import measured_part
-from slos_serve.sim.search import bound_work
+from slos_serve.sim.rate_bounds import bound_work
 from slos_serve.sim.seeds import table_seeds, tuning_seeds
 from slos_serve.workload.calls import Workload
 from slos_serve.workload.scenarios import make_workload

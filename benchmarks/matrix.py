@@ -33,7 +33,8 @@ from slos_serve.sim.drafters import DRAFTERS, NO_DRAFTER
 from slos_serve.sim.interval import ratio_interval
 from slos_serve.sim.profiles import find_profile
 from slos_serve.sim.question import Answer, Question
-from slos_serve.sim.search import Capacity, Screened, enough_requests, is_behind, screen, search_seeds
+from slos_serve.sim.rate_bounds import enough_requests
+from slos_serve.sim.search import Capacity, Screened, is_behind, screen, search_seeds
 from slos_serve.sim.seeds import default_count, table_seeds
 from slos_serve.sim.sweep import AnswerFile, run_searches
 from slos_serve.workload.scenarios import DEFAULT_ACCEPTANCE, SCENARIOS, scenario_named

@@ -29,8 +29,8 @@ from slos_serve.sim.conditions import AS_SERVED, EXACT
 from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.profiles import find_profile, limits_of
 from slos_serve.sim.question import Question, run_question
+from slos_serve.sim.rate_bounds import bound_work
 from slos_serve.sim.recording import Recording
-from slos_serve.sim.search import bound_work
 from slos_serve.sim.seeds import check_test
 
 OURS, STOCK = "slos-serve", "vllm"

@@ -17,7 +17,7 @@ from slos_serve.sim.bounds import fluid_bound
 from slos_serve.sim.conditions import Conditions
 from slos_serve.sim.profiles import find_profile, limits_of
 from slos_serve.sim.question import Answer, Question, answer
-from slos_serve.sim.search import bound_work
+from slos_serve.sim.rate_bounds import bound_work
 from slos_serve.sim.seeds import tuning_seeds
 
 PROFILE = "opt-13b-a100"

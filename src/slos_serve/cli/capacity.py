@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from slos_serve.cli.printed import failure, progress_bar
+from slos_serve.cli.printed import failure, progress_bar, warn
 from slos_serve.cli.sim_options import (
     Acceptance,
     Arrivals,
@@ -135,13 +135,15 @@ def capacity(
         console.print(table)
     for line in geometric_means(results):
         console.print(line, highlight=False)
+    for row in results:
+        _warn_of_a_burst(row, attain, drafter)
     console.print(f"{counts['simulations']} simulations, {counts['steps']:,} steps, {wall_s:.0f} s", highlight=False)
     write_json(json_file, [row.as_dict() for row in results])
 
 
 def _searchable(names: list[str], profile: str, *, leave_out: bool) -> list[str]:
     """The scenarios of which an engine can carry some rate; the others are left out, and named, or refused."""
-    from slos_serve.sim.search import check_can_be_kept
+    from slos_serve.sim.rate_bounds import check_can_be_kept
 
     kept = []
     for name in names:
@@ -154,6 +156,21 @@ def _searchable(names: list[str], profile: str, *, leave_out: bool) -> list[str]
             continue
         kept.append(name)
     return kept
+
+
+def _warn_of_a_burst(row: Capacity, attain: float, drafter: str) -> None:
+    """A rate that no engine can keep up was found with too few requests: they end before the deadlines."""
+    from slos_serve.sim.profiles import find_profile
+    from slos_serve.sim.question import Question
+    from slos_serve.sim.rate_bounds import enough_for, most_rps
+
+    base = Question(row.scenario, row.policy, {}, row.profile, row.arrivals, 1.0, 1, 0, drafter=drafter)
+    most = most_rps(base, attain) / find_profile(row.profile).tensor_parallel
+    if row.capacity_rps_per_gpu > most:
+        enough = enough_for(base, attain)
+        said = f"{row.scenario} {row.policy}: an engine cannot keep up {row.capacity_rps_per_gpu:.2f} requests/s"
+        more = "more" if enough is None else enough
+        warn(f"{said} (at most {most:.2f}). The run ends before its deadlines: ask for {more} requests (--requests)")
 
 
 def _seeds(scenario: str, arrivals: str, count: int | None, tuning: bool) -> list[int]:

@@ -15,27 +15,26 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 
-from slos_serve.core.errors import InvalidFieldError
 from slos_serve.policies.registry import policy_entry
 from slos_serve.sim.bisection import FINE_TOLERANCE, Bisection
-from slos_serve.sim.bounds import DRAFT_STEP_S, Work, cheapest_share_bound, fluid_bound, work_of
-from slos_serve.sim.drafters import NO_DRAFTER, with_drafter
+from slos_serve.sim.drafters import NO_DRAFTER
 from slos_serve.sim.interval import seed_interval
-from slos_serve.sim.profiles import find_profile, limits_of
+from slos_serve.sim.profiles import find_profile
 from slos_serve.sim.question import Answer, Question
+from slos_serve.sim.rate_bounds import bounds_of, too_short
 from slos_serve.sim.seeds import tuning_seeds
-from slos_serve.workload.scenarios import make_workload
 
 # A run stops when this much below the target is certain: its exact value would not matter.
 STOP_MARGIN = 0.10
 # Fixed draft lengths that a policy without its own is tried with, on the best of its other parameters.
 FIXED_DRAFTS = (2, 4)
 COARSE_TOLERANCE = 0.08
+# A search begins near what an engine carries. A run that is good at this many times as much is good at any rate.
+MOST_OVER_START = 1000.0
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def search_capacity(base: Question, seeds: Sequence[int], target: float = 0.9, v
         target: attainment asked for.
         variants: try the policy's parameter sets; else only the one in ``base``.
     """
-    bounds = _bounds(base)
+    bounds = bounds_of(base)
     screened = Screened(base, 0.0, [])
     if variants and (len(_candidates(base)) > 1 or base.drafter != NO_DRAFTER):
         screened = yield from screen(base, target)
@@ -114,7 +113,7 @@ def search_seeds(
 ) -> Search:
     """The crossings of one parameter set, each seed by itself; see :func:`search_capacity`."""
     best = screened.best
-    bounds = bounds or _bounds(best)
+    bounds = bounds or bounds_of(best)
     start = max(screened.rate_rps, 0.05 * bounds[0]) if screened.tried else 0.6 * bounds[0] * best.replicas
     found = yield from _crossings(best, seeds, dict.fromkeys(seeds, start), target, FINE_TOLERANCE, "attainment", {})
     starts = {seed: max(crossing, 0.05 * bounds[0]) for seed, (crossing, _) in found.items()}
@@ -204,45 +203,6 @@ def _result(
     )
 
 
-@cache
-def bound_work(scenario: str, profile: str, sample: int = 20_000) -> Work:
-    """Work of a large sample of a scenario's requests on an engine."""
-    return work_of(make_workload(scenario, 1.0, sample, 0, "poisson").bound(find_profile(profile).model))
-
-
-def check_can_be_kept(scenario: str, profile: str) -> None:
-    """Refuse a scenario of which an engine can carry no rate.
-
-    Raises:
-        InvalidFieldError: promises that the engine cannot keep for one request alone.
-    """
-    served = find_profile(profile)
-    if fluid_bound(bound_work(scenario, profile), served.model, limits_of(served)) <= 0.0:
-        raise InvalidFieldError("scenario", scenario, f"one whose every TPOT {profile} can keep for one request alone")
-
-
-def _bounds(base: Question) -> tuple[float, float, float]:
-    """Fluid bounds of one replica in requests/s: of all requests, with drafts, and with the costliest tenth dropped.
-
-    Raises:
-        InvalidFieldError: see :func:`check_can_be_kept`.
-    """
-    check_can_be_kept(base.scenario, base.profile)
-    work = bound_work(base.scenario, base.profile)
-    profile = find_profile(base.profile)
-    limits = limits_of(profile)
-    drafting = with_drafter(profile, base.drafter)
-    draft_step_s = drafting.model.k_s_s if base.drafter != NO_DRAFTER else DRAFT_STEP_S
-    speculative = fluid_bound(work, drafting.model, limits_of(drafting), base.acceptance, draft_step_s)
-    dropping = cheapest_share_bound(work, profile.model, limits)
-    return fluid_bound(work, profile.model, limits), speculative, dropping
-
-
-def enough_requests(base: Question, span_s: float) -> int:
-    """Requests that take ``span_s`` to arrive at the fluid bound. Fewer are a burst, whose rate is no capacity."""
-    return math.ceil(_bounds(base)[0] * base.replicas * span_s)
-
-
 @dataclass(frozen=True)
 class Tried:
     """What one parameter set of a policy came to on a tuning seed.
@@ -290,7 +250,7 @@ def screen(
         target: attainment asked for.
         beat_rps: a rate that the policy must carry to be of interest; 0 to search it in any case.
     """
-    fluid, _, _ = _bounds(base)
+    fluid, _, _ = bounds_of(base)
     (seed,) = tuning_seeds(1)
     tried: list[Tried] = []
 
@@ -346,20 +306,28 @@ def _crossings(
     metric: str,
     known: Mapping[int, Found],
 ) -> RateSearch:
-    """Each seed's own crossing of the target and every answer that led to it; ``known`` answers are used first."""
+    """Each seed's own crossing of the target and every answer that led to it; ``known`` answers are used first.
+
+    Raises:
+        InvalidFieldError: no rate is too high, because a run has too few requests.
+    """
     searches = {seed: Bisection(starts[seed], tolerance) for seed in seeds}
     found: dict[int, Found] = {seed: dict(known.get(seed, {})) for seed in seeds}
     for seed, search in searches.items():
         for known_rate, one in sorted(found[seed].items()):
             search.tell(known_rate, getattr(one, metric) >= target)
     while True:
-        wanted = {seed: rate for seed in seeds if (rate := searches[seed].next_rate()) is not None}
+        rates = {seed: searches[seed].next_rate() for seed in seeds}
+        wanted = {seed: rate for seed, rate in rates.items() if rate and rate <= MOST_OVER_START * starts[seed]}
         if not wanted:
             break
         answers = yield [base.at(rate, seed, target - STOP_MARGIN) for seed, rate in wanted.items()]
         for (seed, rate), one in zip(wanted.items(), answers, strict=True):
             found[seed][rate] = one
             searches[seed].tell(rate, getattr(one, metric) >= target)
+    for search in searches.values():
+        if search.high == math.inf:
+            raise too_short(base, search.low, target)
     return {seed: (searches[seed].crossing, found[seed]) for seed in seeds}
 
 

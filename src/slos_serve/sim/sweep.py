@@ -22,7 +22,10 @@ Result = TypeVar("Result")
 
 # Whatever these packages hold can change an answer, but for what only decides which questions are asked.
 _DECIDING = ("core", "perf", "planning", "policies", "routing", "metrics", "workload", "sim", "profiles")
-_ASKING = ("sim/search.py", "sim/sweep.py", "sim/sizing.py", "sim/interval.py", "sim/seeds.py")
+_ASKING = (
+    *("sim/search.py", "sim/rate_bounds.py", "sim/sweep.py"),
+    *("sim/sizing.py", "sim/interval.py", "sim/seeds.py"),
+)
 OUR_POLICY = "slos-serve"
 # What only our own policy and router run, and files that belong to one rival.
 _OURS = ("planning/", "routing/", "policies/slos_serve.py", "sim/slo_router.py")

@@ -69,6 +69,20 @@ def test_capacity_writes_one_row_a_search(tmp_path: Path) -> None:
     assert all(wanted <= set(row) for row in rows)
 
 
+def test_capacity_says_when_a_run_is_too_short_for_the_deadlines() -> None:
+    arguments = ["capacity", "--seeds", "1", "--processes", "1", "--profile", "llama-3.1-8b-h100", "--requests", "20"]
+    none_too_high = RUNNER.invoke(app, [*arguments, "--scenario", "answers", "--policy", "vllm:token_budget=8192"])
+    assert none_too_high.exit_code == 2
+    assert "--requests: got 20; allowed: 1300 or more" in none_too_high.stderr
+    beyond = RUNNER.invoke(app, [*arguments, "--scenario", "batch-with-deadline", "--policy", "vllm:token_budget=8192"])
+    assert beyond.exit_code == 0, beyond.output
+    assert "(at most 17.08)" in beyond.stderr and "ask for 1600 requests (--requests)" in beyond.stderr
+    usual = RUNNER.invoke(
+        app, ["capacity", *arguments[1:5], "--scenario", "coding", "--policy", "vllm", "--requests", "60"]
+    )
+    assert usual.exit_code == 0 and "--requests" not in usual.stderr
+
+
 def test_size_prints_writes_and_draws_every_way(tmp_path: Path) -> None:
     trace, file, chart = tmp_path / "trace.csv", tmp_path / "size.json", tmp_path / "size.svg"
     lines = [f"{0.2 * i},500,50" for i in range(100)]

@@ -16,6 +16,7 @@ from slos_serve.sim.bounds import cheapest_share_bound, clairvoyant_attainment, 
 from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.profiles import find_profile, limits_of, profile_names
 from slos_serve.sim.question import Answer, EarlyStop, Question, answer
+from slos_serve.sim.rate_bounds import enough_for, fewest_requests
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.search import Capacity, Screened, screen, search_capacity
 from slos_serve.sim.seeds import FIRST_TEST_SEED
@@ -118,7 +119,8 @@ def test_answers_of_rivals_outlive_a_change_of_our_planner(monkeypatch: pytest.M
     assert changed("planning/form.py") == ["slos-serve"]
     assert changed("policies/qoserve.py") == ["slos-serve", "qoserve"]
     assert changed("sim/step.py") == ["slos-serve", "qoserve", "edf"]
-    assert changed("sim/search.py") == []
+    for asking in ("search", "rate_bounds"):
+        assert changed(f"sim/{asking}.py") == []
     sweep.source_digest.cache_clear()
 
 
@@ -196,3 +198,31 @@ def test_every_shipped_profile_loads() -> None:
         assert profile.kv_capacity_tokens > 16_000 and profile.source
     with pytest.raises(InvalidFieldError, match="opt-13b-a100"):
         find_profile("opt-13b")
+
+
+def test_a_run_that_no_rate_is_too_high_for_is_refused_with_the_requests_it_takes() -> None:
+    """And with that many requests even the best order is late at some rate."""
+    base = replace(BASE, scenario="answers", num_requests=40, replicas=2)
+    search = search_capacity(base, seeds=[30])
+    rates: list[float] = []
+
+    def drive() -> None:
+        asked = next(search)
+        while True:
+            rates.extend(one.rate_rps for one in asked)
+            asked = search.send([Answer(1.0, 1.0, 1.0, (1.0,) * 4, (1.0,) * 4) for _ in asked])
+
+    with pytest.raises(InvalidFieldError, match=r"--requests: got 20; allowed: (\d+) or more.*answers") as fault:
+        drive()
+    assert 100.0 < max(rates) < 1e4 and f"{max(rates):,.0f} requests/s" in str(fault.value)
+    enough = enough_for(base, 0.9)
+    assert enough is not None and f"allowed: {enough} or more" in str(fault.value)
+    assert answer(replace(base, policy="edf", rate_rps=1e5, num_requests=2 * enough)).attainment < 0.9
+
+
+@pytest.mark.parametrize("scenario", [name for name in SCENARIOS if name != "users"])
+def test_fewer_requests_are_enough_where_deadlines_are_close(scenario: str) -> None:
+    fewest = fewest_requests(scenario, "opt-13b-a100", 2.0, 0.9)
+    assert fewest is not None and 1 <= fewest <= 300
+    assert fewest <= (fewest_requests(scenario, "opt-13b-a100", 4.0, 0.9) or 0) <= 2.3 * fewest
+    assert fewest_requests("agents", "opt-13b-a100", 2.0, 0.1) is None
