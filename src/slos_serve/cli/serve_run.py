@@ -21,6 +21,7 @@ from rich.table import Table
 from slos_serve.cli.promises import shown_first_token, shown_per_token, shown_whole
 from slos_serve.core.redaction import redacted, redacted_arguments, redacted_text, secrets_of
 from slos_serve.files.profile_file import Profile
+from slos_serve.launch.options import expanded, option_value
 from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.launch.server import STOP_TIMEOUT_S, Patience, ServerProcess, ServerStartError
 from slos_serve.vllm_plugin.hangup import has_terminal
@@ -144,25 +145,31 @@ def _forwarded_signals(server: ServerProcess, came: list[int]) -> Iterator[threa
             signal.signal(number, handler)
 
 
+def served_name(config: ServeConfig) -> str:
+    """The name of the model that clients use: the first ``--served-model-name``, else what vLLM loads."""
+    return option_value(expanded(config.vllm_args), "--served-model-name") or config.model
+
+
 def _banner(console: Console, launch: Launch) -> None:
     config, classes = launch.config, launch.config.plugin.classes
     url = config.endpoint.base_url
     if config.endpoint.host is None and config.endpoint.uds is None and not config.endpoint.headless:
         url += " (every interface)"
-    table = Table(title=f"slos-serve: {config.model} at {url}", title_justify="left")
+    name = served_name(config)
+    table = Table(title=f"slos-serve: {name} at {url}", title_justify="left")
     for column in ("class", "first token", "per output token", "as a whole", "weight", "longest stall"):
         table.add_column(column)
     for slo_class in classes:
-        name = f"{slo_class.name} (default)" if slo_class.name == classes.default else slo_class.name
+        shown = f"{slo_class.name} (default)" if slo_class.name == classes.default else slo_class.name
         stall = f"{slo_class.max_stall_ms:g} ms"
         promised = shown_first_token(slo_class.slo), shown_per_token(slo_class), shown_whole(slo_class)
-        table.add_row(name, *promised, f"{slo_class.weight:g}", stall)
+        table.add_row(shown, *promised, f"{slo_class.weight:g}", stall)
     if len(classes):
         console.print(table)
         if config.replicas is not None:
             console.print(f"{config.replicas} replicas on Ray Serve, asked in the order {config.order.value!r}")
     else:
-        console.print(f"slos-serve: {config.model} at {url}, no class file: only requests' own numbers count")
+        console.print(f"slos-serve: {name} at {url}, no class file: only requests' own numbers count")
     console.print(
         f"profile: {config.plugin.profile_path}\n         {launch.profile.device}, measured {launch.profile.created}",
         highlight=False,
@@ -175,6 +182,7 @@ def _resolved(launch: Launch, server: ServerProcess) -> dict[str, Any]:
     config, classes = launch.config, launch.config.plugin.classes
     return {
         "model": config.model,
+        "served_model_name": served_name(config),
         "base_url": server.base_url,
         "command": redacted_arguments(server.command, _secrets(launch)),
         "environment": redacted({**config.plugin.environment(), **launch.environment}),

@@ -134,7 +134,7 @@ def test_measures_once_and_passes_vllm_its_arguments(
     assert "5 x the" in output
     assert "900 ms" in output
     record = json.loads(resolved.read_text())
-    assert record["command"][-1] == str(given[4])
+    assert record["command"][-1] == str(given[4]) and record["served_model_name"] == "tiny"
     assert record["environment"]["SLOS_SERVE_CLASSES"] == str(classes)
     assert Path(record["environment"]["SLOS_SERVE_PROFILE"]).is_file()
     serve(*given[:4], free_port())
@@ -150,8 +150,8 @@ def test_a_short_name_stays_the_name_of_the_model(monkeypatch: pytest.MonkeyPatc
     for name, value in CPU_ENVIRONMENT.items():
         monkeypatch.setenv(name, value)  # the command sets them too; this way they are gone after the test
     commands = replace_vllm(monkeypatch, status=0)
-    serve("smollm2", "--port", free_port())
-    serve("smollm2", "--port", free_port(), "--served-model-name", "mine")
+    told = [serve("smollm2", "--port", free_port(), *more)[1] for more in ((), ("--served-model-name", "mine"))]
+    assert "slos-serve: smollm2 at " in told[0] and "slos-serve: mine at " in told[1]
     assert commands[0][4] == "/models/small"
     assert option_value(commands[0], "--served-model-name") == "smollm2"
     assert option_value(commands[1], "--served-model-name") == "mine"
