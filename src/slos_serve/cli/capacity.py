@@ -169,7 +169,7 @@ def _warn_of_a_burst(row: Capacity, attain: float, drafter: str) -> None:
     if row.capacity_rps_per_gpu > most:
         enough = enough_for(base, attain)
         said = f"{row.scenario} {row.policy}: an engine cannot keep up {row.capacity_rps_per_gpu:.2f} requests/s"
-        more = "more" if enough is None else enough
+        more = "more" if enough is None else f"at least {enough}"
         warn(f"{said} (at most {most:.2f}). The run ends before its deadlines: ask for {more} requests (--requests)")
 
 

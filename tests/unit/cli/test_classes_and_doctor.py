@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import jsonschema
@@ -19,6 +23,7 @@ from slos_serve.cli.main import app
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.files.class_file import parse_class_file
 from slos_serve.files.class_schema import class_file_schema
+from slos_serve.launch.endpoint import free_port
 from slos_serve.vllm_plugin.metrics import EngineLabels, SchedulerMetrics
 
 ROOT = Path(__file__).parents[3]
@@ -146,9 +151,29 @@ def test_a_server_that_plans_steps_needs_no_variables_in_this_shell(
     assert "SLOS_SERVE_PROFILE is not set" in said()
 
 
-def server(metrics: SchedulerMetrics | None, more: str = "") -> list[tuple[str, str]]:
-    page = None if metrics is None else generate_latest(metrics.registry).decode() + more
-    return [(level, said) for level, said, _ in server_findings("http://s:1/v1", {"http://s:1/metrics": page}.get)]
+class _NotFound(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+@pytest.fixture
+def serve_404() -> Iterator[str]:
+    httpd = HTTPServer(("127.0.0.1", 0), _NotFound)
+    thread = threading.Thread(target=httpd.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{httpd.server_port}"
+    httpd.shutdown()
+    thread.join()
+    httpd.server_close()
+
+
+def server(metrics: SchedulerMetrics, more: str = "") -> list[tuple[str, str]]:
+    page = generate_latest(metrics.registry).decode() + more
+    pages = {"http://s:1/metrics": page}
+    return [(level, said) for level, said, _ in server_findings("http://s:1/v1", pages.__getitem__)]
 
 
 def test_the_doctor_reads_a_servers_metrics() -> None:
@@ -163,6 +188,30 @@ def test_the_doctor_reads_a_servers_metrics() -> None:
     metrics.correction(2.0)
     said = " ".join(text for _, text in server(metrics, verdicts))
     assert "not armed" in said and "2.00 times" in said and "1 requests came with unusable" in said
-    assert server(None) == [("error", "http://s:1/metrics does not answer")]
-    without = list(server_findings("http://s:1", {"http://s:1/metrics": "up 1\n"}.get))
+    without = list(server_findings("http://s:1", {"http://s:1/metrics": "up 1\n"}.__getitem__))
     assert [finding.level for finding in without] == ["error"] and "no slos_serve metrics" in without[0].said
+    for cause in ("--scheduler-cls", "SLOS_SERVE_PROFILE", "PROMETHEUS_MULTIPROC_DIR"):
+        assert cause in without[0].mend
+
+
+def test_an_address_that_cannot_be_asked_is_told_from_one_that_answers_something_else(
+    serve_404: str,
+) -> None:
+    def said(url: str) -> str:
+        result = RUNNER.invoke(app, ["doctor", "--url", url])
+        assert result.exit_code == 1
+        return result.output
+
+    assert "localhost:8000 is no address. Write it as http://HOST:PORT" in said("localhost:8000")
+    assert f"{serve_404}/metrics answers 404" in said(serve_404)
+    assert "does not answer ([Errno 111] Connection refused)" in said(f"http://127.0.0.1:{free_port()}")
+
+
+def test_a_server_elsewhere_needs_no_vllm_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_: str) -> str:
+        raise PackageNotFoundError
+
+    monkeypatch.setattr("slos_serve.cli.doctor.version", missing)
+    alone = [said for _, said, _ in environment_findings({})]
+    beside = [said for _, said, _ in environment_findings({}, serves=True)]
+    assert "vLLM is not installed here" in alone and "vLLM is not installed here" not in beside

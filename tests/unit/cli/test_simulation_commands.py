@@ -76,7 +76,7 @@ def test_capacity_says_when_a_run_is_too_short_for_the_deadlines() -> None:
     assert "--requests: got 20; allowed: 1300 or more" in none_too_high.stderr
     beyond = RUNNER.invoke(app, [*arguments, "--scenario", "batch-with-deadline", "--policy", "vllm:token_budget=8192"])
     assert beyond.exit_code == 0, beyond.output
-    assert "(at most 17.08)" in beyond.stderr and "ask for 1600 requests (--requests)" in beyond.stderr
+    assert "(at most 17.08)" in beyond.stderr and "ask for at least 1600 requests (--requests)" in beyond.stderr
     usual = RUNNER.invoke(
         app, ["capacity", *arguments[1:5], "--scenario", "coding", "--policy", "vllm", "--requests", "60"]
     )
