@@ -27,6 +27,10 @@ MOST_REQUESTS = 4096
 Counts = Annotated[list[str] | None, typer.Option(metavar="CLASS=N", help="Requests of a class; may be repeated.")]
 
 
+class QuestionError(SlosServeError):
+    """The question cannot be asked as it is given; the message says what to give."""
+
+
 class ServerAnswerError(SlosServeError):
     """The server did not answer the question."""
 
@@ -60,8 +64,10 @@ def explain(
     """
     from slos_serve.vllm_plugin.front.explain import Load
 
+    of_a_load = {"--classes": classes, "--profile": profile, "--running": running, "--waiting": waiting}
     try:
         if url is not None:
+            _refuse_beside_url([option for option, value in of_a_load.items() if value])
             found = ask(url, slo_class, prompt_tokens, max_tokens, expected_tokens)
         else:
             load = Load(
@@ -84,6 +90,11 @@ def explain(
         if json_file is not None:
             json_file.write_text(text + "\n", encoding="utf-8")
     raise typer.Exit(0 if found.verdict in ("admitted", "second-best", "no-slo") else 1)
+
+
+def _refuse_beside_url(given: Sequence[str]) -> None:
+    if given:
+        raise QuestionError(f"{', '.join(given)}: not with --url; the server has its own classes, profile and load")
 
 
 def counts(option: str, given: Sequence[str] | None) -> dict[str, int]:
@@ -113,6 +124,7 @@ def described(
     """The answer under a load that is described; see :func:`explain`.
 
     Raises:
+        QuestionError: a file is missing.
         InvalidFieldError: a file, a class or the load cannot be used.
     """
     from slos_serve.vllm_plugin.config import PluginConfig
@@ -120,8 +132,9 @@ def described(
     from slos_serve.vllm_plugin.slo_args import SloArgs
 
     if classes is None or profile is None:
-        missing = "--classes" if classes is None else "--profile"
-        raise InvalidFieldError(missing, None, "a file, or --url with the address of a running server")
+        missing = [option for option, value in (("--classes", classes), ("--profile", profile)) if value is None]
+        wanted = "give --url of a running server, or --classes and --profile to describe one"
+        raise QuestionError(f"{' and '.join(missing)} missing: {wanted}")
     assert isinstance(load, asked.Load)
     config = PluginConfig.of({"classes_path": classes, "profile_path": profile_path(profile)})
     desk = asked.loaded_desk(config, load, prompt_tokens + max_tokens)
@@ -165,8 +178,8 @@ def _why(root: str, fault: urllib.error.HTTPError) -> str:
         said = ""
     if fault.code == 404:
         return (
-            f"{root} has no /slo/explain: it does not run the plug-in, has several replicas (--replicas), "
-            "or SLOS_SERVE_FRONT_END is 0"
+            f"{root} has no /slo/explain: it does not run the plug-in, plans nothing (no profile: `slos-serve doctor "
+            f"--url {root}`), has several replicas (--replicas), or SLOS_SERVE_FRONT_END is 0"
         )
     return said or f"{root} answers {fault.code}"
 
@@ -188,7 +201,7 @@ def told(found: Explained) -> Iterator[str]:
     yield f"output tokens {_of(found.predicted_tpot_ms, found.target_tpot_ms)} each"
     if found.ahead_tokens is None:
         return
-    yield f"prompts       {found.ahead_tokens:g} tokens to compute until then, its own counted"
+    yield f"prompts       work of {found.ahead_tokens:g} tokens until then, its own and attention counted"
     rate = found.prefill_rate or 0.0
     left = (
         f"{rate:g} prompt tokens/s are left" if rate >= 0.0 else "no time for prompts is left; tokens would come late"

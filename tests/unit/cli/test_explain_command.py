@@ -55,15 +55,29 @@ def test_a_prompt_that_is_too_long_for_an_idle_engine_is_told_so(options: list[s
     ("given", "said"),
     [
         (["--running", "chat"], "CLASS=N"),
-        (["--running", "gold=2"], "gold"),
+        (["--running", "gold=2"], "--running: got 'gold'"),
+        (["--waiting", "none=2"], "--waiting: got 'none'"),
         (["--class", "gold"], "gold"),
         (["--profile", "no-such"], "no-such"),
-        (["--url", "localhost:8000"], "http://"),
+        (["--url", "http://localhost:8000", "--waiting", "chat=1"], "--classes, --profile, --waiting: not with --url"),
     ],
 )
 def test_what_cannot_be_answered_is_one_line_and_status_2(options: list[str], given: list[str], said: str) -> None:
     result = RUNNER.invoke(app, [*options, "--prompt-tokens", "10", *given])
     assert result.exit_code == 2 and said in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([], "--classes and --profile missing"),
+        (["--classes", "c.yaml"], "--profile missing: give --url"),
+        (["--url", "localhost:8000"], "begins with http://"),
+    ],
+)
+def test_a_question_that_lacks_something_says_what(given: list[str], said: str) -> None:
+    result = RUNNER.invoke(app, ["explain", "--prompt-tokens", "10", *given])
+    assert result.exit_code == 2 and said in result.stderr
 
 
 class _Server(BaseHTTPRequestHandler):
@@ -98,4 +112,4 @@ def test_a_running_server_is_asked(server: str) -> None:
     wrong = RUNNER.invoke(app, ["explain", "--url", server, "--class", "x", "--prompt-tokens", "7"])
     assert wrong.exit_code == 2 and "got 'x'" in wrong.stderr
     old = RUNNER.invoke(app, ["explain", "--url", server, "--class", "old", "--prompt-tokens", "7"])
-    assert old.exit_code == 2 and "no /slo/explain" in old.stderr
+    assert old.exit_code == 2 and "no /slo/explain" in old.stderr and "plans nothing (no profile" in old.stderr

@@ -117,6 +117,11 @@ class FrontDesk:
         return self._config
 
     @property
+    def max_model_len(self) -> int:
+        """Longest context of the model."""
+        return self._max_model_len
+
+    @property
     def _model(self) -> BatchTimeModel:
         assert self._config.profile is not None
         return self._config.profile.model

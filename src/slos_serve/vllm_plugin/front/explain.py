@@ -58,7 +58,7 @@ class Explained:
         target_ttft_ms, predicted_ttft_ms: first token: promised, and expected if the request were taken now.
         target_tpot_ms, predicted_tpot_ms: time per output token, likewise.
         predicted_start_ms: first token of a request that is promised nothing.
-        ahead_tokens: prompt tokens to compute until the first token, its own counted.
+        ahead_tokens: prompt tokens to compute until the first token, its own counted; attention counted in.
         prefill_rate: prompt tokens a second beside the promised decodes and this one; negative: those would be late.
         kv_blocks, kv_blocks_left: needed at the forecast peak, and left beside all promises.
         room: requests like this one that fit beside all that is promised, itself counted; 32 at most.
@@ -121,9 +121,10 @@ def explain(desk: FrontDesk, args: SloArgs, prompt_tokens: int, max_tokens: int 
     """What the desk would say of a request.
 
     Raises:
-        InvalidFieldError: the class is unknown.
+        InvalidFieldError: the class is unknown, or the request is longer than the model's context.
         NothingKnownError: nothing can be judged now.
     """
+    _check_length(desk.max_model_len, prompt_tokens, max_tokens)
     slo_class = desk.applied(args)
     found = desk.look(args, prompt_tokens, max_tokens)
     if found is None:
@@ -159,6 +160,14 @@ def explain(desk: FrontDesk, args: SloArgs, prompt_tokens: int, max_tokens: int 
     )
 
 
+def _check_length(most: int, prompt_tokens: int, max_tokens: int | None) -> None:
+    """Refuse what the server would refuse: it judges such a request never."""
+    answer = 1 if max_tokens is None else max_tokens
+    if prompt_tokens + answer > most:
+        given = f"{prompt_tokens} and {answer} answer tokens"
+        raise InvalidFieldError("prompt_tokens", given, f"at most {most} together, the model's context")
+
+
 def loaded_desk(config: PluginConfig, load: Load, max_model_len: int) -> FrontDesk:
     """A front desk whose engine has just published ``load``.
 
@@ -187,6 +196,9 @@ def view_of(config: PluginConfig, load: Load, profile: Profile) -> EngineView:
     running: list[int] = []
     waiting: list[int] = []
     indices = {slo_class.name: index for index, slo_class in enumerate(config.classes)}
+    for option, counts in (("--running", load.running), ("--waiting", load.waiting)):
+        if unknown := [name for name in counts if name not in indices]:
+            raise InvalidFieldError(option, unknown[0], f"a class: one of {sorted(indices)}")
     entered = [(name, count, running) for name, count in load.running.items()]
     entered += [(name, count, waiting) for name, count in load.waiting.items()]
     for name, count, slots in entered:

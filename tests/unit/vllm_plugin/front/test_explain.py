@@ -67,6 +67,15 @@ def test_the_room_is_what_fits_and_what_stops_the_next_is_named(tmp_path: Path) 
     assert memory.room == memory.kv_blocks_left // memory.kv_blocks
 
 
+def test_a_request_that_is_longer_than_the_context_is_refused_as_the_server_does(tmp_path: Path) -> None:
+    front = loaded_desk(config_in(tmp_path), Load(), 4096)
+    assert explain(front, SloArgs(slo_class="chat"), 3996, 100).prompt_tokens == 3996
+    with pytest.raises(InvalidFieldError, match=r"got '3997 and 100 answer tokens'.*at most 4096 together"):
+        explain(front, SloArgs(slo_class="chat"), 3997, 100)
+    with pytest.raises(InvalidFieldError, match="at most 4096 together"):
+        explain(front, SloArgs(slo_class="batch"), 4096)
+
+
 def test_a_described_load_binds_as_the_same_engine_does(tmp_path: Path) -> None:
     config = config_in(tmp_path)
     rooms = []
