@@ -42,16 +42,16 @@ def quantile(share: float, name: str, by: str = "") -> str:
 
 def kept(where: str) -> str:
     """Attained over ended requests, aborted ones left out."""
-    ended = where or 'verdict=~"admitted|best-effort|error",slo_class!="none"'
+    ended = where or 'verdict=~"admitted|second-best|best-effort|error",slo_class!="none"'
     return f"{rate('attained', 'slo_class', where)} / {rate('requests', 'slo_class', ended)}"
 
 
 PANELS = (
     Panel(
         "Promises kept",
-        "Of the requests that were promised their class's times, the share that got them. Alert on this.",
+        "Of the requests that were given a promise of their class, the share that got its times. Alert on this.",
         "percentunit",
-        ((kept('verdict="admitted"'), "{{slo_class}}"),),
+        ((kept('verdict=~"admitted|second-best"'), "{{slo_class}}"),),
     ),
     Panel(
         "Attained, promised or not",
