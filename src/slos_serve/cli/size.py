@@ -140,7 +140,8 @@ def _known(value: float) -> float | None:
 def _print(result: dict[str, Any]) -> None:
     hours = result["day"]["hours"]
     table = Table(title=f"servers of {result['profile']} for {result['traffic']}, {result['peak_rps']:g} requests/s")
-    ways = ("sized by", "servers", "violations", "worst class", "server-h, all day", "following", "kWh, all day", "kWh")
+    hours_and_energy = ("server-h, all day", "following", "kWh, all day", "kWh, following")
+    ways = ("sized by", "servers", "violations", "worst class", *hours_and_energy)
     for column in ways:
         table.add_column(column, justify="left" if column == "sized by" else "right")
     for row in result["sizes"]:
