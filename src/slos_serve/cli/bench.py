@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slos_serve.cli import bench_options as given
-from slos_serve.cli.printed import failure, interrupted, progress_bar, say, stdout_console, warn
+from slos_serve.cli.printed import failure, interrupted, output_file, progress_bar, say, stdout_console, warn
 from slos_serve.core.errors import SlosServeError
 
 if TYPE_CHECKING:
@@ -39,11 +39,20 @@ def bench(
     timeout: given.Timeout = 600.0,
     wait: given.Wait = given.DEFAULT_WAIT_S,
     json_file: given.JsonFile = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the table here, a line a class.")] = None,
-    html_file: Annotated[Path | None, typer.Option("--html", help="Write the table here, as a page.")] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", help="Write the table here, a line a class.", callback=output_file)
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", help="Write the table here, as a page.", callback=output_file)
+    ] = None,
     record: Annotated[
         Path | None,
-        typer.Option("--record", "--save-requests", help="Write every request with its token times (JSON lines)."),
+        typer.Option(
+            "--record",
+            "--save-requests",
+            help="Write every request with its token times (JSON lines).",
+            callback=output_file,
+        ),
     ] = None,
 ) -> None:
     """Send requests when they are due and count how many kept their SLO, per class.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from slos_serve.cli.printed import output_file
 from slos_serve.core.errors import InvalidFieldError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ LengthScale = Annotated[float, typer.Option(help="Factor on the lengths of a nam
 IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Answers of exactly max_tokens (vLLM, SGLang).")]
 Timeout = Annotated[float, typer.Option(help="Seconds after which a request counts as failed.")]
 Wait = Annotated[float, typer.Option(min=0.0, help="Seconds to wait for a server that does not answer yet.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result here.")]
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result here.", callback=output_file)]
 DEFAULT_WAIT_S = 60.0
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
 
-from slos_serve.cli.printed import failure, interrupted, progress_bar, say, stdout_console
+from slos_serve.cli.printed import failure, interrupted, output_file, progress_bar, say, stdout_console
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.launch.folders import prepare_folders
 
@@ -47,8 +47,10 @@ def demo(
     story: Annotated[
         Story, typer.Option(help="What is sent: streams of three classes, or agents' tasks, JSON answers and a chat.")
     ] = Story.STREAMS,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Write the chart here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here.", callback=output_file)
+    ] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the chart here.", callback=output_file)] = None,
     profile: Annotated[Path | None, typer.Option(help="Batch-time profile instead of the cached one.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the requests.")] = 0,
     calm_seconds: Annotated[float, typer.Option(min=1, help="How long requests arrive in the calm phase.")] = 28.0,
@@ -260,13 +262,11 @@ def _write(
 
     _write_json(result, json_file)
     if png is not None:
-        png.parent.mkdir(parents=True, exist_ok=True)
         plot_demo(result, sides, plan, setup.profile_model, png)
 
 
 def _write_json(result: dict[str, Any], json_file: Path | None) -> None:
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

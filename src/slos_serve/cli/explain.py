@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slos_serve.cli.printed import USAGE_ERROR, failure, stdout_console
+from slos_serve.cli.printed import USAGE_ERROR, failure, output_file, stdout_console
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.files.profile_file import profile_path
 
@@ -54,7 +54,9 @@ def explain(
     load_prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt tokens of each request of the load.")] = 512,
     load_answer_tokens: Annotated[int, typer.Option(min=1, help="Answer tokens of each request of the load.")] = 256,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Most requests that run at a time.")] = 256,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here; - prints it alone.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here; - prints it alone.", callback=output_file)
+    ] = None,
 ) -> None:
     """Say what a request would be promised now, and what binds.
 

@@ -6,8 +6,10 @@ used; nothing was run. 130: interrupted.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import typer
 from rich.console import Console
@@ -21,6 +23,23 @@ FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 FILE_WIDTH = 130
 # Few redraws: a command may share its processor with what it measures.
 REDRAWS_PER_S = 2.0
+
+
+def output_file(path: Path | None) -> Path | None:
+    """The callback of an option that names a file to write: refuses it before anything runs, and makes its folder.
+
+    Raises:
+        typer.BadParameter: it cannot be written.
+    """
+    if path is None or str(path) == "-":
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as fault:
+        raise typer.BadParameter(f"{path} cannot be written: {fault.strerror}") from None
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written")
+    return path
 
 
 def stdout_console() -> Console:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from slos_serve.cli.printed import failure, interrupted, progress_bar, stdout_console
+from slos_serve.cli.printed import failure, interrupted, output_file, progress_bar, stdout_console
 from slos_serve.core.errors import SlosServeError
 from slos_serve.files.profile_file import Profile, default_profile_path, samples_path, save_profile
 from slos_serve.launch.folders import prepare_folders
@@ -41,13 +41,17 @@ def profile(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="What vLLM loads: a hub name or a folder; 'smollm2' needs no download.")],
     output: Annotated[
-        Path | None, typer.Option(help="Profile to write; default: where 'serve' and 'demo' look for it.")
+        Path | None,
+        typer.Option(help="Profile to write; default: where 'serve' and 'demo' look for it.", callback=output_file),
     ] = None,
     duration: Annotated[float, typer.Option(help="Seconds of measuring, after the engine has started.")] = 60.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the batches and prompts.")] = 0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result here too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the result here too.", callback=output_file)
+    ] = None,
     plot: Annotated[
-        Path | None, typer.Option(help="Chart of predicted against measured; default: beside the profile.")
+        Path | None,
+        typer.Option(help="Chart of predicted against measured; default: beside the profile.", callback=output_file),
     ] = None,
 ) -> None:
     """Measure how long batches of MODEL take on this machine and fit the batch-time model.
@@ -114,7 +118,6 @@ def _write_json(run: ProfileRun, path: Path, json_file: Path) -> None:
         "max_num_seqs": run.max_num_seqs,
         "goal_met": meets_goal(run.profile),
     }
-    json_file.parent.mkdir(parents=True, exist_ok=True)
     json_file.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 

@@ -8,14 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from slos_serve.cli.printed import failure
+from slos_serve.cli.printed import failure, output_file
 from slos_serve.cli.sim_options import console
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 
 
 def report(
     results: Annotated[list[Path], typer.Argument(help="JSON that capacity or simulate wrote; runs are overlaid.")],
-    output: Annotated[Path | None, typer.Option("--output", help="Page to write; default: beside the result.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Page to write; default: beside the result.", callback=output_file)
+    ] = None,
 ) -> None:
     """Write one self-contained HTML page, and beside it a PNG file for every chart."""
     from slos_serve.bench.charts import png_bytes
@@ -30,7 +32,6 @@ def report(
     except SlosServeError as fault:
         raise failure(fault) from fault
     target = output or results[0].with_suffix(".html")
-    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(page(target.stem, charts, rows), encoding="utf-8")
     pictures = [target.with_name(f"{target.stem}-{chart.key}.png") for chart in charts]
     for chart, picture in zip(charts, pictures, strict=True):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from slos_serve.cli.printed import failure, progress_bar
+from slos_serve.cli.printed import failure, output_file, progress_bar
 from slos_serve.cli.serve_run import Launch, run
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.core.redaction import redacted_text, secret_arguments, secrets_of
@@ -99,7 +99,9 @@ def serve(
     startup_timeout: Annotated[
         float, typer.Option(min=1.0, help="Seconds that the server may take to answer; raise it for large models.")
     ] = START_TIMEOUT_S,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the resolved configuration here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the resolved configuration here.", callback=output_file)
+    ] = None,
 ) -> None:
     """Serve MODEL so that each request keeps the latency promises of its class.
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from slos_serve.cli.printed import failure, progress_bar
+from slos_serve.cli.printed import failure, output_file, progress_bar
 from slos_serve.cli.sim_options import Exact, JsonFile, ProfileName, conditions_of, console, policy_of, write_json
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.core.slo import check_number
@@ -39,7 +39,7 @@ def size(
     watts: Annotated[float | None, typer.Option(help="Of one device while it computes.")] = None,
     idle_watts: Annotated[float | None, typer.Option(help="Of one device while it does not.")] = None,
     exact: Exact = False,
-    plot: Annotated[Path | None, typer.Option(help="Draw a chart here (PNG or SVG).")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw a chart here (PNG or SVG).", callback=output_file)] = None,
     json_file: JsonFile = None,
 ) -> None:
     """Find the fewest servers for a mix of classes, and what they take over a day."""

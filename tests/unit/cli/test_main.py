@@ -45,3 +45,26 @@ def test_shells_complete_commands_and_options(words: str, at: int, found: str) -
     asked = {"_SLOS_SERVE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(at)}
     said = CliRunner().invoke(app, [], prog_name="slos-serve", env=asked)
     assert said.stdout.split() == [found]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "capacity --json",
+        "simulate --scenario chat --rate 1 --json",
+        "size --mix examples/mix.yaml --classes examples/classes.yaml --plot",
+        "explain --prompt-tokens 5 --json",
+        "bench --base-url http://s:1 --classes examples/classes.yaml --workload chat --rate 1 --duration 1 --csv",
+        "bench --base-url http://s:1 --classes examples/classes.yaml --workload chat --rate 1 --duration 1 --record",
+        "compare http://s:1 http://s:2 --classes examples/classes.yaml --workload chat --rate 1 --duration 1 --json",
+        "serve tiny --json",
+        "profile tiny --output",
+        "demo --png",
+        "report x.json --output",
+    ],
+)
+def test_a_result_that_cannot_be_written_is_refused_before_anything_runs(words: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for given in (tmp_path / "file" / "result", tmp_path):
+        said = CliRunner().invoke(app, [*words.split(), str(given)])
+        assert said.exit_code == 2 and "cannot be written" in " ".join(re.sub("[│\n]", " ", said.stderr).split())
