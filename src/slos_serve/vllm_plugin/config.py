@@ -79,7 +79,7 @@ class PluginConfig(BaseModel):
         events_path: file that events are appended to, ``None`` for nowhere.
         publish_to: ZeroMQ address that the planner's state is published to, ``None`` for nowhere.
         publish_every_ms: age that a publication may reach.
-        plan_limit_ms: processor time a plan may take, where a tenth of its step is less; see ``guard``.
+        plan_limit_ms: processor time a plan may take, or a tenth of its step where that is more; see ``guard``.
         ttft_margin_ms: subtracted from every TTFT deadline; 0 leaves what the class file says.
         fault_limit: faults in a row after which the scheduler stays in stock order until restart.
         allow_profile_mismatch: warn instead of refusing when the profile was measured on something else.
