@@ -192,41 +192,37 @@ def default_requests(scenario: str) -> int:
 
 
 def tables(results: list[Capacity]) -> list[Table]:
-    """Capacity by scenario and policy, by mean and with every token in time; attainment by prompt quartile at it."""
-    capacities = Table(title="requests/s per GPU (95 % interval); second: with every token in time")
-    quartiles = Table(title="attainment at capacity by prompt length quartile, short to long (%)")
-    policies = list(dict.fromkeys(row.policy for row in results))
-    for table in (capacities, quartiles):
-        table.add_column("scenario")
-        for name in policies:
-            table.add_column(name, justify="right")
-    for bound in ("fluid bound / 0.9", "with speculation", "costliest tenth dropped"):
-        capacities.add_column(bound, justify="right")
-    by_scenario: dict[str, dict[str, Capacity]] = defaultdict(dict)
+    """Capacity of each scenario and policy, a line each, and what no policy can carry of each scenario."""
+    capacities = Table(title="Highest requests/s per GPU (95 % interval)", title_justify="left")
+    for column in ("scenario", "policy"):
+        capacities.add_column(column, overflow="fold")
+    for column in ("by the mean", "every token in time", "attained by prompt quartile, short to long (%)"):
+        capacities.add_column(column, justify="right")
+    bounds = Table(title="What no policy can carry, requests/s per GPU", title_justify="left")
+    bounds.add_column("scenario", overflow="fold")
+    for column in ("fluid bound / 0.9", "with speculation", "costliest tenth dropped"):
+        bounds.add_column(column, justify="right")
+    bound_of: dict[str, tuple[str, str, str]] = {}
     for row in results:
-        by_scenario[row.scenario][row.policy] = row
-    for scenario, rows in by_scenario.items():
-        any_row = next(iter(rows.values()))
         capacities.add_row(
-            scenario,
-            *(_cell(rows.get(name)) for name in policies),
-            f"{any_row.fluid_bound_rps_per_gpu / 0.9:.2f}",
-            f"{any_row.fluid_bound_speculative_rps_per_gpu / 0.9:.2f}",
-            f"{any_row.fluid_bound_dropping_rps_per_gpu:.2f}",
+            row.scenario if row.scenario not in bound_of else "",
+            row.policy,
+            _with_interval(row.capacity_rps_per_gpu, row.ci),
+            _with_interval(row.strict_rps_per_gpu, row.strict_ci),
+            " ".join(f"{100 * share:.0f}" for share in row.by_prompt_quartile),
         )
-        quartiles.add_row(scenario, *(_quartiles(rows.get(name)) for name in policies))
-    return [capacities, quartiles]
+        bound_of[row.scenario] = (
+            f"{row.fluid_bound_rps_per_gpu / 0.9:.2f}",
+            f"{row.fluid_bound_speculative_rps_per_gpu / 0.9:.2f}",
+            f"{row.fluid_bound_dropping_rps_per_gpu:.2f}",
+        )
+    for scenario, those in bound_of.items():
+        bounds.add_row(scenario, *those)
+    return [capacities, bounds]
 
 
-def _cell(row: Capacity | None) -> str:
-    if row is None:
-        return ""
-    by_mean = f"{row.capacity_rps_per_gpu:.2f} ({row.ci[0]:.2f}-{row.ci[1]:.2f})"
-    return f"{by_mean}\n{row.strict_rps_per_gpu:.2f} ({row.strict_ci[0]:.2f}-{row.strict_ci[1]:.2f})"
-
-
-def _quartiles(row: Capacity | None) -> str:
-    return "" if row is None else " ".join(f"{100 * share:.0f}" for share in row.by_prompt_quartile)
+def _with_interval(rps: float, interval: tuple[float, float]) -> str:
+    return f"{rps:.2f} ({interval[0]:.2f}-{interval[1]:.2f})"
 
 
 def geometric_means(results: list[Capacity]) -> list[str]:

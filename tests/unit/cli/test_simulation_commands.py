@@ -3,16 +3,50 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
-from slos_serve.cli.capacity import _searchable
+from slos_serve.cli.capacity import _searchable, tables
 from slos_serve.cli.main import app
+from slos_serve.cli.printed import FILE_WIDTH
 from slos_serve.core.errors import InvalidFieldError
+from slos_serve.policies.registry import POLICIES
+from slos_serve.sim.search import Capacity
+from slos_serve.workload.scenarios import SCENARIOS
 
 RUNNER = CliRunner()
+A_CAPACITY = Capacity(
+    scenario="chat",
+    policy="vllm",
+    profile="opt-13b-a100",
+    replicas=1,
+    arrivals="poisson",
+    capacity_rps_per_gpu=11.5,
+    ci=(11.0, 12.0),
+    by_seed=[11.5],
+    strict_rps_per_gpu=8.0,
+    strict_ci=(7.0, 9.0),
+    strict_by_seed=[8.0],
+    attainment=0.9,
+    fluid_bound_rps_per_gpu=20.0,
+    fluid_bound_speculative_rps_per_gpu=30.0,
+    fluid_bound_dropping_rps_per_gpu=25.0,
+    parameters={},
+    tried=[],
+    curve=[],
+    admitted_attained=None,
+    by_prompt_quartile=[1.0, 1.0, 0.9, 0.8],
+    strict=0.8,
+    at_capacity={},
+    num_requests=100,
+    seeds=[30],
+    oracle_lengths=False,
+    conditions={},
+)
 
 
 def test_simulate_writes_what_it_prints(tmp_path: Path) -> None:
@@ -67,6 +101,19 @@ def test_capacity_writes_one_row_a_search(tmp_path: Path) -> None:
         "fluid_bound_rps_per_gpu",
     }
     assert all(wanted <= set(row) for row in rows)
+    for row in rows:
+        line = next(line for line in result.output.splitlines() if row["policy"] in line.split())
+        assert f"{row['capacity_rps_per_gpu']:.2f} ({row['ci'][0]:.2f}-{row['ci'][1]:.2f})" in line
+
+
+def test_every_policy_is_legible_in_the_table_of_capacities() -> None:
+    found = replace(A_CAPACITY, ci=(10.25, 12.75))
+    rows = [replace(found, scenario=name, policy=policy) for name in SCENARIOS for policy in POLICIES]
+    with (console := Console(width=FILE_WIDTH)).capture() as shown:
+        for table in tables(rows):
+            console.print(table)
+    assert all(name in shown.get() for name in (*SCENARIOS, *POLICIES)) and "\u2026" not in shown.get()
+    assert shown.get().count("11.50 (10.25-12.75)") == len(rows)
 
 
 def test_capacity_says_when_a_run_is_too_short_for_the_deadlines() -> None:
