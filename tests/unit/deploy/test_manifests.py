@@ -111,6 +111,24 @@ def test_the_chart_renders_to_valid_manifests(values: dict[str, Any]) -> None:
         check(document)
 
 
+def answers_end_first(deployment: dict[str, Any]) -> bool:
+    """Whether vLLM waits for answers under way, and ends before Kubernetes ends it."""
+    (spec,) = pod_specs(deployment)
+    (args,) = [container["args"] for container in spec["containers"]]
+    (timeout,) = [int(word.partition("=")[2]) for word in args if word.startswith("--shutdown-timeout=")]
+    return bool(0 < timeout < spec["terminationGracePeriodSeconds"])
+
+
+@pytest.mark.parametrize("grace_s", [60, 600])
+def test_answers_under_way_may_end_before_a_pod_goes(grace_s: int) -> None:
+    example = (ROOT / "examples" / "kubernetes" / "deployment.yaml").read_text(encoding="utf-8")
+    assert all(answers_end_first(one) for one in documents(example) if one["kind"] == "Deployment")
+    helm = pytest.importorskip("helm_python")
+    rendered = helm.Chart.load(str(CHART)).render(values={"model": "m", "terminationGracePeriodSeconds": grace_s})
+    (deployment,) = [one for text in rendered.values() if "kind: Deployment" in text for one in documents(text)]
+    assert answers_end_first(deployment)
+
+
 def test_a_chart_without_a_model_is_refused() -> None:
     helm = pytest.importorskip("helm_python")
     chart = helm.Chart.load(str(CHART))
