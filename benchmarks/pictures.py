@@ -100,7 +100,7 @@ def admission(axes: Axes) -> None:
         engine.wait(prompt, due_in_s=due_in_s, max_tokens=400)
     model = find_profile(PROFILE).model
     planner, state = Planner(model, 1), engine.state(model=model)
-    demand, supply, found, _ = planner.ask_now(state)
+    demand, supply, found, *_ = planner.ask_now(state)
     counts = supply.counts.copy()
     at_s, spent = 0.0, 0.0
     budget, line = 0.0, [(0.0, 0.0)]

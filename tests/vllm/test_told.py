@@ -70,12 +70,12 @@ def test_a_told_promise_that_is_lost_before_its_prompt_begins_is_a_broken_promis
     assert (told["verdict"], told["ttft_ok"]) == ("admitted", False)
 
 
-def dry_load(start: Start, folder: Path, classes: str) -> ToldLoad:
+def dry_load(start: Start, folder: Path, classes: str, max_num_seqs: int = 64) -> ToldLoad:
     """The demo's engine behind a front end that knows these classes."""
     (folder / "classes.yaml").write_text(classes, encoding="utf-8")
     (folder / "events.jsonl").unlink(missing_ok=True)
     save_profile(replace(load_profile(folder / "profile.json"), model=CPU), folder / "profile.json")
-    scheduler = start(depth=1, async_scheduling=False, num_blocks=3000).scheduler
+    scheduler = start(depth=1, async_scheduling=False, num_blocks=3000, max_num_seqs=max_num_seqs).scheduler
     return ToldLoad(DryEngine(scheduler, CPU, depth=1), folder)
 
 
@@ -91,6 +91,15 @@ def test_what_clients_are_told_in_bursts_comes_true(start: Start, tmp_path: Path
     assert told > 150 and 0.3 * told < admitted < 0.8 * told
     assert right >= 0.97 * told, found
     assert found["admitted", "admitted", True] >= 0.97 * admitted, found
+
+
+def test_what_is_told_is_kept_where_max_num_seqs_binds(start: Start, tmp_path: Path) -> None:
+    plan = plan_demo(CPU, DemoSettings(seed=1))
+    load = dry_load(start, tmp_path, classes_yaml(plan.classes), max_num_seqs=8)
+    load.run(plan.burst, {None: 1.3, "chat": 1.2, "coding": 2.2, "summarization": 1.25})
+    found = load.compared(events(tmp_path, "request"))
+    told = sum(count for (said, _, _), count in found.items() if said == "admitted")
+    assert found["admitted", "admitted", True] >= 0.97 * told > 0.97 * 15, found
 
 
 def test_a_weaker_promise_takes_in_nearly_everybody_of_a_burst_at_little_price_for_the_first(

@@ -36,6 +36,7 @@ class Why(StrEnum):
     TTFT_TOO_LATE = "ttft_too_late"
     DECODE_RATE = "decode_rate"
     KV_FULL = "kv_full"
+    SEQS_FULL = "seqs_full"
     PASSED_OVER = "passed_over"
     SESSION_MISSED = "session_missed"
     NO_STATE = "no_state"
@@ -53,6 +54,7 @@ SENTENCES: Mapping[Why, str] = {
     Why.TTFT_TOO_LATE: "Its prompt cannot be computed before its first token is due.",
     Why.DECODE_RATE: "Its tokens, or those of requests that run, would come too slowly.",
     Why.KV_FULL: "The KV cache has no room for it beside what is promised.",
+    Why.SEQS_FULL: "The engine runs at most max_num_seqs requests at once, and all of these places are promised.",
     Why.PASSED_OVER: "Requests that cost less, or weigh more, were promised the time it needs.",
     Why.SESSION_MISSED: "A promise of its session is broken already.",
     Why.NO_STATE: "No engine has published its state lately.",

@@ -35,7 +35,7 @@ class MirrorArrays(NamedTuple):
         coefficients: float64 [R, 8].
         draft_s, max_step_tokens, margin, max_implied_ttft_s: float64 [R].
         total_blocks, block_size: int64 [R].
-        moments_s, lent_tokens: float64 [R, M], see ``Publication``.
+        moments_s, lent_tokens, seats_left: float64 [R, M], see ``Publication``.
         forecast_tokens: float64 [R, C, 1]; boost: float64 [R, NUM_SHARES].
         idle_rate: float64 [R], prefill tokens a second of the replica when nothing decodes.
         num_unpromised: int64 [R].
@@ -68,6 +68,7 @@ class MirrorArrays(NamedTuple):
     block_size: IntArray
     moments_s: FloatArray
     lent_tokens: FloatArray
+    seats_left: FloatArray
     forecast_tokens: FloatArray
     boost: FloatArray
     idle_rate: FloatArray

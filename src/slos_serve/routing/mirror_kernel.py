@@ -138,6 +138,26 @@ def _short_of_memory(m: MirrorArrays, k: int, memory: FloatArray, given_up: int)
 
 
 @in_place
+def has_seat(m: MirrorArrays, k: int, due_s: float) -> bool:
+    """Whether a seat is left for a request whose first token is due at ``due_s``, from the moment before on."""
+    last = m.moments_s.shape[1] - 1
+    for j in range(last + 1):
+        if m.moments_s[k, min(j + 1, last)] >= due_s or j == last:
+            if m.seats_left[k, j] < 1.0 - TOLERANCE:
+                return False
+    return True
+
+
+@in_place
+def _leave_seats(m: MirrorArrays, k: int, due_s: float, count: float) -> None:
+    """``count`` seats more are left from the moment before ``due_s`` on."""
+    last = m.moments_s.shape[1] - 1
+    for j in range(last + 1):
+        if m.moments_s[k, min(j + 1, last)] >= due_s or j == last:
+            m.seats_left[k, j] += count
+
+
+@in_place
 def _costliest(m: MirrorArrays, k: int, size: FloatArray, own: int, own_weight: float, before: int) -> int:
     """Which of the first ``before`` is the largest for its weight among those that have not begun.
 
@@ -195,6 +215,8 @@ def ask(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> tuple
     if is_lost(state, 0):
         return NO, -1
     due_s, cost, tier, extra_s, memory = demand(m, k, state)
+    if not has_seat(m, k, due_s):
+        return NO, -1
     weight = weight_of(state, 0)
     at = _place(m, k, due_s)
     asked = _with(m, k, at, due_s, cost, tier)
@@ -233,6 +255,7 @@ def give_up(m: MirrorArrays, k: int, place: int) -> None:
     """What stands at ``place`` is owed no more and waits without a promise."""
     for j in range(m.memory_left.shape[1]):
         m.memory_left[k, j] += m.memory[k, place, j]
+    _leave_seats(m, k, m.due_s[k, place], 1.0)
     for i in range(place, m.first[k] + m.num_owed[k] - 1):
         _move(m, k, i + 1, i)
     m.num_owed[k] -= 1
@@ -277,6 +300,7 @@ def enter(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> Non
     for j in range(len(memory)):
         m.memory_left[k, j] -= memory[j]
         m.memory[k, at, j] = memory[j]
+    _leave_seats(m, k, due_s, -1.0)
     m.num_owed[k] += 1
 
 

@@ -270,6 +270,7 @@ class Mirrors:
         for name in ("margin", "max_implied_ttft_s"):
             getattr(m, name)[k] = getattr(given, name)
         m.moments_s[k], m.lent_tokens[k] = given.moments_s + offset_s, given.lent_tokens
+        m.seats_left[k] = given.seats_left
         m.total_blocks[k], m.block_size[k] = given.total_blocks, given.block_size
         classes = min(len(given.forecast_tokens), self._num_classes)
         m.forecast_tokens[k, :classes, 0] = given.forecast_tokens[:classes]
@@ -346,7 +347,7 @@ def _arrays(replicas: int, places: int, checkpoints: int, classes: int) -> Mirro
     shapes["memory"] = (replicas, places, checkpoints)
     by_tier = ("pace_s", "periods_s", "tokens_each", "extra_s_each", "counts", "in_tier")
     shapes |= dict.fromkeys(by_tier, (replicas, TIERS))
-    shapes |= dict.fromkeys(("moments_s", "lent_tokens"), (replicas, len(MOMENT_TOKENS)))
+    shapes |= dict.fromkeys(("moments_s", "lent_tokens", "seats_left"), (replicas, len(MOMENT_TOKENS)))
     shapes["memory_left"] = (replicas, checkpoints)
     shapes["coefficients"] = (replicas, NUM_COEFFICIENTS)
     shapes["forecast_tokens"], shapes["boost"] = (replicas, classes, 1), (replicas, NUM_SHARES)

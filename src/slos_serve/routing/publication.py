@@ -18,7 +18,7 @@ from slos_serve.perf.formula import NUM_COEFFICIENTS
 from slos_serve.planning.state import FloatArray, IntArray
 from slos_serve.planning.supply import MOMENT_TOKENS
 
-FORMAT = "slos-serve-publication/6"
+FORMAT = "slos-serve-publication/7"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,6 +50,7 @@ class Publication:
         total_blocks, free_blocks, block_size: KV cache.
         moments_s: float64 [M], ascending.
         lent_tokens: float64 [M], prefill tokens that running decodes lend until each of these moments.
+        seats_left: float64 [M], of ``max_num_seqs`` those beside all that is promised, at each of these moments.
         num_requests: unfinished requests of any kind.
         num_unpromised: of them, best effort and those passed over.
         queued_shares: int64 [q], shares with a request of those that has no token yet.
@@ -88,6 +89,7 @@ class Publication:
     block_size: int
     moments_s: FloatArray
     lent_tokens: FloatArray
+    seats_left: FloatArray
     num_requests: int
     num_unpromised: int
     queued_shares: IntArray
@@ -156,7 +158,7 @@ def _sizes(publication: Publication) -> list[tuple[str, int]]:
     tiers, owed = len(publication.pace_s), len(publication.due_s)
     by_tier = ("periods_s", "tokens_each", "extra_s_each", "counts", "in_tier")
     by_prompt = ("cost_tokens", "tier", "weight", "begun")
-    by_moment = ("moments_s", "lent_tokens")
+    by_moment = ("moments_s", "lent_tokens", "seats_left")
     by_share, queued = ("boosted", "boost"), ("queued_shares", "queued_tokens")
     sizes = [(by_tier, tiers), (by_prompt, owed), (by_moment, len(MOMENT_TOKENS)), (by_share, len(publication.boost))]
     sizes.append((queued, len(publication.queued_tokens)))

@@ -106,8 +106,9 @@ def publication_of(
     coefficients = model.coefficients * (factor * (1.0 + planner.step_margin))
     ready_s = now_s if plan is None else now_s + plan.predicted_s
     view = view_copy(view) if plan is None else after_step(view, plan, ready_s)
-    demand, supply, admitted, tiers = own_admission(planner, coefficients, view, ready_s)
-    rows, taken = view.table.rows, admitted.taken
+    asked = own_admission(planner, coefficients, view, ready_s)
+    demand, supply, tiers, taken = asked.demand, asked.supply, asked.tiers, asked.admitted.taken
+    rows, memory = view.table.rows, demand.blocks[taken, : asked.kv_moments]
     promised = int(supply.counts.sum()) + int(taken.sum())
     num_requests = len(view.running) + len(view.waiting)
     queued_shares, queued_tokens = queued_by_share(view, demand.slots[taken])
@@ -135,13 +136,14 @@ def publication_of(
         tier=demand.tier[taken],
         weight=demand.weight[taken],
         begun=(rows["status"][demand.slots[taken]] == ADMITTED).astype(np.int64),
-        memory=demand.blocks[taken],
-        memory_left=supply.blocks - demand.blocks[taken].sum(axis=0),
+        memory=memory,
+        memory_left=supply.blocks[: asked.kv_moments] - memory.sum(axis=0),
         total_blocks=view.total_blocks,
         free_blocks=view.free_blocks,
         block_size=view.block_size,
         moments_s=supply.moments_s,
         lent_tokens=supply.lent_tokens,
+        seats_left=asked.seats_left,
         num_requests=num_requests,
         num_unpromised=max(num_requests - promised, 0),
         queued_shares=queued_shares,

@@ -138,7 +138,7 @@ def _copy_with_room(m: MirrorArrays, k: int) -> MirrorArrays:
 
 
 def _end_decodes(m: MirrorArrays, tokens: float, span_s: float) -> None:
-    """Let decodes of ``tokens`` tokens each end for ``span_s`` seconds, evenly spread, and free their memory."""
+    """Let decodes of ``tokens`` tokens each end for ``span_s`` seconds, evenly spread, and free memory and seats."""
     counts, owed = m.counts[0], slice(m.first[0], m.first[0] + m.num_owed[0])
     if span_s <= 0.0 or counts.sum() <= 0.0:
         return
@@ -151,3 +151,4 @@ def _end_decodes(m: MirrorArrays, tokens: float, span_s: float) -> None:
     counts *= left
     held = np.maximum(m.total_blocks[0] - m.memory_left[0] - m.memory[0, owed].sum(axis=0), 0.0)
     m.memory_left[0] += held * (1.0 - counts.sum() / before)
+    m.seats_left[0] += before - counts.sum()

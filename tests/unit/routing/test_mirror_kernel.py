@@ -7,17 +7,18 @@ import pytest
 
 from slos_serve.core.plan import StepPlan
 from slos_serve.core.request import Status
+from slos_serve.core.verdict import Verdict
 from slos_serve.planning.planner import Planner
 from slos_serve.routing.mirror_arrays import advance, rate_beside
 from slos_serve.routing.projection import after_step
 from slos_serve.routing.publisher import own_admission
-from slos_serve.routing.router import route, verdicts
+from slos_serve.routing.router import RouterSettings, route, verdicts
 from tests.builders import OPT_13B_A100, EngineBuilder
 from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, request
 
 
-def _random_engine(rng: np.random.Generator, most_ahead_s: float = 0.0) -> EngineBuilder:
-    engine = EngineBuilder(total_blocks=int(rng.integers(400, 4000)))
+def _random_engine(rng: np.random.Generator, most_ahead_s: float = 0.0, max_num_seqs: int = 256) -> EngineBuilder:
+    engine = EngineBuilder(total_blocks=int(rng.integers(400, 4000)), max_num_seqs=max_num_seqs)
     for _ in range(int(rng.integers(0, 120))):
         ahead_s = float(rng.uniform(0.0, most_ahead_s))
         engine.decode(tpot_s=float(rng.choice([0.05, 0.1])), prompt_tokens=int(rng.integers(20, 800)), ahead_s=ahead_s)
@@ -26,10 +27,10 @@ def _random_engine(rng: np.random.Generator, most_ahead_s: float = 0.0) -> Engin
     return engine
 
 
-def _verdicts(seed: int, most_ahead_s: float) -> tuple[bool, bool]:
+def _verdicts(seed: int, most_ahead_s: float, max_num_seqs: int = 256) -> tuple[bool, bool]:
     """The mirror's and the replica's own."""
     rng = np.random.default_rng(seed)
-    engine = _random_engine(rng, most_ahead_s)
+    engine = _random_engine(rng, most_ahead_s, max_num_seqs)
     mirrors = mirrors_of(a=engine)
     prompt, due_in_s = int(rng.integers(20, 4000)), float(rng.uniform(0.2, 2.0))
     mirror = verdicts(NOW_S, request(prompt, due_in_s=due_in_s), mirrors)["a"]
@@ -50,6 +51,22 @@ def test_knows_the_time_that_decodes_ahead_of_their_deadlines_leave() -> None:
     found = np.array([_verdicts(seed, most_ahead_s=2.0) for seed in range(200)])
     # A mirror does not know that the asking prompt may end first: what decodes lend is not quite the replica's own.
     assert np.mean(found[:, 0] == found[:, 1]) >= 0.98
+
+
+def test_knows_how_many_seats_are_left() -> None:
+    found = np.array([_verdicts(seed, most_ahead_s=0.0, max_num_seqs=64) for seed in range(200)])
+    assert 0.05 < found[:, 1].mean() < 0.8
+    assert np.mean(found[:, 0] == found[:, 1]) >= 0.95, np.mean(found, axis=0)
+
+
+def test_a_seat_is_not_promised_twice() -> None:
+    engine = EngineBuilder(max_num_seqs=3)
+    for _ in range(2):
+        slot = engine.decode(output_tokens=5, max_tokens=400)
+        engine.table.rows["hint_tokens"][slot] = 400
+    mirrors = mirrors_of(a=engine)
+    several = [route(NOW_S, request(100, due_in_s=1.0), mirrors, RouterSettings()) for _ in range(3)]
+    assert [one.verdict for one in several] == [Verdict.ADMITTED, Verdict.BEST_EFFORT, Verdict.BEST_EFFORT]
 
 
 def test_the_end_of_a_step_is_what_the_next_plan_starts_from() -> None:
