@@ -44,7 +44,7 @@ def _fuzz(options: argparse.Namespace, folder: Path) -> int:
     from tests.vllm.fuzzing import shrink, try_seed
 
     without = [word for word in options.without.split(",") if word]
-    counts, locked, overfull = Counter[str](), Counter[str](), Counter[str]()
+    counts, locked, overfull, orphaned = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     steps = episodes = vllms = 0
     failed: list[int] = []
     seed, told_s, start_s = options.seed, time.monotonic(), time.monotonic()
@@ -59,6 +59,7 @@ def _fuzz(options: argparse.Namespace, folder: Path) -> int:
         counts.update(verdict.ours.counts)
         locked.update(stock=int(verdict.stock.locked), ours=int(verdict.ours.locked))
         overfull.update(stock=int(verdict.stock.overfull), ours=int(verdict.ours.overfull))
+        orphaned.update(stock=int(verdict.stock.orphaned), ours=int(verdict.ours.orphaned))
         if verdict.problem:
             failed.append(seed)
             print(f"seed {seed}: {verdict.problem}", flush=True)
@@ -77,7 +78,8 @@ def _fuzz(options: argparse.Namespace, folder: Path) -> int:
     minutes = (time.monotonic() - start_s) / 60
     print(f"{steps} steps, {episodes} episodes in {minutes:.1f} minutes up to seed {seed}; failed {failed}; "
           f"{vllms} fail on stock as well; sessions lock vLLM in {locked['stock']} on stock, {locked['ours']} on ours, "
-          f"its own steps let too many adapters run in {overfull['stock']} and {overfull['ours']}; "
+          f"its own steps let too many adapters run in {overfull['stock']} and {overfull['ours']} and lose a session "
+          f"in {orphaned['stock']} and {orphaned['ours']}; "
           f"stock steps by kind {dict(counts)}")  # fmt: skip
     return 1 if failed else 0
 

@@ -47,6 +47,7 @@ class Run:
     steps: int = 0
     locked: bool = False
     overfull: bool = False
+    orphaned: bool = False
     worst_wait_s: float = 0.0
     cpu_s: float = 0.0
 
@@ -60,7 +61,7 @@ def run_episode(episode: Episode, folder: Path, cls: type[Any] | None = None) ->
     engine = DryEngine(scheduler, OPT_13B_A100, depth=None)
     scheduler.slo_clock_s = lambda: engine.now_s
     check_rows(scheduler)
-    overfull = _watch_adapters(scheduler)
+    overfull, cut_short = _watch_adapters(scheduler), _watch_sessions(scheduler)
     entered: dict[str, float] = {}
     start_s = time.process_time()
     try:
@@ -73,6 +74,7 @@ def run_episode(episode: Episode, folder: Path, cls: type[Any] | None = None) ->
         engine.run(MOST_STEPS)
         run.error = _left_behind(engine, episode)
         run.locked = bool(scheduler.requests) and _is_locked(engine)
+        run.orphaned = _are_orphans(scheduler, cut_short)
     except Exception as error:  # whatever the scheduler does is what is looked for
         run.error = f"{type(error).__name__}: {error}"[:300]
         run.trace = traceback.format_exc(limit=-4)
@@ -120,6 +122,27 @@ def _watch_adapters(scheduler: Any) -> list[bool]:
     return seen
 
 
+def _watch_sessions(scheduler: Any) -> set[str]:
+    """Sessions that vLLM's own step preempted while output of theirs was in flight; the plug-in's plans never do."""
+    seen: set[str] = set()
+    preempt = scheduler._preempt_request
+
+    def watched(request: Any, *args: Any, **kwargs: Any) -> Any:
+        if request.resumable and request.num_output_placeholders:
+            seen.add(request.request_id)
+        return preempt(request, *args, **kwargs)
+
+    scheduler._preempt_request = watched
+    return seen
+
+
+def _are_orphans(scheduler: Any, cut_short: set[str]) -> bool:
+    """Whether all that is left are such sessions, in none of vLLM's lists: the end of their turn took them out of both."""
+    lists = (scheduler.running, scheduler.waiting, getattr(scheduler, compat.first_queue_name(scheduler)))
+    listed = {request.request_id for several in lists for request in several}
+    return bool(scheduler.requests) and set(scheduler.requests) <= cut_short - listed
+
+
 def _is_locked(engine: DryEngine) -> bool:
     """Whether vLLM's own order makes nothing more: nobody runs, and sessions that wait for a turn hold KV."""
     scheduler = engine.scheduler
@@ -139,7 +162,7 @@ def _worst_wait(engine: DryEngine, name: str, entered_s: float) -> float:
 
 def judged(episode: Episode, stock: Run, ours: Run) -> str:
     """What is wrong with ours, empty when nothing is."""
-    is_vllms = ours.locked or ours.overfull
+    is_vllms = ours.locked or ours.overfull or ours.orphaned
     if ours.error and not is_vllms:
         return ours.error
     hard = {kind: count for kind, count in ours.counts.items() if kind not in SOFT_KINDS}

@@ -89,6 +89,15 @@ def test_sessions_that_lock_vllm_are_told_from_requests_that_ours_starves(
     assert not starved.locked and judged(episode_of(0), Run(), starved)
 
 
+def test_sessions_that_vllm_loses_itself_are_told_from_requests_that_ours_does(configured: Path) -> None:
+    if not hasattr(SchedulerConfig, "max_num_active_seqs"):
+        pytest.skip("without streaming input")
+    lost = run_episode(episode_of(348870), configured, SLOScheduler)
+    assert lost.orphaned and lost.error == "never finished: ['r15']"
+    assert judged(episode_of(348870), Run(), lost) == ""
+    assert judged(episode_of(348870), Run(), Run(error=lost.error)) == lost.error
+
+
 def test_adapters_that_vllm_lets_in_itself_are_told_from_those_that_ours_does(configured: Path) -> None:
     if not hasattr(SchedulerConfig, "max_num_active_seqs"):
         pytest.skip("the seed's episode is of a newer vLLM")

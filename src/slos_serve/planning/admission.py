@@ -120,6 +120,4 @@ def admission_of(state: State, asking: SlotArray, question: Question) -> Asked:
         first_due_s = demand.due_s[0] if len(demand.slots) > 0 else supply.start_s
         supply.lent_tokens[:] = lend(state, supply, tpot_s, survival, first_due_s)
     admitted = admit(demand, supply, MOST_WORK)
-    return Asked(
-        demand, supply, admitted, question.tiers, kv_moments, seat_room - seats[admitted.taken].sum(axis=0)
-    )
+    return Asked(demand, supply, admitted, question.tiers, kv_moments, seat_room - seats[admitted.taken].sum(axis=0))
