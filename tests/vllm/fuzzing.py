@@ -137,7 +137,7 @@ def _watch_sessions(scheduler: Any) -> set[str]:
 
 
 def _are_orphans(scheduler: Any, cut_short: set[str]) -> bool:
-    """Whether all that is left are such sessions, in none of vLLM's lists: the end of their turn took them out of both."""
+    """Whether all that is left are such sessions, in none of vLLM's lists: the end of their turn took them out."""
     lists = (scheduler.running, scheduler.waiting, getattr(scheduler, compat.first_queue_name(scheduler)))
     listed = {request.request_id for several in lists for request in several}
     return bool(scheduler.requests) and set(scheduler.requests) <= cut_short - listed

@@ -142,9 +142,8 @@ def has_seat(m: MirrorArrays, k: int, due_s: float) -> bool:
     """Whether a seat is left for a request whose first token is due at ``due_s``, from the moment before on."""
     last = m.moments_s.shape[1] - 1
     for j in range(last + 1):
-        if m.moments_s[k, min(j + 1, last)] >= due_s or j == last:
-            if m.seats_left[k, j] < 1.0 - TOLERANCE:
-                return False
+        if (m.moments_s[k, min(j + 1, last)] >= due_s or j == last) and m.seats_left[k, j] < 1.0 - TOLERANCE:
+            return False
     return True
 
 
