@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 # Whatever these packages hold can change an answer, but for what only decides which questions are asked.
 _DECIDING = ("core", "perf", "planning", "policies", "routing", "metrics", "workload", "sim", "profiles")
 _ASKING = (
-    *("sim/search.py", "sim/rate_bounds.py", "sim/sweep.py"),
+    *("sim/search.py", "sim/bisection.py", "sim/rate_bounds.py", "sim/sweep.py"),
     *("sim/sizing.py", "sim/interval.py", "sim/seeds.py"),
 )
 OUR_POLICY = "slos-serve"
