@@ -18,6 +18,7 @@ from rich.progress import Progress, TaskID
 from rich.table import Table
 
 from slos_serve.cli.printed import failure, interrupted, output_file, progress_bar, say, stdout_console
+from slos_serve.cli.sim_options import JsonFile
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.launch.folders import prepare_folders
 
@@ -47,9 +48,7 @@ def demo(
     story: Annotated[
         Story, typer.Option(help="What is sent: streams of three classes, or agents' tasks, JSON answers and a chat.")
     ] = Story.STREAMS,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the result here.", callback=output_file)
-    ] = None,
+    json_file: JsonFile = None,
     png: Annotated[Path | None, typer.Option(help="Write the chart here.", callback=output_file)] = None,
     profile: Annotated[Path | None, typer.Option(help="Batch-time profile instead of the cached one.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the requests.")] = 0,

@@ -7,6 +7,7 @@ the planned step. The sums come from the planner's own functions; nothing here h
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -107,11 +108,10 @@ def publication_of(
     ready_s = now_s if plan is None else now_s + plan.predicted_s
     view = view_copy(view) if plan is None else after_step(view, plan, ready_s)
     asked = own_admission(planner, coefficients, view, ready_s)
-    demand, supply, tiers, taken = asked.demand, asked.supply, asked.tiers, asked.admitted.taken
-    rows, memory = view.table.rows, demand.blocks[taken, : asked.kv_moments]
-    promised = int(supply.counts.sum()) + int(taken.sum())
+    taken = asked.demand.slots[asked.admitted.taken]
+    promised = int(asked.supply.counts.sum()) + len(taken)
     num_requests = len(view.running) + len(view.waiting)
-    queued_shares, queued_tokens = queued_by_share(view, demand.slots[taken])
+    queued_shares, queued_tokens = queued_by_share(view, taken)
     boosted = np.flatnonzero(planner.shares.boost != 1.0)
     return Publication(
         replica=replica,
@@ -123,27 +123,10 @@ def publication_of(
         coefficients=coefficients,
         margin=settings.margin,
         max_implied_ttft_s=settings.max_implied_ttft_s,
-        max_step_tokens=int(supply.max_tokens),
-        draft_s=supply.draft_s,
-        pace_s=tiers.tpot_s,
-        periods_s=supply.periods_s,
-        tokens_each=supply.tokens_each,
-        extra_s_each=supply.extra_s_each,
-        counts=supply.counts,
-        in_tier=tiers.in_tier,
-        due_s=demand.due_s[taken],
-        cost_tokens=demand.tokens[taken],
-        tier=demand.tier[taken],
-        weight=demand.weight[taken],
-        begun=(rows["status"][demand.slots[taken]] == ADMITTED).astype(np.int64),
-        memory=memory,
-        memory_left=supply.blocks[: asked.kv_moments] - memory.sum(axis=0),
+        **_promised_of(asked, view),
         total_blocks=view.total_blocks,
         free_blocks=view.free_blocks,
         block_size=view.block_size,
-        moments_s=supply.moments_s,
-        lent_tokens=supply.lent_tokens,
-        seats_left=asked.seats_left,
         num_requests=num_requests,
         num_unpromised=max(num_requests - promised, 0),
         queued_shares=queued_shares,
@@ -152,3 +135,29 @@ def publication_of(
         boosted=boosted,
         boost=planner.shares.boost[boosted],
     )
+
+
+def _promised_of(asked: Asked, view: EngineView) -> dict[str, Any]:
+    """What is promised and what is left beside it, by the names of :class:`Publication`."""
+    demand, supply, tiers, taken = asked.demand, asked.supply, asked.tiers, asked.admitted.taken
+    memory = demand.blocks[taken, : asked.kv_moments]
+    return {
+        "max_step_tokens": int(supply.max_tokens),
+        "draft_s": supply.draft_s,
+        "pace_s": tiers.tpot_s,
+        "periods_s": supply.periods_s,
+        "tokens_each": supply.tokens_each,
+        "extra_s_each": supply.extra_s_each,
+        "counts": supply.counts,
+        "in_tier": tiers.in_tier,
+        "due_s": demand.due_s[taken],
+        "cost_tokens": demand.tokens[taken],
+        "tier": demand.tier[taken],
+        "weight": demand.weight[taken],
+        "begun": (view.table.rows["status"][demand.slots[taken]] == ADMITTED).astype(np.int64),
+        "memory": memory,
+        "memory_left": supply.blocks[: asked.kv_moments] - memory.sum(axis=0),
+        "moments_s": supply.moments_s,
+        "lent_tokens": supply.lent_tokens,
+        "seats_left": asked.seats_left,
+    }

@@ -22,6 +22,7 @@ R = TypeVar("R")
 MOST_REST_STEPS = 64
 # So many plans in time halve the rest that the next overrun brings.
 CALM_PLANS = 8
+_MOST_LATE = MOST_REST_STEPS.bit_length() + 1
 
 
 class Guard:
@@ -42,8 +43,7 @@ class Guard:
         self.resting = 0
         self._fault_limit = fault_limit
         self._in_a_row = 0
-        self._rest_steps = 0.0
-        self._in_time = 0
+        self._late = self._in_time = 0
         self._logged: dict[str, int] = {}
 
     def run(self, kind: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R | None:
@@ -77,9 +77,8 @@ class Guard:
     def overran(self, seconds: float, limit_s: float) -> None:
         """A plan took longer than its limit: rest for some steps, if others did lately."""
         self.count("overrun")
-        self._rest_steps = min(max(2 * self._rest_steps, 0.5), MOST_REST_STEPS)
-        self._in_time = 0
-        self.resting = int(self._rest_steps)
+        self._late, self._in_time = min(self._late + 1, _MOST_LATE), 0
+        self.resting = 1 << (self._late - 2) if self._late > 1 else 0
         seen = self.counts["overrun"]
         if seen & (seen - 1) == 0:
             logger.warning(
@@ -97,5 +96,4 @@ class Guard:
             return
         self._in_time += 1
         if self._in_time >= CALM_PLANS:
-            self._in_time = 0
-            self._rest_steps = self._rest_steps / 2 if self._rest_steps > 0.5 else 0.0
+            self._in_time, self._late = 0, max(self._late - 1, 0)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from slos_serve.files.class_file import parse_class_file
 from slos_serve.files.class_schema import class_file_schema
 from slos_serve.launch.endpoint import free_port
 from slos_serve.vllm_plugin.metrics import EngineLabels, SchedulerMetrics
+from tests.unit.cli.http_page import serving
 
 ROOT = Path(__file__).parents[3]
 EXAMPLE = ROOT / "examples" / "classes.yaml"
@@ -161,13 +161,8 @@ class _NotFound(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def serve_404() -> Iterator[str]:
-    httpd = HTTPServer(("127.0.0.1", 0), _NotFound)
-    thread = threading.Thread(target=httpd.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{httpd.server_port}"
-    httpd.shutdown()
-    thread.join()
-    httpd.server_close()
+    with serving(_NotFound) as address:
+        yield address
 
 
 def server(metrics: SchedulerMetrics, more: str = "") -> list[tuple[str, str]]:

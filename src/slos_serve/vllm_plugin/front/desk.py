@@ -69,6 +69,7 @@ class FrontDesk:
         uniform: spreads the times that refused clients are told.
 
     Attributes:
+        max_model_len: see above.
         ready: True once the routing kernels are loaded; nothing is judged before.
         load: what balancers are told of this server, by name; empty until it is known.
         live, watch: what the live page shows, ``None`` without one, and whether somebody looks.
@@ -85,7 +86,7 @@ class FrontDesk:
         self._config = config
         self._clock_s = clock_s
         self._uniform = uniform
-        self._max_model_len = max_model_len
+        self.max_model_len = max_model_len
         self._indices = {slo_class.name: index for index, slo_class in enumerate(config.classes)}
         self._mirror = EngineMirror(len(self._indices) + 2, config.planner.fairness)
         # Not taken over by the mirror yet, with the tickets that were named since.
@@ -115,11 +116,6 @@ class FrontDesk:
     def config(self) -> PluginConfig:
         """Margins and profile, and the classes that the server started with."""
         return self._config
-
-    @property
-    def max_model_len(self) -> int:
-        """Longest context of the model."""
-        return self._max_model_len
 
     @property
     def _model(self) -> BatchTimeModel:
@@ -245,7 +241,7 @@ class FrontDesk:
             slo_class = None
         stamp = prompt.get("arrival_time") if isinstance(prompt, dict) else None
         waited_s = min(max(time.time() - stamp, 0.0), 60.0) if isinstance(stamp, float) else 0.0
-        arrival_s, room = now_s - waited_s, max(self._max_model_len - tokens, 1)
+        arrival_s, room = now_s - waited_s, max(self.max_model_len - tokens, 1)
         ttft_s = math.inf if slo_class is None else slo_class.slo.ttft_s(self._model.zero_load_s(tokens))
         index, margin_s = len(self._indices) + 1, self._config.planner.ttft_margin_s
         if slo_class is not None:
