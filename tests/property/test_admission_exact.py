@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from numba import njit
 
+from slos_serve.perf.step_time import per_token_s
 from slos_serve.planning.algorithm1 import EXACT, INFEASIBLE, STOPPED, Admitted, admit
 from slos_serve.planning.demand import Demand
 from slos_serve.planning.feasible import first_missed, fits
@@ -35,6 +36,7 @@ def instance(rng: np.random.Generator, most_requests: int) -> tuple[Demand, Supp
     accepted = (1.0 - 0.7 ** (drafts + 1)) / 0.3
     blocks = rng.integers(1, 50, (n, moments)).astype(np.float64)
     room = float(rng.uniform(0.2, 1.3)) * blocks.sum(axis=0) if rng.random() < 0.5 else blocks.sum(axis=0) + 1.0
+    promised = rng.random(n) < 0.15
     demand = Demand(
         slots=np.arange(n),
         due_s=due_s,
@@ -42,8 +44,10 @@ def instance(rng: np.random.Generator, most_requests: int) -> tuple[Demand, Supp
         tier=rng.integers(0, tiers, n),
         blocks=blocks,
         weight=rng.choice([0.5, 1.0, 2.0], n) if rng.random() < 0.5 else np.ones(n),
-        promised=rng.random(n) < 0.15,
+        promised=promised,
+        needs_seat=np.where(promised & (rng.random(n) < 0.5), 0.0, 1.0),
     )
+    seats = np.sort(rng.uniform(0.0, 0.8 * n, 4)) if rng.random() < 0.3 else np.full(4, float(n))
     lent = np.cumsum(rng.integers(0, 300, 4)).astype(np.float64) if rng.random() < 0.5 else np.zeros(4)
     supply = Supply(
         coefficients=OPT_13B_A100.coefficients,
@@ -57,6 +61,7 @@ def instance(rng: np.random.Generator, most_requests: int) -> tuple[Demand, Supp
         blocks=np.round(room),
         moments_s=100.0 + np.array([0.0, 0.2, 1.0, 3.0]),
         lent_tokens=lent - lent[0],
+        seats=seats,
     )
     return demand, supply
 
@@ -86,15 +91,19 @@ State = tuple[float, float, Any]
 def labels_only(demand: Demand, supply: Supply) -> tuple[float, float] | None:
     """The same program with nothing but dominance: what the bounds and the greedy set may not change."""
     tiers = len(supply.counts)
-    states: dict[tuple[int, ...], list[State]] = {(0,) * tiers: [(0.0, 0.0, np.zeros(len(supply.blocks)))]}
+    states: dict[tuple[int, ...], list[State]] = {(0,) * (tiers + 1): [(0.0, 0.0, np.zeros(len(supply.blocks)))]}
     last_s, last_lent = supply.start_s, 0.0
     lent = np.interp(demand.due_s, supply.moments_s, supply.lent_tokens)
+    start_by_s = demand.due_s - demand.tokens * per_token_s(supply.coefficients)
+    seats = np.interp(start_by_s, supply.moments_s, supply.seats)
     for i in range(len(demand.due_s)):
         kept: dict[tuple[int, ...], list[State]] = {}
-        for key, those in states.items():
-            rate = rate_beside(supply.counts + np.array(key), supply)
-            after = tuple(c + (level == demand.tier[i]) for level, c in enumerate(key))
-            feasible = min(rate, rate_beside(supply.counts + np.array(after), supply)) >= 0.0
+        for key, those in states.items():  # decodes by tier, then how many took a seat
+            rate = rate_beside(supply.counts + np.array(key[:tiers]), supply)
+            started = key[tiers] + int(demand.needs_seat[i])
+            after = (*(c + (level == demand.tier[i]) for level, c in enumerate(key[:tiers])), started)
+            feasible = min(rate, rate_beside(supply.counts + np.array(after[:tiers]), supply)) >= 0.0
+            feasible = feasible and (demand.needs_seat[i] == 0.0 or started <= seats[i] + 1e-6)
             for value, before, used in those:
                 budget = before + rate * (demand.due_s[i] - last_s) + lent[i] - last_lent
                 if not demand.promised[i]:

@@ -16,7 +16,8 @@ from slos_serve.perf.step_time import roofline_s, roofline_tokens
 from slos_serve.planning.algorithm1 import MOST_WORK, Admitted, admit
 from slos_serve.planning.demand import Demand, build_demand
 from slos_serve.planning.drafting import DraftPlan, with_drafts
-from slos_serve.planning.memory import forecast, forecast_seats
+from slos_serve.planning.memory import forecast
+from slos_serve.planning.seats import seats_by
 from slos_serve.planning.state import FloatArray, State
 from slos_serve.planning.supply import MOMENT_TOKENS, Supply, Tiers, kv_shortage, lend, pace_of_moments_s
 
@@ -50,26 +51,21 @@ class Question(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A question put to Algorithm 1 and its answer.
-
-    ``kv_moments``: how many columns of the demand's and the supply's blocks are of KV; the others count seats.
-    ``seats_left``: float64 [M], seats beside all that is promised and taken, at each moment of the supply.
-    """
+    """A question put to Algorithm 1 and its answer."""
 
     demand: Demand
     supply: Supply
     admitted: Admitted
     tiers: Tiers
-    kv_moments: int
-    seats_left: FloatArray
 
 
 @njit(cache=True)
-def build_supply(state: State, question: Question, blocks: FloatArray) -> Supply:
+def build_supply(state: State, question: Question, blocks: FloatArray, seats: FloatArray) -> Supply:
     """What is left for prompts beside the decodes that run, before what these lend.
 
     Args:
         blocks: float64 [K], KV blocks left.
+        seats: float64 [M], see :func:`slos_serve.planning.seats.seats_by`.
     """
     coefficients, tiers, drafts = state.coefficients, question.tiers, question.drafts
     paces_s = tiers.tpot_s * (1.0 - state.margin * (1.0 - tiers.ahead))
@@ -93,6 +89,7 @@ def build_supply(state: State, question: Question, blocks: FloatArray) -> Supply
         blocks,
         moments_s,
         np.zeros(len(moments_s)),
+        seats,
     )
 
 
@@ -108,16 +105,20 @@ def admission_of(state: State, asking: SlotArray, question: Question) -> Asked:
     asked = build_demand(state, asking, tpot_s, question.max_implied_ttft_s, question.length_weight, load)
     pace_s = pace_of_moments_s(state, tpot_s)
     blocks, room = forecast(state, asked, pace_s, survival, total)
-    seats, seat_room = forecast_seats(state, asked, pace_s, survival)
-    kv_moments, binding = len(room), np.flatnonzero(seat_room < seats.sum(axis=0))
-    if len(binding) > 0:  # to Algorithm 1 a seat is memory of another kind
-        blocks = np.concatenate((blocks, seats[:, binding]), axis=1)
-        room = np.concatenate((room, seat_room[binding]))
-    demand = Demand(asked.slots, asked.due_s, asked.tokens, asked.tier, blocks, asked.weight, asked.promised)
-    supply = build_supply(state, question, room)
+    demand = Demand(
+        asked.slots,
+        asked.due_s,
+        asked.tokens,
+        asked.tier,
+        blocks,
+        asked.weight,
+        asked.promised,
+        asked.needs_seat,
+    )
+    supply = build_supply(state, question, room, seats_by(state, asked, pace_s, survival))
     if not question.drafts.tokens.any():
         # Nobody asks in a plan, but in what is published for those to come.
         first_due_s = demand.due_s[0] if len(demand.slots) > 0 else supply.start_s
         supply.lent_tokens[:] = lend(state, supply, tpot_s, survival, first_due_s)
     admitted = admit(demand, supply, MOST_WORK)
-    return Asked(demand, supply, admitted, question.tiers, kv_moments, seat_room - seats[admitted.taken].sum(axis=0))
+    return Asked(demand, supply, admitted, question.tiers)

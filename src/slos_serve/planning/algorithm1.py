@@ -9,7 +9,7 @@ on. The recurrence, with PB the largest prefill budget that is left:
      3      for each state (admitted per tier N, memory M, value V):
      4          budget = PB(i - 1, N, M, V) + rate(N) * (due(i) - due(i - 1)) + what decodes lend between the two
      5          leave i out, unless it is promised:       PB(i, N, M, V) = budget
-     6          take i, where the budget covers it, the memory suffices and the decodes fit:
+     6          take i, where the budget covers it, memory and seats suffice and the decodes fit:
      7                  PB(i, N + tier(i), M + blocks(i), V + weight(i)) = budget - tokens(i)
      8          of states with equal N keep those that no other beats in V, PB and M together
      9  the answer is the state with the largest V; among equals, with the largest PB
@@ -29,7 +29,7 @@ from numba import njit
 
 from slos_serve.perf.jit import in_place
 from slos_serve.planning.demand import Demand
-from slos_serve.planning.feasible import TOLERANCE, first_missed, lent_until
+from slos_serve.planning.feasible import TOLERANCE, first_missed, lent_until, seats_until, unseated
 from slos_serve.planning.greedy import greedy
 from slos_serve.planning.state import BoolArray, FloatArray, IntArray
 from slos_serve.planning.supply import Supply, rate_beside
@@ -63,8 +63,9 @@ class Admitted(NamedTuple):
 def could_fit(demand: Demand, supply: Supply) -> BoolArray:
     """Requests that fit beside the promised ones alone; no other can be in any set."""
     found = demand.promised.copy()
-    lent, counts, n = lent_until(demand, supply), supply.counts.copy(), len(found)
-    spare, budget, last_s, last_lent = np.empty(n), 0.0, supply.start_s, 0.0
+    lent, seats, counts, n = lent_until(demand, supply), seats_until(demand, supply), supply.counts.copy(), len(found)
+    spare, free, started = np.empty(n), np.empty(n), 0.0
+    budget, last_s, last_lent = 0.0, supply.start_s, 0.0
     rate, room = rate_beside(counts, supply), supply.blocks.copy()
     for i in range(n):
         due_s = max(demand.due_s[i], last_s)
@@ -72,15 +73,19 @@ def could_fit(demand: Demand, supply: Supply) -> BoolArray:
         last_s, last_lent = due_s, lent[i]
         if found[i]:
             budget -= demand.tokens[i]
+            started += demand.needs_seat[i]
             counts[demand.tier[i]] += 1.0
             rate = rate_beside(counts, supply)
             room -= demand.blocks[i]
-        spare[i] = budget
-    least = np.inf
+        spare[i], free[i] = budget, seats[i] - started
+    least, fewest = np.inf, np.inf
     for i in range(n - 1, -1, -1):
-        least = min(least, spare[i]) if found[i] else least
-        if not found[i]:
+        if found[i]:
+            least = min(least, spare[i])
+            fewest = min(fewest, free[i]) if demand.needs_seat[i] > 0.0 else fewest
+        else:
             held = (demand.blocks[i] <= room + 2.0 * TOLERANCE).all()
+            held = held and demand.needs_seat[i] <= min(fewest, free[i]) + 2.0 * TOLERANCE
             found[i] = held and demand.tokens[i] <= min(least, spare[i]) + 2.0 * TOLERANCE
     return found
 
@@ -92,7 +97,8 @@ class Labels(NamedTuple):
         key: int64 [m], admitted per tier as one number; parent, item: int64 [m], how the state was reached.
         following: int64 [m], the next older state in the same hash.
         last: int64 [m], the last request that a state is extended with, once another state beats it.
-        value, budget, rate: float64 [m]; used: float64 [m, K], KV blocks.
+        value, budget, rate: float64 [m]; started: float64 [m], requests that need a seat; used: float64 [m, K], KV
+            blocks.
     """
 
     key: IntArray
@@ -103,6 +109,7 @@ class Labels(NamedTuple):
     value: FloatArray
     budget: FloatArray
     rate: FloatArray
+    started: FloatArray
     used: FloatArray
 
 
@@ -111,10 +118,10 @@ def empty_labels(most: int, supply: Supply) -> Labels:
     """Room for ``most`` states; the first one admits nobody (line 1)."""
     links = np.full((5, most), -1, dtype=np.int64)
     links[0, 0], links[4, :] = 0, _FOR_EVER
-    sizes = np.zeros((3, most))
+    sizes = np.zeros((4, most))
     sizes[2, 0] = rate_beside(supply.counts, supply)
     used = np.zeros((most, len(supply.blocks)))
-    return Labels(links[0], links[1], links[2], links[3], links[4], sizes[0], sizes[1], sizes[2], used)
+    return Labels(links[0], links[1], links[2], links[3], links[4], sizes[0], sizes[1], sizes[2], sizes[3], used)
 
 
 @njit(cache=True)
@@ -132,19 +139,23 @@ class Bounds(NamedTuple):
 
     Attributes:
         open_: bool [n], could be in some set.
-        weight: of the open ones that are not promised; cheapest: least tokens for a unit of it.
+        weight: of the open ones that are not promised; cheapest: least tokens for a unit of it; heaviest: of one.
         promised_tokens, promised_weight: of the promised ones.
-        since_s: float64 [n], deadlines after the start; lent: float64 [n], see :func:`lent_until`.
+        since_s: float64 [n], deadlines after the start; lent, seats: float64 [n], see :func:`lent_until` and
+            :func:`seats_until`; most_seats: the most of the latter.
         stride: int64 [L], of each tier in a state's key.
     """
 
     open_: BoolArray
     weight: FloatArray
     cheapest: FloatArray
+    heaviest: FloatArray
     promised_tokens: FloatArray
     promised_weight: FloatArray
     since_s: FloatArray
     lent: FloatArray
+    seats: FloatArray
+    most_seats: float
     stride: IntArray
 
 
@@ -153,12 +164,13 @@ def bounds_of(demand: Demand, supply: Supply, open_: BoolArray) -> Bounds:
     """Sums over the requests still to come, from the last one back."""
     n = len(open_)
     weight, tokens, promised_weight = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
-    cheapest = np.full(n + 1, np.inf)
+    cheapest, heaviest = np.full(n + 1, np.inf), np.zeros(n + 1)
     in_tier = np.ones(len(supply.counts), dtype=np.int64)
     for i in range(n - 1, -1, -1):
         promised, asks = demand.promised[i], open_[i] and not demand.promised[i]
         weight[i] = weight[i + 1] + (demand.weight[i] if asks else 0.0)
         cheapest[i] = min(cheapest[i + 1], demand.tokens[i] / demand.weight[i] if asks else np.inf)
+        heaviest[i] = max(heaviest[i + 1], demand.weight[i] if asks else 0.0)
         tokens[i] = tokens[i + 1] + (demand.tokens[i] if promised else 0.0)
         promised_weight[i] = promised_weight[i + 1] + (demand.weight[i] if promised else 0.0)
         in_tier[demand.tier[i]] += 1 if open_[i] else 0
@@ -166,7 +178,10 @@ def bounds_of(demand: Demand, supply: Supply, open_: BoolArray) -> Bounds:
     for tier in range(1, len(in_tier)):
         stride[tier] = stride[tier - 1] * in_tier[tier - 1]
     since_s = np.maximum(demand.due_s - supply.start_s, 0.0)
-    return Bounds(open_, weight, cheapest, tokens, promised_weight, since_s, lent_until(demand, supply), stride)
+    lent, seats = lent_until(demand, supply), seats_until(demand, supply)
+    return Bounds(
+        open_, weight, cheapest, heaviest, tokens, promised_weight, since_s, lent, seats, float(seats.max()), stride
+    )
 
 
 @in_place
@@ -180,7 +195,8 @@ def cannot_win(labels: Labels, label: int, i: int, bounds: Bounds, best_value: f
     budget = labels.budget[label] + labels.rate[label] * end_s + lent - bounds.promised_tokens[i]
     most = value
     if bounds.weight[i] > 0.0:
-        most += min(bounds.weight[i], max(budget + 2.0 * TOLERANCE, 0.0) / bounds.cheapest[i])
+        by_seats = max(bounds.most_seats - labels.started[label] + 2.0 * TOLERANCE, 0.0) * bounds.heaviest[i]
+        most += min(bounds.weight[i], max(budget + 2.0 * TOLERANCE, 0.0) / bounds.cheapest[i], by_seats)
     if most < best_value - 1e-9:
         return True
     missing = best_value - value
@@ -216,7 +232,8 @@ def take(labels: Labels, parent: int, new: int, i: int, demand: Demand, supply: 
     """Lines 4, 6 and 7: write the state that takes request i after ``parent``; False when it is not feasible."""
     since_s, rate = bounds.since_s[i], labels.rate[parent]
     budget = labels.budget[parent] + rate * since_s - demand.tokens[i]
-    if rate < 0.0 or budget + bounds.lent[i] < -TOLERANCE:
+    labels.started[new] = labels.started[parent] + demand.needs_seat[i]
+    if rate < 0.0 or budget + bounds.lent[i] < -TOLERANCE or unseated(demand, i, labels.started[new], bounds.seats):
         return False
     for k in range(len(supply.blocks)):
         labels.used[new, k] = labels.used[parent, k] + demand.blocks[i, k]

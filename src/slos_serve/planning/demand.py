@@ -49,6 +49,7 @@ class Demand(NamedTuple):
         blocks: float64 [n, K], KV blocks each needs at K moments.
         weight: float64 [n], value of admitting each.
         promised: bool [n], must be served.
+        needs_seat: float64 [n], 1 where a request has no seat (``max_num_seqs``) yet that no other may take.
     """
 
     slots: SlotArray
@@ -58,6 +59,7 @@ class Demand(NamedTuple):
     blocks: FloatArray
     weight: FloatArray
     promised: BoolArray
+    needs_seat: FloatArray
 
 
 @in_place
@@ -152,7 +154,7 @@ def build_demand(
     """
     rows, most = state.rows, len(state.running) + len(asking)
     slots, tier = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
-    due_s, tokens, weight = np.empty(most), np.empty(most), np.empty(most)
+    due_s, tokens, weight, needs_seat = np.empty((4, most))
     promised = np.empty(most, dtype=np.bool_)
     n = 0
     for part in (state.running, asking):
@@ -170,6 +172,7 @@ def build_demand(
             if length_weight > 0.0:
                 weight[n] *= (rows["prompt_tokens"][slot] / UNIT_PROMPT_TOKENS) ** length_weight
             promised[n] = state.status[slot] == ADMITTED
+            needs_seat[n] = 0.0 if promised[n] and rows["running"][slot] == 1 else 1.0
             if not promised[n]:
                 tokens[n] += due_before(load, size_of(tokens[n] / weight[n]), due_s[n] - state.now_s)
             n += 1
@@ -182,4 +185,5 @@ def build_demand(
         np.empty((n, 0)),
         weight[:n][order],
         promised[:n][order],
+        needs_seat[:n][order],
     )

@@ -6,6 +6,7 @@ import numpy as np
 from numba import njit
 
 from slos_serve.perf.jit import in_place
+from slos_serve.perf.step_time import per_token_s
 from slos_serve.planning.demand import Demand
 from slos_serve.planning.state import BoolArray, FloatArray
 from slos_serve.planning.supply import Supply, rate_beside
@@ -22,6 +23,24 @@ def lent_until(demand: Demand, supply: Supply) -> FloatArray:
     lent = np.interp(at_s, supply.moments_s, supply.lent_tokens)
     since_start: FloatArray = lent[:-1] - lent[-1]
     return since_start
+
+
+@njit(cache=True)
+def seats_until(demand: Demand, supply: Supply) -> FloatArray:
+    """float64 [n]: requests that can have started by when the prompt of each must start, alone on the engine."""
+    start_by_s = demand.due_s - demand.tokens * per_token_s(supply.coefficients)
+    found: FloatArray = np.interp(start_by_s, supply.moments_s, supply.seats)
+    return found
+
+
+@in_place
+def unseated(demand: Demand, i: int, started: float, seats: FloatArray) -> bool:
+    """Whether request i, the last of ``started`` that need a seat, finds none in time.
+
+    Args:
+        seats: see :func:`seats_until`.
+    """
+    return bool(demand.needs_seat[i] > 0.0 and started > seats[i] + TOLERANCE)
 
 
 @njit(cache=True)
@@ -55,6 +74,22 @@ def missed_with(taken: BoolArray, demand: Demand, supply: Supply, lent: FloatArr
     return -1, budget
 
 
+@njit(cache=True)
+def first_unseated(taken: BoolArray, demand: Demand, seats: FloatArray) -> int:
+    """Position of the first of a set that finds no seat by when it must start, -1 for none.
+
+    Args:
+        seats: see :func:`seats_until`.
+    """
+    started = 0.0
+    for i in range(len(taken)):
+        if taken[i]:
+            started += demand.needs_seat[i]
+            if unseated(demand, i, started, seats):
+                return i
+    return -1
+
+
 @in_place
 def first_short(taken: BoolArray, demand: Demand, supply: Supply) -> int:
     """The first moment at which a set needs more KV blocks than there are, -1 for none: the rule of memory."""
@@ -68,6 +103,14 @@ def first_short(taken: BoolArray, demand: Demand, supply: Supply) -> int:
 
 
 @njit(cache=True)
+def fits_with(taken: BoolArray, demand: Demand, supply: Supply, lent: FloatArray, seats: FloatArray) -> bool:
+    """:func:`fits` with :func:`lent_until` and :func:`seats_until` at hand."""
+    if first_short(taken, demand, supply) >= 0 or first_unseated(taken, demand, seats) >= 0:
+        return False
+    return missed_with(taken, demand, supply, lent)[0] < 0
+
+
+@njit(cache=True)
 def fits(taken: BoolArray, demand: Demand, supply: Supply) -> bool:
-    """Whether a set of requests can be served in time and held in memory."""
-    return first_short(taken, demand, supply) < 0 and first_missed(taken, demand, supply)[0] < 0
+    """Whether a set of requests can be served in time, seated and held in memory."""
+    return fits_with(taken, demand, supply, lent_until(demand, supply), seats_until(demand, supply))

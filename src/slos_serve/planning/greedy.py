@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from slos_serve.planning.demand import Demand
-from slos_serve.planning.feasible import TOLERANCE, first_short, lent_until, missed_with
+from slos_serve.planning.feasible import TOLERANCE, fits_with, lent_until, seats_until, unseated
 from slos_serve.planning.state import BoolArray
 from slos_serve.planning.supply import Supply, rate_beside
 
@@ -43,10 +43,10 @@ def drop_for_time(demand: Demand, supply: Supply, taken: BoolArray) -> bool:
     place on. Dropping never makes an earlier deadline miss, because no decode adds to the rate.
     """
     n, tiers = len(taken), len(supply.counts)
-    lent, cost = lent_until(demand, supply), demand.tokens / demand.weight
+    lent, seats, cost = lent_until(demand, supply), seats_until(demand, supply), demand.tokens / demand.weight
     chain, counts = np.empty(n, dtype=np.int64), np.empty((n + 1, tiers))
-    at_s, budget, rate, paid = np.empty(n + 1), np.empty(n + 1), np.empty(n + 1), np.empty(n + 1)
-    counts[0], at_s[0], budget[0], paid[0] = supply.counts, supply.start_s, 0.0, 0.0
+    at_s, budget, rate, paid, started = np.zeros((5, n + 1))
+    counts[0], at_s[0] = supply.counts, supply.start_s
     rate[0] = rate_beside(counts[0], supply)
     size = 0
     for i in range(n):
@@ -60,10 +60,12 @@ def drop_for_time(demand: Demand, supply: Supply, taken: BoolArray) -> bool:
                 at_s[j + 1], paid[j + 1] = max(demand.due_s[item], at_s[j]), lent[item]
                 budget[j + 1] = budget[j] + rate[j] * (at_s[j + 1] - at_s[j]) + paid[j + 1] - paid[j]
                 budget[j + 1] -= demand.tokens[item]
+                started[j + 1] = started[j] + demand.needs_seat[item]
                 counts[j + 1] = counts[j]
                 counts[j + 1, demand.tier[item]] += 1.0
                 rate[j + 1] = rate_beside(counts[j + 1], supply)
-            if min(rate[size - 1], rate[size]) >= 0.0 and budget[size] >= -TOLERANCE:
+            in_time = min(rate[size - 1], rate[size]) >= 0.0 and budget[size] >= -TOLERANCE
+            if in_time and not unseated(demand, chain[size - 1], started[size], seats):
                 break
             worst = -1
             for j in range(size):
@@ -83,7 +85,7 @@ def drop_for_time(demand: Demand, supply: Supply, taken: BoolArray) -> bool:
 @njit(cache=True)
 def swap_in(demand: Demand, supply: Supply, taken: BoolArray) -> None:
     """One pass over the requests left out, cheapest first: add each that fits, or in the place of a dearer one."""
-    cost, lent = demand.tokens / demand.weight, lent_until(demand, supply)
+    cost, lent, seats = demand.tokens / demand.weight, lent_until(demand, supply), seats_until(demand, supply)
     tried = 0
     for i in np.argsort(cost, kind="mergesort"):
         if taken[i]:
@@ -92,7 +94,7 @@ def swap_in(demand: Demand, supply: Supply, taken: BoolArray) -> None:
             return
         tried += 1
         taken[i] = True
-        if first_short(taken, demand, supply) < 0 and missed_with(taken, demand, supply, lent)[0] < 0:
+        if fits_with(taken, demand, supply, lent, seats):
             continue
         dearest = -1
         for j in range(len(taken)):
@@ -101,7 +103,7 @@ def swap_in(demand: Demand, supply: Supply, taken: BoolArray) -> None:
                 dearest = j
         if dearest >= 0:
             taken[dearest] = False
-            if first_short(taken, demand, supply) < 0 and missed_with(taken, demand, supply, lent)[0] < 0:
+            if fits_with(taken, demand, supply, lent, seats):
                 continue
             taken[dearest] = True
         taken[i] = False

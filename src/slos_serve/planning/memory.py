@@ -1,4 +1,4 @@
-"""KV memory and seats (``max_num_seqs``) that promises will need, forecast at several moments.
+"""KV memory that promises will need, forecast at several moments.
 
 A request holds its prompt and its answer so far, and grows until the answer ends. Each request counts by how likely it
 still runs at a moment, so room that some give back is promised to others. One that has not started holds nothing until
@@ -55,7 +55,6 @@ def add_held(
     wait_s: float,
     pace_s: float,
     survival: FloatArray,
-    seats: bool,
     mean: FloatArray,
     variance: FloatArray,
 ) -> None:
@@ -64,13 +63,9 @@ def add_held(
     Args:
         wait_s: seconds until it begins to decode.
         pace_s: tightest pace, which the moments count in. A request without a TPOT promise is taken to have it.
-        seats: count its seat, which is one, instead of its blocks.
     """
     rows, last = state.rows, len(MOMENT_TOKENS) - 1
     own_s = rows["tpot_s"][slot] if np.isfinite(rows["tpot_s"][slot]) else pace_s
-    gaps = rows["stage_tokens"][slot] - 1
-    if seats and gaps > 0:  # where seats are short the engine has time, and decodes run ahead of their promise
-        own_s = max(min(own_s, (rows["last_token_s"][slot] - rows["stage_start_s"][slot]) / gaps), 1e-6)
     own = survival[rows["class_index"][slot]]
     so_far = survives(own, float(rows["output_tokens"][slot]))
     later, starts_s = max(MOMENT_TOKENS[0] * pace_s - wait_s, 0.0) / own_s, start_in_s(state, slot, wait_s)
@@ -82,7 +77,7 @@ def add_held(
         share = share_left(rows, slot, more, so_far, own)
         if share <= 0.0:
             break  # it has ended, at every later moment too
-        blocks = 1.0 if seats else blocks_at(rows, slot, more, later, state.block_size)
+        blocks = blocks_at(rows, slot, more, later, state.block_size)
         mean[k] += share * blocks
         variance[k] += share * (1.0 - share) * blocks * blocks
 
@@ -108,37 +103,15 @@ def forecast(
     used, variance = np.zeros(len(MOMENT_TOKENS)), np.zeros(len(MOMENT_TOKENS))
     for slot in state.running:
         if state.status[slot] == ADMITTED and is_decode(state.rows, slot):
-            add_held(state, slot, 0.0, pace_s, survival, False, used, variance)
+            add_held(state, slot, 0.0, pace_s, survival, used, variance)
     room = total_blocks - used - SPREAD * np.sqrt(variance)
     blocks = np.zeros((len(demand.slots), len(MOMENT_TOKENS)))
     slack = room.copy()
     for j in range(len(demand.slots)):
         wait_s = max(demand.due_s[j] - state.now_s, 0.0)
-        add_held(state, demand.slots[j], wait_s, pace_s, survival, False, blocks[j], variance)
+        add_held(state, demand.slots[j], wait_s, pace_s, survival, blocks[j], variance)
         slack -= blocks[j]
     binding = np.flatnonzero(slack < 0.0)
     if len(binding) == 0:
         binding = np.array([np.argmin(slack)])
     return blocks[:, binding], room[binding]
-
-
-@njit(cache=True)
-def forecast_seats(state: State, demand: Demand, pace_s: float, survival: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """As :func:`forecast` for seats, at every moment: float64 [n, M] and [M].
-
-    Where there are enough for all at once nobody's end is forecast.
-    """
-    moments, n, running = len(MOMENT_TOKENS), len(demand.slots), 0
-    for slot in state.running:
-        running += state.status[slot] == ADMITTED and is_decode(state.rows, slot)
-    if running + n <= state.max_num_seqs:
-        return np.ones((n, moments)), np.full(moments, float(state.max_num_seqs - running))
-    used, variance, none = np.zeros(moments), np.zeros(moments), np.zeros(moments)
-    for slot in state.running:
-        if state.status[slot] == ADMITTED and is_decode(state.rows, slot):
-            add_held(state, slot, 0.0, pace_s, survival, True, used, variance)
-    seats = np.zeros((n, moments))
-    for j in range(n):
-        wait_s = max(demand.due_s[j] - state.now_s, 0.0)
-        add_held(state, demand.slots[j], wait_s, pace_s, survival, True, seats[j], none)
-    return seats, state.max_num_seqs - np.minimum(used + SPREAD * np.sqrt(variance), running)

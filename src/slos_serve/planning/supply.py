@@ -73,6 +73,7 @@ class Supply(NamedTuple):
         blocks: float64 [K], KV blocks left at K moments.
         moments_s: float64 [M], ascending.
         lent_tokens: float64 [M], prefill tokens that running decodes lend until each of these moments.
+        seats: float64 [M], requests that can have started by each of them, see :mod:`slos_serve.planning.seats`.
     """
 
     coefficients: FloatArray
@@ -86,6 +87,7 @@ class Supply(NamedTuple):
     blocks: FloatArray
     moments_s: FloatArray
     lent_tokens: FloatArray
+    seats: FloatArray
 
 
 @njit(cache=True)

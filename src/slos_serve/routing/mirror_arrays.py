@@ -28,14 +28,14 @@ class MirrorArrays(NamedTuple):
         clock_s: float64 [R], the time that each mirror shows.
         ready_s: float64 [R], when the step that was running ends; nothing new starts before.
         first, num_owed: int64 [R], owed prompts stand at ``first .. first + num_owed``.
-        due_s, cost_tokens, weight: float64 [R, N]; tier, begun: int64 [R, N]; memory: float64 [R, N, K].
+        due_s, cost_tokens, weight, needs_seat: float64 [R, N]; tier, begun: int64 [R, N]; memory: float64 [R, N, K].
         num_tiers: int64 [R].
         pace_s, periods_s, tokens_each, extra_s_each, counts, in_tier: float64 [R, L], see ``Publication``.
         memory_left: float64 [R, K], blocks.
         coefficients: float64 [R, 8].
         draft_s, max_step_tokens, margin, max_implied_ttft_s: float64 [R].
         total_blocks, block_size: int64 [R].
-        moments_s, lent_tokens, seats_left: float64 [R, M], see ``Publication``.
+        moments_s, lent_tokens, seats: float64 [R, M], see ``Publication``.
         forecast_tokens: float64 [R, C, 1]; boost: float64 [R, NUM_SHARES].
         idle_rate: float64 [R], prefill tokens a second of the replica when nothing decodes.
         num_unpromised: int64 [R].
@@ -49,6 +49,7 @@ class MirrorArrays(NamedTuple):
     cost_tokens: FloatArray
     tier: IntArray
     weight: FloatArray
+    needs_seat: FloatArray
     begun: IntArray
     memory: FloatArray
     num_tiers: IntArray
@@ -68,7 +69,7 @@ class MirrorArrays(NamedTuple):
     block_size: IntArray
     moments_s: FloatArray
     lent_tokens: FloatArray
-    seats_left: FloatArray
+    seats: FloatArray
     forecast_tokens: FloatArray
     boost: FloatArray
     idle_rate: FloatArray
@@ -90,6 +91,7 @@ def supply_of(m: MirrorArrays, k: int, late_s: float) -> Supply:
         m.memory_left[k],
         m.moments_s[k],
         m.lent_tokens[k],
+        m.seats[k],
     )
 
 
@@ -101,8 +103,11 @@ def rate_beside(m: MirrorArrays, k: int, counts: FloatArray) -> float:
 
 @in_place
 def _begin_decode(m: MirrorArrays, k: int) -> None:
-    """The first owed prompt ends and becomes a decode."""
-    m.counts[k, m.tier[k, m.first[k]]] += 1.0
+    """The first owed prompt ends and becomes a decode, in the seat that it took."""
+    first = m.first[k]
+    m.counts[k, m.tier[k, first]] += 1.0
+    for j in range(m.seats.shape[1]):
+        m.seats[k, j] -= m.needs_seat[k, first]
     m.first[k] += 1
     m.num_owed[k] -= 1
 

@@ -17,7 +17,7 @@ from slos_serve.perf.step_time import decode_s, roofline_s
 from slos_serve.planning.admission import CUT_SHORT, CUT_SHORT_WITH_DRAFTS
 from slos_serve.planning.deadlines import pace_answer
 from slos_serve.planning.demand import SIZES, Demand, build_demand, is_lost
-from slos_serve.planning.feasible import TOLERANCE, first_missed
+from slos_serve.planning.feasible import TOLERANCE, first_missed, first_unseated, seats_until
 from slos_serve.planning.state import ADMITTED, UNDECIDED, FloatArray, IntArray, State, peak_blocks, weight_of
 from slos_serve.planning.supply import Supply
 from slos_serve.routing.mirror_arrays import MirrorArrays, advance, load_of, supply_of
@@ -115,16 +115,16 @@ def _place(m: MirrorArrays, k: int, due_s: float) -> int:
 
 @njit(cache=True)
 def _with(m: MirrorArrays, k: int, at: int, due_s: float, cost: float, tier: int) -> Demand:
-    """What replica ``k`` owes, and one more at position ``at``; memory is looked at apart."""
+    """What replica ``k`` owes, and one more at position ``at``, memory is looked at apart."""
     first, n = m.first[k], m.num_owed[k] + 1
-    dues, costs, tiers = np.empty(n), np.empty(n), np.empty(n, dtype=np.int64)
+    dues, costs, needs, tiers = np.empty(n), np.empty(n), np.empty(n), np.empty(n, dtype=np.int64)
     for i in range(n):
         place = first + i - (1 if i > at else 0)
         dues[i] = due_s if i == at else m.due_s[k, place]
         costs[i] = cost if i == at else m.cost_tokens[k, place]
         tiers[i] = tier if i == at else m.tier[k, place]
-    ones = np.ones(n)
-    return Demand(tiers, dues, costs, tiers, np.empty((n, 0)), ones, np.zeros(n, dtype=np.bool_))
+        needs[i] = 1.0 if i == at else m.needs_seat[k, place]
+    return Demand(tiers, dues, costs, tiers, np.empty((n, 0)), np.ones(n), np.zeros(n, dtype=np.bool_), needs)
 
 
 @in_place
@@ -135,25 +135,6 @@ def _short_of_memory(m: MirrorArrays, k: int, memory: FloatArray, given_up: int)
         if memory[j] > m.memory_left[k, j] + freed + TOLERANCE:
             return j
     return -1
-
-
-@in_place
-def has_seat(m: MirrorArrays, k: int, due_s: float) -> bool:
-    """Whether a seat is left for a request whose first token is due at ``due_s``, from the moment before on."""
-    last = m.moments_s.shape[1] - 1
-    for j in range(last + 1):
-        if (m.moments_s[k, min(j + 1, last)] >= due_s or j == last) and m.seats_left[k, j] < 1.0 - TOLERANCE:
-            return False
-    return True
-
-
-@in_place
-def _leave_seats(m: MirrorArrays, k: int, due_s: float, count: float) -> None:
-    """``count`` seats more are left from the moment before ``due_s`` on."""
-    last = m.moments_s.shape[1] - 1
-    for j in range(last + 1):
-        if m.moments_s[k, min(j + 1, last)] >= due_s or j == last:
-            m.seats_left[k, j] += count
 
 
 @in_place
@@ -185,18 +166,26 @@ def _costliest(m: MirrorArrays, k: int, size: FloatArray, own: int, own_weight: 
 
 @njit(cache=True)
 def _missed(m: MirrorArrays, k: int, taken: BoolArray, asked: Demand, extras: FloatArray) -> tuple[int, float]:
-    """:func:`first_missed` of a set on replica ``k``, whose decodes add ``extras`` seconds each."""
+    """The first of a set that is late or finds no seat on replica ``k``, whose decodes add ``extras`` seconds each; -1
+    for none. And the budget left, see :func:`first_missed`."""
     drafting = m.tokens_each[k, : m.num_tiers[k]].max() > 1.0 + TOLERANCE
     fixed_s = roofline_s(m.coefficients[k], 0.0)
     s = supply_of(m, k, fixed_s * (CUT_SHORT_WITH_DRAFTS if drafting else CUT_SHORT))
-    return first_missed(
-        taken,
-        asked,
-        Supply(
-            s.coefficients, s.max_tokens, s.draft_s, s.start_s, s.counts, s.periods_s, s.tokens_each, extras, s.blocks,
-            s.moments_s, s.lent_tokens,
-        ),
+    supply = Supply(
+        s.coefficients, s.max_tokens, s.draft_s, s.start_s, s.counts, s.periods_s, s.tokens_each, extras, s.blocks,
+        s.moments_s, s.lent_tokens, s.seats,
     )  # fmt: skip
+    late, left = first_missed(taken, asked, supply)
+    unseated = first_unseated(taken, asked, seats_until(asked, supply))
+    return (unseated if unseated >= 0 and (late < 0 or unseated < late) else late), left
+
+
+@njit(cache=True)
+def has_seat(m: MirrorArrays, k: int, due_s: float, cost: float) -> bool:
+    """Whether a prompt of ``cost`` tokens that is due at ``due_s`` finds a seat in time, and all that are owed too."""
+    asked = _with(m, k, _place(m, k, due_s), due_s, cost, 0)
+    everybody = np.ones(len(asked.due_s), dtype=np.bool_)
+    return first_unseated(everybody, asked, seats_until(asked, supply_of(m, k, 0.0))) < 0
 
 
 @njit(cache=True)
@@ -214,8 +203,6 @@ def ask(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> tuple
     if is_lost(state, 0):
         return NO, -1
     due_s, cost, tier, extra_s, memory = demand(m, k, state)
-    if not has_seat(m, k, due_s):
-        return NO, -1
     weight = weight_of(state, 0)
     at = _place(m, k, due_s)
     asked = _with(m, k, at, due_s, cost, tier)
@@ -254,7 +241,6 @@ def give_up(m: MirrorArrays, k: int, place: int) -> None:
     """What stands at ``place`` is owed no more and waits without a promise."""
     for j in range(m.memory_left.shape[1]):
         m.memory_left[k, j] += m.memory[k, place, j]
-    _leave_seats(m, k, m.due_s[k, place], 1.0)
     for i in range(place, m.first[k] + m.num_owed[k] - 1):
         _move(m, k, i + 1, i)
     m.num_owed[k] -= 1
@@ -268,6 +254,7 @@ def _move(m: MirrorArrays, k: int, source: int, target: int) -> None:
     m.cost_tokens[k, target] = m.cost_tokens[k, source]
     m.tier[k, target] = m.tier[k, source]
     m.weight[k, target] = m.weight[k, source]
+    m.needs_seat[k, target] = m.needs_seat[k, source]
     m.begun[k, target] = m.begun[k, source]
     for j in range(m.memory_left.shape[1]):
         m.memory[k, target, j] = m.memory[k, source, j]
@@ -295,11 +282,10 @@ def enter(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> Non
     for i in range(m.first[k] + m.num_owed[k], at, -1):
         _move(m, k, i - 1, i)
     m.due_s[k, at], m.cost_tokens[k, at], m.tier[k, at] = due_s, cost, tier
-    m.weight[k, at], m.begun[k, at] = weight_of(state, 0), 1 if told else 0
+    m.weight[k, at], m.begun[k, at], m.needs_seat[k, at] = weight_of(state, 0), 1 if told else 0, 1.0
     for j in range(len(memory)):
         m.memory_left[k, j] -= memory[j]
         m.memory[k, at, j] = memory[j]
-    _leave_seats(m, k, due_s, -1.0)
     m.num_owed[k] += 1
 
 

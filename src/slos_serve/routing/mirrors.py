@@ -237,7 +237,7 @@ class Mirrors:
         m = self.arrays
         first, count = int(m.first[k]), int(m.num_owed[k])
         if first > 0:
-            for owed in (m.due_s, m.cost_tokens, m.tier, m.weight, m.begun, m.memory):
+            for owed in (m.due_s, m.cost_tokens, m.tier, m.weight, m.needs_seat, m.begun, m.memory):
                 owed[k, :count] = owed[k, first : first + count].copy()
             m.first[k] = 0
         else:
@@ -256,7 +256,7 @@ class Mirrors:
         m.clock_s[k] = m.ready_s[k] = given.ready_s + offset_s
         m.num_owed[k], m.num_tiers[k] = owed, tiers
         m.due_s[k, :owed] = given.due_s + offset_s
-        for name in ("cost_tokens", "tier", "weight", "begun"):
+        for name in ("cost_tokens", "tier", "weight", "needs_seat", "begun"):
             getattr(m, name)[k, :owed] = getattr(given, name)
         if owed:
             m.memory[k, :owed, :] = given.memory.max(axis=1)[:, None]
@@ -269,8 +269,7 @@ class Mirrors:
             getattr(m, name)[k] = getattr(given, name)
         for name in ("margin", "max_implied_ttft_s"):
             getattr(m, name)[k] = getattr(given, name)
-        m.moments_s[k], m.lent_tokens[k] = given.moments_s + offset_s, given.lent_tokens
-        m.seats_left[k] = given.seats_left
+        m.moments_s[k], m.lent_tokens[k], m.seats[k] = given.moments_s + offset_s, given.lent_tokens, given.seats
         m.total_blocks[k], m.block_size[k] = given.total_blocks, given.block_size
         classes = min(len(given.forecast_tokens), self._num_classes)
         m.forecast_tokens[k, :classes, 0] = given.forecast_tokens[:classes]
@@ -343,11 +342,11 @@ def request_row(
 
 def _arrays(replicas: int, places: int, checkpoints: int, classes: int) -> MirrorArrays:
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(MirrorArrays._fields, (replicas,))
-    shapes |= dict.fromkeys(("due_s", "cost_tokens", "tier", "weight", "begun"), (replicas, places))
+    shapes |= dict.fromkeys(("due_s", "cost_tokens", "tier", "weight", "needs_seat", "begun"), (replicas, places))
     shapes["memory"] = (replicas, places, checkpoints)
     by_tier = ("pace_s", "periods_s", "tokens_each", "extra_s_each", "counts", "in_tier")
     shapes |= dict.fromkeys(by_tier, (replicas, TIERS))
-    shapes |= dict.fromkeys(("moments_s", "lent_tokens", "seats_left"), (replicas, len(MOMENT_TOKENS)))
+    shapes |= dict.fromkeys(("moments_s", "lent_tokens", "seats"), (replicas, len(MOMENT_TOKENS)))
     shapes["memory_left"] = (replicas, checkpoints)
     shapes["coefficients"] = (replicas, NUM_COEFFICIENTS)
     shapes["forecast_tokens"], shapes["boost"] = (replicas, classes, 1), (replicas, NUM_SHARES)

@@ -18,7 +18,7 @@ from slos_serve.perf.formula import NUM_COEFFICIENTS
 from slos_serve.planning.state import FloatArray, IntArray
 from slos_serve.planning.supply import MOMENT_TOKENS
 
-FORMAT = "slos-serve-publication/7"
+FORMAT = "slos-serve-publication/8"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,13 +44,15 @@ class Publication:
         cost_tokens: float64 [n], prefill tokens each still owes, attention counted in.
         tier: int64 [n], decode tier each enters.
         weight: float64 [n], value of each to admission.
+        needs_seat: float64 [n], 1 where a prompt waits for its seat, 0 where it has one.
         begun: int64 [n], 1 where it is promised for good, 0 where another may still take its place.
         memory: float64 [n, K], KV blocks of each, at each checkpoint of the planner's forecast.
         memory_left: float64 [K], KV blocks beside all of these.
         total_blocks, free_blocks, block_size: KV cache.
         moments_s: float64 [M], ascending.
         lent_tokens: float64 [M], prefill tokens that running decodes lend until each of these moments.
-        seats_left: float64 [M], of ``max_num_seqs`` those beside all that is promised, at each of these moments.
+        seats: float64 [M], of those that need one, requests that can have a seat (``max_num_seqs``) by each of these
+            moments.
         num_requests: unfinished requests of any kind.
         num_unpromised: of them, best effort and those passed over.
         queued_shares: int64 [q], shares with a request of those that has no token yet.
@@ -81,6 +83,7 @@ class Publication:
     cost_tokens: FloatArray
     tier: IntArray
     weight: FloatArray
+    needs_seat: FloatArray
     begun: IntArray
     memory: FloatArray
     memory_left: FloatArray
@@ -89,7 +92,7 @@ class Publication:
     block_size: int
     moments_s: FloatArray
     lent_tokens: FloatArray
-    seats_left: FloatArray
+    seats: FloatArray
     num_requests: int
     num_unpromised: int
     queued_shares: IntArray
@@ -157,8 +160,8 @@ _NAMES = {field.name: str(field.type) for field in fields(Publication)}
 def _sizes(publication: Publication) -> list[tuple[str, int]]:
     tiers, owed = len(publication.pace_s), len(publication.due_s)
     by_tier = ("periods_s", "tokens_each", "extra_s_each", "counts", "in_tier")
-    by_prompt = ("cost_tokens", "tier", "weight", "begun")
-    by_moment = ("moments_s", "lent_tokens", "seats_left")
+    by_prompt = ("cost_tokens", "tier", "weight", "needs_seat", "begun")
+    by_moment = ("moments_s", "lent_tokens", "seats")
     by_share, queued = ("boosted", "boost"), ("queued_shares", "queued_tokens")
     sizes = [(by_tier, tiers), (by_prompt, owed), (by_moment, len(MOMENT_TOKENS)), (by_share, len(publication.boost))]
     sizes.append((queued, len(publication.queued_tokens)))

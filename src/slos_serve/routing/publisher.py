@@ -140,7 +140,7 @@ def publication_of(
 def _promised_of(asked: Asked, view: EngineView) -> dict[str, Any]:
     """What is promised and what is left beside it, by the names of :class:`Publication`."""
     demand, supply, tiers, taken = asked.demand, asked.supply, asked.tiers, asked.admitted.taken
-    memory = demand.blocks[taken, : asked.kv_moments]
+    memory = demand.blocks[taken]
     return {
         "max_step_tokens": int(supply.max_tokens),
         "draft_s": supply.draft_s,
@@ -154,10 +154,11 @@ def _promised_of(asked: Asked, view: EngineView) -> dict[str, Any]:
         "cost_tokens": demand.tokens[taken],
         "tier": demand.tier[taken],
         "weight": demand.weight[taken],
+        "needs_seat": demand.needs_seat[taken],
         "begun": (view.table.rows["status"][demand.slots[taken]] == ADMITTED).astype(np.int64),
         "memory": memory,
-        "memory_left": supply.blocks[: asked.kv_moments] - memory.sum(axis=0),
+        "memory_left": supply.blocks - memory.sum(axis=0),
         "moments_s": supply.moments_s,
         "lent_tokens": supply.lent_tokens,
-        "seats_left": asked.seats_left,
+        "seats": supply.seats,
     }

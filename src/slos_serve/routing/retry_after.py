@@ -128,7 +128,7 @@ def _copy_with_room(m: MirrorArrays, k: int) -> MirrorArrays:
     first, count = int(m.first[k]), int(m.num_owed[k])
     alone = MirrorArrays._make(part[k : k + 1].copy() for part in m)
     owed = {}
-    for name in ("due_s", "cost_tokens", "tier", "weight", "begun", "memory"):
+    for name in ("due_s", "cost_tokens", "tier", "weight", "needs_seat", "begun", "memory"):
         part = getattr(m, name)[k, first : first + count]
         owed[name] = np.zeros((1, count + MOST_ROOMS, *part.shape[1:]), dtype=part.dtype)
         owed[name][0, :count] = part
@@ -138,7 +138,7 @@ def _copy_with_room(m: MirrorArrays, k: int) -> MirrorArrays:
 
 
 def _end_decodes(m: MirrorArrays, tokens: float, span_s: float) -> None:
-    """Let decodes of ``tokens`` tokens each end for ``span_s`` seconds, evenly spread, and free memory and seats."""
+    """Let decodes of ``tokens`` tokens each end for ``span_s`` seconds, evenly spread, and free memory."""
     counts, owed = m.counts[0], slice(m.first[0], m.first[0] + m.num_owed[0])
     if span_s <= 0.0 or counts.sum() <= 0.0:
         return
@@ -151,4 +151,3 @@ def _end_decodes(m: MirrorArrays, tokens: float, span_s: float) -> None:
     counts *= left
     held = np.maximum(m.total_blocks[0] - m.memory_left[0] - m.memory[0, owed].sum(axis=0), 0.0)
     m.memory_left[0] += held * (1.0 - counts.sum() / before)
-    m.seats_left[0] += before - counts.sum()

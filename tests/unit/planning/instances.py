@@ -10,14 +10,27 @@ from slos_serve.planning.supply import Supply
 RATE = 1000.0
 
 
-def supply(blocks: float = 100.0, lent: tuple[float, float] = (0.0, 0.0)) -> Supply:
-    """About ``RATE`` prefill tokens a second from 0 s on, no decodes yet; ``lent`` tokens by 0 s and by 10 s."""
+def supply(
+    blocks: float = 100.0, lent: tuple[float, float] = (0.0, 0.0), seats: tuple[float, float] = (100.0, 100.0)
+) -> Supply:
+    """About ``RATE`` prefill tokens a second from 0 s on, no decodes yet; ``lent``, ``seats``: by 0 and by 10 s."""
     # A token takes a millisecond and a batch nothing else, so that sums can be done in the head.
     coefficients = np.array([1.0 / RATE, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     none, one = np.zeros(1), np.ones(1)
     moments_s = np.array([0.0, 10.0])
     return Supply(
-        coefficients, 1e6, 0.0, 0.0, none, 0.1 * one, one, none, np.array([blocks]), moments_s, np.array(lent)
+        coefficients,
+        1e6,
+        0.0,
+        0.0,
+        none,
+        0.1 * one,
+        one,
+        none,
+        np.array([blocks]),
+        moments_s,
+        np.array(lent),
+        np.array(seats),
     )
 
 
@@ -28,6 +41,7 @@ def demand(
     blocks: list[float] | None = None,
     weight: list[float] | None = None,
     promised: list[bool] | None = None,
+    needs_seat: list[float] | None = None,
 ) -> Demand:
     """Requests of one tier."""
     count = len(due_s)
@@ -39,4 +53,5 @@ def demand(
         np.array(blocks or [1.0] * count)[:, None],
         np.array(weight or [1.0] * count),
         np.array(promised or [False] * count),
+        np.array(needs_seat or [1.0] * count),
     )

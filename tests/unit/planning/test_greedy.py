@@ -26,3 +26,9 @@ def test_promises_that_do_not_fit_are_said() -> None:
     taken, feasible = greedy(demand([1.0], [5000.0], promised=[True]), supply())
     assert not feasible
     assert not taken.any()
+
+
+def test_the_costliest_goes_where_seats_are_missing() -> None:
+    taken, feasible = greedy(demand([1.0, 1.1, 1.2, 9.0], [30.0, 90.0, 20.0, 99.0]), supply(seats=(2.0, 4.0)))
+    assert feasible
+    assert taken.tolist() == [True, False, True, True]

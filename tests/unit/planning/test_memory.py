@@ -8,7 +8,7 @@ import pytest
 from slos_serve.core.request import Status
 from slos_serve.perf.lengths import LengthForecast
 from slos_serve.planning.demand import SIZES, Demand, build_demand
-from slos_serve.planning.memory import forecast, forecast_seats
+from slos_serve.planning.memory import forecast
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.state import State, peak_blocks
 from slos_serve.planning.supply import MOMENT_TOKENS, pace_of_moments_s, tier_paces
@@ -115,46 +115,3 @@ def test_a_waiting_request_whose_kv_is_held_needs_only_the_rest(held_tokens: int
     planner = Planner(OPT_13B_A100, 2)
     assert slot in planner.plan(engine.now_s, engine.view(free_blocks=needed)).slots
     assert slot not in planner.plan(engine.now_s, engine.view(free_blocks=needed - 1)).slots
-
-
-def seats_of(engine: EngineBuilder) -> tuple[np.ndarray, np.ndarray]:
-    state, demand = demand_of(engine)
-    return forecast_seats(state, demand, PACE_S, survival())
-
-
-def test_nobodys_end_is_forecast_where_there_are_seats_for_all() -> None:
-    engine = EngineBuilder(max_num_seqs=3)
-    engine.decode()
-    engine.wait(300, due_in_s=0.2)
-    engine.wait(300, due_in_s=60.0)
-    seats, room = seats_of(engine)
-    assert (seats == 1.0).all() and (room == 2.0).all()
-
-
-def test_a_seat_is_promised_again_once_its_answer_is_likely_to_have_ended() -> None:
-    engine = EngineBuilder(max_num_seqs=4)
-    for _ in range(4):
-        slot = engine.decode(output_tokens=10, max_tokens=400)
-        engine.table.rows["hint_tokens"][slot] = 20
-    soon, later = engine.wait(300, due_in_s=0.1), engine.wait(300, due_in_s=20.0)
-    seats, room = seats_of(engine)
-    state, _ = demand_of(engine)
-    order = {slot: j for j, slot in enumerate((soon, later))}
-    assert state.waiting.tolist() == [soon, later]
-    assert room[0] == 0.0 and room[-1] == 4.0
-    assert (seats[order[soon]] > room).any(), "all four seats are taken when it must start"
-    assert (seats[order[later]] <= room).all(), "they are free by then"
-
-
-def test_decodes_that_run_ahead_of_their_promise_leave_their_seats_sooner() -> None:
-    rooms = []
-    for token_s in (0.1, 0.02):
-        engine = EngineBuilder(max_num_seqs=4)
-        for _ in range(4):
-            slot = engine.decode(tpot_s=0.1, output_tokens=21, max_tokens=400)
-            row = engine.table.rows[slot]
-            row["hint_tokens"], row["stage_tokens"] = 60, 21
-            row["stage_start_s"] = row["last_token_s"] - 20 * token_s
-        engine.wait(300, due_in_s=0.1)
-        rooms.append(seats_of(engine)[1])
-    assert (rooms[1] >= rooms[0]).all() and (rooms[1] > rooms[0]).any()

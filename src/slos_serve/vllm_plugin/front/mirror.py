@@ -299,7 +299,7 @@ class EngineMirror:
         obstacle = Why.TTFT_TOO_LATE
         if np.any(memory > m.memory_left[k, : len(memory)] + TOLERANCE):
             obstacle = Why.KV_FULL
-        elif not kernel.has_seat(m, k, due_s):
+        elif not kernel.has_seat(m, k, due_s, cost):
             obstacle = Why.SEQS_FULL
         elif rate_beside(m, k, counts) < 0.0:
             obstacle = Why.DECODE_RATE
