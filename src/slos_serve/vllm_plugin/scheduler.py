@@ -29,6 +29,7 @@ from slos_serve.vllm_plugin.guard import Guard
 from slos_serve.vllm_plugin.identity import check_profile, engine_labels
 from slos_serve.vllm_plugin.live.feed import LiveFeed
 from slos_serve.vllm_plugin.llvmlite_names import hide_special_names
+from slos_serve.vllm_plugin.metrics import SchedulerMetrics
 from slos_serve.vllm_plugin.orphan import end_with_parent
 from slos_serve.vllm_plugin.publish import publisher_of
 from slos_serve.vllm_plugin.recorder import Recorder
@@ -57,6 +58,7 @@ class Steered(Scheduler):
 
     slo_clock_s: Callable[[], float] = staticmethod(time.monotonic)
     _slo: StepController | None = None
+    _slo_metrics: SchedulerMetrics
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -69,6 +71,10 @@ class Steered(Scheduler):
             raise UnsupportedEngineError(f"a replica must plan its steps, and this one would not: {stock}")
         else:
             logger.warning("slos-serve: every step runs in stock order. %s", stock)
+            self._slo_metrics = SchedulerMetrics(
+                (one.name for one in settings.classes), engine_labels(self.vllm_config)
+            )
+            self._slo_metrics.armed(False)  # without the series nobody could be alerted
         self._slo_say_hello()
 
     def _slo_reason_to_rest(self) -> str | None:
@@ -102,6 +108,7 @@ class Steered(Scheduler):
         live = None if link is None or front is None or not settings.live_page else LiveFeed.to(link, front)
         labels = engine_labels(self.vllm_config)
         recorder = Recorder(settings.classes, settings.events_path, stop_strings, labels, link, live)
+        self._slo_metrics = recorder.metrics
         control = StepController(
             self,
             policy,
@@ -117,6 +124,7 @@ class Steered(Scheduler):
         if failure is not None:
             control.telemetry.close()
             control.recorder.close()
+            self._slo_metrics.armed(False)
             logger.error("slos-serve: every step runs in stock order. The plan at start failed.", exc_info=failure)
             return
         self._slo_desk = RequestDesk(control, settings, stop_strings, front)
