@@ -50,20 +50,34 @@ def test_a_replica_that_could_not_plan_does_not_start(
         start()
 
 
+def armed(scheduler: Any) -> float:
+    """What ``slos_serve:armed`` shows."""
+    (found,) = [
+        sample.value
+        for family in scheduler._slo_metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "slos_serve:armed"
+    ]
+    return float(found)
+
+
 def test_a_missing_name_leaves_stock_order(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "_REQUEST_NAMES", (*compat._REQUEST_NAMES, "moved_in_a_later_release"))
     scheduler = start().scheduler
     assert scheduler._slo is None
     assert compat.missing_names(scheduler) == ["Request.moved_in_a_later_release"]
+    assert armed(scheduler) == 0.0
 
 
 def test_a_dry_plan_that_fails_leaves_stock_order(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AttributeError("moved")
 
+    assert armed(start().scheduler) == 1.0
     monkeypatch.setattr(self_test, "select", fail)
     engine = start()
     assert engine.scheduler._slo is None
+    assert armed(engine.scheduler) == 0.0, "nobody could be alerted"
     mixed_load(engine, count=6)
     assert_answers(engine)
 
