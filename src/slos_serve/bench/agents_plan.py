@@ -31,7 +31,7 @@ from slos_serve.bench.workloads import Lengths, WorkloadPart, arrival_times
 from slos_serve.core.slo import SLO, ClassSet, SLOClass, single_stage
 from slos_serve.core.tasks import TaskPromise, task_of, with_task
 from slos_serve.perf.batch_time import BatchTimeModel
-from slos_serve.planning.deadlines import SHORTEST_PACE
+from slos_serve.planning.deadlines import SHORTEST_STEP
 
 CHAT, ANSWER, TASK = "chat", "answer", "task"
 CHAT_SHARE, ANSWER_SHARE = 0.34, 0.33  # the rest are tasks
@@ -81,7 +81,7 @@ def agent_kinds() -> list[Kind]:
 def agent_classes(model: BatchTimeModel, step_s: float) -> ClassSet:
     """What is promised on an engine with this decode step."""
     prompt_s = model.zero_load_s(round(TEMPLATE_TOKENS + _TOKENS_PER_WORD * FIRST_WORDS.median))
-    pace_s = SHORTEST_PACE * model.zero_load_s(1)
+    pace_s = SHORTEST_STEP * model.zero_load_s(1)
     answer_s = STRETCH * (prompt_s + ANSWER_TOKENS * pace_s)
     tokens = CALL_TOKENS * (_CALLS - 1.0) + LAST_TOKENS
     task_s = STRETCH * (_CALLS * prompt_s + tokens * pace_s) + PAUSE_S[0] * (_CALLS - 1.0)

@@ -70,6 +70,7 @@ REQUEST_DTYPE = np.dtype(
         ("missed", np.int64),  # 1 when a promise of it, or of an earlier call of its session, is broken for good
         ("adapter", np.int64),  # LoRA adapter it needs; 0 without one
         ("fixed_blocks", np.int64),  # KV blocks it takes when it starts, beside those that grow with its tokens
+        ("step_pace_s", np.float64),  # with answer_due_s: the pace that steps are cut short for, tpot_s or longer
     ]
 )
 
@@ -118,7 +119,7 @@ class RequestTable:
         has_slo = bool(np.isfinite(min(ttft_due_s, tpot_s, answer_due_s)))
         row["arrival_s"] = arrival_s
         row["ttft_due_s"] = row["promised_ttft_due_s"] = ttft_due_s
-        row["tpot_s"] = row["promised_tpot_s"] = tpot_s
+        row["tpot_s"] = row["promised_tpot_s"] = row["step_pace_s"] = tpot_s
         row["answer_due_s"] = answer_due_s
         row["stage_start_s"] = np.nan
         row["last_token_s"] = arrival_s

@@ -1,9 +1,10 @@
 """The deadline of a complete answer as times that the rest of the plan understands: a due first token and a pace.
 
 Nobody knows how long an answer will be, so no lead is saved for later: each token is due a pace after the one before.
-The pace is what is left of the time over the forecast of what is left of the answer, drawn anew in every plan, but no
-shorter than a loaded engine decodes anyway. A tighter one shortens every step, which costs more deadlines than it keeps
-(benchmarks/LOG.md). The first token is due when a share of the time to spare has passed; later, of what is left of it.
+The pace is what is left of the time over the forecast of what is left of the answer, drawn anew in every plan.
+Admission reckons with it down to that of an engine with few decodes. Steps are cut short only for paces that a loaded
+engine has anyway: tighter ones would cost more deadlines than they keep (benchmarks/LOG.md). The first token is due
+when a share of the time to spare has passed; later, of what is left of it.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ WAIT_OF_SPARE = 0.3
 # Share of the time until a deadline that counts as to spare however long the answer: a prompt that is due the moment it
 # can be computed would fit beside nobody, and half of the answers are shorter than forecast.
 LEAST_SPARE = 0.2
-# Shortest pace that is planned, in times of a batch that holds one decode.
-SHORTEST_PACE = 8.0
+# Shortest pace that admission reckons with, and that steps are cut short for, in times of a batch with one decode.
+SHORTEST_PACE, SHORTEST_STEP = 3.0, 8.0
 # A deadline is given up once this share of such answers would miss it at full speed.
 LATE_SHARE = 0.9
 
 
 @in_place
 def pace_answers(state: State, survival: FloatArray) -> None:
-    """Write ``ttft_due_s`` and ``tpot_s`` of the requests whose complete answer is due at some time.
+    """Write ``ttft_due_s``, ``tpot_s`` and ``step_pace_s`` of the requests whose complete answer is due at some time.
 
     What else they are promised holds beside it. A deadline that is lost becomes a first token due at -inf or, once
     there is one, a pace of 0.
@@ -51,7 +52,7 @@ def pace_answers(state: State, survival: FloatArray) -> None:
 
 @in_place
 def pace_answer(state: State, slot: int) -> None:
-    """Write the due first token and the pace of one request with a deadline."""
+    """Write the due first token and the paces of one request with a deadline."""
     rows, token_s = state.rows, alone_s(state.coefficients, 1.0, 0.0)
     left = float(max(rows["expected_tokens"][slot] - rows["output_tokens"][slot], 1))
     begins_s, due_s = rows["last_token_s"][slot], rows["answer_due_s"][slot]
@@ -62,8 +63,9 @@ def pace_answer(state: State, slot: int) -> None:
         if begins_s < earliest_s:
             begins_s = earliest_s + WAIT_OF_SPARE * spare_s(due_s - earliest_s, left * token_s)
         rows["ttft_due_s"][slot] = min(rows["promised_ttft_due_s"][slot], begins_s)
-    pace_s = max((due_s - begins_s) / left, SHORTEST_PACE * token_s)
-    rows["tpot_s"][slot] = min(rows["promised_tpot_s"][slot], pace_s)
+    promised_s, pace_s = rows["promised_tpot_s"][slot], (due_s - begins_s) / left
+    rows["tpot_s"][slot] = min(promised_s, max(pace_s, SHORTEST_PACE * token_s))
+    rows["step_pace_s"][slot] = min(promised_s, max(pace_s, SHORTEST_STEP * token_s))
 
 
 @in_place

@@ -161,6 +161,12 @@ def peak_blocks(rows: RequestArray, slot: int, block_size: int) -> int:
 
 
 @in_place
+def step_pace_s(rows: RequestArray, slot: int) -> float:
+    """The pace of a request that steps are cut short for."""
+    return float(rows["step_pace_s"][slot] if rows["answer_due_s"][slot] < np.inf else rows["tpot_s"][slot])
+
+
+@in_place
 def next_due_s(rows: RequestArray, slot: int, margin: float) -> float:
     """When the next token is due: the first by the TTFT, token k of a stage by its start + k * TPOT.
 
@@ -170,7 +176,7 @@ def next_due_s(rows: RequestArray, slot: int, margin: float) -> float:
     """
     if rows["output_tokens"][slot] == 0:
         return float(rows["ttft_due_s"][slot])
-    tpot_s, stage_tokens = rows["tpot_s"][slot], rows["stage_tokens"][slot]
+    tpot_s, stage_tokens = step_pace_s(rows, slot), rows["stage_tokens"][slot]
     if stage_tokens == 0:
         paced_s = rows["last_token_s"][slot] + tpot_s * (1.0 - margin)
     else:

@@ -11,7 +11,7 @@ from slos_serve.core.request import SlotArray
 from slos_serve.perf.jit import in_place
 from slos_serve.perf.step_time import batch_s, decode_s
 from slos_serve.planning.drafting import StepDrafts
-from slos_serve.planning.state import ADMITTED, FloatArray, State, is_decode, next_due_s, tokens_left
+from slos_serve.planning.state import ADMITTED, FloatArray, State, is_decode, next_due_s, step_pace_s, tokens_left
 
 
 class Rules(NamedTuple):
@@ -81,7 +81,7 @@ def split_by_promise(state: State, chosen: SlotArray, starting: SlotArray, turn:
             num_others += 1
         elif is_decode(rows, slot):
             decodes[num_decodes] = slot
-            pace_s = min(pace_s, rows["tpot_s"][slot] * (1.0 - state.margin))
+            pace_s = min(pace_s, step_pace_s(rows, slot) * (1.0 - state.margin))
             num_decodes += 1
         else:
             prefills[num_prefills] = slot

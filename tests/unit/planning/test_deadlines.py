@@ -13,6 +13,7 @@ from slos_serve.planning.deadlines import (
     LATE_SHARE,
     LEAST_SPARE,
     SHORTEST_PACE,
+    SHORTEST_STEP,
     WAIT_OF_SPARE,
     is_late,
     pace_answers,
@@ -69,13 +70,27 @@ def test_who_has_waited_longer_gets_a_share_of_what_is_left() -> None:
     assert engine.table.rows["ttft_due_s"][slot] - engine.now_s == pytest.approx(alone + WAIT_OF_SPARE * spare_s)
 
 
-def test_no_pace_is_shorter_than_a_loaded_engine_decodes() -> None:
+@pytest.mark.parametrize("needed", [2.0, 5.0, 20.0])
+def test_admission_reckons_with_a_shorter_pace_than_steps_are_cut_short_for(needed: float) -> None:
     engine = EngineBuilder()
-    slot = waiting(engine, within_s=100 * 2.0 * TOKEN_S)
-    pace_answers(engine.state(), lengths_of(100))
+    slot = waiting(engine, within_s=100 * needed * TOKEN_S)
     row = engine.table.rows[slot]
-    assert row["tpot_s"] == pytest.approx(SHORTEST_PACE * TOKEN_S)
+    row["output_tokens"], row["last_token_s"] = 1, engine.now_s
+    row["expected_tokens"] = 101
+    pace_answers(engine.state(), lengths_of(101))
+    row = engine.table.rows[slot]
+    assert row["tpot_s"] == pytest.approx(max(needed, SHORTEST_PACE) * TOKEN_S, rel=0.02)
+    assert row["step_pace_s"] == pytest.approx(max(needed, SHORTEST_STEP) * TOKEN_S, rel=0.02)
     assert not is_lost(engine.state(), slot)
+
+
+def test_no_more_answers_are_promised_than_can_be_decoded_in_time() -> None:
+    """A pace of a loaded engine let in any number: on a fast one 500 of 500 were promised and 44 were kept."""
+    engine = EngineBuilder()
+    for _ in range(200):
+        waiting(engine, within_s=100 * 4.0 * TOKEN_S)
+    taken = Planner(OPT_13B_A100, 2).ask_now(engine.state()).admitted.taken
+    assert 0 < taken.sum() < 100
 
 
 def test_a_prompt_may_wait_a_little_however_long_the_answer() -> None:
