@@ -144,7 +144,7 @@ def memory(axes: Axes) -> None:
     state = engine.state()
     demand = build_demand(state, state.waiting, np.array([0.1]), 30.0, 0.0, np.zeros((2, SIZES)))
     # With a cache of no size every moment is short of room, so all of them are answered.
-    _, room = forecast(state, demand, 0.1, learnt.survival(), 0)
+    _, room, _ = forecast(state, demand, 0.1, learnt.survival(), 0)
     peak = sum(peak_blocks(rows, slot, state.block_size) for slot in running)
     held = sum(-(-int(rows["computed_tokens"][slot]) // 16) for slot in running)
     at_s = 0.1 * MOMENT_TOKENS

@@ -69,6 +69,17 @@ def test_a_missing_name_leaves_stock_order(start: Start, monkeypatch: pytest.Mon
     assert armed(scheduler) == 0.0
 
 
+def test_a_server_that_plans_nothing_starts_without_metrics_too(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("read-only")
+
+    monkeypatch.delenv(PROFILE_ENV)
+    monkeypatch.setattr(scheduler_module, "SchedulerMetrics", fail)
+    engine = start()
+    mixed_load(engine, count=6)
+    assert_answers(engine)
+
+
 def test_a_dry_plan_that_fails_leaves_stock_order(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:
         raise AttributeError("moved")

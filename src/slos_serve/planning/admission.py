@@ -104,7 +104,7 @@ def admission_of(state: State, asking: SlotArray, question: Question) -> Asked:
     load = question.load * (TO_COME * (1.0 + kv_shortage(state)))  # where KV is short, prompts take the next one's too
     asked = build_demand(state, asking, tpot_s, question.max_implied_ttft_s, question.length_weight, load)
     pace_s = pace_of_moments_s(state, tpot_s)
-    blocks, room = forecast(state, asked, pace_s, survival, total)
+    blocks, room, taken = forecast(state, asked, pace_s, survival, total)
     demand = Demand(
         asked.slots,
         asked.due_s,
@@ -115,7 +115,7 @@ def admission_of(state: State, asking: SlotArray, question: Question) -> Asked:
         asked.promised,
         asked.needs_seat,
     )
-    supply = build_supply(state, question, room, seats_by(state, asked, pace_s, survival))
+    supply = build_supply(state, question, room, seats_by(state, asked, pace_s, taken))
     if not question.drafts.tokens.any():
         # Nobody asks in a plan, but in what is published for those to come.
         first_due_s = demand.due_s[0] if len(demand.slots) > 0 else supply.start_s

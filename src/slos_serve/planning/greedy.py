@@ -37,7 +37,8 @@ def drop_for_memory(demand: Demand, supply: Supply, taken: BoolArray) -> bool:
 
 @njit(cache=True)
 def drop_for_time(demand: Demand, supply: Supply, taken: BoolArray) -> bool:
-    """Walk the deadlines; at each that is missed drop the costliest for its weight so far; False when none can go.
+    """Walk the deadlines; at each that is missed, or whose request finds no seat, drop the costliest for its weight so
+    far; False when none can go.
 
     The requests kept so far form a chain with the budget and the counts after each, so a drop is reckoned from its
     place on. Dropping never makes an earlier deadline miss, because no decode adds to the rate.

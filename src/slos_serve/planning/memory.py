@@ -1,4 +1,4 @@
-"""KV memory that promises will need, forecast at several moments.
+"""KV memory that promises will need, and seats (``max_num_seqs``) that are taken, forecast at several moments.
 
 A request holds its prompt and its answer so far, and grows until the answer ends. Each request counts by how likely it
 still runs at a moment, so room that some give back is promised to others. One that has not started holds nothing until
@@ -49,23 +49,32 @@ def start_in_s(state: State, slot: int, wait_s: float) -> float:
 
 
 @in_place
+def own_pace_s(rows: RequestArray, slot: int, pace_s: float) -> float:
+    """The pace that a request is promised; ``pace_s`` where it is promised none."""
+    return float(rows["tpot_s"][slot] if np.isfinite(rows["tpot_s"][slot]) else pace_s)
+
+
+@in_place
 def add_held(
     state: State,
     slot: int,
     wait_s: float,
     pace_s: float,
     survival: FloatArray,
-    mean: FloatArray,
+    blocks: FloatArray,
     variance: FloatArray,
+    seats: FloatArray,
 ) -> None:
-    """Add the expected blocks of one request at each moment, and their variance; float64 [M] each.
+    """Add what one request is expected to hold at each moment.
 
     Args:
         wait_s: seconds until it begins to decode.
-        pace_s: tightest pace, which the moments count in. A request without a TPOT promise is taken to have it.
+        pace_s: tightest pace, which the moments count in.
+        blocks, variance: float64 [M], KV blocks and their variance.
+        seats: float64 [2, M], its seat and the variance of that.
     """
     rows, last = state.rows, len(MOMENT_TOKENS) - 1
-    own_s = rows["tpot_s"][slot] if np.isfinite(rows["tpot_s"][slot]) else pace_s
+    own_s = own_pace_s(rows, slot, pace_s)
     own = survival[rows["class_index"][slot]]
     so_far = survives(own, float(rows["output_tokens"][slot]))
     later, starts_s = max(MOMENT_TOKENS[0] * pace_s - wait_s, 0.0) / own_s, start_in_s(state, slot, wait_s)
@@ -77,15 +86,17 @@ def add_held(
         share = share_left(rows, slot, more, so_far, own)
         if share <= 0.0:
             break  # it has ended, at every later moment too
-        blocks = blocks_at(rows, slot, more, later, state.block_size)
-        mean[k] += share * blocks
-        variance[k] += share * (1.0 - share) * blocks * blocks
+        held = blocks_at(rows, slot, more, later, state.block_size)
+        blocks[k] += share * held
+        variance[k] += share * (1.0 - share) * held * held
+        seats[0, k] += share
+        seats[1, k] += share * (1.0 - share)
 
 
 @njit(cache=True)
 def forecast(
     state: State, demand: Demand, pace_s: float, survival: FloatArray, total_blocks: int
-) -> tuple[FloatArray, FloatArray]:
+) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Blocks each request in demand is expected to hold at several moments, and what promised decodes leave then.
 
     A request is taken to start its prompt as late and to decode as slowly as its promise allows; a faster one gives its
@@ -98,20 +109,22 @@ def forecast(
         total_blocks: of the KV cache, less what is kept for others.
 
     Returns:
-        blocks (float64 [n, K]) and room (float64 [K]).
+        blocks (float64 [n, K]), room (float64 [K]); and of the seats that promised requests have, how many are still
+        taken at each moment and the variance of that (float64 [2, M]).
     """
-    used, variance = np.zeros(len(MOMENT_TOKENS)), np.zeros(len(MOMENT_TOKENS))
+    used, seats, not_yet = np.zeros((3, 2, len(MOMENT_TOKENS)))
     for slot in state.running:
         if state.status[slot] == ADMITTED and is_decode(state.rows, slot):
-            add_held(state, slot, 0.0, pace_s, survival, used, variance)
-    room = total_blocks - used - SPREAD * np.sqrt(variance)
+            add_held(state, slot, 0.0, pace_s, survival, used[0], used[1], seats)
+    room = total_blocks - used[0] - SPREAD * np.sqrt(used[1])
     blocks = np.zeros((len(demand.slots), len(MOMENT_TOKENS)))
     slack = room.copy()
     for j in range(len(demand.slots)):
         wait_s = max(demand.due_s[j] - state.now_s, 0.0)
-        add_held(state, demand.slots[j], wait_s, pace_s, survival, blocks[j], variance)
+        taken = not_yet if demand.needs_seat[j] > 0.0 else seats
+        add_held(state, demand.slots[j], wait_s, pace_s, survival, blocks[j], used[1], taken)
         slack -= blocks[j]
     binding = np.flatnonzero(slack < 0.0)
     if len(binding) == 0:
         binding = np.array([np.argmin(slack)])
-    return blocks[:, binding], room[binding]
+    return blocks[:, binding], room[binding], seats

@@ -115,7 +115,7 @@ def _place(m: MirrorArrays, k: int, due_s: float) -> int:
 
 @njit(cache=True)
 def _with(m: MirrorArrays, k: int, at: int, due_s: float, cost: float, tier: int) -> Demand:
-    """What replica ``k`` owes, and one more at position ``at``, memory is looked at apart."""
+    """What replica ``k`` owes, and one more at position ``at``; memory is looked at apart."""
     first, n = m.first[k], m.num_owed[k] + 1
     dues, costs, needs, tiers = np.empty(n), np.empty(n), np.empty(n), np.empty(n, dtype=np.int64)
     for i in range(n):

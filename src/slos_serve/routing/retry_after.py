@@ -123,7 +123,7 @@ def _later(asked: RoutingRequest, by_s: float) -> RoutingRequest:
 def _copy_with_room(m: MirrorArrays, k: int) -> MirrorArrays:
     """Mirror ``k`` alone, with places for :data:`MOST_ROOMS` more owed prompts.
 
-    What its running decodes lend is left out: it counts on their ends, and here they end.
+    What its running decodes lend, and the seats they leave, are left out: both count on their ends, and here they end.
     """
     first, count = int(m.first[k]), int(m.num_owed[k])
     alone = MirrorArrays._make(part[k : k + 1].copy() for part in m)
@@ -133,12 +133,12 @@ def _copy_with_room(m: MirrorArrays, k: int) -> MirrorArrays:
         owed[name] = np.zeros((1, count + MOST_ROOMS, *part.shape[1:]), dtype=part.dtype)
         owed[name][0, :count] = part
     alone.first[0] = 0
-    alone.lent_tokens[0] = 0.0
+    alone.lent_tokens[0], alone.seats[0] = 0.0, m.seats[k, 0]
     return alone._replace(**owed)
 
 
 def _end_decodes(m: MirrorArrays, tokens: float, span_s: float) -> None:
-    """Let decodes of ``tokens`` tokens each end for ``span_s`` seconds, evenly spread, and free memory."""
+    """Let decodes of ``tokens`` tokens each end for ``span_s`` seconds, evenly spread, and free memory and seats."""
     counts, owed = m.counts[0], slice(m.first[0], m.first[0] + m.num_owed[0])
     if span_s <= 0.0 or counts.sum() <= 0.0:
         return
@@ -151,3 +151,4 @@ def _end_decodes(m: MirrorArrays, tokens: float, span_s: float) -> None:
     counts *= left
     held = np.maximum(m.total_blocks[0] - m.memory_left[0] - m.memory[0, owed].sum(axis=0), 0.0)
     m.memory_left[0] += held * (1.0 - counts.sum() / before)
+    m.seats[0] += before - counts.sum()

@@ -71,11 +71,17 @@ class Steered(Scheduler):
             raise UnsupportedEngineError(f"a replica must plan its steps, and this one would not: {stock}")
         else:
             logger.warning("slos-serve: every step runs in stock order. %s", stock)
-            self._slo_metrics = SchedulerMetrics(
-                (one.name for one in settings.classes), engine_labels(self.vllm_config)
-            )
-            self._slo_metrics.armed(False)  # without the series nobody could be alerted
+            self._slo_say_unarmed(settings)
         self._slo_say_hello()
+
+    def _slo_say_unarmed(self, settings: PluginConfig) -> None:
+        """``slos_serve:armed`` is 0 from the start; without a series nobody could be alerted."""
+        try:
+            names = (slo_class.name for slo_class in settings.classes)
+            self._slo_metrics = SchedulerMetrics(names, engine_labels(self.vllm_config))
+            self._slo_metrics.armed(False)
+        except Exception:
+            logger.warning("slos-serve: no metrics of this server.", exc_info=True)
 
     def _slo_reason_to_rest(self) -> str | None:
         """Why this engine's steps are not planned although its features are known."""

@@ -36,7 +36,7 @@ def test_room_that_a_short_answer_gives_back_is_promised_again() -> None:
     rows["expected_tokens"][ending], rows["expected_tokens"][growing] = 200, 800
     state, demand = demand_of(engine)
     assert peak_blocks(rows, ending, 16) + peak_blocks(rows, growing, 16) > 100
-    blocks, room = forecast(state, demand, PACE_S, survival(), 100)
+    blocks, room, _ = forecast(state, demand, PACE_S, survival(), 100)
     assert (blocks[0] <= room).all()
 
 
@@ -49,7 +49,7 @@ def test_requests_of_known_length_are_counted_until_just_before_they_end() -> No
     asking = engine.wait(800, max_tokens=400, due_in_s=0.2)
     engine.table.rows["hint_tokens"][asking] = 400
     state, demand = demand_of(engine)
-    blocks, room = forecast(state, demand, PACE_S, survival(), 280)
+    blocks, room, _ = forecast(state, demand, PACE_S, survival(), 280)
     assert room.min() == 280 - 10 * -(-(321 + 40) // 16)
     assert (blocks[0] > room).any()
 
@@ -61,7 +61,7 @@ def test_a_prompt_that_can_start_later_holds_nothing_yet() -> None:
     begun = engine.wait(1600, due_in_s=20.0)
     engine.table.rows["computed_tokens"][begun] = 160
     state, demand = demand_of(engine)
-    blocks, _ = forecast(state, demand, PACE_S, survival(), 0)  # no room at all: every moment binds
+    blocks, _, _ = forecast(state, demand, PACE_S, survival(), 0)  # no room at all: every moment binds
     of = {int(slot): blocks[j] for j, slot in enumerate(demand.slots)}
     moments_s = MOMENT_TOKENS * PACE_S
     assert moments_s[np.flatnonzero(of[later])[0]] == 12.8
@@ -71,7 +71,7 @@ def test_a_prompt_that_can_start_later_holds_nothing_yet() -> None:
 def test_best_effort_counts_for_nothing() -> None:
     engine = EngineBuilder(total_blocks=100)
     engine.decode(prompt_tokens=1000, tpot_s=np.inf, status=Status.BEST_EFFORT)
-    _, room = forecast(*demand_of(engine), PACE_S, survival(), 100)
+    _, room, _ = forecast(*demand_of(engine), PACE_S, survival(), 100)
     assert (room == 100).all()
 
 
@@ -85,7 +85,7 @@ def test_a_class_without_a_tpot_grows_in_the_forecast() -> None:
     state, demand = demand_of(engine)
     pace_s = pace_of_moments_s(state, tier_paces(state, state.waiting))
     assert 0.0 < pace_s < 0.1  # the length of a batch of all of them
-    _, room = forecast(state, demand, pace_s, survival(), 4000)
+    _, room, _ = forecast(state, demand, pace_s, survival(), 4000)
     assert room.min() < 4000 - 30 * 1000 / 16
 
 
@@ -93,9 +93,9 @@ def test_fixed_blocks_are_counted_where_a_request_waits_and_where_it_runs() -> N
     engine = EngineBuilder()
     engine.decode(prompt_tokens=311, output_tokens=10)
     engine.wait(311)
-    plain_blocks, plain_room = forecast(*demand_of(engine), PACE_S, survival(), 1000)
+    plain_blocks, plain_room, _ = forecast(*demand_of(engine), PACE_S, survival(), 1000)
     engine.table.rows["fixed_blocks"][[*engine.running, *engine.waiting]] = 7
-    blocks, room = forecast(*demand_of(engine), PACE_S, survival(), 1000)
+    blocks, room, _ = forecast(*demand_of(engine), PACE_S, survival(), 1000)
     # As far as the two are expected to run still at that moment.
     assert 5.0 < blocks[0, 0] - plain_blocks[0, 0] <= 7.0
     assert 5.0 < plain_room[0] - room[0] <= 10.0

@@ -7,6 +7,7 @@ import numpy as np
 from slos_serve.core.request import Status
 from slos_serve.perf.lengths import LengthForecast
 from slos_serve.planning.demand import SIZES, build_demand
+from slos_serve.planning.memory import forecast
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.seats import seats_by
 from slos_serve.planning.supply import MOMENT_TOKENS, tier_paces
@@ -19,7 +20,8 @@ MOMENTS_S = MOMENT_TOKENS * PACE_S
 def seats_of(engine: EngineBuilder) -> np.ndarray:
     state = engine.state()
     demand = build_demand(state, state.waiting, tier_paces(state, state.waiting), 30.0, 0.0, np.zeros((2, SIZES)))
-    return seats_by(state, demand, PACE_S, LengthForecast(1, 0.7).survival())
+    _, _, taken = forecast(state, demand, PACE_S, LengthForecast(1, 0.7).survival(), 0)
+    return seats_by(state, demand, PACE_S, taken)
 
 
 def full(engine: EngineBuilder, left_tokens: int, count: int) -> None:
@@ -27,14 +29,6 @@ def full(engine: EngineBuilder, left_tokens: int, count: int) -> None:
     for _ in range(count):
         slot = engine.decode(tpot_s=PACE_S, output_tokens=21, max_tokens=400)
         engine.table.rows["hint_tokens"][slot] = 21 + left_tokens
-
-
-def test_nobodys_end_is_forecast_where_twice_as_many_would_find_a_seat() -> None:
-    engine = EngineBuilder(max_num_seqs=6)
-    full(engine, 10, 1)
-    engine.wait(300, due_in_s=0.2)
-    engine.wait(300, due_in_s=60.0)
-    assert seats_of(engine).tolist() == [5.0] * len(MOMENTS_S)
 
 
 def test_a_seat_comes_free_when_its_answer_ends() -> None:

@@ -62,6 +62,15 @@ def test_room_opens_when_decodes_end_at_the_pace_that_they_really_have() -> None
     assert LEAST_STEP_S < first_room_s(memory, request(4000, due_in_s=60.0)) < np.inf, "their KV is free then"
 
 
+def test_a_seat_opens_each_time_that_a_decode_ends() -> None:
+    engine = EngineBuilder(max_num_seqs=2)
+    for _ in range(2):
+        engine.decode(output_tokens=5, max_tokens=20)
+    after_s = rooms_after_s(NOW_S, request(100, due_in_s=1.0, max_tokens=20), mirrors_of(a=engine), 0)
+    assert after_s[0] > 0.0
+    assert len(after_s) > 8, "those that take the two seats leave them too"
+
+
 def test_each_refusal_is_told_a_later_time_than_the_one_before() -> None:
     mirrors, asked = mirrors_of(a=owing(*[8000] * 3)), request(4000, reject_when_full=True)
     times = RetryTimes(mirrors)
