@@ -421,6 +421,30 @@ async def test_a_whole_stream_is_passed_on_as_it_is() -> None:
     assert ticket.output_tokens == 1
 
 
+async def test_the_final_usage_says_what_was_promised_and_measured() -> None:
+    """Times are those at the endpoint: the first part comes 0.5 s after the request, each further one 0.1 s later."""
+    ticket = a_ticket()
+    ticket.decision = RoutingDecision("a", Verdict.ADMITTED, Why.FITS)
+    ticket.ttft_target_s, ticket.ttft_s = 1.0, 0.4
+    usage = 'data: {"choices":[],"usage":{"prompt_tokens":100,"completion_tokens":3}}\n\n'
+    parts = [["data: {1}\n\n"], ["data: {2}\n\n"], ["data: {3}\n\n"], [usage], ["data: [DONE]\n\n"]]
+    moments = iter(ticket.asked.arrival_s + 0.5 + 0.1 * number for number in range(5))
+    first, rest = await first_part(Handle(parts), ticket)
+    lines = [text async for text in events(first, rest, ticket, lambda: next(moments))]
+    assert [lines[0], lines[1], lines[2], lines[4]] == [part[0] for part in (*parts[:3], parts[4])]
+    assert json.loads(lines[3].removeprefix("data: "))["usage"]["slo"] == {
+        "class": "chat",
+        "verdict": "admitted",
+        "reason": "fits",
+        "rank": 0,
+        "ttft_ms": 500.0,
+        "tpot_ms": 100.0,
+        "target_ttft_ms": 1000.0,
+        "target_tpot_ms": 100.0,
+        "predicted_ttft_ms": 400.0,
+    }
+
+
 def test_a_refusal_is_429_with_when_and_why() -> None:
     error = pickle.loads(pickle.dumps(RequestRefusedError(str(Why.ALL_FULL), 2.2)))  # it may come from another process
     answer = refusal(error, a_ticket())
@@ -429,6 +453,8 @@ def test_a_refusal_is_429_with_when_and_why() -> None:
     assert (error["type"], error["code"], error["param"]) == ("rate_limit_error", 429, "slo_class")
     assert "'chat' (TTFT 1000 ms, TPOT 100 ms; 100 prompt tokens)" in error["message"]
     assert answer.headers["x-llm-d-request-dropped-reason"] == "rejected-saturated"
+    assert (answer.headers["x-slo-verdict"], answer.headers["x-slo-reason"]) == ("rejected", "all_full")
+    assert answer.headers["x-slo-target-tpot-ms"] == "100"
 
 
 def test_clients_come_back_one_by_one() -> None:

@@ -233,6 +233,25 @@ def test_what_nobody_attains_is_refused_or_served_without_a_promise(server: Serv
     assert raised.value.type == "rate_limit_error"
     answer = complete(server, "hopeless")
     assert answer.is_success and answer.headers["x-slo-verdict"] == "best-effort"
+    assert int(answer.headers["x-slo-predicted-start-ms"]) >= 0 and answer.headers["x-slo-target-ttft-ms"].isdecimal()
+
+
+def test_a_stream_ends_with_what_was_promised_and_measured(client: OpenAI) -> None:
+    stream = client.completions.with_raw_response.create(
+        model=MODEL,
+        prompt="Hello",
+        max_tokens=8,
+        stream=True,
+        stream_options={"include_usage": True},
+        extra_headers={"x-slo-class": "chat"},
+    )
+    *_, last = stream.parse()
+    assert last.usage is not None and last.usage.completion_tokens == 8
+    said = (last.usage.model_extra or {})["slo"]
+    assert (said["class"], said["verdict"]) == ("chat", stream.headers["x-slo-verdict"]) == ("chat", "admitted")
+    assert said["ttft_ms"] > 0.0 and said["tpot_ms"] > 0.0
+    assert f"{said['target_ttft_ms']:.0f}" == stream.headers["x-slo-target-ttft-ms"]
+    assert f"{said['predicted_ttft_ms']:.0f}" == stream.headers["x-slo-predicted-ttft-ms"]
 
 
 def test_an_slo_that_cannot_be_used_is_refused(client: OpenAI) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 from starlette.responses import JSONResponse
 
@@ -24,13 +25,8 @@ def answer_headers(ticket: Ticket) -> dict[str, str]:
     decision = ticket.decision
     if decision is None:
         return {}
-    found = {**verdict_headers(decision.verdict, decision.reason), "x-slo-attempts": str(ticket.attempts)}
+    found = {**ticket.told().headers(), "x-slo-attempts": str(ticket.attempts)}
     return found if decision.replica is None else {**found, "x-slo-replica": decision.replica}
-
-
-def verdict_headers(verdict: Verdict, reason: Why) -> dict[str, str]:
-    """What became of a request and why, as one server says it too."""
-    return {"x-slo-verdict": str(verdict), "x-slo-reason": str(reason), "x-slo-reason-text": SENTENCES[reason]}
 
 
 def refusal(refused: RequestRefusedError, ticket: Ticket) -> JSONResponse:
@@ -50,7 +46,7 @@ def refusal(refused: RequestRefusedError, ticket: Ticket) -> JSONResponse:
         **told,
         DROPPED_HEADER: DROPPED,
         "x-slo-class": ticket.slo_class or "custom",
-        **verdict_headers(Verdict.REJECTED, reason),
+        **replace(ticket.told(), verdict=Verdict.REJECTED, reason=reason).headers(),
     }
     return error_response(ticket.refused_status, message, "rate_limit_error", "slo_class", headers)
 

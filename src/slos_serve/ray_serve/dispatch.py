@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Protocol
 
+from slos_serve.core.told import known
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import Envelope, Notes
 from slos_serve.routing.clock_offset import ClockOffset
 from slos_serve.routing.mirrors import Mirrors
+from slos_serve.routing.predicted import predicted
 from slos_serve.routing.retry_after import RetryTimes
-from slos_serve.routing.router import RouterSettings, RoutingDecision, unpromised
+from slos_serve.routing.router import RouterSettings, RoutingDecision, RoutingRequest, unpromised
 from slos_serve.routing.sessions import Sessions
 from slos_serve.routing.settings import STALE_AFTER_S, Order
 from slos_serve.routing.shards import Share, route_shared
+from slos_serve.routing.starts import Starts
 from slos_serve.vllm_plugin.front.load_report import LEAST_HEADROOM, STANDARD_TTFT
 
 TRANSIT_S = 0.05
@@ -77,6 +81,7 @@ class Dispatcher:
         self._now_s = -float("inf")
         self._patient = True
         self.mirrors = Mirrors(num_classes=num_classes, transit_s=transit_s)
+        self._starts = Starts(self.mirrors)
         self._retry = RetryTimes(self.mirrors)
         self.decisions: Counter[tuple[Verdict, Why]] = Counter()
 
@@ -94,6 +99,7 @@ class Dispatcher:
     def drop_replica(self, name: str) -> None:
         """A replica is gone, and its prefixes with it."""
         self.mirrors.remove(name)
+        self._starts.forget(name)
         self._sessions.forget_replica(name)
         self._heard.pop(name, None)
         if self._offsets.pop(name, None) is not None:
@@ -123,6 +129,7 @@ class Dispatcher:
         ticket.attempts += 1
         if decision.replica is not None:
             ticket.reservation = decision.replica, self.mirrors.newest(decision.replica)
+        self._predict(now_s, ticket, asked)
         self.decisions[decision.verdict, decision.reason] += 1
         if decision.verdict is Verdict.REJECTED:
             ticket.retry_after_s = self._retry.next_s(now_s, asked, self._settings.stale_after_s)
@@ -138,9 +145,26 @@ class Dispatcher:
         self._withdraw(ticket)
         verdict = Verdict.BEST_EFFORT if ticket.asked.has_slo else decision.verdict
         ticket.decision = RoutingDecision(replica, verdict, Why.OUT_OF_REACH)
-        self.mirrors.send(self.mirrors.position(replica), unpromised(self._later(), ticket.asked))
+        now_s = self._later()
+        self.mirrors.send(self.mirrors.position(replica), unpromised(now_s, ticket.asked))
         ticket.reservation = replica, self.mirrors.newest(replica)
+        self._predict(now_s, ticket, ticket.asked)
         self.decisions[verdict, Why.OUT_OF_REACH] += 1
+
+    def _predict(self, now_s: float, ticket: Ticket, asked: RoutingRequest) -> None:
+        """Write what to expect where it is sent: of a promise its times, without one when it begins."""
+        ticket.ttft_s = ticket.tpot_s = ticket.start_s = math.inf
+        decision = ticket.decision
+        if decision is None or decision.replica is None:
+            return
+        if decision.verdict is not Verdict.ADMITTED and decision.reason is not Why.FITS_ELSEWHERE:
+            ticket.start_s = known(self._starts.start_s(decision.replica, now_s, asked))
+            return
+        expected = predicted(self.mirrors, decision.replica, now_s, asked, entered=True)
+        if expected is not None and decision.verdict is Verdict.ADMITTED:
+            ticket.ttft_s, ticket.tpot_s = expected.ttft_s, known(expected.tpot_s)
+        elif expected is not None:
+            ticket.start_s = expected.ttft_s
 
     def _share(self, now_s: float) -> Share:
         """This router's part; replicas tell in their publications which routers hear them."""
@@ -188,7 +212,7 @@ class Dispatcher:
             self._heard[name] = envelope.received_s, envelope.notes
             offset_s = offset.observe(envelope.sent_s, envelope.received_s)
             try:
-                self.mirrors.update(envelope.publication(name), offset_s, envelope.tickets())
+                self._starts.update(envelope.publication(name), offset_s, envelope.tickets())
             except Exception:  # it comes from another process; the next one may be better
                 _logger.exception("slos-serve: a publication of replica %s cannot be used", name)
                 continue

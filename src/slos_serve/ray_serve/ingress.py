@@ -8,7 +8,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import NO_SLO_CLASS
+from slos_serve.core.told import tpot_between_s
 from slos_serve.core.verdict import Verdict
 from slos_serve.ray_serve import compat
 from slos_serve.ray_serve.answers import (
@@ -41,6 +42,7 @@ from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.load_report import wanted_format, with_load
 from slos_serve.vllm_plugin.live.routes import page, page_headers
 from slos_serve.vllm_plugin.slo_args import TICKET_KEY
+from slos_serve.vllm_plugin.usage import with_usage
 
 MAX_ATTEMPTS = 3
 HEALTH_TIMEOUT_S = 1.5
@@ -168,7 +170,7 @@ class SLOIngress(OpenAiIngress):
             ticket.whole = True
             self._left(ticket)
             return JSONResponse(first.model_dump(), headers=answer_headers(ticket))
-        stream = self._streamed(events(first, rest, ticket), ticket)
+        stream = self._streamed(events(first, rest, ticket, self._office.now_s), ticket)
         return StreamingResponse(stream, media_type="text/event-stream", headers=answer_headers(ticket))
 
     async def _streamed(self, parts: AsyncGenerator[str, None], ticket: Ticket) -> AsyncGenerator[str, None]:
@@ -236,8 +238,13 @@ class SLOIngress(OpenAiIngress):
             yield part
 
 
-async def events(first: Any, rest: AsyncIterator[Any], ticket: Ticket) -> AsyncGenerator[str, None]:
-    """The answer as server-sent events; one that is cut off ends with an error event."""
+async def events(
+    first: Any, rest: AsyncIterator[Any], ticket: Ticket, now_s: Callable[[], float] = time.monotonic
+) -> AsyncGenerator[str, None]:
+    """The answer as server-sent events; one that is cut off ends with an error event.
+
+    The chunk with the final usage also says what was promised and measured here.
+    """
     done = False
     part = first
     try:
@@ -245,7 +252,7 @@ async def events(first: Any, rest: AsyncIterator[Any], ticket: Ticket) -> AsyncG
             text = compat.server_sent(part)
             ticket.output_tokens += text.count("data: {")
             done = text.rstrip().endswith("data: [DONE]")
-            yield text
+            yield _with_usage(text, ticket, now_s())
             part = await anext(rest)
         yield lost_event(ticket, "EngineDeadError")
     except StopAsyncIteration:
@@ -256,6 +263,21 @@ async def events(first: Any, rest: AsyncIterator[Any], ticket: Ticket) -> AsyncG
         yield lost_event(ticket, type(fault).__name__)
     if not done:
         yield "data: [DONE]\n\n"
+
+
+def _with_usage(text: str, ticket: Ticket, now_s: float) -> str:
+    """A part of a stream, and its moment."""
+    if ticket.first_s is None:
+        ticket.first_s = now_s
+    ttft_s = ticket.first_s - ticket.asked.arrival_s
+
+    def measured(tokens: int) -> dict[str, object]:
+        return ticket.told().measured(ttft_s, tpot_between_s(ticket.first_s, ticket.last_s, tokens))
+
+    changed = with_usage(text.encode(), measured).decode()
+    if changed == text and not text.startswith("data: [DONE]"):
+        ticket.last_s = now_s
+    return changed
 
 
 def _no_replica(error: Exception) -> JSONResponse:

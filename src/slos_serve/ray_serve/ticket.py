@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from slos_serve.core.errors import SlosServeError
+from slos_serve.core.told import Told
 from slos_serve.core.verdict import Verdict
 from slos_serve.perf.tasks import CallDue
 from slos_serve.routing.mirrors import Sent
@@ -35,6 +36,10 @@ class Ticket:
         whole: the whole answer has gone out.
         reservation: replica and room that its router holds for it there; stays with the router.
         refused_status: HTTP status of its refusal.
+        ttft_target_s: seconds from its arrival within which its first token is promised; ``inf`` without.
+        ttft_s, tpot_s: predicted times of a request that is promised something; else ``inf``.
+        start_s: seconds from its arrival to its first token, forecast where nothing is promised; else ``inf``.
+        first_s, last_s: when the first and the newest part of its stream went out.
         wants_load: its client asks for a load report.
         load: the replicas' load when it was routed, where it is wanted.
     """
@@ -48,6 +53,12 @@ class Ticket:
     output_tokens: int = 0
     attempts: int = 0
     refused_status: int = 429
+    ttft_target_s: float = math.inf
+    ttft_s: float = math.inf
+    tpot_s: float = math.inf
+    start_s: float = math.inf
+    first_s: float | None = None
+    last_s: float | None = None
     call: CallDue | None = None
     whole: bool = False
     tried: list[str] = field(default_factory=list)
@@ -75,6 +86,22 @@ class Ticket:
         """Whether the client was told that this replica promises its request."""
         decision = self.decision
         return decision is not None and decision.replica == replica and decision.verdict is Verdict.ADMITTED
+
+    def told(self) -> Told:
+        """What its client is told."""
+        asked, call, decision = self.asked, self.call, self.decision
+        return Told(
+            self.slo_class,
+            None if decision is None else decision.verdict,
+            None if decision is None else decision.reason,
+            target_ttft_s=self.ttft_target_s,
+            target_tpot_s=asked.tpot_s,
+            target_e2e_s=math.inf if call is None else call.due_s - asked.arrival_s,
+            task_left_s=math.inf if call is None else call.task_due_s - asked.arrival_s,
+            predicted_ttft_s=self.ttft_s,
+            predicted_tpot_s=self.tpot_s,
+            predicted_start_s=self.start_s,
+        )
 
     @property
     def is_unpromised(self) -> bool:

@@ -108,6 +108,7 @@ class TicketOffice:
             slo_class=None if slo_class is None else slo_class.name,
             session=asked.session_id or session,
             last_round=asked.last_round,
+            ttft_target_s=ttft_s,
             refused_status=503 if slo_class is not None and slo_class.when_full is WhenFull.REJECT_503 else 429,
         )
         self.tasks.begin(ticket, slo_class, tenant)

@@ -121,6 +121,11 @@ class Mirrors:
         last = self._at(k).last
         return last.ready_s - last.time_s if last is not None else 0.0
 
+    def has_published(self, name: str) -> bool:
+        """Whether a replica has said anything in its present life."""
+        k = self._index.get(name)
+        return k is not None and self._at(k).sequence >= 0
+
     def in_flight(self, name: str) -> int:
         """How many requests were sent there that no publication has shown yet."""
         return len(self._at(self._index[name]).in_flight)

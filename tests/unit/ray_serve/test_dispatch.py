@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import pickle
+from dataclasses import replace
 
 import pytest
 
 from slos_serve.core.verdict import Verdict, Why
+from slos_serve.ray_serve.answers import answer_headers
 from slos_serve.ray_serve.dispatch import Dispatcher
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import Envelope, Notes
@@ -367,3 +370,86 @@ def test_the_load_of_all_replicas_goes_with_a_ticket_that_wants_it(dispatcher: D
         dispatcher.decide(each)
     assert silent.load == {}
     assert wanting.load == {"slos_serve_least_headroom_requests": 7.0, "slos_serve_standard_ttft_seconds": 0.2}
+
+
+# What clients are told ------------------------------------------------------------------------------------------------
+
+
+def full(prompts: int) -> EngineBuilder:
+    """An engine that owes so many long prompts soon."""
+    engine = loaded(0)
+    for _ in range(prompts):
+        engine.wait(1500, due_in_s=1.0)
+    return engine
+
+
+def test_whoever_is_promised_nothing_is_told_when_it_begins(dispatcher: Dispatcher, postman: Postman) -> None:
+    """Each after those that were sent there before it; whoever is promised something is told that instead."""
+    dispatcher.set_replicas({"a": "tcp://a"})
+    postman.bring("a", full(8))
+    several = [ticket(3000) for _ in range(4)]
+    for each in several:
+        assert dispatcher.decide(each).verdict is Verdict.BEST_EFFORT
+    starts = [each.start_s for each in several]
+    assert all(0.5 < start < 30.0 for start in starts)
+    assert starts == sorted(starts) and len(set(starts)) == 4
+    assert several[0].ttft_s == several[0].tpot_s == math.inf
+    postman.bring("a", loaded(0), at_s=0.1)
+    fits = ticket(200)
+    assert dispatcher.decide(fits).verdict is Verdict.ADMITTED
+    assert fits.start_s == math.inf and 0.0 < fits.ttft_s < 1.0 and 0.0 < fits.tpot_s <= 0.1
+
+
+def test_a_request_that_asks_for_nothing_is_told_its_start_too(dispatcher: Dispatcher, postman: Postman) -> None:
+    postman.bring("a", full(8))
+    dispatcher.set_replicas({"a": "tcp://a"})
+    asked = Ticket(replace(ticket(3000).asked, ttft_due_s=math.inf, tpot_s=math.inf))
+    assert dispatcher.decide(asked).verdict is Verdict.NO_SLO
+    assert 0.5 < asked.start_s < 30.0
+
+
+def test_before_a_replica_has_published_nothing_is_forecast(dispatcher: Dispatcher) -> None:
+    asked = ticket()
+    assert dispatcher.decide(asked).reason is Why.NO_STATE
+    assert asked.ttft_s == asked.tpot_s == asked.start_s == math.inf
+
+
+def test_the_forecast_is_of_the_replica_that_serves(dispatcher: Dispatcher, postman: Postman) -> None:
+    postman.bring("a", full(8))
+    postman.bring("b", loaded(0))
+    asked = ticket(3000, due_in_s=2.0)
+    assert dispatcher.decide(asked).replica == "b"
+    assert asked.start_s == math.inf > asked.ttft_s
+    dispatcher.routed(asked, "a")
+    assert asked.ttft_s == math.inf and 0.5 < asked.start_s < 30.0
+
+
+def test_a_promise_of_another_routers_replica_is_told_as_a_start(clock: Clock) -> None:
+    router = two_routers(clock, ("me", "you"))["me"]
+    for _ in range(80):
+        asked = ticket(400)
+        if router.decide(asked).reason is Why.FITS_ELSEWHERE:
+            assert asked.ttft_s == math.inf and 0.0 < asked.start_s <= 1.0
+            return
+    raise AssertionError("nothing fits elsewhere")
+
+
+def test_headers_hold_targets_and_what_is_expected(dispatcher: Dispatcher, postman: Postman) -> None:
+    postman.bring("a", full(8))
+    dispatcher.set_replicas({"a": "tcp://a"})
+    asked = ticket(3000)
+    asked.ttft_target_s = 1.5
+    dispatcher.decide(asked)
+    headers = answer_headers(asked)
+    assert (headers["x-slo-verdict"], headers["x-slo-target-ttft-ms"], headers["x-slo-target-tpot-ms"]) == (
+        "best-effort",
+        "1500",
+        "100",
+    )
+    assert headers["x-slo-predicted-start-ms"] == f"{asked.start_s * 1e3:.0f}"
+    assert "x-slo-predicted-ttft-ms" not in headers and "x-slo-target-e2e-ms" not in headers
+    postman.bring("a", loaded(0), at_s=0.1)
+    dispatcher.decide(asked)
+    headers = answer_headers(asked)
+    assert headers["x-slo-verdict"] == "admitted" and "x-slo-predicted-start-ms" not in headers
+    assert {"x-slo-predicted-ttft-ms", "x-slo-predicted-tpot-ms"} <= headers.keys()

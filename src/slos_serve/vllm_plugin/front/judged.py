@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from slos_serve.core.slo import SLOClass
+from slos_serve.core.told import Told, known
 from slos_serve.perf.tasks import CallDue
 from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.front.mirror import Answer
@@ -39,6 +40,28 @@ class Judged:
     last_s: float | None = None
     call: CallDue | None = None
     tickets: list[int] = field(default_factory=list)
+
+    def told(self) -> Told:
+        """What its client is told."""
+        answer, call, held_to = self.answer, self.call, self.given or self.slo_class
+        found = Told(
+            None if self.slo_class is None else self.slo_class.name,
+            target_ttft_s=self.ttft_target_s,
+            target_tpot_s=math.inf if held_to is None else held_to.slo.tpot_s,
+            target_e2e_s=math.inf if call is None else call.due_s - self.arrival_s,
+            task_left_s=math.inf if call is None else call.task_due_s - self.arrival_s,
+        )
+        if answer is None:
+            return found
+        return replace(
+            found,
+            verdict=answer.verdict,
+            reason=answer.reason,
+            rank=answer.rank,
+            predicted_ttft_s=known(answer.ttft_s),
+            predicted_tpot_s=known(answer.tpot_s),
+            predicted_start_s=known(answer.start_s),
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,18 +16,14 @@ import numpy as np
 from slos_serve.core.request import share_of
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.perf.class_shares import ClassShares
-from slos_serve.perf.step_time import roofline_s
-from slos_serve.planning.demand import is_lost
-from slos_serve.planning.feasible import TOLERANCE
-from slos_serve.routing import mirror_kernel as kernel
 from slos_serve.routing.headroom import MOST
-from slos_serve.routing.mirror_arrays import advance, rate_beside
-from slos_serve.routing.mirrors import Mirrors, Sent, request_row
+from slos_serve.routing.mirrors import Mirrors, Sent
+from slos_serve.routing.predicted import Predicted, predicted
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.retry_after import RetryTimes
 from slos_serve.routing.router import RouterSettings, RoutingRequest, route, unpromised, verdicts
 from slos_serve.routing.settings import STALE_AFTER_S, Order
-from slos_serve.vllm_plugin.front.starts import Queued, StartForecast
+from slos_serve.routing.starts import Starts
 
 ENGINE = "engine"
 # From the hand-over in the API process to the scheduler's queue.
@@ -52,29 +48,6 @@ class Answer:
     tpot_s: float | None = None
     rank: int = 0
     start_s: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Predicted:
-    """What a mirror expects of a request.
-
-    Attributes:
-        ttft_s: seconds from its arrival to its first token.
-        tpot_s: seconds per output token; ``None`` without such a promise.
-        obstacle: what binds, should it not fit.
-        ahead_tokens: prompt tokens to compute until its first token, its own counted; attention counted in.
-        prefill_rate: prompt tokens a second beside the decodes that are promised and this one; negative where those
-            would be too slow.
-        kv_blocks, kv_blocks_left: KV blocks it needs at its forecast peak, and those left beside all promises.
-    """
-
-    ttft_s: float
-    tpot_s: float | None
-    obstacle: Why
-    ahead_tokens: float
-    prefill_rate: float
-    kv_blocks: float
-    kv_blocks_left: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,16 +81,14 @@ class EngineMirror:
         self._newest: Publication | None = None
         self._now_s = -math.inf
         self._retry = RetryTimes(self._mirrors)
-        self._starts = StartForecast()
+        self._starts = Starts(self._mirrors)
         # Of requests that are refused where they do not fit: the engine never sees those that are.
         self._refusable = ClassShares(num_classes, fairness)
 
     def update(self, publication: Publication, tickets: Container[int] = ()) -> None:
         """Take over what the engine published, ``tickets`` of requests that have come to it with it."""
-        self._newest, before = publication, self._sent_queued()
-        self._mirrors.update(publication, tickets=tickets)
-        still = {id(row) for row in self._mirrors.sent_unpromised(ENGINE)}
-        self._starts.update(publication, [queued for key, queued in before.items() if key not in still])
+        self._newest = publication
+        self._starts.update(publication, tickets=tickets)
 
     def withdraw(self, ticket: int) -> None:
         """A request has ended: where its engine never had it, its room is free again."""
@@ -151,45 +122,25 @@ class EngineMirror:
         self._keep_fresh(now_s)
         rank = self._rank(now_s, several)
         asked = several[rank or 0]
-        predicted = self._predicted(now_s, asked) if asked.has_slo else None
+        expected = self._predicted(now_s, asked) if asked.has_slo else None
         if rank is None:
-            why = Why.TTFT_TOO_LATE if predicted is None else predicted.obstacle
+            why = Why.TTFT_TOO_LATE if expected is None else expected.obstacle
             if asked.reject_when_full:
                 return Answer(Verdict.REJECTED, why)
             self._mirrors.send(self._mirrors.position(ENGINE), unpromised(now_s, asked))
-            return Answer(Verdict.BEST_EFFORT, why, start_s=self._start_s(now_s, asked))
+            return Answer(Verdict.BEST_EFFORT, why, start_s=self._starts.start_s(ENGINE, now_s, asked))
         decision = route(now_s, asked, self._mirrors, _SETTINGS)
         if not asked.has_slo:
-            return Answer(Verdict.NO_SLO, Why.NO_SLO, start_s=self._start_s(now_s, asked))
+            return Answer(Verdict.NO_SLO, Why.NO_SLO, start_s=self._starts.start_s(ENGINE, now_s, asked))
         if decision.verdict is Verdict.ADMITTED:
-            assert predicted is not None
+            assert expected is not None
             word = Verdict.SECOND_BEST if rank else decision.verdict
-            return Answer(word, decision.reason, predicted.ttft_s, predicted.tpot_s, rank)
+            return Answer(word, decision.reason, expected.ttft_s, expected.tpot_s, rank)
         reason = decision.reason
         if reason is Why.ALL_FULL:  # of one engine it is known what binds
-            reason = Why.TTFT_TOO_LATE if predicted is None else predicted.obstacle
-        start_s = self._start_s(now_s, asked) if decision.verdict is Verdict.BEST_EFFORT else None
+            reason = Why.TTFT_TOO_LATE if expected is None else expected.obstacle
+        start_s = self._starts.start_s(ENGINE, now_s, asked) if decision.verdict is Verdict.BEST_EFFORT else None
         return Answer(decision.verdict, reason, start_s=start_s)
-
-    def _sent_queued(self) -> dict[int, Queued]:
-        """Share and prompt tokens of requests without a promise that no publication has shown, by their row's id."""
-        return {
-            id(row): (int(row["share"][0]), float(row["prompt_tokens"][0]))
-            for row in self._mirrors.sent_unpromised(ENGINE)
-        }
-
-    def _start_s(self, now_s: float, asked: RoutingRequest) -> float | None:
-        """Seconds from its arrival until the first token of a request that was sent without a promise just now."""
-        k, m = self._mirrors.position(ENGINE), self._mirrors.arrays
-        if self._newest is None:
-            return None
-        first, count = int(m.first[k]), int(m.num_owed[k])
-        owed = float(m.cost_tokens[k, first : first + count].sum())
-        rate = rate_beside(m, k, m.counts[k])
-        wait_s = self._starts.start_s(
-            self._share_of(asked), self._sent_queued().values(), owed, rate, float(m.idle_rate[k])
-        )
-        return max(float(m.ready_s[k]), now_s) - asked.arrival_s + wait_s
 
     @staticmethod
     def _share_of(asked: RoutingRequest) -> int:
@@ -236,7 +187,7 @@ class EngineMirror:
         now_s = max(now_s, self._now_s)
         self._keep_fresh(now_s)
         given = (asked, *weaker)[self._rank(now_s, (asked, *weaker)) or 0]
-        predicted = self._predicted(now_s, given) if given.has_slo else None
+        rests_on = self._predicted(now_s, given) if given.has_slo else None
         sent: list[Sent] = []
         obstacle: Why | None = None
         first: Answer | None = None
@@ -259,7 +210,7 @@ class EngineMirror:
             for one in reversed(sent):
                 self._mirrors.withdraw(ENGINE, one)
         assert first is not None
-        return Looked(first, predicted, room, obstacle)
+        return Looked(first, rests_on, room, obstacle)
 
     def retry_after_s(self, now_s: float, asked: RoutingRequest) -> float:
         """When a refused request is to ask again, in [1, 60] s; each is told a later time than the one before."""
@@ -272,55 +223,4 @@ class EngineMirror:
             self._mirrors.renew(ENGINE, now_s)
 
     def _predicted(self, now_s: float, asked: RoutingRequest) -> Predicted | None:
-        """What the mirror expects of the request if it is taken; ``None`` when its first token is lost already."""
-        k, m = self._mirrors.position(ENGINE), self._mirrors.arrays
-        if self._newest is None:
-            return None
-        advance(m, k, max(now_s, float(m.ready_s[k])))
-        row = request_row(
-            arrival_s=asked.arrival_s,
-            prompt_tokens=asked.prompt_tokens,
-            max_tokens=asked.max_tokens,
-            ttft_due_s=asked.ttft_due_s,
-            tpot_s=asked.tpot_s,
-            answer_due_s=asked.answer_due_s,
-            class_index=asked.class_index,
-            share=share_of(asked.class_index) if asked.share is None else asked.share,
-            weight=asked.weight,
-            hint_tokens=asked.hint_tokens,
-        )
-        state = kernel.state_of_one(m, k, row, 0)
-        if is_lost(state, 0):
-            return None
-        due_s, cost, tier, _, memory = kernel.demand(m, k, state)
-        counts = m.counts[k].copy()
-        rate = rate_beside(m, k, counts)
-        counts[tier] += 1.0
-        obstacle = Why.TTFT_TOO_LATE
-        if np.any(memory > m.memory_left[k, : len(memory)] + TOLERANCE):
-            obstacle = Why.KV_FULL
-        elif not kernel.has_seat(m, k, due_s, cost):
-            obstacle = Why.SEQS_FULL
-        elif rate_beside(m, k, counts) < 0.0:
-            obstacle = Why.DECODE_RATE
-        first, count = int(m.first[k]), int(m.num_owed[k])
-        before = int(np.searchsorted(m.due_s[k, first : first + count], due_s, side="right"))
-        owed = float(m.cost_tokens[k, first : first + before].sum()) + cost
-        ready_s = max(float(m.ready_s[k]), now_s)
-        # Even a short prompt takes a whole step beside the decodes that run.
-        step_s = float(roofline_s(m.coefficients[k], m.counts[k].sum() + min(owed, m.max_step_tokens[k])))
-        step_s += float((m.counts[k] * m.extra_s_each[k]).sum())
-        ttft_s = ready_s - asked.arrival_s + max(owed / max(rate, 1e-9), step_s)
-        # While prompts are owed, steps are as long as the tightest pace allows; else as long as the decodes take.
-        busy_share = min(owed / max(rate, 1e-9) / max(asked.max_tokens * asked.tpot_s, 1e-9), 1.0)
-        alone_s = float(roofline_s(m.coefficients[k], counts.sum()) + (counts * m.extra_s_each[k]).sum())
-        tpot_s = min(busy_share * asked.tpot_s + (1.0 - busy_share) * alone_s, asked.tpot_s)
-        return Predicted(
-            ttft_s=ttft_s,
-            tpot_s=tpot_s if math.isfinite(tpot_s) else None,
-            obstacle=obstacle,
-            ahead_tokens=owed,
-            prefill_rate=float(rate_beside(m, k, counts)),
-            kv_blocks=float(memory.max()),
-            kv_blocks_left=float(m.memory_left[k, : len(memory)].min()),
-        )
+        return predicted(self._mirrors, ENGINE, now_s, asked)

@@ -10,9 +10,13 @@ long again as there has been a queue; after it prompts are computed at the rate 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
+from slos_serve.core.request import share_of
+from slos_serve.routing.mirror_arrays import rate_beside
+from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publication import Publication
+from slos_serve.routing.router import RoutingRequest
 
 # Rates are those of this long, about; and so many seconds at the planner's rate are mixed in.
 OVER_S, PRIOR_S = 10.0, 1.0
@@ -73,3 +77,56 @@ class StartForecast:
         left_over = (self._went_tokens + PRIOR_S * rate) / (self._busy_s + PRIOR_S)
         queue_s = 0.0 if self._last is None else max(self._last.ready_s - self._since_s, 0.0)
         return min(owed_tokens / rate + ahead / left_over, queue_s + (owed_tokens + ahead) / idle_rate, LATEST_S)
+
+
+class Starts:
+    """Forecasts starts on every replica of a router.
+
+    Args:
+        mirrors: of the replicas; publications reach them through :meth:`update`.
+    """
+
+    def __init__(self, mirrors: Mirrors) -> None:
+        self._mirrors = mirrors
+        self._forecasts: dict[str, StartForecast] = {}
+
+    def update(self, publication: Publication, offset_s: float = 0.0, tickets: Container[int] | None = None) -> bool:
+        """As :meth:`slos_serve.routing.mirrors.Mirrors.update`, which is called; forecasts learn from what is new."""
+        name = publication.replica
+        before = self._sent(name)
+        if not self._mirrors.update(publication, offset_s, tickets):
+            return False
+        still = self._sent(name)
+        came = [queued for key, queued in before.items() if key not in still]
+        self._forecasts.setdefault(name, StartForecast()).update(publication, came)
+        return True
+
+    def forget(self, name: str) -> None:
+        """A replica is gone. No-op when it is unknown."""
+        self._forecasts.pop(name, None)
+
+    def start_s(self, name: str, now_s: float, asked: RoutingRequest) -> float | None:
+        """Seconds from its arrival to the first token of a request that was sent without a promise just now.
+
+        Returns:
+            ``None`` while its replica has not published.
+        """
+        forecast = self._forecasts.get(name)
+        if forecast is None or name not in self._mirrors:
+            return None
+        k, m = self._mirrors.position(name), self._mirrors.arrays
+        first, count = int(m.first[k]), int(m.num_owed[k])
+        owed_tokens = float(m.cost_tokens[k, first : first + count].sum())
+        share = share_of(asked.class_index) if asked.share is None else asked.share
+        rate, idle_rate = rate_beside(m, k, m.counts[k]), float(m.idle_rate[k])
+        wait_s = forecast.start_s(share, self._sent(name).values(), owed_tokens, rate, idle_rate)
+        return max(float(m.ready_s[k]), now_s) - asked.arrival_s + wait_s
+
+    def _sent(self, name: str) -> dict[int, Queued]:
+        """Share and prompt tokens of requests without a promise that no publication has shown, by their row's id."""
+        if name not in self._mirrors:
+            return {}
+        return {
+            id(row): (int(row["share"][0]), float(row["prompt_tokens"][0]))
+            for row in self._mirrors.sent_unpromised(name)
+        }

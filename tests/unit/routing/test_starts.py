@@ -8,11 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publication import Publication
+from slos_serve.routing.router import unpromised
+from slos_serve.routing.starts import LATEST_S, StartForecast, Starts
 from slos_serve.vllm_plugin.front.explain import explain
-from slos_serve.vllm_plugin.front.starts import LATEST_S, StartForecast
 from slos_serve.vllm_plugin.slo_args import SloArgs
-from tests.unit.routing.fleet import NOW_S, loaded, published
+from tests.unit.routing.fleet import NOW_S, loaded, published, request
 from tests.unit.vllm_plugin.front.builders import Server, desk
 
 RATE = 1000.0
@@ -93,3 +95,24 @@ async def test_whoever_is_promised_nothing_is_told_and_nobody_else(tmp_path: Pat
     assert 500.0 < expected < 10_000.0
     _, headers, _ = await Server(desk(tmp_path, loaded(0))).ask("chat")
     assert headers["x-slo-verdict"] == "admitted" and "x-slo-predicted-start-ms" not in headers
+
+
+def test_what_was_sent_counts_until_a_publication_shows_it_and_the_rate_is_learnt_from_that() -> None:
+    """Two prompts of 5,000 tokens are sent; 2 s later 9,000 tokens of them are queued: the rate was 500 a second."""
+    mirrors = Mirrors(["a"])
+    starts, asked = Starts(mirrors), request(5000)
+    assert starts.start_s("a", NOW_S, asked) is None, "it has not published"
+    assert starts.update(publication(0.0, {}))
+    mirrors.send(mirrors.position("a"), unpromised(NOW_S, asked))
+    alone_s = starts.start_s("a", NOW_S, asked)
+    assert alone_s is not None and 0.5 < alone_s < 5.0
+    mirrors.send(mirrors.position("a"), unpromised(NOW_S, asked))
+    assert starts.start_s("a", NOW_S, asked) == pytest.approx(2.0 * alone_s, rel=0.05)
+    shown = replace(publication(2.0, {0: 9000.0}), sequence=1, seen_until_s=NOW_S + 2.0)
+    assert starts.update(shown) and not starts.update(shown), "an old one teaches nothing"
+    assert mirrors.in_flight("a") == 0
+    later_s = starts.start_s("a", NOW_S + 2.0, replace(asked, arrival_s=NOW_S + 2.0))
+    idle_s = 9000.0 / float(mirrors.arrays.idle_rate[0])
+    assert later_s is not None and later_s > idle_s + 1.0
+    starts.forget("a")
+    assert starts.start_s("a", NOW_S + 2.0, asked) is None
