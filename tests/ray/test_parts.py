@@ -425,7 +425,7 @@ async def test_the_final_usage_says_what_was_promised_and_measured() -> None:
     """Times are those at the endpoint: the first part comes 0.5 s after the request, each further one 0.1 s later."""
     ticket = a_ticket()
     ticket.decision = RoutingDecision("a", Verdict.ADMITTED, Why.FITS)
-    ticket.ttft_target_s, ticket.ttft_s = 1.0, 0.4
+    ticket.ttft_s = 0.4
     usage = 'data: {"choices":[],"usage":{"prompt_tokens":100,"completion_tokens":3}}\n\n'
     parts = [["data: {1}\n\n"], ["data: {2}\n\n"], ["data: {3}\n\n"], [usage], ["data: [DONE]\n\n"]]
     moments = iter(ticket.asked.arrival_s + 0.5 + 0.1 * number for number in range(5))

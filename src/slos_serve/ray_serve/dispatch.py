@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -119,10 +119,12 @@ class Dispatcher:
         now_s = self._later()
         self._receive()
         self._withdraw(ticket)
-        asked = replace(ticket.asked, avoid=tuple(ticket.tried)) if ticket.tried else ticket.asked
+        several = [replace(one, avoid=tuple(ticket.tried)) for one in (ticket.asked, *ticket.weaker)]
         if ticket.session is not None:
-            asked = replace(asked, cached=self._sessions.cached(ticket.session, asked.prompt_tokens))
-        decision = route_shared(now_s, asked, self.mirrors, self._share(now_s), self._settings)
+            cached = self._sessions.cached(ticket.session, ticket.asked.prompt_tokens)
+            several = [replace(one, cached=cached) for one in several]
+        ticket.rank, decision = self._route(now_s, several)
+        asked = several[ticket.rank]
         if ticket.wants_load:
             ticket.load = self._load(now_s)
         ticket.decision = decision
@@ -143,6 +145,7 @@ class Dispatcher:
         if decision is None or decision.replica == replica or replica not in self.mirrors:
             return
         self._withdraw(ticket)
+        ticket.rank = 0
         verdict = Verdict.BEST_EFFORT if ticket.asked.has_slo else decision.verdict
         ticket.decision = RoutingDecision(replica, verdict, Why.OUT_OF_REACH)
         now_s = self._later()
@@ -151,17 +154,31 @@ class Dispatcher:
         self._predict(now_s, ticket, ticket.asked)
         self.decisions[verdict, Why.OUT_OF_REACH] += 1
 
+    def _route(self, now_s: float, several: Sequence[RoutingRequest]) -> tuple[int, RoutingDecision]:
+        """The first of a request's promises that a replica attains, and where; where none does, what becomes of it."""
+        share = self._share(now_s)
+        if len(several) > 1 and several[0].has_slo:
+            for rank, one in enumerate(several):
+                tried = replace(one, reject_when_full=True)
+                decision = route_shared(now_s, tried, self.mirrors, share, self._settings)
+                if decision.verdict is Verdict.ADMITTED:
+                    return rank, replace(decision, verdict=Verdict.SECOND_BEST) if rank else decision
+                if decision.replica is not None:  # another router's may attain it; a weaker promise here is worth more
+                    self.mirrors.withdraw(decision.replica, self.mirrors.newest(decision.replica))
+        return 0, route_shared(now_s, several[0], self.mirrors, share, self._settings)
+
     def _predict(self, now_s: float, ticket: Ticket, asked: RoutingRequest) -> None:
         """Write what to expect where it is sent: of a promise its times, without one when it begins."""
         ticket.ttft_s = ticket.tpot_s = ticket.start_s = math.inf
         decision = ticket.decision
         if decision is None or decision.replica is None:
             return
-        if decision.verdict is not Verdict.ADMITTED and decision.reason is not Why.FITS_ELSEWHERE:
+        promised = decision.verdict in (Verdict.ADMITTED, Verdict.SECOND_BEST)
+        if not promised and decision.reason is not Why.FITS_ELSEWHERE:
             ticket.start_s = known(self._starts.start_s(decision.replica, now_s, asked))
             return
         expected = predicted(self.mirrors, decision.replica, now_s, asked, entered=True)
-        if expected is not None and decision.verdict is Verdict.ADMITTED:
+        if expected is not None and promised:
             ticket.ttft_s, ticket.tpot_s = expected.ttft_s, known(expected.tpot_s)
         elif expected is not None:
             ticket.start_s = expected.ttft_s

@@ -170,7 +170,7 @@ class SLOIngress(OpenAiIngress):
             ticket.whole = True
             self._left(ticket)
             return JSONResponse(first.model_dump(), headers=answer_headers(ticket))
-        stream = self._streamed(events(first, rest, ticket, self._office.now_s), ticket)
+        stream = self._streamed(events(first, rest, ticket), ticket)
         return StreamingResponse(stream, media_type="text/event-stream", headers=answer_headers(ticket))
 
     async def _streamed(self, parts: AsyncGenerator[str, None], ticket: Ticket) -> AsyncGenerator[str, None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import threading
 from collections.abc import Mapping, Sequence
@@ -110,12 +111,11 @@ class FleetLive:
 
     def told(self, ticket: Ticket) -> None:
         """A client was told what becomes of its request."""
-        decision, asked = ticket.decision, ticket.asked
-        if decision is not None:
-            target_s = asked.ttft_due_s - asked.arrival_s
-            self._state.told(
-                ticket.slo_class if asked.has_slo else None, decision.verdict, decision.reason, None, target_s
-            )
+        told = ticket.told()
+        if told.verdict is not None and told.reason is not None:
+            name = told.slo_class if ticket.asked.has_slo else None
+            predicted_s = told.predicted_ttft_s if math.isfinite(told.predicted_ttft_s) else None
+            self._state.told(name, told.verdict, told.reason, predicted_s, told.target_ttft_s)
 
     def document(self, answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The page's document, from what the replicas answered."""

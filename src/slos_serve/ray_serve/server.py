@@ -126,7 +126,7 @@ class SLOServer(LLMServer):
         now_s = time.monotonic()
         number = self._pulse.call_began(now_s)
         if ticket is not None:
-            self._demand.began(number, ticket.asked, ticket.slo_class or CUSTOM_CLASS, not ticket.is_unpromised, now_s)
+            self._demand.began(number, ticket.given, ticket.slo_class or CUSTOM_CLASS, not ticket.is_unpromised, now_s)
         try:
             async for part in answer:
                 yield part
@@ -137,8 +137,8 @@ class SLOServer(LLMServer):
 
 def _hand_over(request: Any, ticket: Ticket | None) -> None:
     """Tell the engine that the client was told a promise, which binds it; not where another replica was to keep it."""
-    told = ticket is not None and ticket.is_told_at(serve.get_replica_context().replica_id.unique_id)
-    request.vllm_xargs = with_told(getattr(request, "vllm_xargs", None), told=told)
+    rank = None if ticket is None else ticket.told_at(serve.get_replica_context().replica_id.unique_id)
+    request.vllm_xargs = with_told(getattr(request, "vllm_xargs", None), rank)
 
 
 def end_this_replica() -> None:

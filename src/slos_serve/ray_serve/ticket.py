@@ -24,6 +24,8 @@ class Ticket:
 
     Attributes:
         asked: what routing needs to know; times on the ingress's monotonic clock.
+        weaker: the same with each weaker promise of its class, in the order in which they are asked for.
+        rank: which promise the decision gives: 0 for ``asked``, then ``weaker``.
         slo_class: name of its class, ``None`` without one.
         session: conversation it belongs to.
         last_round: no further call of the session follows.
@@ -36,7 +38,7 @@ class Ticket:
         whole: the whole answer has gone out.
         reservation: replica and room that its router holds for it there; stays with the router.
         refused_status: HTTP status of its refusal.
-        ttft_target_s: seconds from its arrival within which its first token is promised; ``inf`` without.
+        ttft_margin_s: by which deadlines above are earlier than what is promised.
         ttft_s, tpot_s: predicted times of a request that is promised something; else ``inf``.
         start_s: seconds from its arrival to its first token, forecast where nothing is promised; else ``inf``.
         first_s, last_s: when the first and the newest part of its stream went out.
@@ -45,6 +47,8 @@ class Ticket:
     """
 
     asked: RoutingRequest
+    weaker: tuple[RoutingRequest, ...] = ()
+    rank: int = 0
     slo_class: str | None = None
     session: str | None = None
     last_round: bool = False
@@ -53,7 +57,7 @@ class Ticket:
     output_tokens: int = 0
     attempts: int = 0
     refused_status: int = 429
-    ttft_target_s: float = math.inf
+    ttft_margin_s: float = 0.0
     ttft_s: float = math.inf
     tpot_s: float = math.inf
     start_s: float = math.inf
@@ -80,24 +84,32 @@ class Ticket:
         if self.decision is not None and self.decision.replica is not None:
             self.tried.append(self.decision.replica)
         self.decision = None
-        self.output_tokens = 0
+        self.rank = self.output_tokens = 0
 
-    def is_told_at(self, replica: str) -> bool:
-        """Whether the client was told that this replica promises its request."""
+    @property
+    def given(self) -> RoutingRequest:
+        """With the promise that the decision gives, or the first one."""
+        return (self.asked, *self.weaker)[self.rank]
+
+    def told_at(self, replica: str) -> int | None:
+        """Rank of the promise that the client was told this replica makes; ``None`` without one."""
         decision = self.decision
-        return decision is not None and decision.replica == replica and decision.verdict is Verdict.ADMITTED
+        if decision is None or decision.replica != replica:
+            return None
+        return self.rank if decision.verdict in (Verdict.ADMITTED, Verdict.SECOND_BEST) else None
 
     def told(self) -> Told:
         """What its client is told."""
-        asked, call, decision = self.asked, self.call, self.decision
+        given, call, decision = self.given, self.call, self.decision
         return Told(
             self.slo_class,
             None if decision is None else decision.verdict,
             None if decision is None else decision.reason,
-            target_ttft_s=self.ttft_target_s,
-            target_tpot_s=asked.tpot_s,
-            target_e2e_s=math.inf if call is None else call.due_s - asked.arrival_s,
-            task_left_s=math.inf if call is None else call.task_due_s - asked.arrival_s,
+            rank=self.rank,
+            target_ttft_s=given.ttft_due_s + self.ttft_margin_s - given.arrival_s,
+            target_tpot_s=given.tpot_s,
+            target_e2e_s=math.inf if call is None else call.due_s - given.arrival_s,
+            task_left_s=math.inf if call is None else call.task_due_s - given.arrival_s,
             predicted_ttft_s=self.ttft_s,
             predicted_tpot_s=self.tpot_s,
             predicted_start_s=self.start_s,

@@ -6,11 +6,11 @@ deadlines.
 
 from __future__ import annotations
 
-import math
 import os
 import random
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from slos_serve.core.request import share_of
@@ -86,29 +86,26 @@ class TicketOffice:
         except DeniedError:
             slo_class = None  # it came around the middleware: its replica's scheduler promises nothing either
         prompt_tokens, class_index = self._prompts.prompt_tokens(body), self._index(slo_class)
-        ttft_s, tpot_s, e2e_s = self._promise(slo_class, prompt_tokens)
-        margin_s = self._settings.planner.ttft_margin_s
-        request = RoutingRequest(
+        unpromised = RoutingRequest(
             arrival_s=arrival_s,
             prompt_tokens=prompt_tokens,
             max_tokens=self._max_tokens(body, prompt_tokens),
-            ttft_due_s=arrival_s + ttft_s - margin_s,
-            tpot_s=tpot_s,
-            answer_due_s=arrival_s + e2e_s - margin_s,
             class_index=class_index,
             share=share_of(class_index, len(self._indices) + 2, self._settings.trust.place(tenant)),
-            weight=max(slo_class.weight, 1e-6) if slo_class is not None else 1.0,
             hint_tokens=asked.expected_tokens or 0,
             reject_when_full=slo_class is not None and slo_class.when_full is not WhenFull.BEST_EFFORT,
             ticket=random.getrandbits(TICKET_BITS) | 1,
             binding=True,
         )
+        promises = () if slo_class is None else slo_class.promises
+        first, *weaker = [self._with_promise(unpromised, one) for one in promises] or [unpromised]
         ticket = Ticket(
-            request,
+            first,
+            weaker=tuple(weaker),
+            ttft_margin_s=self._settings.planner.ttft_margin_s,
             slo_class=None if slo_class is None else slo_class.name,
             session=asked.session_id or session,
             last_round=asked.last_round,
-            ttft_target_s=ttft_s,
             refused_status=503 if slo_class is not None and slo_class.when_full is WhenFull.REJECT_503 else 429,
         )
         self.tasks.begin(ticket, slo_class, tenant)
@@ -121,13 +118,19 @@ class TicketOffice:
         """The class that an index of :attr:`RoutingRequest.class_index` stands for."""
         return next((name for name, index in self._indices.items() if index == class_index), CUSTOM_CLASS)
 
-    def _promise(self, slo_class: SLOClass | None, prompt_tokens: int) -> tuple[float, float, float]:
-        """Seconds to the first token, per output token of the first stage, and to the last token; ``inf`` where nothing
-        is promised."""
-        if slo_class is None or slo_class.best_effort or self._settings.profile is None:
-            return math.inf, math.inf, math.inf
-        zero_load_s = self._settings.profile.model.zero_load_s(prompt_tokens)
-        return slo_class.slo.ttft_s(zero_load_s), slo_class.slo.tpot_s, slo_class.slo.e2e_s
+    def _with_promise(self, request: RoutingRequest, slo_class: SLOClass) -> RoutingRequest:
+        """The request with a class's weight and, where there is a profile to reckon with, its promise."""
+        request = replace(request, weight=max(slo_class.weight, 1e-6))
+        if slo_class.best_effort or self._settings.profile is None:
+            return request
+        zero_load_s = self._settings.profile.model.zero_load_s(request.prompt_tokens)
+        slo, counts_from_s = slo_class.slo, request.arrival_s - self._settings.planner.ttft_margin_s
+        return replace(
+            request,
+            ttft_due_s=counts_from_s + slo.ttft_s(zero_load_s),
+            tpot_s=slo.tpot_s,
+            answer_due_s=counts_from_s + slo.e2e_s,
+        )
 
     def _index(self, slo_class: SLOClass | None) -> int:
         """As the scheduler numbers them: the file's classes, one for custom numbers, one for none."""

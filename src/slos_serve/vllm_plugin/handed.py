@@ -30,10 +30,10 @@ def with_handed(
     return {key: value for key, value in extra_args.items() if key != HANDED_KEY}
 
 
-def with_told(extra_args: Mapping[str, Any] | None, *, told: bool) -> Mapping[str, Any] | None:
-    """The extra arguments with the first promise as told to the client, or without any."""
-    if told:
-        return {**(extra_args or {}), TOLD_KEY: 0}
+def with_told(extra_args: Mapping[str, Any] | None, rank: int | None) -> Mapping[str, Any] | None:
+    """The extra arguments with the rank of the promise that the client was told, or without any."""
+    if rank is not None:
+        return {**(extra_args or {}), TOLD_KEY: rank}
     if extra_args is None or TOLD_KEY not in extra_args:
         return extra_args
     return {key: value for key, value in extra_args.items() if key != TOLD_KEY}

@@ -434,11 +434,61 @@ def test_a_promise_of_another_routers_replica_is_told_as_a_start(clock: Clock) -
     raise AssertionError("nothing fits elsewhere")
 
 
+def with_weaker(asked: Ticket, due_in_s: float) -> Ticket:
+    """The same request, that may have its first token later instead."""
+    later = replace(asked.asked, ttft_due_s=asked.asked.arrival_s + due_in_s, weight=0.1)
+    return Ticket(asked.asked, weaker=(later,), slo_class="chat")
+
+
+def test_who_cannot_have_the_first_promise_is_given_the_next(dispatcher: Dispatcher, postman: Postman) -> None:
+    """In the same decision, and the mirror counts only that one."""
+    dispatcher.set_replicas({"a": "tcp://a"})
+    postman.bring("a", full(8))
+    asked = with_weaker(ticket(3000), 60.0)
+    decision = dispatcher.decide(asked)
+    assert (decision.replica, decision.verdict, decision.reason) == ("a", Verdict.SECOND_BEST, Why.FITS)
+    assert asked.rank == 1 and asked.told_at("a") == 1 and 1.0 < asked.ttft_s < 60.0 and asked.start_s == math.inf
+    assert dispatcher.mirrors.in_flight("a") == 1
+    assert dispatcher.decisions == {(Verdict.SECOND_BEST, Why.FITS): 1}
+    headers = answer_headers(asked)
+    assert (headers["x-slo-verdict"], headers["x-slo-rank"], headers["x-slo-target-ttft-ms"]) == (
+        "second-best",
+        "1",
+        "60000",
+    )
+    fits = with_weaker(ticket(200), 60.0)
+    postman.bring("a", loaded(0), at_s=0.1)
+    assert dispatcher.decide(fits).verdict is Verdict.ADMITTED and fits.rank == 0
+
+
+@pytest.mark.parametrize("reject", [False, True])
+def test_who_can_have_no_promise_is_served_or_refused_as_its_class_says(
+    dispatcher: Dispatcher, postman: Postman, reject: bool
+) -> None:
+    dispatcher.set_replicas({"a": "tcp://a"})
+    postman.bring("a", full(8))
+    asked = with_weaker(ticket(3000, reject_when_full=reject), 1.1)
+    verdict = dispatcher.decide(asked).verdict
+    assert verdict is (Verdict.REJECTED if reject else Verdict.BEST_EFFORT) and asked.rank == 0
+    assert dispatcher.mirrors.in_flight("a") == (0 if reject else 1)
+    assert math.isfinite(asked.retry_after_s) is reject
+
+
+def test_a_weaker_promise_here_comes_before_an_uncertain_one_elsewhere(clock: Clock) -> None:
+    router = two_routers(clock, ("me", "you"))["me"]
+    made = []
+    for _ in range(80):
+        asked = with_weaker(ticket(400), 600.0)
+        made.append(router.decide(asked))
+    assert {decision.verdict for decision in made} == {Verdict.ADMITTED, Verdict.SECOND_BEST}
+    assert {decision.replica for decision in made} == {"a"} and router.mirrors.in_flight("b") == 0
+
+
 def test_headers_hold_targets_and_what_is_expected(dispatcher: Dispatcher, postman: Postman) -> None:
     postman.bring("a", full(8))
     dispatcher.set_replicas({"a": "tcp://a"})
     asked = ticket(3000)
-    asked.ttft_target_s = 1.5
+    asked.ttft_margin_s = 0.5
     dispatcher.decide(asked)
     headers = answer_headers(asked)
     assert (headers["x-slo-verdict"], headers["x-slo-target-ttft-ms"], headers["x-slo-target-tpot-ms"]) == (

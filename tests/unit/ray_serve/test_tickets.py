@@ -27,6 +27,7 @@ classes:
   chat: {ttft_slowdown: 5, tpot_ms: 100}
   tool: {ttft_ms: 500, tpot_ms: 50, weight: 2, when_full: reject, last_round: chat}
   batch: {}
+  patient: {ttft_ms: 100, tpot_ms: 50, weight: 2, otherwise: [{ttft_ms: 900, tpot_ms: 200}, {e2e_ms: 9000}]}
   coder: {task_ms: 60000, task_calls: 3, weight: 2}
 """
 
@@ -65,22 +66,22 @@ def test_the_default_class_and_a_slowdown(office: TicketOffice) -> None:
 
 def test_a_promise_that_was_told_binds_the_replica_that_was_to_keep_it(office: TicketOffice) -> None:
     ticket = office.ticket(body())
-    assert ticket.asked.binding and not ticket.is_told_at("a"), "nobody has decided yet"
+    assert ticket.asked.binding and ticket.told_at("a") is None, "nobody has decided yet"
     for verdict in (Verdict.ADMITTED, Verdict.BEST_EFFORT, Verdict.NO_SLO):
         ticket.decision = RoutingDecision("a", verdict, Why.FITS)
-        assert ticket.is_told_at("a") is (verdict is Verdict.ADMITTED) and not ticket.is_told_at("b")
+        assert ticket.told_at("a") == (0 if verdict is Verdict.ADMITTED else None) and ticket.told_at("b") is None
     ticket.decision = RoutingDecision("a", Verdict.ADMITTED, Why.FITS)
     copied = pickle.loads(pickle.dumps(ticket))
-    assert copied.is_told_at("a"), "the replica's copy says so too"
+    assert copied.told_at("a") == 0, "the replica's copy says so too"
     ticket.again()
-    assert not ticket.is_told_at("a")
+    assert ticket.told_at("a") is None
 
 
 def test_what_a_client_says_it_was_told_never_arrives() -> None:
-    assert with_told(None, told=False) is None
-    assert with_told({"slo_told": 1, "slo_class": "chat"}, told=False) == {"slo_class": "chat"}
-    assert with_told({"slo_told": 1, "slo_class": "chat"}, told=True) == {"slo_told": 0, "slo_class": "chat"}
-    assert with_told(None, told=True) == {"slo_told": 0}
+    assert with_told(None, None) is None
+    assert with_told({"slo_told": 1, "slo_class": "chat"}, None) == {"slo_class": "chat"}
+    assert with_told({"slo_told": 1, "slo_class": "chat"}, 0) == {"slo_told": 0, "slo_class": "chat"}
+    assert with_told(None, 0) == {"slo_told": 0}
 
 
 def test_a_class_that_is_rejected_when_full_and_a_hint(office: TicketOffice) -> None:
@@ -98,7 +99,7 @@ def test_the_last_round_gets_the_class_that_its_class_names(office: TicketOffice
     assert not ticket.asked.reject_when_full
 
 
-@pytest.mark.parametrize(("name", "index"), [("batch", 5), ("none", 5)])
+@pytest.mark.parametrize(("name", "index"), [("batch", 6), ("none", 6)])
 def test_no_promise(office: TicketOffice, name: str, index: int) -> None:
     asked = office.ticket(body(vllm_xargs={"slo_class": name})).asked
     assert not asked.has_slo and asked.class_index == index
@@ -106,7 +107,7 @@ def test_no_promise(office: TicketOffice, name: str, index: int) -> None:
 
 def test_custom_numbers_have_an_index_of_their_own(office: TicketOffice) -> None:
     ticket = office.ticket(body(vllm_xargs={"slo_class": "none", "slo_ttft_ms": 900}))
-    assert (ticket.slo_class, ticket.asked.class_index, ticket.asked.tpot_s) == ("custom", 4, math.inf)
+    assert (ticket.slo_class, ticket.asked.class_index, ticket.asked.tpot_s) == ("custom", 5, math.inf)
 
 
 def test_an_unknown_class_is_an_error(office: TicketOffice) -> None:
@@ -194,3 +195,19 @@ def test_a_refused_call_of_a_task_and_one_that_was_lost(office: TicketOffice) ->
     office.tasks.left(again, 8.0, finished=True)
     (ended,) = office.tasks.take_ended()
     assert (ended.kept, ended.promised) == (True, False)
+
+
+def test_weaker_promises_go_along_and_the_one_that_was_given_is_told(office: TicketOffice) -> None:
+    ticket = office.ticket(body(vllm_xargs={"slo_class": "patient"}))
+    several = (ticket.asked, *ticket.weaker)
+    assert [round(one.ttft_due_s - 7.0, 3) for one in several] == [0.09, 0.89, math.inf]
+    assert [one.tpot_s for one in several] == [0.05, 0.2, math.inf]
+    assert [round(one.answer_due_s - 7.0, 3) for one in several] == [math.inf, math.inf, 8.99]
+    assert [one.weight for one in several] == pytest.approx([2.0, 0.2, 0.2])
+    assert len({one.ticket for one in several}) == 1 and all(one.binding for one in several)
+    ticket.decision, ticket.rank = RoutingDecision("a", Verdict.SECOND_BEST, Why.FITS), 1
+    assert pickle.loads(pickle.dumps(ticket)).told_at("a") == 1 and ticket.told_at("b") is None
+    told = ticket.told()
+    assert (told.rank, round(told.target_ttft_s, 6), told.target_tpot_s) == (1, 0.9, 0.2)
+    ticket.again()
+    assert ticket.rank == 0 and ticket.told_at("a") is None
