@@ -15,7 +15,7 @@ setup:  ## make .venv with the pinned requirements (nothing to do when it is up 
 	@scripts/setup.sh
 
 demo: setup  ## serve the same requests with stock vLLM and with SLOs-Serve, and count the promises kept
-	.venv/bin/slos-serve demo --json demo.json --png demo.png $(ARGS)
+	.venv/bin/slos-serve demo --json demo.json $(if $(findstring agents,$(ARGS)),,--png demo.png) $(ARGS)
 
 test: setup  ## run every test but those of `make test-long` (ARGS="-m 'not engine'" leaves out those that start a real engine)
 	$(PY) -m pytest $(ARGS)

@@ -197,11 +197,17 @@ def table(rows: Sequence[Row]) -> str:
         cells.append("-" if row["of_ideal"] is None else f"{row['of_ideal']:.2f}")
         lines.append("| " + " | ".join(cells) + " |")
     means = [geometric_mean([row[metric]["over"] for row in rows]) for metric in ("mean", "strict")]
+    ideal_over = [row["mean"]["over"] / row["of_ideal"] for row in rows if row["of_ideal"]]
     below = sum(min(row["mean"]["over"], row["strict"]["over"]) < 1.0 for row in rows)
     lines.append(
         f"\n{len(rows)} cells, {below} of them below 1.0. "
         f"Geometric mean: {means[0]:.2f} by mean, {means[1]:.2f} with every token in time."
     )
+    if ideal_over:
+        lines.append(
+            f"In the {len(ideal_over)} cells of which it is known, an ideal engine carries "
+            f"{geometric_mean(ideal_over):.2f} times as much as the best rival by mean."
+        )
     return "\n".join(lines)
 
 

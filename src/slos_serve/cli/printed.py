@@ -25,13 +25,13 @@ FILE_WIDTH = 130
 REDRAWS_PER_S = 2.0
 
 
-def output_file(path: Path | None) -> Path | None:
+def output_file(context: typer.Context, path: Path | None) -> Path | None:
     """The callback of an option that names a file to write: refuses it before anything runs, and makes its folder.
 
     Raises:
         typer.BadParameter: it cannot be written.
     """
-    if path is None or str(path) == "-":
+    if path is None or str(path) == "-" or context.resilient_parsing:  # the shell completes a line that is not run
         return path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

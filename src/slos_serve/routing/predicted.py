@@ -71,12 +71,15 @@ def predicted(
         obstacle = Why.KV_FULL
     elif not kernel.has_seat(m, k, due_s, cost):
         obstacle = Why.SEQS_FULL
-    elif rate_beside(m, k, counts) < 0.0:
-        obstacle = Why.DECODE_RATE
     first, count = int(m.first[k]), int(m.num_owed[k])
     before = int(np.searchsorted(m.due_s[k, first : first + count], due_s, side="right"))
     owed = float(m.cost_tokens[k, first : first + before].sum()) + (0.0 if entered else cost)
     ready_s = max(float(m.ready_s[k]), now_s)
+    beside = rate_beside(m, k, counts)
+    left_s = due_s - ready_s
+    # Its tokens take most of what prompts have, and without them its own would be in time.
+    if obstacle is Why.TTFT_TOO_LATE and beside < 0.5 * rate and (beside < 0.0 or owed <= rate * left_s):
+        obstacle = Why.DECODE_RATE
     # Even a short prompt takes a whole step beside the decodes that run.
     step_s = float(roofline_s(m.coefficients[k], m.counts[k].sum() + min(owed, m.max_step_tokens[k])))
     step_s += float((m.counts[k] * m.extra_s_each[k]).sum())
@@ -90,7 +93,7 @@ def predicted(
         tpot_s=tpot_s if math.isfinite(tpot_s) else None,
         obstacle=obstacle,
         ahead_tokens=owed,
-        prefill_rate=float(rate_beside(m, k, counts)),
+        prefill_rate=float(beside),
         kv_blocks=float(memory.max()),
         kv_blocks_left=float(m.memory_left[k, : len(memory)].min()),
     )

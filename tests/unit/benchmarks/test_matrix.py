@@ -73,7 +73,10 @@ def test_cells_behind_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     behind, _ = _run(Cell("opt-13b-a100", "coding", "poisson"), ["vllm", "edf", "sarathi"])
     lines = table([ahead, behind]).splitlines()
     assert "coding" in lines[2] and "0.95" in lines[2] and "chat" in lines[3]
-    assert lines[-1].startswith("2 cells, 1 of them below 1.0. Geometric mean: 1.07 by mean")
+    (summary,) = [line for line in lines if line.strip().startswith("2 cells")]
+    assert summary.strip().startswith("2 cells, 1 of them below 1.0. Geometric mean: 1.07 by mean")
+    ideal_over = [row["mean"]["over"] / row["of_ideal"] for row in (ahead, behind)]
+    assert lines[-1].startswith("In the 2 cells") and f"{geometric_mean(ideal_over):.2f} times" in lines[-1]
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
 
 

@@ -68,3 +68,12 @@ def test_a_result_that_cannot_be_written_is_refused_before_anything_runs(words: 
     for given in (tmp_path / "file" / "result", tmp_path):
         said = CliRunner().invoke(app, [*words.split(), str(given)])
         assert said.exit_code == 2 and "cannot be written" in " ".join(re.sub("[│\n]", " ", said.stderr).split())
+
+
+def test_completing_a_line_makes_no_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    words = f"slos-serve simulate --json {folder}/result.json --sc"
+    given = {"_SLOS_SERVE_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": "4"}
+    said = CliRunner().invoke(app, [], prog_name="slos-serve", env=given)
+    assert "--scenario" in said.output
+    assert not folder.exists()
