@@ -131,7 +131,7 @@ class Dispatcher:
         ticket.attempts += 1
         if decision.replica is not None:
             ticket.reservation = decision.replica, self.mirrors.newest(decision.replica)
-        self._predict(now_s, ticket, asked)
+        self._expect(now_s, ticket, asked)
         self.decisions[decision.verdict, decision.reason] += 1
         if decision.verdict is Verdict.REJECTED:
             ticket.retry_after_s = self._retry.next_s(now_s, asked, self._settings.stale_after_s)
@@ -151,7 +151,7 @@ class Dispatcher:
         now_s = self._later()
         self.mirrors.send(self.mirrors.position(replica), unpromised(now_s, ticket.asked))
         ticket.reservation = replica, self.mirrors.newest(replica)
-        self._predict(now_s, ticket, ticket.asked)
+        self._expect(now_s, ticket, ticket.asked)
         self.decisions[verdict, Why.OUT_OF_REACH] += 1
 
     def _route(self, now_s: float, several: Sequence[RoutingRequest]) -> tuple[int, RoutingDecision]:
@@ -167,9 +167,16 @@ class Dispatcher:
                     self.mirrors.withdraw(decision.replica, self.mirrors.newest(decision.replica))
         return 0, route_shared(now_s, several[0], self.mirrors, share, self._settings)
 
+    def _expect(self, now_s: float, ticket: Ticket, asked: RoutingRequest) -> None:
+        """:meth:`_predict`; a fault of it costs what the client would be told, not the request."""
+        ticket.ttft_s = ticket.tpot_s = ticket.start_s = math.inf
+        try:
+            self._predict(now_s, ticket, asked)
+        except Exception:
+            _logger.exception("slos-serve: failed to forecast the times of a request")
+
     def _predict(self, now_s: float, ticket: Ticket, asked: RoutingRequest) -> None:
         """Write what to expect where it is sent: of a promise its times, without one when it begins."""
-        ticket.ttft_s = ticket.tpot_s = ticket.start_s = math.inf
         decision = ticket.decision
         if decision is None or decision.replica is None:
             return

@@ -9,8 +9,8 @@ from slos_serve.core.request import RequestTable
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.perf.class_shares import ClassShares
 from slos_serve.planning.planner import Planner
-from slos_serve.routing.mirror_kernel import has_seat
 from slos_serve.routing.mirrors import Mirrors
+from slos_serve.routing.predicted import predicted
 from slos_serve.routing.publisher import publication_of
 from slos_serve.routing.retry_after import RetryTimes
 from slos_serve.routing.router import RouterSettings, RoutingRequest, route
@@ -37,4 +37,4 @@ def warm_up_routing() -> None:
         asked = RoutingRequest(0.0, 800, 64, ttft_due_s=due_s, tpot_s=0.1 if due_s < np.inf else due_s, cached=cached)
         route(0.0, asked, mirrors, RouterSettings())
     RetryTimes(mirrors).next_s(0.0, asked, 1.0)
-    has_seat(mirrors.arrays, 0, 9.0, 800.0)  # asked when a verdict is explained
+    predicted(mirrors, "warm-up", 0.0, asked)

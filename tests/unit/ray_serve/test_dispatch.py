@@ -434,6 +434,16 @@ def test_a_promise_of_another_routers_replica_is_told_as_a_start(clock: Clock) -
     raise AssertionError("nothing fits elsewhere")
 
 
+def test_a_fault_of_the_forecast_costs_no_request(
+    dispatcher: Dispatcher, postman: Postman, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("slos_serve.ray_serve.dispatch.predicted", lambda *_, **__: 1 / 0)
+    postman.bring("a", loaded(0))
+    asked = ticket()
+    assert dispatcher.decide(asked).verdict is Verdict.ADMITTED
+    assert asked.ttft_s == asked.start_s == math.inf and "failed to forecast" in caplog.text
+
+
 def with_weaker(asked: Ticket, due_in_s: float) -> Ticket:
     """The same request, that may have its first token later instead."""
     later = replace(asked.asked, ttft_due_s=asked.asked.arrival_s + due_in_s, weight=0.1)
