@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from slos_serve.core.errors import InvalidFieldError
-from slos_serve.core.request import NUM_SHARES, REQUEST_DTYPE, RequestArray, Status
+from slos_serve.core.request import NUM_SHARES, RequestArray
 from slos_serve.perf.formula import NUM_COEFFICIENTS
 from slos_serve.planning.supply import MOMENT_TOKENS
 from slos_serve.routing.mirror_arrays import TIERS, MirrorArrays, rate_beside
@@ -316,33 +316,6 @@ class Mirrors:
         more = len(self.arrays.num_owed) - len(self.present)
         self.present = np.append(self.present, np.zeros(more, dtype=np.bool_))
         self._fresh_s = np.append(self._fresh_s, np.full(more, -np.inf))
-
-
-def request_row(
-    *,
-    arrival_s: float,
-    prompt_tokens: int,
-    max_tokens: int,
-    ttft_due_s: float,
-    tpot_s: float,
-    answer_due_s: float,
-    class_index: int,
-    share: int,
-    weight: float,
-    hint_tokens: int,
-) -> RequestArray:
-    """:data:`slos_serve.core.request.REQUEST_DTYPE` [1]: a request as a replica's own table would hold it."""
-    row = np.zeros(1, dtype=REQUEST_DTYPE)
-    row["arrival_s"] = row["last_token_s"] = arrival_s
-    row["ttft_due_s"] = row["promised_ttft_due_s"] = ttft_due_s
-    row["tpot_s"] = row["promised_tpot_s"] = tpot_s
-    row["answer_due_s"] = answer_due_s
-    row["stage_start_s"], row["max_stall_s"] = np.nan, np.inf
-    row["weight"], row["class_index"], row["share"] = weight, class_index, share
-    row["prompt_tokens"], row["max_tokens"], row["hint_tokens"] = prompt_tokens, max_tokens, hint_tokens
-    row["expected_tokens"] = max_tokens
-    row["status"], row["has_slo"] = Status.UNDECIDED, 1
-    return row
 
 
 def _arrays(replicas: int, places: int, checkpoints: int, classes: int) -> MirrorArrays:

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from slos_serve.core.request import RequestArray, Status, share_of
+from slos_serve.core.request import REQUEST_DTYPE, RequestArray, Status, share_of
 from slos_serve.core.slo import check_number
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.routing import mirror_kernel as kernel
 from slos_serve.routing.mirror_arrays import advance
-from slos_serve.routing.mirrors import Mirrors, Sent, request_row
+from slos_serve.routing.mirrors import Mirrors, Sent
 from slos_serve.routing.settings import STALE_AFTER_S, Order
 
 
@@ -59,6 +59,11 @@ class RoutingRequest:
     avoid: Collection[str] = ()
     ticket: int = 0
     binding: bool = False
+
+    @property
+    def own_share(self) -> int:
+        """``share``, or its class's."""
+        return share_of(self.class_index) if self.share is None else self.share
 
     @property
     def has_slo(self) -> bool:
@@ -164,19 +169,13 @@ def unpromised(now_s: float, request: RoutingRequest) -> Sent:
 
 
 def row_of(request: RoutingRequest) -> RequestArray:
-    """The request as the planner's tables have it."""
-    row = request_row(
-        arrival_s=request.arrival_s,
-        prompt_tokens=request.prompt_tokens,
-        max_tokens=request.max_tokens,
-        ttft_due_s=request.ttft_due_s,
-        tpot_s=request.tpot_s,
-        answer_due_s=request.answer_due_s,
-        class_index=request.class_index,
-        share=share_of(request.class_index) if request.share is None else request.share,
-        weight=request.weight,
-        hint_tokens=request.hint_tokens,
-    )
-    if request.binding:
-        row["status"] = Status.ADMITTED
+    """:data:`slos_serve.core.request.REQUEST_DTYPE` [1]: the request as a replica's own table would hold it."""
+    row = np.zeros(1, dtype=REQUEST_DTYPE)
+    for name in ("arrival_s", "prompt_tokens", "max_tokens", "answer_due_s", "class_index", "weight", "hint_tokens"):
+        row[name] = getattr(request, name)
+    row["last_token_s"], row["share"], row["expected_tokens"] = request.arrival_s, request.own_share, request.max_tokens
+    row["ttft_due_s"] = row["promised_ttft_due_s"] = request.ttft_due_s
+    row["tpot_s"] = row["promised_tpot_s"] = request.tpot_s
+    row["stage_start_s"], row["max_stall_s"], row["has_slo"] = np.nan, np.inf, 1
+    row["status"] = Status.ADMITTED if request.binding else Status.UNDECIDED
     return row

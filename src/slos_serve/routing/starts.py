@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterable
 
-from slos_serve.core.request import share_of
 from slos_serve.routing.mirror_arrays import rate_beside
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publication import Publication
@@ -117,9 +116,8 @@ class Starts:
         k, m = self._mirrors.position(name), self._mirrors.arrays
         first, count = int(m.first[k]), int(m.num_owed[k])
         owed_tokens = float(m.cost_tokens[k, first : first + count].sum())
-        share = share_of(asked.class_index) if asked.share is None else asked.share
         rate, idle_rate = rate_beside(m, k, m.counts[k]), float(m.idle_rate[k])
-        wait_s = forecast.start_s(share, self._sent(name).values(), owed_tokens, rate, idle_rate)
+        wait_s = forecast.start_s(asked.own_share, self._sent(name).values(), owed_tokens, rate, idle_rate)
         return max(float(m.ready_s[k]), now_s) - asked.arrival_s + wait_s
 
     def _sent(self, name: str) -> dict[int, Queued]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from slos_serve.core.request import share_of
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.perf.class_shares import ClassShares
 from slos_serve.routing.headroom import MOST
@@ -113,7 +112,7 @@ class EngineMirror:
         """
         found = self._answer(now_s, (asked, *weaker))
         if asked.reject_when_full and asked.has_slo and counted:
-            share, taken = np.array([self._share_of(asked)]), np.array([found.verdict is not Verdict.REJECTED])
+            share, taken = np.array([asked.own_share]), np.array([found.verdict is not Verdict.REJECTED])
             self._refusable.decided(share, taken, np.array([asked.weight]))
         return found
 
@@ -141,10 +140,6 @@ class EngineMirror:
             reason = Why.TTFT_TOO_LATE if expected is None else expected.obstacle
         start_s = self._starts.start_s(ENGINE, now_s, asked) if decision.verdict is Verdict.BEST_EFFORT else None
         return Answer(decision.verdict, reason, start_s=start_s)
-
-    @staticmethod
-    def _share_of(asked: RoutingRequest) -> int:
-        return share_of(asked.class_index) if asked.share is None else asked.share
 
     def _rank(self, now_s: float, several: Sequence[RoutingRequest]) -> int | None:
         """The first of a request's promises that fits, 0 where none does; ``None`` where it is to be told none."""
