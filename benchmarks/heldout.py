@@ -1,6 +1,6 @@
 """Attained, every token in time and admitted that attain, on seeds that no constant was chosen on.
 
-    python -m benchmarks.heldout [--requests 600] [--seeds 22 23] [--exact] [--noise 0.15] [--bias 1.1]
+    python -m benchmarks.heldout [--requests 600] [--seeds 22 23] [--exact] [--noise 0.15] [--bias 1.1] [--json FILE]
 
 Seeds of tuning are refused without ``--tuning``, those of tables with it (benchmarks/README.md). Rates are near the
 planner's capacity on OPT-13B and an A100; another engine (``--profile``) gets the same share of its fluid bound.
@@ -10,9 +10,11 @@ planner's capacity on OPT-13B and an A100; another engine (``--profile``) gets t
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -82,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--bias", type=float, default=1.0)
     parser.add_argument("--profile", default=TUNED_ON)
     parser.add_argument("--tuning", action="store_true", help="the seeds are for choosing constants")
+    parser.add_argument("--json", type=Path, help="keep the cells here")
     given = parser.parse_args(arguments)
     seeds = check_tuning(given.seeds) if given.tuning else check_test(given.seeds)
     conditions = replace(EXACT if given.exact else AS_SERVED, bias=given.bias)
@@ -90,12 +93,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(
         "| scenario | attained, % | every token, % | admitted that attain, % | recomputed, % |\n|---|---|---|---|---|"
     )
-    rows = []
+    rows, cells = [], {}
     for scenario in RATES_RPS:
         cell = measure(scenario, seeds, given.requests, given.profile, conditions)
+        cells[scenario] = asdict(cell)
         rows.append((cell.attained, cell.strict, cell.admitted_attained, cell.recomputed))
         print(f"| {scenario} | " + " | ".join(f"{100.0 * value:.1f}" for value in rows[-1]) + " |", flush=True)
     print("| mean | " + " | ".join(f"{100.0 * value:.1f}" for value in np.mean(rows, axis=0)) + " |")
+    if given.json is not None:
+        given.json.write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

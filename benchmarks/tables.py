@@ -126,14 +126,14 @@ def _geometric_mean(values: Sequence[float]) -> float:
 
 
 def ablation(rows: Rows) -> str:
-    """Capacity of each variant over that of all ideas together."""
-    variants, scenarios = unique(rows, "variant"), unique(rows, "scenario")
-    found = {(row["variant"], row["scenario"]): float(row["capacity_rps_per_gpu"]) for row in rows}
+    """Attained and every token in time of each variant, %."""
+    scenarios = list(rows[0]["cells"])
     lines = []
-    for variant in variants:
-        own = [found.get((variant, scenario)) for scenario in scenarios]
-        lines.append([variant, *("" if value is None else f"{value:.3g}" for value in own)])
-    return table(["requests/s per GPU", *scenarios], lines)
+    for row in rows:
+        pairs = [[100 * row["cells"][one][name] for name in ("attained", "strict")] for one in scenarios]
+        means = [sum(values) / len(values) for values in zip(*pairs, strict=True)]
+        lines.append([row["variant"], *(f"{mean:.1f} / {strict:.1f}" for mean, strict in (*pairs, means))])
+    return table(["attained / every token, %", *scenarios, "mean"], lines)
 
 
 def lengths(rows: Rows) -> str:

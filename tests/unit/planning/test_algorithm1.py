@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from slos_serve.planning.algorithm1 import EXACT, INFEASIBLE, MOST_WORK, STOPPED, admit, could_fit
+from slos_serve.planning.algorithm1 import EXACT, INFEASIBLE, MOST_WORK, STOPPED, admit
+from slos_serve.planning.pruning import could_fit
 from tests.unit.planning.instances import demand, supply
 
 
