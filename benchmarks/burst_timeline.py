@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks._sim_commands import options, run_command
 
-POLICIES = ("vllm:token_budget=8192", "sarathi:chunk_tokens=512", "scorpio", "slos-serve")
+POLICIES = ("vllm:token_budget=8192", "sarathi:chunk_tokens=512", "scorpio", "edf", "qoserve", "slos-serve")
 # Requests/s of ``coding`` that one replica carries at 90 % attainment, Poisson arrivals: about the best baseline's.
 CAPACITY_RPS = 3.0
 CALM_PART, BURST_PART, TOTAL_S, BURST_SHARE = 0.5, 10.0, 100.0, 0.2
