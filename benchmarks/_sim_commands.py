@@ -18,14 +18,12 @@ def options(
     requests: int = 0,
     seeds: int = 0,
     scenarios: Sequence[str] = ("all",),
-    drafters: bool = False,
     counts: Sequence[int] = (),
 ) -> argparse.Namespace:
     """``--output`` (made), ``--replicas``, ``--requests`` and ``--seeds`` (0: as the command has it),
     ``--rate``, ``--scenario``.
 
-    With ``counts``, ``--count``, which may be repeated, takes the place of ``--replicas``. With ``drafters`` also
-    ``--drafter`` and ``--acceptance``, see :func:`speculation`.
+    With ``counts``, ``--count``, which may be repeated, takes the place of ``--replicas``.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -37,20 +35,12 @@ def options(
     parser.add_argument("--rate", type=float, default=rate)
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--scenario", action="append", help=f"may be repeated; default: {', '.join(scenarios)}")
-    if drafters:
-        parser.add_argument("--drafter", default="none")
-        parser.add_argument("--acceptance", type=float, default=0.7)
     given = parser.parse_args()
     if counts:
         given.count = given.count or list(counts)
     given.scenario = given.scenario or list(scenarios)
     given.output.mkdir(parents=True, exist_ok=True)
     return given
-
-
-def speculation(given: argparse.Namespace) -> list[str]:
-    """Arguments that put a drafter into the simulated engine."""
-    return ["--drafter", given.drafter, "--acceptance", str(given.acceptance)]
 
 
 def sizes(given: argparse.Namespace) -> list[str]:

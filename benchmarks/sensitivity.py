@@ -53,6 +53,7 @@ CONSTANTS = (
     Constant("LOAD_OVER_S", ("arrivals",)),
     Constant("KV_SHORT_FROM", ("supply",), (0.35, 0.89)),
     Constant("AHEAD_TOKENS", ("state", "supply")),
+    Constant("FIRST_LEAD", ("state",)),
     Constant("CUT_SHORT", ("admission",)),
     Constant("TO_COME", ("admission",)),
     Constant("MOST_WORK", ("admission",)),

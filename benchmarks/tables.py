@@ -35,34 +35,31 @@ def unique(rows: Rows, name: str) -> list[str]:
 
 
 def capacity(rows: Rows) -> str:
-    """Capacity by scenario and policy, then geometric means, then who is served at capacity."""
-    from slos_serve.cli.capacity import geometric_mean_ratios
-
-    policies = unique(rows, "policy")
-    found = {(row["scenario"], row["policy"]): row for row in rows}
+    """The matrix' cells of OPT-13B/A100 with own arrivals: ours and the best rivals, then who is served at capacity."""
     lines, quartiles = [], []
-    for scenario in unique(rows, "scenario"):
-        own = [found.get((scenario, policy)) for policy in policies]
-        bound = next(row for row in own if row)["fluid_bound_rps_per_gpu"] / 0.9
-        lines.append([scenario, *(_capacity_cell(row) for row in own), f"{bound:.2f}"])
-        quartiles.append([scenario, *(_quartiles(row) for row in own)])
-    parts = [table(["scenario", *policies, "fluid bound / 0.9"], lines)]
-    given = {(row["scenario"], row["policy"]): float(row["capacity_rps_per_gpu"]) for row in rows}
-    parts.append("\n".join(f"- {line}" for line in geometric_mean_ratios(given)))
+    for row in rows:
+        if (row["engine"], row["arrivals"]) != ("opt-13b-a100", "scenario"):
+            continue
+        ours, *rivals = row["capacities"]
+        rivals.sort(key=lambda one: -float(one["capacity_rps_per_gpu"]))
+        named = [f"{one['policy']} {_capacity_cell(one)}" for one in rivals]
+        bound = ours["fluid_bound_rps_per_gpu"] / 0.9
+        lines.append([row["scenario"], _capacity_cell(ours), *(named + ["-"] * 3)[:3], f"{bound:.3g}"])
+        quartiles.append([row["scenario"], _quartiles(ours), f"{rivals[0]['policy']} {_quartiles(rivals[0])}"])
+    parts = [table(["scenario", "slos-serve", "best rival", "second", "third", "fluid bound / 0.9"], lines)]
     parts.append("Attainment at capacity by quartile of prompt length, short to long (%):")
-    parts.append(table(["scenario", *policies], quartiles))
+    parts.append(table(["scenario", "slos-serve", "best rival"], quartiles))
     return "\n\n".join(parts)
 
 
-def _capacity_cell(row: dict[str, Any] | None) -> str:
-    if row is None:
-        return ""
-    digits = 2 if row["capacity_rps_per_gpu"] >= 0.1 else 3
-    return f"{row['capacity_rps_per_gpu']:.{digits}f} ({row['ci'][0]:.{digits}f}-{row['ci'][1]:.{digits}f})"
+def _capacity_cell(row: dict[str, Any]) -> str:
+    """By the mean with its interval / with every token in time."""
+    low, high = row["ci"]
+    return f"{row['capacity_rps_per_gpu']:.3g} ({low:.2g}-{high:.2g}) / {row['strict_rps_per_gpu']:.3g}"
 
 
-def _quartiles(row: dict[str, Any] | None) -> str:
-    return "" if row is None else " ".join(f"{100 * share:.0f}" for share in row["by_prompt_quartile"])
+def _quartiles(row: dict[str, Any]) -> str:
+    return " ".join(f"{100 * share:.0f}" for share in row["by_prompt_quartile"])
 
 
 def scaling(rows: Rows) -> str:
@@ -85,20 +82,6 @@ def scaling(rows: Rows) -> str:
         told = ", ".join(f"{ratio:.2f}x at {count}" for ratio, count in zip(over, shared, strict=True))
         parts.append(f"- {best} over {other}: {told} (geometric mean of {len(scenarios)} scenarios)")
     return "\n\n".join([parts[0], "\n".join(parts[1:])])
-
-
-def speculation(rows: Rows) -> str:
-    """Capacity with each drafter, and over that without."""
-    drafters, scenarios = unique(rows, "drafts"), unique(rows, "scenario")
-    found = {(row["drafts"], row["scenario"]): float(row["capacity_rps_per_gpu"]) for row in rows}
-    lines = []
-    for scenario in scenarios:
-        plain = found[drafters[0], scenario]
-        cells = [f"{found[name, scenario]:.3g} ({found[name, scenario] / plain:.2f}x)" for name in drafters[1:]]
-        lines.append([scenario, f"{plain:.3g}", *cells])
-    over = [[found[name, one] / found[drafters[0], one] for one in scenarios] for name in drafters[1:]]
-    lines.append(["geometric mean", "", *(f"{_geometric_mean(ratios):.2f}x" for ratios in over)])
-    return table(["requests/s per GPU", *drafters], lines)
 
 
 def whole(rows: Rows) -> str:
@@ -134,19 +117,6 @@ def ablation(rows: Rows) -> str:
         means = [sum(values) / len(values) for values in zip(*pairs, strict=True)]
         lines.append([row["variant"], *(f"{mean:.1f} / {strict:.1f}" for mean, strict in (*pairs, means))])
     return table(["attained / every token, %", *scenarios, "mean"], lines)
-
-
-def lengths(rows: Rows) -> str:
-    """Share of the fluid bound that is reached, with unknown and with known lengths."""
-    lines = []
-    for row in sorted(rows, key=lambda row: (row["weight"] != rows[0]["weight"], row["scenario"])):
-        share = 0.9 * row["capacity_rps_per_gpu"] / row["fluid_bound_rps_per_gpu"]
-        kept = f"{100 * row['admitted_attained']:.1f} %"
-        lines.append(
-            [row["weight"], row["scenario"], row["lengths"], _capacity_cell(row), f"{share:.3f}", kept, _quartiles(row)]
-        )
-    head = ["weight", "scenario", "lengths", "requests/s", "share of fluid / 0.9", "of the promised", "by quartile (%)"]
-    return table(head, lines)
 
 
 def ideal(rows: Rows) -> str:
@@ -214,10 +184,8 @@ def published(rows: Rows) -> str:
 
 
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
-    "capacity": ("capacity.json", capacity),
-    "speculation": ("speculation.json", speculation),
+    "capacity": ("matrix.json", capacity),
     "whole": ("whole.json", whole),
-    "lengths": ("lengths.json", lengths),
     "ideal-1": ("ideal-1-poisson-none.json", ideal),
     "ideal-4": ("ideal-4-scenario-opt-125m.json", ideal),
     "scaling": ("scaling.json", scaling),

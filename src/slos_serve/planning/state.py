@@ -23,6 +23,8 @@ UNDECIDED, ADMITTED, BEST_EFFORT = int(Status.UNDECIDED), int(Status.ADMITTED), 
 # Lead, in tokens, that a stage gains from the margin on its TPOT. A promise is about the mean of a stage, so a late
 # step takes a part of one token however long the answer is.
 AHEAD_TOKENS = 1.0
+# Lead, in tokens, that a stage aims at from its first token on: nothing else evens out a step that is slow by itself.
+FIRST_LEAD = 0.25
 
 
 class State(NamedTuple):
@@ -170,18 +172,21 @@ def step_pace_s(rows: RequestArray, slot: int) -> float:
 def next_due_s(rows: RequestArray, slot: int, margin: float) -> float:
     """When the next token is due: the first by the TTFT, token k of a stage by its start + k * TPOT.
 
-    ``margin`` is taken off every TPOT until a stage is ``AHEAD_TOKENS`` ahead; from then on it keeps that lead. Nobody
-    promises when a later stage begins: its first token gets the pace of those that follow. An answer with a deadline
-    saves no lead, see :mod:`slos_serve.planning.deadlines`.
+    A stage aims at ``FIRST_LEAD``, and at ``margin`` for each of its tokens once that is more, up to ``AHEAD_TOKENS``.
+    Nobody promises when a later stage begins: its first token gets the pace of those that follow. The pace that the
+    deadline of an answer asks for changes with every plan, so each token is due that pace after the one before,
+    however late or early that was (:mod:`slos_serve.planning.deadlines`). A TPOT promised beside it holds as well.
     """
     if rows["output_tokens"][slot] == 0:
         return float(rows["ttft_due_s"][slot])
-    tpot_s, stage_tokens = step_pace_s(rows, slot), rows["stage_tokens"][slot]
+    has_deadline = rows["answer_due_s"][slot] < np.inf
+    tpot_s = rows["promised_tpot_s"][slot] if has_deadline else rows["tpot_s"][slot]
+    gap_s, stage_tokens = rows["max_stall_s"][slot], rows["stage_tokens"][slot]
     if stage_tokens == 0:
-        paced_s = rows["last_token_s"][slot] + tpot_s * (1.0 - margin)
+        paced_s = rows["last_token_s"][slot] + tpot_s * (1.0 - FIRST_LEAD)
     else:
-        paced_s = rows["stage_start_s"][slot] + tpot_s * (stage_tokens - min(stage_tokens * margin, AHEAD_TOKENS))
-    gap_s = rows["max_stall_s"][slot]
-    if rows["answer_due_s"][slot] < np.inf:
-        gap_s = min(gap_s, tpot_s)
+        lead = min(max(stage_tokens * margin, FIRST_LEAD), AHEAD_TOKENS)
+        paced_s = rows["stage_start_s"][slot] + tpot_s * (stage_tokens - lead)
+    if has_deadline:
+        gap_s = min(gap_s, rows["step_pace_s"][slot])
     return float(min(paced_s, rows["last_token_s"][slot] + gap_s))

@@ -20,7 +20,7 @@ from slos_serve.planning.deadlines import (
 )
 from slos_serve.planning.demand import is_lost
 from slos_serve.planning.planner import Planner
-from slos_serve.planning.state import next_due_s
+from slos_serve.planning.state import FIRST_LEAD, next_due_s
 from tests.builders import OPT_13B_A100, EngineBuilder, planned, reason_of
 
 TOKEN_S = alone_s(OPT_13B_A100.coefficients, 1.0, 0.0)
@@ -120,9 +120,30 @@ def test_the_pace_is_drawn_anew_and_no_lead_is_saved() -> None:
         pace_answers(engine.state(), lengths_of(400))
         pace_s = engine.table.rows["tpot_s"][slot]
         assert pace_s == pytest.approx((engine.now_s + 60.0 - last_s) / left)
-        # A stage that is far ahead of its even line is due all the same.
-        engine.table.rows["stage_start_s"][slot] = engine.now_s - 0.1
-        assert next_due_s(engine.table.rows, slot, 0.0) == pytest.approx(last_s + pace_s)
+        # A stage that is far ahead of its even line, or far behind it, is due all the same.
+        for begun_s in (0.1, 1000.0):
+            engine.table.rows["stage_start_s"][slot] = engine.now_s - begun_s
+            assert next_due_s(engine.table.rows, slot, 0.0) == pytest.approx(last_s + pace_s)
+
+
+def test_a_tpot_promised_beside_a_deadline_is_due_by_its_own_line() -> None:
+    engine = EngineBuilder()
+    slot = decoding(engine, due_in_s=600.0, left=100)
+    rows = engine.table.rows
+    rows["promised_tpot_s"][slot], rows["stage_tokens"][slot] = 0.1, 40
+    rows["stage_start_s"][slot] = engine.now_s - 3.95
+    pace_answers(engine.state(), lengths_of(400))
+    assert next_due_s(rows, slot, 0.0) == pytest.approx(engine.now_s + 0.05 - 0.1 * FIRST_LEAD)
+
+
+def test_an_answer_behind_its_even_line_leaves_steps_to_prompts() -> None:
+    """One deadline whose pace grew tight used to shorten every step to nothing until it was given up."""
+    engine = EngineBuilder()
+    slot = decoding(engine, due_in_s=5.0, left=100)
+    engine.table.rows["stage_start_s"][slot] = engine.now_s - 60.0
+    prompt = engine.wait(2000, due_in_s=3.0, tpot_s=0.1)
+    plan = planned(engine)
+    assert prompt in plan.slots and plan.tokens[plan.slots == prompt].item() > 500
 
 
 def test_a_deadline_that_most_answers_would_miss_is_given_up() -> None:

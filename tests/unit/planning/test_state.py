@@ -54,12 +54,12 @@ def test_a_promise_without_any_token_is_due_by_its_ttft() -> None:
     assert next_due_s(engine.table.rows, slot, 0.05) == engine.now_s + 1.5
 
 
-def test_the_margin_is_kept_until_a_stage_is_a_token_ahead() -> None:
+def test_a_stage_aims_at_a_lead_at_once_and_gains_the_margin_until_it_is_a_token_ahead() -> None:
     engine = EngineBuilder()
     rows = engine.table.rows
     slot = engine.decode(tpot_s=0.1)
     rows["max_stall_s"][slot], rows["last_token_s"][slot] = np.inf, 0.0
-    for tokens, paces in ((10, 9.5), (20, 19.0), (40, 39.0)):
+    for tokens, paces in ((1, 0.75), (2, 1.75), (5, 4.75), (10, 9.5), (20, 19.0), (40, 39.0)):
         rows["stage_tokens"][slot] = tokens
         assert next_due_s(rows, slot, 0.05) == pytest.approx(rows["stage_start_s"][slot] + 0.1 * paces)
 
