@@ -1,11 +1,12 @@
 """Which requests share a server, under which scheduler: capacity of every router beside every policy on one mix.
 
-    python -m benchmarks.separation [--profile llama-3.1-8b-h100] [--replicas 4] [--seeds 3] [--requests 300]
+    python -m benchmarks.separation [--profile opt-66b-a100-tp4] [--replicas 4] [--seeds 3] [--span 120]
 
 FluidServe's author argues that the tightest live TPOT of a server slows everybody there, so that which classes share a
 server matters more than how a batch is cut. The mix has his classes: 77 % chat (first token in 5 s, 50 ms a token),
 15 % research (10 s, 100 ms), 8 % agents (complete answer in 30 s); lengths are those of the scenarios chat,
-summarization and coding. Four tables, Poisson arrivals, the same requests everywhere:
+summarization and coding. Poisson arrivals, the same requests everywhere, as many as take ``--span`` seconds to arrive
+at nine tenths of the fluid bound (docs/simulator.md). Four tables:
 
 - capacity: requests/s per GPU at which 90 % of all requests attain, by the mean of each stage and with every token in
   time, for each router and policy. ``split`` gives chat its own servers, as many as are best on a tuning seed;
@@ -37,6 +38,7 @@ from slos_serve.core.slo import SLO, single_stage
 from slos_serve.perf.lengths import LengthForecast
 from slos_serve.policies.registry import POLICIES
 from slos_serve.sim.bisection import FINE_TOLERANCE, Bisection
+from slos_serve.sim.bounds import fluid_bound, work_of
 from slos_serve.sim.conditions import AS_SERVED
 from slos_serve.sim.engine import SimSettings, simulate
 from slos_serve.sim.interval import ratio_interval, seed_interval
@@ -106,6 +108,13 @@ def mix(rate_rps: float, count: int, seed: int) -> Workload:
     calls["session"] = np.arange(count)
     calls["arrival_s"] = arrival_times("poisson", rate_rps, count, np.random.default_rng((seed, 2)))
     return Workload("separation", CLASSES, calls)
+
+
+def near_capacity(profile: str) -> float:
+    """Requests/s of one replica at nine tenths of the fluid bound of the mix."""
+    measured = find_profile(profile)
+    work = work_of(mix(1.0, 2000, table_seeds(1)[0]).bound(measured.model))
+    return 0.9 * fluid_bound(work, measured.model, limits_of(measured))
 
 
 def parts_of(workload: Workload, case: Case) -> Iterator[tuple[Workload, NDArray[np.bool_], int]]:
@@ -212,9 +221,10 @@ def searched(cases: Sequence[Case], start_rps: float, seeds: Sequence[int], pool
 
 def measure(given: argparse.Namespace, pool: Executor) -> dict[str, Rows]:
     """Everything, printed as it comes."""
-    base, seeds = Case("slos-serve", ASKING, given.profile, given.replicas, given.requests), table_seeds(given.seeds)
-    (tuning,) = tuning_seeds(1)
-    start_rps = capacity(base, given.start * given.replicas, tuning)["attained"]
+    near_rps = near_capacity(given.profile)
+    base = Case("slos-serve", ASKING, given.profile, given.replicas, round(given.span * near_rps))
+    seeds, (tuning,) = table_seeds(given.seeds), tuning_seeds(1)
+    start_rps = capacity(base, near_rps * given.replicas, tuning)["attained"]
     cases = [replace(base, router=router, scheduler=one) for router, one in pairs()]
     cases = [best_split(case, start_rps, pool) if case.router == SPLIT else case for case in cases]
     result: dict[str, Rows] = {"capacity": searched(cases, start_rps, seeds, pool)}
@@ -305,11 +315,10 @@ def load_table(rows: Rows) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Print the tables and keep every simulation's figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", default="llama-3.1-8b-h100")
+    parser.add_argument("--profile", default="opt-13b-a100")
     parser.add_argument("--replicas", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=300, help="of one replica")
+    parser.add_argument("--span", type=float, default=120.0, help="seconds of arrivals near the capacity")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--start", type=float, default=5.0, help="requests/s of one replica to begin the search at")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args(arguments)
