@@ -153,6 +153,11 @@ def _engine(console: Console, model: str, given: Path | None) -> tuple[EngineSet
     with console.status(f"preparing the model '{model}' (converted once, then cached)"):
         path = str(resolve_model(model))
     identity = _identity(path)
+    with console.status("compiling the planner (once)"):
+        # A server compiles what it lacks beside its first requests, which would disturb both sides here.
+        from slos_serve.routing.warm_up import warm_up_routing
+
+        warm_up_routing()
     kept = (given, load_profile(given)) if given is not None else find_profile(identity)
     if kept is None:
         console.print(f"No profile of this model on this machine yet: measuring for {PROFILE_SECONDS:g} s, once.")
