@@ -138,11 +138,14 @@ def test_a_dying_replica_loses_only_what_streams(policy: str, load: Workload, at
 
 @pytest.mark.parametrize("scenario", ["chat", "coding", "summarization", "mixed"])
 def test_admitted_requests_attain_when_model_and_lengths_are_known(scenario: str) -> None:
-    load = make_workload(scenario, 2.0, 400, seed=1, arrivals="poisson")
-    limits = EngineLimits(kv_capacity_tokens=66_144)
-    outcome = summarize_run(run(load, "slos-serve", GPU, limits, oracle_lengths=True))
-    assert outcome.admitted > 100
-    assert outcome.admitted_attained >= 0.99 * outcome.admitted
+    admitted, kept = 0, 0
+    for seed in (1, 2, 3):
+        load = make_workload(scenario, 2.0, 400, seed=seed, arrivals="poisson")
+        limits = EngineLimits(kv_capacity_tokens=66_144)
+        outcome = summarize_run(run(load, "slos-serve", GPU, limits, oracle_lengths=True))
+        admitted, kept = admitted + outcome.admitted, kept + outcome.admitted_attained
+    assert admitted > 300
+    assert kept >= 0.99 * admitted
 
 
 @pytest.mark.parametrize("scenario", ["chat", "coding", "summarization", "mixed"])
