@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+SIX = ("summarization", "coding", "chat", "tool", "reasoning", "mixed")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -17,7 +18,7 @@ def options(
     rate: float = 0.0,
     requests: int = 0,
     seeds: int = 0,
-    scenarios: Sequence[str] = ("all",),
+    scenarios: Sequence[str] = SIX,
     counts: Sequence[int] = (),
 ) -> argparse.Namespace:
     """``--output`` (made), ``--replicas``, ``--requests`` and ``--seeds`` (0: as the command has it),

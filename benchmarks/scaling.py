@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import json
 
-from benchmarks._sim_commands import options, run_command, sizes
+from benchmarks._sim_commands import SIX, options, run_command, sizes
 
-ALL = ("summarization", "coding", "chat", "tool", "reasoning", "mixed")
 COUNTS = (1, 2, 4, 8)
 ROUTERS = ("round-robin", "least-loaded", "slo")
 
 
 def main() -> None:
     """One search a router and number of replicas; rows of all of them in one file."""
-    given = options(__doc__, replicas=1, requests=250, seeds=1, scenarios=ALL, counts=COUNTS)
+    given = options(__doc__, replicas=1, requests=250, seeds=1, counts=COUNTS)
     chosen = [part for name in given.scenario for part in ("--scenario", name)]
     rows = []
     for replicas in given.count:
@@ -38,7 +37,7 @@ def main() -> None:
         for row in json.loads(result.read_text(encoding="utf-8")):
             if row["scenario"] not in given.scenario or row["replicas"] not in given.count:
                 rows.append(row)
-        rows.sort(key=lambda row: (ALL.index(row["scenario"]), ROUTERS.index(row["router"]), row["replicas"]))
+        rows.sort(key=lambda row: (SIX.index(row["scenario"]), ROUTERS.index(row["router"]), row["replicas"]))
     result.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     run_command("report", str(result))
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
@@ -34,6 +35,7 @@ from numpy.typing import NDArray
 
 from benchmarks._sim_commands import RESULTS
 from benchmarks.tables import Rows, table
+from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import SLO, single_stage
 from slos_serve.perf.lengths import LengthForecast
 from slos_serve.policies.registry import POLICIES
@@ -181,7 +183,11 @@ def run(case: Case, rate_rps: float, seed: int, stop: bool = False) -> Found:
 
 
 def capacity(case: Case, start_rps: float, seed: int) -> dict[str, float]:
-    """Requests/s of all replicas at which 90 % attain, by each metric."""
+    """Requests/s of all replicas at which 90 % attain, by each metric.
+
+    Raises:
+        InvalidFieldError: so few requests that they end before their deadlines, however fast they come.
+    """
     known: dict[float, Found] = {}
     crossings: dict[str, float] = {}
     for metric in METRICS:
@@ -191,6 +197,8 @@ def capacity(case: Case, start_rps: float, seed: int) -> dict[str, float]:
         while (asked := search.next_rate()) is not None:
             known[asked] = run(case, asked, seed, stop=True)
             search.tell(asked, getattr(known[asked], metric) >= TARGET)
+        if search.high == math.inf:
+            raise InvalidFieldError("requests", case.requests, "more: no rate is too high for so few (--span)")
         crossings[metric] = search.crossing
     return crossings
 

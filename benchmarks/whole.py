@@ -28,7 +28,7 @@ def default_of(policy: str) -> str:
 
 def main() -> None:
     """Three searches; rows of all of them in one file."""
-    given = options(__doc__, replicas=4, requests=200, seeds=1, scenarios=("all",))
+    given = options(__doc__, replicas=4, requests=200, seeds=1)
     searches = {
         "default": (map(default_of, DEFAULTS), ["--router", "round-robin"]),
         "tuned": (TUNED, ["--router", "least-loaded", *DRAFTER]),

@@ -1,6 +1,7 @@
 """What Algorithm 1 need not look at: requests that are in no set, and states that cannot beat the best set found.
 
-It changes how long the program takes, never its answer: ``tests/unit/planning`` compares both with brute force.
+It changes how long the program takes, never an exact answer: ``tests/property/test_admission_exact.py`` compares that
+with brute force.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from benchmarks.separation import (
     pairs,
     parts_of,
 )
+from slos_serve.core.errors import InvalidFieldError
 from slos_serve.perf.lengths import LengthForecast
 from slos_serve.sim.outcome import Outcome
 
@@ -88,6 +89,14 @@ def test_capacity_is_where_each_metric_crosses() -> None:
     with mock.patch.object(separation, "run", curve):
         found = capacity(CASE, 3.0, 22)
     assert found == pytest.approx({"attained": 10.0, "strict": 5.0}, rel=0.02)
+
+
+def test_a_run_that_is_too_short_has_no_capacity() -> None:
+    with (
+        mock.patch.object(separation, "run", return_value=Found(1.0, 1.0)),
+        pytest.raises(InvalidFieldError, match="--span"),
+    ):
+        capacity(CASE, 3.0, 22)
 
 
 def test_tables_name_who_is_missing_and_what_together_carries_over_apart() -> None:
