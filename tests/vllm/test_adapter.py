@@ -18,10 +18,12 @@ from vllm.v1.core.sched.scheduler import Scheduler
 
 from slos_serve.core.errors import PlanMismatchError
 from slos_serve.core.plan import StepPlan
+from slos_serve.core.request import RequestTable
 from slos_serve.testing.scheduler import Setup, make_scheduler
 from slos_serve.vllm_plugin import compat, compat_kv, entry, self_test
 from slos_serve.vllm_plugin import scheduler as scheduler_module
 from slos_serve.vllm_plugin.config import PROFILE_ENV, PUBLISH_ENV
+from slos_serve.vllm_plugin.engine_view import EngineLimits
 from slos_serve.vllm_plugin.kv_needs import KVNeeds, _Group, _most_blocks
 from slos_serve.vllm_plugin.scheduler import SLOScheduler, SLOSyncScheduler, Steered
 from slos_serve.vllm_plugin.steering import SteeredStep, select
@@ -34,6 +36,11 @@ def test_the_base_is_the_one_vllm_would_use(start: Start) -> None:
     assert isinstance(asynchronous, AsyncScheduler)
     assert isinstance(synchronous, SLOSyncScheduler)
     assert not isinstance(synchronous, AsyncScheduler)
+
+
+def test_the_planner_is_told_whether_steps_are_planned_ahead(start: Start) -> None:
+    for scheduler, ahead in ((start().scheduler, True), (start(depth=1, async_scheduling=False).scheduler, False)):
+        assert EngineLimits(scheduler).view(RequestTable(1), np.empty(0, int), np.empty(0, int)).plan_ahead is ahead
 
 
 def test_pipeline_parallel_without_async_scheduling_is_vllms_own(start: Start, tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ class EngineView:
         chunk_multiple: a prefill chunk that does not end its prompt must end at a multiple of this many computed
             tokens (Mamba's block alignment); 1 for no such rule.
         prefill_threshold: most prefill tokens of one request in a step; 0 for no limit.
+        plan_ahead: each step is planned while the one before it runs (async scheduling), so a request that arrives
+            meanwhile waits for both.
     """
 
     table: RequestTable
@@ -65,6 +67,7 @@ class EngineView:
     max_adapters: int = 0
     chunk_multiple: int = 1
     prefill_threshold: int = 0
+    plan_ahead: bool = False
 
     def without_requests(self) -> EngineView:
         """The same engine with nothing in it."""

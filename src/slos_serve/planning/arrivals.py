@@ -20,8 +20,9 @@ from slos_serve.planning.state import BEST_EFFORT, FloatArray, State, weight_of
 DOUBLES_S = 30.0
 # Prompt time asked for is averaged over this time.
 LOAD_OVER_S = 30.0
-# A step of prompts takes at most this share of the tightest TTFT, so that a prompt that arrives meanwhile is in time by
-# a step of its own; and at least this many times a step's fixed cost, or fixed costs would take most of the time.
+# The steps of prompts that a newcomer waits for take at most this share of the tightest TTFT together, so that it is in
+# time by steps of its own: the one that runs, and where steps are planned ahead the one that is planned already. A step
+# takes at least this many times its fixed cost, or fixed costs would take most of the time.
 STEP_SHARE_OF_TTFT, LEAST_STEP_FIXED = 0.5, 4.0
 
 
@@ -68,6 +69,7 @@ def count_arrivals(state: State, known: Arrivals) -> Arrivals:
 
 
 @in_place
-def longest_step_s(coefficients: FloatArray, arrivals: Arrivals) -> float:
+def longest_step_s(state: State, arrivals: Arrivals) -> float:
     """Longest a step of prompts may take, for the sake of those that arrive meanwhile."""
-    return float(max(STEP_SHARE_OF_TTFT * arrivals.tightest_s, LEAST_STEP_FIXED * roofline_s(coefficients, 0.0)))
+    share = STEP_SHARE_OF_TTFT / (2.0 if state.plan_ahead else 1.0)
+    return float(max(share * arrivals.tightest_s, LEAST_STEP_FIXED * roofline_s(state.coefficients, 0.0)))

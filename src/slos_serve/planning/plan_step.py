@@ -106,7 +106,7 @@ def question_of(state: State, known: Known, memory: Memory, tiers: Tiers) -> Que
     return Question(
         tiers,
         memory.drafts,
-        longest_step_s(state.coefficients, memory.arrivals),
+        longest_step_s(state, memory.arrivals),
         memory.arrivals.load,
         known.survival,
         total_blocks,
@@ -193,7 +193,7 @@ def plan_step(state: State, known: Known, last: Memory) -> Planned:
     lost, asking = forecast_and_give_up(state, known)
     tiers = tiers_of(state, asking, known.acceptance)
     arrivals, turn = count_arrivals(state, last.arrivals), next_turn(state, last.turn, known.aging_s)
-    longest_s = longest_step_s(state.coefficients, arrivals)
+    longest_s = longest_step_s(state, arrivals)
     drafts = plan_drafts(state, tiers, last.drafts, known.max_draft_tokens, longest_s)
     memory = Memory(arrivals, turn, drafts, shares_now(state, last.shares))
     chosen, fitting, admission = take(state, asking, question_of(state, known, memory, tiers))

@@ -19,9 +19,9 @@ from slos_serve.perf.acceptance import AcceptanceEstimate
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.perf.class_shares import ClassShares
 from slos_serve.perf.lengths import LengthForecast
-from slos_serve.planning import arrivals
 from slos_serve.planning.admission import Asked
 from slos_serve.planning.algorithm1 import INFEASIBLE, STOPPED
+from slos_serve.planning.arrivals import NO_ARRIVALS, Arrivals
 from slos_serve.planning.best_effort import NO_TURN
 from slos_serve.planning.drafting import DraftPlan, no_drafts
 from slos_serve.planning.plan_step import Admission, Known, Memory, ask_now, plan_step
@@ -76,7 +76,7 @@ class Planner:
         self.acceptance = AcceptanceEstimate(num_classes, self.settings.acceptance_confidence)
         self.shares = ClassShares(num_classes, self.settings.fairness)
         self.counters = PlannerCounters()
-        self._memory = Memory(arrivals.NO_ARRIVALS, NO_TURN, no_drafts(), np.zeros(NUM_SHARES))
+        self._memory = Memory(NO_ARRIVALS, NO_TURN, no_drafts(), np.zeros(NUM_SHARES))
         self._newest: tuple[StepPlan, Memory, Admission] | None = None
         self._modelled = model.coefficients
         self.correct(1.0)
@@ -149,9 +149,10 @@ class Planner:
         """Draft lengths of the last plan that was carried out."""
         return self._memory.drafts
 
-    def longest_step_s(self) -> float:
-        """How long a step of prompts may last, as of the last plan that was carried out."""
-        return float(arrivals.longest_step_s(self.coefficients, self._memory.arrivals))
+    @property
+    def arrivals(self) -> Arrivals:
+        """What recent arrivals ask for, as of the last plan that was carried out."""
+        return self._memory.arrivals
 
     def known(self) -> Known:
         """What is learnt and set, as kernels take it."""

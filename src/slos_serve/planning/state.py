@@ -38,7 +38,7 @@ class State(NamedTuple):
         now_s: when the step starts.
         margin: share of every TPOT kept in hand.
         boost: float64 [NUM_SHARES], see :class:`slos_serve.perf.class_shares.ClassShares`.
-        free_blocks .. max_tokens: as of the view.
+        free_blocks .. plan_ahead: as of the view.
     """
 
     rows: RequestArray
@@ -57,6 +57,7 @@ class State(NamedTuple):
     max_adapters: int
     chunk_multiple: int
     prefill_threshold: int
+    plan_ahead: bool
 
 
 def state_of(view: EngineView, now_s: float, coefficients: FloatArray, margin: float, boost: FloatArray) -> State:
@@ -79,6 +80,7 @@ def state_of(view: EngineView, now_s: float, coefficients: FloatArray, margin: f
         int(view.max_adapters),
         max(int(view.chunk_multiple), 1),
         int(view.prefill_threshold),
+        bool(view.plan_ahead),
     )
 
 
@@ -103,6 +105,7 @@ def without(state: State, slot: int) -> State:
         state.max_adapters,
         state.chunk_multiple,
         state.prefill_threshold,
+        state.plan_ahead,
     )
 
 

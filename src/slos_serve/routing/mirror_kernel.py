@@ -89,6 +89,7 @@ def state_of_one(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int)
         0,
         1,
         0,
+        False,
     )
     if row["answer_due_s"][0] < np.inf:
         pace_answer(state, 0)

@@ -57,6 +57,7 @@ class Replica:
         self._settings = settings
         tasks = SimTasks(recording, batch_time) if tasks is None else tasks
         self._state = EngineState(limits, recording, tasks, settings.is_apart, settings.oracle_lengths)
+        self._state.view.plan_ahead = settings.plan_ahead
         self._offers_weaker = any(slo_class.otherwise for slo_class in recording.workload.classes)
         self._factors = StepFactors(settings.error, settings.seed, index)
         self._empty_plans = 0

@@ -46,6 +46,7 @@ class EngineLimits:
             max_adapters=self._adapters,
             chunk_multiple=self._chunk_multiple,
             prefill_threshold=compat.prefill_threshold(scheduler),
+            plan_ahead=bool(scheduler.scheduler_config.async_scheduling),
         )
 
     def _most_tokens(self, num_running: int, most_running: int) -> int:

@@ -16,7 +16,7 @@ from slos_serve.planning.arrivals import (
     count_arrivals,
     longest_step_s,
 )
-from tests.builders import OPT_13B_A100, EngineBuilder
+from tests.builders import EngineBuilder
 
 
 def test_each_arrival_counts_once() -> None:
@@ -48,9 +48,11 @@ def test_best_effort_asks_for_nothing() -> None:
     assert found.newest == engine.table.rows["order"][slot]
 
 
-def test_a_step_leaves_a_newcomer_half_of_its_time() -> None:
-    coefficients = OPT_13B_A100.coefficients
-    assert longest_step_s(coefficients, NO_ARRIVALS) == np.inf
-    assert longest_step_s(coefficients, NO_ARRIVALS._replace(tightest_s=2.0)) == 2.0 * STEP_SHARE_OF_TTFT
-    least_s = LEAST_STEP_FIXED * roofline_s(coefficients, 0.0)
-    assert longest_step_s(coefficients, NO_ARRIVALS._replace(tightest_s=1e-3)) == pytest.approx(least_s)
+@pytest.mark.parametrize(("ahead", "steps_waited_for"), [(False, 1), (True, 2)])
+def test_the_steps_a_newcomer_waits_for_leave_it_half_of_its_time(ahead: bool, steps_waited_for: int) -> None:
+    state = EngineBuilder().state()._replace(plan_ahead=ahead)
+    assert longest_step_s(state, NO_ARRIVALS) == np.inf
+    longest_s = longest_step_s(state, NO_ARRIVALS._replace(tightest_s=2.0))
+    assert longest_s * steps_waited_for == pytest.approx(2.0 * STEP_SHARE_OF_TTFT)
+    least_s = LEAST_STEP_FIXED * roofline_s(state.coefficients, 0.0)
+    assert longest_step_s(state, NO_ARRIVALS._replace(tightest_s=1e-3)) == pytest.approx(least_s)

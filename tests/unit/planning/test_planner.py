@@ -81,7 +81,7 @@ def test_a_plan_that_is_dropped_leaves_no_trace() -> None:
     for name, column in before.items():
         if name != "expected_tokens":
             np.testing.assert_array_equal(engine.table.rows[name], column, name)
-    assert planner.longest_step_s() == Planner(OPT_13B_A100, 2).longest_step_s()
+    assert planner.arrivals.tightest_s == np.inf
     assert planner.counters.plans == 0
     second = planner.plan(engine.now_s, engine.view())
     assert second.slots.tolist() == first.slots.tolist() and second.admitted.tolist() == first.admitted.tolist()
@@ -114,11 +114,11 @@ def test_hopeless_requests_change_nothing_for_the_others() -> None:
     engine, planner = EngineBuilder(), Planner(OPT_13B_A100, 2)
     engine.wait(500, due_in_s=1.0)
     carried_out(planner, engine.now_s, engine.view())
-    before_s = planner.longest_step_s()
+    before_s = planner.arrivals.tightest_s
     for _ in range(5):
         engine.wait(500, due_in_s=0.001)
     carried_out(planner, engine.now_s, engine.view())
-    assert planner.longest_step_s() == pytest.approx(before_s)
+    assert planner.arrivals.tightest_s == pytest.approx(before_s)
 
 
 def test_a_class_that_was_declined_again_and_again_wins_against_one_that_was_not() -> None:

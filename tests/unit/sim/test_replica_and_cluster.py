@@ -113,6 +113,12 @@ def test_a_policy_that_never_plans_is_called_stuck() -> None:
         _run_plan(StepPlan(), workload([0.0], [100], [3]))
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_policies_see_whether_steps_are_planned_ahead(ahead: bool) -> None:
+    settings, recording = ReplicaSettings(plan_ahead=ahead), Recording.of(workload([0.0], [100], [3]).bound(PLAIN))
+    assert Replica(0, Scripted(StepPlan()), PLAIN, LIMITS, recording, settings).view.plan_ahead is ahead
+
+
 def test_rejected_slots_leave() -> None:
     plan = StepPlan(rejected=np.array([0], dtype=np.int64))
     recording = _run_plan(plan, workload([0.0], [100], [3]))
