@@ -24,7 +24,8 @@ from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
 from slos_serve.planning.speculation import rate_of, table_of_lengths
 from slos_serve.planning.state import FloatArray, peak_blocks
-from slos_serve.planning.supply import MOMENT_TOKENS, Tiers, rate_beside
+from slos_serve.planning.supply import MOMENT_TOKENS, rate_beside
+from slos_serve.planning.tiers import Tiers
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.sim.cluster import Cluster
 from slos_serve.sim.drafters import with_drafter

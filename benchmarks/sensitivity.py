@@ -52,7 +52,7 @@ CONSTANTS = (
     Constant("DOUBLES_S", ("arrivals",)),
     Constant("LOAD_OVER_S", ("arrivals",)),
     Constant("KV_SHORT_FROM", ("supply",), (0.35, 0.89)),
-    Constant("AHEAD_TOKENS", ("state", "supply")),
+    Constant("AHEAD_TOKENS", ("state", "tiers")),
     Constant("FIRST_LEAD", ("state",)),
     Constant("CUT_SHORT", ("admission",)),
     Constant("TO_COME", ("admission",)),

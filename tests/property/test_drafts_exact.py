@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from slos_serve.perf.formula import K_S
 from slos_serve.planning.speculation import best_drafts, rate_of, table_of_lengths, tokens_each_verification
-from slos_serve.planning.supply import Tiers, prefill_rate
+from slos_serve.planning.supply import prefill_rate
+from slos_serve.planning.tiers import Tiers
 from tests.builders import OPT_13B_A100
 
 PROJECT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,8 @@ from slos_serve.planning.drafting import DraftPlan, with_drafts
 from slos_serve.planning.memory import forecast
 from slos_serve.planning.seats import seats_by
 from slos_serve.planning.state import FloatArray, State
-from slos_serve.planning.supply import MOMENT_TOKENS, Supply, Tiers, kv_shortage, lend, pace_of_moments_s
+from slos_serve.planning.supply import MOMENT_TOKENS, Supply, kv_shortage, lend, pace_of_moments_s
+from slos_serve.planning.tiers import Tiers
 
 # Fixed costs by which prefill begins late. Admission counts a fluid, steps are whole: the batch that ends a prompt is
 # cut short by its due time, and the one before it may be. Beside drafts, a step may bring fewer tokens than the mean.

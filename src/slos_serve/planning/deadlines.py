@@ -23,7 +23,7 @@ WAIT_OF_SPARE = 0.3
 # can be computed would fit beside nobody, and half of the answers are shorter than forecast.
 LEAST_SPARE = 0.2
 # Shortest pace that admission reckons with, and that steps are cut short for, in times of a batch with one decode.
-SHORTEST_PACE, SHORTEST_STEP = 3.0, 8.0
+SHORTEST_PACE, SHORTEST_STEP = 2.5, 8.0
 # A deadline is given up once this share of such answers would miss it at full speed.
 LATE_SHARE = 0.9
 

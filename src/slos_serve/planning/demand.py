@@ -28,7 +28,7 @@ from slos_serve.planning.state import (
     tokens_left,
     weight_of,
 )
-from slos_serve.planning.supply import tier_of
+from slos_serve.planning.tiers import tier_of
 
 # Waiting requests that admission looks at in one plan.
 MOST_ASKING = 256
@@ -145,7 +145,7 @@ def build_demand(
 
     Args:
         asking: waiting slots, see :func:`most_urgent`.
-        paces_s: float64 [L], see :func:`slos_serve.planning.supply.tier_paces`.
+        paces_s: float64 [L], see :func:`slos_serve.planning.tiers.tier_paces`.
         max_implied_ttft_s: deadline of a request that has none of its own, after its arrival.
         length_weight: power of the prompt's length that weights are multiplied with.
         load: float64 [2, SIZES], see :class:`slos_serve.planning.arrivals.Arrivals`. A request that is not promised yet

@@ -25,7 +25,7 @@ from slos_serve.planning.speculation import (
     tokens_each_verification,
 )
 from slos_serve.planning.state import FloatArray, IntArray, State
-from slos_serve.planning.supply import Tiers, tier_of
+from slos_serve.planning.tiers import Tiers, tier_of
 
 # Drafts are made where they add this share of the prefill rate of an engine without decodes. Rates are reckoned with
 # the mean of what verifications bring; most of those with few right drafts bring one token and cut batches short, and a

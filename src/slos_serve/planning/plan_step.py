@@ -33,7 +33,7 @@ from slos_serve.planning.state import (
     peak_blocks,
 )
 from slos_serve.planning.step import ENTRIES, HELD, PREEMPTED, Step, seconds
-from slos_serve.planning.supply import Tiers, tiers_of
+from slos_serve.planning.tiers import Tiers, tiers_of
 from slos_serve.planning.work import Rules
 
 

@@ -16,7 +16,8 @@ from slos_serve.perf.formula import K_S, K_SEQ
 from slos_serve.perf.jit import in_place
 from slos_serve.perf.step_time import batch_s
 from slos_serve.planning.state import FloatArray, IntArray
-from slos_serve.planning.supply import Tiers, prefill_rate
+from slos_serve.planning.supply import prefill_rate
+from slos_serve.planning.tiers import Tiers
 
 # Another set of lengths replaces the present one when it is better by this share of the prefill rate of an engine
 # without decodes: counts that come and go do not make the lengths flap.

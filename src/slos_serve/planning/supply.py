@@ -12,15 +12,13 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
-from slos_serve.core.request import RequestArray, SlotArray
+from slos_serve.core.request import RequestArray
 from slos_serve.perf.jit import in_place
 from slos_serve.perf.lengths import share_left, survives
 from slos_serve.perf.step_time import decode_s, per_token_s, roofline_s, roofline_tokens
-from slos_serve.planning.state import ADMITTED, AHEAD_TOKENS, BEST_EFFORT, FloatArray, State, is_decode, next_due_s
+from slos_serve.planning.state import ADMITTED, FloatArray, State, is_decode, next_due_s
+from slos_serve.planning.tiers import tier_of
 
-MAX_TIERS = 4
-# Paces within this ratio of a tier's share it. The ratio is squared until MAX_TIERS suffice.
-SAME_TIER = 1.05
 # Moments of the plan's future, in tokens of the tightest pace: what decodes lend and hold in KV is reckoned for these.
 MOMENT_TOKENS = np.array([0.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0])
 
@@ -34,28 +32,6 @@ def kv_shortage(state: State) -> float:
     """0 while KV is plenty, 1 where it is what limits the engine."""
     used = 1.0 - state.free_blocks / max(state.total_blocks, 1)
     return float(min(max((used - KV_SHORT_FROM) / (KV_SHORT - KV_SHORT_FROM), 0.0), 1.0))
-
-
-class Tiers(NamedTuple):
-    """Decode tiers of the requests that are promised something or may be; float64 [L] each.
-
-    Attributes:
-        tpot_s: TPOT of each tier, ascending.
-        counts: promised decodes that run.
-        ahead: share of these that have gained their lead, see ``AHEAD_TOKENS``.
-        decodes: decodes that run, promised or not yet.
-        in_tier: requests that the two means below are of.
-        extra_s: seconds beside the roofline part that a decode adds to a batch, context half of what is to come.
-        acceptance: mean acceptance of drafts.
-    """
-
-    tpot_s: FloatArray
-    counts: FloatArray
-    ahead: FloatArray
-    decodes: FloatArray
-    in_tier: FloatArray
-    extra_s: FloatArray
-    acceptance: FloatArray
 
 
 class Supply(NamedTuple):
@@ -88,45 +64,6 @@ class Supply(NamedTuple):
     moments_s: FloatArray
     lent_tokens: FloatArray
     seats: FloatArray
-
-
-@njit(cache=True)
-def tier_paces(state: State, asking: SlotArray) -> FloatArray:
-    """float64 [L]: the tightest TPOT of each tier among requests with or without an open promise, ascending."""
-    found = np.empty(len(state.running) + len(asking))
-    count = 0
-    for part in (state.running, asking):
-        for slot in part:
-            if state.status[slot] != BEST_EFFORT:
-                found[count] = state.rows["tpot_s"][slot]
-                count += 1
-    if count == 0:
-        return np.full(1, np.inf)
-    ordered, ratio = np.sort(found[:count]), SAME_TIER
-    paces_s = np.empty(MAX_TIERS)
-    while True:
-        tiers, fits = 0, True
-        for pace_s in ordered:
-            if tiers > 0 and (pace_s <= ratio * paces_s[tiers - 1] or pace_s == paces_s[tiers - 1]):
-                continue
-            if tiers == MAX_TIERS:
-                fits = False
-                break
-            paces_s[tiers] = pace_s
-            tiers += 1
-        if fits:
-            return paces_s[:tiers].copy()
-        ratio *= ratio
-
-
-@in_place
-def tier_of(paces_s: FloatArray, tpot_s: float) -> int:
-    """The loosest tier that is at least as tight as ``tpot_s``."""
-    found = 0
-    for j in range(len(paces_s)):
-        if paces_s[j] <= tpot_s:
-            found = j
-    return found
 
 
 @in_place
@@ -170,38 +107,6 @@ def rate_beside(counts: FloatArray, supply: Supply) -> float:
             supply.max_tokens,
         )
     )
-
-
-@njit(cache=True)
-def tiers_of(state: State, asking: SlotArray, acceptance: FloatArray) -> Tiers:
-    """Tiers of the running and the ``asking`` requests. Where nobody may be promised anything, best effort is one.
-
-    Args:
-        acceptance: float64 [classes].
-    """
-    tpot_s, rows = tier_paces(state, asking), state.rows
-    counts, ahead, decodes, in_tier, context, accepted = np.zeros((6, len(tpot_s)))
-    for with_best_effort in (False, True):
-        if in_tier.sum() > 0.0:
-            break
-        for part in (state.running, asking):
-            for slot in part:
-                if state.status[slot] == BEST_EFFORT and not with_best_effort:
-                    continue
-                tier = tier_of(tpot_s, rows["tpot_s"][slot])
-                grown = 0.5 * (rows["output_tokens"][slot] + rows["expected_tokens"][slot])
-                context[tier] += rows["prompt_tokens"][slot] + grown
-                accepted[tier] += acceptance[rows["class_index"][slot]]
-                in_tier[tier] += 1.0
-                if is_decode(rows, slot):
-                    decodes[tier] += 1.0
-                    if state.status[slot] == ADMITTED:
-                        counts[tier] += 1.0
-                        ahead[tier] += 1.0 if rows["stage_tokens"][slot] * state.margin >= AHEAD_TOKENS else 0.0
-    each, extra_s = np.maximum(in_tier, 1.0), np.empty(len(tpot_s))
-    for tier in range(len(tpot_s)):
-        extra_s[tier] = decode_s(state.coefficients, 0.0, context[tier] / each[tier])
-    return Tiers(tpot_s, counts, ahead / np.maximum(counts, 1.0), decodes, in_tier, extra_s, accepted / each)
 
 
 @in_place

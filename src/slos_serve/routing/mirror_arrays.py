@@ -14,8 +14,9 @@ from numba import njit
 
 from slos_serve.perf.jit import in_place
 from slos_serve.planning.state import FloatArray, IntArray
-from slos_serve.planning.supply import MAX_TIERS, Supply
+from slos_serve.planning.supply import Supply
 from slos_serve.planning.supply import rate_beside as rate_of_supply
+from slos_serve.planning.tiers import MAX_TIERS
 
 # Tiers that in-flight requests may add to those a publication has.
 TIERS = 2 * MAX_TIERS

@@ -7,7 +7,7 @@ import pytest
 
 from slos_serve.core.request import Status
 from slos_serve.planning.demand import MOST_ASKING, SIZES, build_demand, is_lost, most_urgent, size_of
-from slos_serve.planning.supply import tier_paces
+from slos_serve.planning.tiers import tier_paces
 from tests.builders import EngineBuilder
 
 

@@ -16,7 +16,7 @@ from slos_serve.planning.demand import SIZES
 from slos_serve.planning.drafting import PROBE_EVERY_S, PROBE_TOKENS, DraftPlan, no_drafts, plan_drafts
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
-from slos_serve.planning.supply import tiers_of
+from slos_serve.planning.tiers import tiers_of
 from tests.builders import OPT_13B_A100, EngineBuilder
 
 DRAFTER = dataclasses.replace(OPT_13B_A100, k_s_s=1e-3)

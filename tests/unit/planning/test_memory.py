@@ -11,7 +11,8 @@ from slos_serve.planning.demand import SIZES, Demand, build_demand
 from slos_serve.planning.memory import forecast
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.state import State, peak_blocks
-from slos_serve.planning.supply import MOMENT_TOKENS, pace_of_moments_s, tier_paces
+from slos_serve.planning.supply import MOMENT_TOKENS, pace_of_moments_s
+from slos_serve.planning.tiers import tier_paces
 from tests.builders import OPT_13B_A100, EngineBuilder, carried_out
 
 PACE_S = 0.1

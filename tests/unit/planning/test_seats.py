@@ -10,7 +10,8 @@ from slos_serve.planning.demand import SIZES, build_demand
 from slos_serve.planning.memory import forecast
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.seats import seats_by
-from slos_serve.planning.supply import MOMENT_TOKENS, tier_paces
+from slos_serve.planning.supply import MOMENT_TOKENS
+from slos_serve.planning.tiers import tier_paces
 from tests.builders import OPT_13B_A100, EngineBuilder
 
 PACE_S = 0.1

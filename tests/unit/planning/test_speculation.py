@@ -14,7 +14,7 @@ from slos_serve.planning.speculation import (
     table_of_lengths,
     tokens_each_verification,
 )
-from slos_serve.planning.supply import Tiers
+from slos_serve.planning.tiers import Tiers
 from tests.builders import OPT_13B_A100
 
 
