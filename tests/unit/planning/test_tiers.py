@@ -41,7 +41,7 @@ def test_the_tightest_pace_is_never_dropped(count: int) -> None:
 
 def charged(tiers_s: np.ndarray, tpots_s: list[float]) -> float:
     """Tokens a second that tiers charge for decodes of these paces."""
-    return sum(1.0 / tiers_s[tier_of(tiers_s, tpot_s)] for tpot_s in tpots_s)
+    return float(sum(1.0 / tiers_s[tier_of(tiers_s, tpot_s)] for tpot_s in tpots_s))
 
 
 @pytest.mark.parametrize("seed", range(20))
