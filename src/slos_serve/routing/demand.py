@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
-from slos_serve.routing.headroom import fullness, headroom, promises
+from slos_serve.routing.headroom import fullness, headroom, promises, with_attention
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.router import RoutingRequest
 
@@ -14,17 +15,29 @@ HEADROOM = "slos_serve_headroom_"
 TARGET_FULLNESS = 0.7
 FORGET_S = 300.0
 LEAST_ASKED = 32
+# What was asked for is averaged over this time.
+ASKED_OVER_S = 30.0
 _WEIGHT_OF_NEW = 0.1
 
 
 @dataclass(slots=True)
 class _Asked:
-    """A class as it is asked for lately: its newest request, with prompt and cap averaged."""
+    """A class as it is asked for lately: its newest request, with prompt and cap averaged.
+
+    Attributes:
+        recent_tokens: prompt tokens to compute that came with its requests, as of ``last_s``; they fade with
+            ``ASKED_OVER_S``.
+    """
 
     typical: RoutingRequest
     prompt_tokens: float
     max_tokens: float
+    recent_tokens: float
     last_s: float
+
+    def tokens_per_s(self, now_s: float) -> float:
+        """Prompt tokens to compute a second."""
+        return self.recent_tokens * math.exp(-max(now_s - self.last_s, 0.0) / ASKED_OVER_S) / ASKED_OVER_S
 
 
 class Demand:
@@ -53,7 +66,9 @@ class Demand:
         prompt, most = (0.0, 0.0) if known is None else (known.prompt_tokens, known.max_tokens)
         prompt += share * (asked.prompt_tokens - prompt)
         most += share * (asked.max_tokens - most)
-        self._classes[name] = _Asked(asked, prompt, most, now_s)
+        recent = 0.0 if known is None else known.tokens_per_s(now_s) * ASKED_OVER_S
+        recent += asked.prompt_tokens - max(asked.cached.values(), default=0)
+        self._classes[name] = _Asked(asked, prompt, most, recent, now_s)
 
     def ended(self, number: int) -> None:
         """A call is over."""
@@ -63,7 +78,7 @@ class Demand:
         """Fullness, and headroom of each class that was asked for lately; a replica that never published is full."""
         if publication is None:
             return {FULLNESS: 1.0}
-        found = {}
+        found, asked_tokens_per_s = {}, 0.0
         for name, asked in list(self._classes.items()):
             if now_s - asked.last_s > FORGET_S:
                 del self._classes[name]
@@ -71,5 +86,6 @@ class Demand:
             prompt, most = max(round(asked.prompt_tokens), 1), max(round(asked.max_tokens), 1)
             typical = replace(asked.typical, prompt_tokens=prompt, max_tokens=most)
             found[name] = headroom(publication, typical, now_s, most=max(LEAST_ASKED, promises(publication)))
+            asked_tokens_per_s += asked.tokens_per_s(now_s) * with_attention(publication, prompt)
         stats: dict[str, float] = {HEADROOM + name: float(count) for name, count in found.items()}
-        return {FULLNESS: fullness(publication, len(self._unpromised), found), **stats}
+        return {FULLNESS: fullness(publication, asked_tokens_per_s, len(self._unpromised)), **stats}

@@ -1,17 +1,18 @@
-"""How many more typical requests of a class a replica could promise right now, and how full that makes it.
+"""How many more typical requests of a class a replica could promise right now, and how full it is.
 
-The question is asked of a mirror, as routing does, again and again until it says no. Nothing of it is sent: the mirror
-is one of this module's own.
+The first is asked of a mirror, as routing does, again and again until it says no: it counts requests that come all at
+once. Nothing of it is sent: the mirror is one of this module's own. The second is about requests that keep coming: their
+prompt tokens a second over what the replica computes beside its decodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from slos_serve.core.verdict import Verdict, Why
+from slos_serve.perf.step_time import per_token_s, request_s
 from slos_serve.routing.mirror_arrays import advance, rate_beside
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publication import Publication
@@ -21,6 +22,7 @@ from slos_serve.routing.settings import Order
 MOST = 32
 STANDARD_PROMPT_TOKENS = 512
 LONGEST_TTFT_S = 600.0
+MOST_BUSY = 2.0
 _ONLY_BESIDE = frozenset({Why.FITS, Why.FITS_AT_PREFIX})
 
 
@@ -72,15 +74,36 @@ def promises(publication: Publication) -> int:
     return round(float(np.sum(publication.counts))) + len(publication.due_s)
 
 
-def fullness(publication: Publication, unpromised: int, headrooms: Mapping[str, int]) -> float:
-    """Demand for promises over what the replica could promise, by the class that has least room; 1 is just full.
+def with_attention(publication: Publication, prompt_tokens: int) -> float:
+    """What a token of such a prompt costs in tokens, its attention and the fixed time of its request counted in."""
+    coefficients, tokens = publication.coefficients, float(prompt_tokens)
+    return 1.0 + float(request_s(coefficients, tokens, 0.0) / (tokens * per_token_s(coefficients)))
+
+
+def busy(publication: Publication, asked_tokens_per_s: float) -> float:
+    """Share of the replica's time, or of its KV where that is more, that promises take; ``MOST_BUSY`` at most.
 
     Args:
         publication: the replica's latest.
+        asked_tokens_per_s: prompt tokens that come with requests for a promise, :func:`with_attention`.
+    """
+    mirrors = Mirrors([publication.replica], num_classes=len(publication.forecast_tokens))
+    mirrors.update(publication)
+    k, m = mirrors.position(publication.replica), mirrors.arrays
+    beside_decodes = max(rate_beside(m, k, m.counts[k]), 1e-9)
+    of_kv = 1.0 - float(publication.memory_left.min()) / max(publication.total_blocks, 1)
+    return min(max(asked_tokens_per_s / beside_decodes, of_kv), MOST_BUSY)
+
+
+def fullness(publication: Publication, asked_tokens_per_s: float, unpromised: int) -> float:
+    """How full a replica is, 1 being just full: how busy promises keep it, times what was asked for over what was
+    promised.
+
+    Args:
+        publication: the replica's latest.
+        asked_tokens_per_s: see :func:`busy`.
         unpromised: requests there that asked for a promise and got none.
-        headrooms: :func:`headroom` of each class that is asked for.
     """
     promised = promises(publication)
-    least = min(headrooms.values(), default=MOST)
-    capacity = promised + least
-    return (promised + unpromised) / capacity if capacity > 0 else 1.0 + unpromised
+    used = busy(publication, asked_tokens_per_s)
+    return used if unpromised == 0 else max(used, 1.0) * (promised + unpromised) / max(promised, 1)

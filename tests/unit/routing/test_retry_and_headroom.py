@@ -10,7 +10,17 @@ import pytest
 from slos_serve.core.verdict import Why
 from slos_serve.routing import warm_up
 from slos_serve.routing.clock_offset import WINDOW_S, ClockOffset
-from slos_serve.routing.headroom import LONGEST_TTFT_S, MOST, fullness, headroom, promises, standard_ttft_s
+from slos_serve.routing.headroom import (
+    LONGEST_TTFT_S,
+    MOST,
+    MOST_BUSY,
+    busy,
+    fullness,
+    headroom,
+    promises,
+    standard_ttft_s,
+    with_attention,
+)
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.retry_after import (
     LATEST_S,
@@ -108,12 +118,29 @@ def test_headroom_shrinks_with_load_and_reserves_nothing() -> None:
     assert headroom(idle, request(9000, due_in_s=0.1), NOW_S) == 0
 
 
-def test_fullness_takes_the_class_with_least_room() -> None:
-    publication = published(loaded(30))
+def test_a_replica_is_as_full_as_its_time_or_its_kv() -> None:
+    idle, busy_one = published(loaded(0, total_blocks=4000)), published(loaded(30, total_blocks=4000))
+    rate = float(mirrors_of(a=loaded(0)).arrays.idle_rate[0])
+    assert busy(idle, 0.0) == pytest.approx(0.0, abs=0.01)
+    assert busy(idle, 0.5 * rate) == pytest.approx(0.5)
+    assert busy(busy_one, 0.5 * rate) > 0.5, "decodes leave less"
+    assert busy(busy_one, 100.0 * rate) == MOST_BUSY
+    little_kv = published(loaded(30, total_blocks=400))
+    of_kv = 1.0 - float(little_kv.memory_left.min()) / 400
+    assert busy(little_kv, 0.0) == pytest.approx(of_kv) and of_kv > 0.3
+
+
+def test_whoever_asked_in_vain_makes_a_replica_more_than_full() -> None:
+    publication = published(loaded(30, total_blocks=4000))
     assert promises(publication) == 30
-    assert fullness(publication, 0, {"chat": 10, "code": 30}) == pytest.approx(0.75)
-    assert fullness(publication, 10, {"chat": 0}) == pytest.approx(40 / 30)
-    assert fullness(published(loaded(0)), 2, {"chat": 0}) == 3.0
+    assert fullness(publication, 0.0, 0) == busy(publication, 0.0) < 0.7
+    assert fullness(publication, 0.0, 15) == pytest.approx(1.5)
+    assert fullness(published(loaded(0)), 0.0, 2) == pytest.approx(2.0)
+
+
+def test_a_token_of_a_long_prompt_costs_more() -> None:
+    publication = published(loaded(0))
+    assert 1.0 < with_attention(publication, 1000) < with_attention(publication, 8000) < 2.0
 
 
 def test_the_offset_is_the_shortest_delay_of_the_last_seconds() -> None:
