@@ -1,7 +1,7 @@
 """How many more typical requests of a class a replica could promise right now, and how full it is.
 
 The first is asked of a mirror, as routing does, again and again until it says no: it counts requests that come all at
-once. Nothing of it is sent: the mirror is one of this module's own. The second is about requests that keep coming: their
+once. Nothing of it is sent: the mirror is one of this module's own. The second is about requests that keep coming:
 prompt tokens a second over what the replica computes beside its decodes.
 """
 
