@@ -1,8 +1,8 @@
 """How many replicas are needed for promises to be kept: a policy for Ray Serve's autoscaler.
 
 Ray pickles this module by value and calls the policy in its controller. Each replica reports its fullness: the
-share of its time or KV that promises take (:mod:`slos_serve.routing.headroom`). The policy holds the replicas' mean at a
-target below 1, so that there is room for what comes while a new replica starts.
+share of its time or KV that promises take (:mod:`slos_serve.routing.headroom`). The policy holds the replicas' mean
+at a target below 1, so that there is room for what comes while a new replica starts.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ class ReplicaGauges:
     """The gauges of one replica."""
 
     def __init__(self) -> None:
-        self._full = metrics.Gauge("slos_serve_fullness", "Share of its time or KV that promises take; above 1 where requests get none.")
+        self._full = metrics.Gauge("slos_serve_fullness", "Share of its time or KV that promises take.")
         self._room = metrics.Gauge(
             "slos_serve_headroom", "Typical requests of a class that could still be promised.", tag_keys=("slo_class",)
         )
