@@ -62,7 +62,7 @@ def load_of(replica: Replica) -> Load:
     slots, rows = replica.slots, replica.view.table.rows
     left = tokens_left_of(rows, slots)
     kv_tokens = int((rows["prompt_tokens"][slots] + rows["output_tokens"][slots]).sum())
-    tpots_s = np.asarray(rows["tpot_s"][slots], dtype=np.float64)
+    tpots_s = np.asarray(rows["promised_tpot_s"][slots], dtype=np.float64)
     return Load(len(slots), int(left[left > 1].sum()), kv_tokens, tpots_s)
 
 

@@ -45,6 +45,13 @@ def test_a_call_that_the_policy_has_not_seen_counts() -> None:
     assert load_of(replica).prompt_tokens == 800
 
 
+def test_paces_are_those_promised_not_those_a_planner_makes_of_deadlines() -> None:
+    """Our planner writes a pace of 0 for a lost complete answer; a router that divided by it ended the run."""
+    _, (replica,) = fleet(calls((300, FREE), (500, LOOSE)), [[0, 1]])
+    replica.view.table.rows["tpot_s"][replica.slots] = 0.0
+    assert sorted(load_of(replica).tpots_s.tolist()) == [0.1, np.inf]
+
+
 def test_answers_are_the_mean_of_the_class() -> None:
     load = calls((300, TIGHT), (300, LOOSE), (300, LOOSE))
     load.calls["output_tokens"] = [10, 20, 40]
