@@ -22,7 +22,7 @@ from tests.vllm.told_load import ToldLoad
 
 # About the engine of the demo: SmolLM2 135M on two CPU cores.
 CPU = BatchTimeModel(k_c_s=1.2e-3, b_c_s=27e-3, k_m_s=0.0, b_m_s=34e-3, k_ctx_s=4.3e-6, k_q_s=5.2e-7, k_seq_s=6.4e-4)
-WEAKER = "{ttft_ms: 600, tpot_ms: 100, otherwise: [{ttft_ms: 8000, tpot_ms: 200}]}"
+WEAKER = "{ttft_ms: 650, tpot_ms: 100, otherwise: [{ttft_ms: 8000, tpot_ms: 200}]}"
 
 
 def verdicts(
@@ -43,7 +43,7 @@ def verdicts(
 
 
 def test_nobody_takes_the_place_of_one_that_was_told(start: Start, tmp_path: Path) -> None:
-    chat = "{ttft_ms: 600, tpot_ms: 100}"
+    chat = "{ttft_ms: 650, tpot_ms: 100}"
     assert verdicts(start, tmp_path, {}, front=1, chat=chat)[0] == "best-effort", "short ones are worth more"
     (tmp_path / "events.jsonl").unlink()
     told = verdicts(start, tmp_path, {"slo_told": 0}, front=1, chat=chat)
@@ -55,7 +55,7 @@ def test_a_weaker_promise_that_was_told_is_the_one_that_is_given(start: Start, t
 
 
 def test_without_an_api_process_that_judges_nothing_was_told(start: Start, tmp_path: Path) -> None:
-    told = verdicts(start, tmp_path, {"slo_told": 0}, front=None, chat="{ttft_ms: 600, tpot_ms: 100}")
+    told = verdicts(start, tmp_path, {"slo_told": 0}, front=None, chat="{ttft_ms: 650, tpot_ms: 100}")
     assert told[0] == "best-effort"
 
 
