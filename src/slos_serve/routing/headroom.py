@@ -26,6 +26,13 @@ MOST_BUSY = 2.0
 _ONLY_BESIDE = frozenset({Why.FITS, Why.FITS_AT_PREFIX})
 
 
+def _mirror_of(publication: Publication) -> Mirrors:
+    """The replica alone."""
+    mirrors = Mirrors([publication.replica], num_classes=len(publication.forecast_tokens))
+    mirrors.update(publication)
+    return mirrors
+
+
 def headroom(publication: Publication, typical: RoutingRequest, now_s: float, most: int = MOST) -> int:
     """Requests like ``typical`` that the replica could promise beside what it has promised, ``most`` at most.
 
@@ -34,8 +41,7 @@ def headroom(publication: Publication, typical: RoutingRequest, now_s: float, mo
         typical: a request of the class; its times are relative to its arrival, which is taken to be now.
         now_s: present time on the replica's clock.
     """
-    mirrors = Mirrors([publication.replica], num_classes=len(publication.forecast_tokens))
-    mirrors.update(publication)
+    mirrors = _mirror_of(publication)
     settings = RouterSettings(Order.SPREAD, stale_after_s=3600.0)
     asked = replace(
         typical, arrival_s=now_s, ttft_due_s=now_s + (typical.ttft_due_s - typical.arrival_s), reject_when_full=True
@@ -58,8 +64,7 @@ def standard_ttft_s(publication: Publication, now_s: float, prompt_tokens: int =
     Returns:
         At most :data:`LONGEST_TTFT_S`: decodes may leave no room for prompts at all.
     """
-    mirrors = Mirrors([publication.replica], num_classes=len(publication.forecast_tokens))
-    mirrors.update(publication)
+    mirrors = _mirror_of(publication)
     k, m = mirrors.position(publication.replica), mirrors.arrays
     ready_s = max(now_s, float(m.ready_s[k]))
     advance(m, k, ready_s)
@@ -87,8 +92,7 @@ def busy(publication: Publication, asked_tokens_per_s: float) -> float:
         publication: the replica's latest.
         asked_tokens_per_s: prompt tokens that come with requests for a promise, :func:`with_attention`.
     """
-    mirrors = Mirrors([publication.replica], num_classes=len(publication.forecast_tokens))
-    mirrors.update(publication)
+    mirrors = _mirror_of(publication)
     k, m = mirrors.position(publication.replica), mirrors.arrays
     beside_decodes = max(rate_beside(m, k, m.counts[k]), 1e-9)
     of_kv = 1.0 - float(publication.memory_left.min()) / max(publication.total_blocks, 1)
