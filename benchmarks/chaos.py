@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,11 +83,11 @@ class Load:
     requests: list[Request] = field(default_factory=list)
     _ended: asyncio.Event = field(default_factory=asyncio.Event)
 
-    async def run(self, seed: int) -> None:
-        """Serve ``STREAMS`` clients until :meth:`end`."""
+    async def run(self, seed: int, clients: int = STREAMS) -> None:
+        """Serve so many clients until :meth:`end`."""
         limits = httpx.Timeout(ANSWER_WITHIN_S)
         async with httpx.AsyncClient(timeout=limits) as client:
-            await asyncio.gather(*(self._client(client, random.Random(seed + n)) for n in range(STREAMS)))
+            await asyncio.gather(*(self._client(client, random.Random(seed + n)) for n in range(clients)))
 
     def end(self) -> None:
         """Begin no more; those that run end."""
@@ -97,15 +97,23 @@ class Load:
         while not self._ended.is_set():
             request = Request(time.monotonic())
             self.requests.append(request)
-            try:
-                await asyncio.wait_for(self._stream(client, request, rng), ANSWER_WITHIN_S)
-            except Exception as error:
-                request.outcome = f"undocumented: {type(error).__name__} {error}"[:200]
-            request.ended_s = time.monotonic()
+            await self.serve(client, request, rng)
             if request.outcome != "whole":
                 await asyncio.sleep(0.5)
 
-    async def _stream(self, client: httpx.AsyncClient, request: Request, rng: random.Random) -> None:
+    async def serve(
+        self, client: httpx.AsyncClient, request: Request, rng: random.Random, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """One stream, until it has ended in whatever way; ``headers`` beside those of its class."""
+        try:
+            await asyncio.wait_for(self._stream(client, request, rng, headers or {}), ANSWER_WITHIN_S)
+        except Exception as error:
+            request.outcome = f"undocumented: {type(error).__name__} {error}"[:200]
+        request.ended_s = time.monotonic()
+
+    async def _stream(
+        self, client: httpx.AsyncClient, request: Request, rng: random.Random, more: Mapping[str, str]
+    ) -> None:
         body = {
             "model": MODEL,
             "prompt": "Tell me of " + " ".join(str(rng.randrange(100)) for _ in range(rng.randrange(1, 60))),
@@ -113,7 +121,7 @@ class Load:
             "ignore_eos": True,
             "stream": True,
         }
-        headers = {"x-slo-class": "chat" if rng.random() < 0.8 else "batch"}
+        headers = {"x-slo-class": "chat" if rng.random() < 0.8 else "batch", **more}
         times: list[float] = []
         async with client.stream("POST", f"{self.url}/v1/completions", json=body, headers=headers) as answer:
             request.verdict = answer.headers.get("x-slo-verdict", "")

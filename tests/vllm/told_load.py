@@ -23,6 +23,8 @@ from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.client import with_said
 from slos_serve.vllm_plugin.front.desk import FrontDesk
 from slos_serve.vllm_plugin.front.judged import Judged
+from slos_serve.vllm_plugin.front.link import PROMISED_KEY
+from slos_serve.vllm_plugin.front.open_promises import MOST_HELD_S
 from slos_serve.vllm_plugin.metrics import EngineLabels
 from slos_serve.vllm_plugin.publish import TICKETS_KEY, FrontPublisher
 from tests.vllm.dry_load import prompt
@@ -66,6 +68,7 @@ class ToldLoad:
         control = self.engine.scheduler._slo
         config = PluginConfig.from_environment(os.environ)
         self._arrived_s = self._asked_s = 0.0
+        self._by_ticket: dict[int, tuple[str, Judged]] = {}
         self.front = FrontDesk(config, EngineLabels("m"), 8192, clock_s=lambda: self._asked_s)
         self.front.ready = True
         self.engine.scheduler.slo_clock_s = lambda: self.engine.now_s
@@ -73,6 +76,7 @@ class ToldLoad:
         control.publisher.front = self.front
         control.publish_idle()
         self.engine.scheduler._slo_desk._front = os.getpid()
+        control.front = SimpleNamespace(write=lambda fields: self._promised(fields[PROMISED_KEY]), close=lambda: None)
         self.engine.scheduler._slo_desk._arrival_s = lambda _stamped: self._arrived_s
 
     def run(
@@ -109,6 +113,15 @@ class ToldLoad:
         """What a request asks for."""
         return {"slo_class": one.slo_class} if one.slo_class else None
 
+    def _promised(self, made: Iterable[tuple[int, int]]) -> None:
+        """The engine made promises to requests whose clients were told none: heads that still wait say so."""
+        for ticket, rank in made:
+            key, judged = self._by_ticket[ticket]
+            if self.engine.now_s < judged.arrival_s + min(judged.ttft_target_s, MOST_HELD_S):
+                self.front.heard(json.dumps({PROMISED_KEY: [(ticket, rank)]}).encode(), is_state=False)
+                assert judged.answer is not None
+                self.told[key] = judged.answer.verdict
+
     def _note_begun(self, arrivals: Mapping[str, float]) -> None:
         for key in self.starts.keys() - self.began.keys():
             if self.engine.answers.get(key):
@@ -123,6 +136,7 @@ class ToldLoad:
         params = SimpleNamespace(max_tokens=one.max_tokens, n=1, extra_args=extra_args)
         handed = self.front.entered(judged, {"prompt_token_ids": tokens}, params, one.request_id)
         assert judged.answer is not None
+        self._by_ticket |= dict.fromkeys(judged.open, (one.request_id, judged))
         if judged.answer.start_s is not None:
             self.starts[one.request_id] = judged.answer.start_s
         if slo_class is not None:

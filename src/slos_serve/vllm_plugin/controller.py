@@ -21,6 +21,7 @@ from slos_serve.perf.step_time import alone_s
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.vllm_plugin import compat, compat_counters
 from slos_serve.vllm_plugin.engine_view import EngineLimits
+from slos_serve.vllm_plugin.front.link import PROMISED_KEY, OutcomeLink
 from slos_serve.vllm_plugin.guard import Guard
 from slos_serve.vllm_plugin.kv_loads import KVLoads
 from slos_serve.vllm_plugin.learning import StepLearner
@@ -71,11 +72,13 @@ class Reporting:
         recorder: writes metrics and events, in the telemetry thread.
         telemetry: that thread's queue.
         publisher: tells routers; ``None`` without any.
+        front: tells the API process of promises before their first tokens come; ``None`` without one.
     """
 
     recorder: Recorder
     telemetry: Telemetry
     publisher: EnginePublisher | None
+    front: OutcomeLink | None = None
 
 
 class StepController:
@@ -105,6 +108,7 @@ class StepController:
         self.recorder = reporting.recorder
         self.telemetry = reporting.telemetry
         self.publisher = reporting.publisher
+        self.front = reporting.front
         self.book = RequestBook(advances_alone=compat_counters.advances_alone(scheduler))
         self.queues = Queues(scheduler, self.book)
         self.hits = PrefixHits(scheduler)
@@ -288,7 +292,9 @@ class StepController:
 
     def _commit_plan(self, proposal: Proposal, ran: SlotArray) -> None:
         """Make the promises of a plan, for what really ran."""
-        self.book.note(proposal.plan, ran)
+        made = self.book.note(proposal.plan, ran)
+        if made and self.front is not None:
+            self.guard.run("publish", self.front.write, {PROMISED_KEY: made})
         self.policy.commit(proposal.plan, proposal.view, ran)
         self.book.fall_back(proposal.plan.demoted, proposal.end_s)
 

@@ -84,35 +84,43 @@ class RequestDesk:
     def entered(self, request: Request) -> None:
         """vLLM has taken a new request in."""
         control = self._control
-        self._tell_router(request)
+        ticket = self._tell_router(request)
         promise = self._with_task(request, *self._promise_of(request, request.num_prompt_tokens))
         needs, most_tokens = control.limits.needs, request.num_prompt_tokens + promise.max_tokens
         fixed = needs.fixed_blocks(most_tokens)
         decoding = needs.decode_blocks(most_tokens) if needs.shrinks else fixed
         tracked = control.book.add(request, promise, fixed_blocks=fixed, decode_blocks=decoding)
-        self._honour(tracked)
+        if not self._honour(tracked) and self._front is not None:
+            tracked.open_ticket = ticket
         control.hits.waits((tracked,))
         control.queues.entered(tracked)
         if stop_strings_of(request):
             control.telemetry.post(self._stop_strings.load)
 
-    def _tell_router(self, request: Request) -> None:
-        """The router that sent a request learns from the next publication that it has come."""
+    def _tell_router(self, request: Request) -> int | None:
+        """The router that sent a request learns from the next publication that it has come; returns its ticket."""
         publisher, sampling = self._control.publisher, request.sampling_params
         ticket = None if sampling is None else (sampling.extra_args or {}).get(TICKET_KEY)
-        if publisher is not None and isinstance(ticket, int):
-            publisher.entered(self._control.now_s(), ticket)
+        if publisher is None or not isinstance(ticket, int):
+            return None
+        publisher.entered(self._control.now_s(), ticket)
+        return ticket
 
-    def _honour(self, tracked: Tracked) -> None:
-        """What the API process has told the client is promised from now on, before a plan has seen the request."""
+    def _honour(self, tracked: Tracked) -> bool:
+        """What the API process has told the client is promised from now on, before a plan has seen the request.
+
+        False where it was told no promise.
+        """
         sampling = tracked.request.sampling_params
         rank = None if sampling is None else (sampling.extra_args or {}).get(TOLD_KEY)
         if self._front is None or not isinstance(rank, int) or tracked.request.resumable:
-            return
+            return False
         control = self._control
-        if control.book.honour(tracked, rank):
-            rows = control.book.table.rows[[tracked.slot]]
-            control.policy.planner.shares.decided(rows["share"], np.ones(1, dtype=np.bool_), rows["weight"])
+        if not control.book.honour(tracked, rank):
+            return False
+        rows = control.book.table.rows[[tracked.slot]]
+        control.policy.planner.shares.decided(rows["share"], np.ones(1, dtype=np.bool_), rows["weight"])
+        return True
 
     def continued(self, request: Request) -> None:
         """A streaming-input session goes on with another chunk: its promise counts from the chunk's arrival."""

@@ -243,15 +243,24 @@ class RequestBook:
 
     # After a step --------------------------------------------------------------------------------------------
 
-    def note(self, plan: StepPlan, ran: SlotArray) -> None:
-        """Remember what a committed plan decided about each request's promise."""
-        rows = self.table.rows
+    def note(self, plan: StepPlan, ran: SlotArray) -> list[tuple[int, int]]:
+        """Remember what a committed plan decided about each request's promise.
+
+        Returns:
+            Open ticket and rank of each promise that was made to a client who does not know yet.
+        """
+        rows, made = self.table.rows, []
         for slot in promises_made(plan, rows, ran).tolist():
-            self.by_slot[slot].given = self.by_slot[slot].rank
+            tracked = self.by_slot[slot]
+            tracked.given = tracked.rank
+            if tracked.open_ticket is not None:
+                made.append((tracked.open_ticket, tracked.rank))
+                tracked.open_ticket = None
         for slot in plan.preempt.tolist():
             self.by_slot[slot].planned_preemptions += 1
         for slot in plan.demoted.tolist():
             self.by_slot[slot].reason = "ttft" if rows["output_tokens"][slot] == 0 else "tpot"
+        return made
 
     def fall_back(self, demoted: SlotArray, earliest_s: float) -> None:
         """Promises that a committed plan gave up before a first token: ask for the next weaker ones from now on.

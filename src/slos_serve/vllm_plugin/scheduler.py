@@ -111,6 +111,7 @@ class Steered(Scheduler):
         stop_strings = StopStrings(self.vllm_config.model_config)
         front = front_process(self.vllm_config) if settings.front_end else None
         link = None if front is None else OutcomeLink(front)
+        promises = None if front is None else OutcomeLink(front)
         live = None if link is None or front is None or not settings.live_page else LiveFeed.to(link, front)
         labels = engine_labels(self.vllm_config)
         recorder = Recorder(settings.classes, settings.events_path, stop_strings, labels, link, live)
@@ -119,7 +120,7 @@ class Steered(Scheduler):
             self,
             policy,
             Guard(settings.fault_limit),
-            Reporting(recorder, Telemetry(), publisher_of(settings, policy, front)),
+            Reporting(recorder, Telemetry(), publisher_of(settings, policy, front), promises),
             lambda: self.slo_clock_s(),  # noqa: PLW0108  (tests replace the clock later)
             settings.plan_limit_s,
         )
@@ -213,6 +214,8 @@ class Steered(Scheduler):
             control.guard.run("shutdown", control.recorder.close)
             if control.publisher is not None:
                 control.guard.run("shutdown", control.publisher.close)
+            if control.front is not None:
+                control.guard.run("shutdown", control.front.close)
 
 
 class SLOSyncScheduler(Steered):

@@ -82,6 +82,7 @@ class Tracked:
         turns_in_time: False once the first token of an earlier turn came late.
         stages_kept: False once a finished stage missed its TPOT.
         slowest_stage: mean time per output token over its target, of the slowest finished stage.
+        open_ticket: by which the API process is told when it is promised something; ``None`` where its client knows.
         drafts_in_flight: drafts in steps whose tokens have not come yet.
         external_tokens: prompt tokens whose KV a connector is to load before it starts, or as it starts.
         local_hit: prompt tokens in the engine's own prefix cache at the last look-up, and the shared ones of them.
@@ -95,6 +96,7 @@ class Tracked:
     first: Promise = field(init=False)
     rank: int = 0
     given: int | None = None
+    open_ticket: int | None = None
     reason: str = ""
     planned_preemptions: int = 0
     stage: int = 0

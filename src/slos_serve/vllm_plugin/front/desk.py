@@ -25,28 +25,27 @@ from typing import Any
 
 import zmq
 
-from slos_serve.core.request import share_of
 from slos_serve.core.slo import SLOClass, WhenFull
 from slos_serve.core.verdict import Verdict
-from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.routing.headroom import MOST, STANDARD_PROMPT_TOKENS, headroom, standard_ttft_s
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.router import RoutingRequest
 from slos_serve.routing.warm_up import warm_up_routing
 from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.config import PluginConfig
+from slos_serve.vllm_plugin.front.asking import Asking
 from slos_serve.vllm_plugin.front.judged import HandedOver, Judged, prompt_tokens
-from slos_serve.vllm_plugin.front.link import FrontSockets, socket_path
+from slos_serve.vllm_plugin.front.link import PROMISED_KEY, FrontSockets, socket_path
 from slos_serve.vllm_plugin.front.load_report import LEAST_HEADROOM, STANDARD_TTFT
 from slos_serve.vllm_plugin.front.metrics import FrontMetrics
 from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror, Looked
+from slos_serve.vllm_plugin.front.open_promises import OpenPromises, give
 from slos_serve.vllm_plugin.front.reload import ClassFileWatch
 from slos_serve.vllm_plugin.front.tasks import FrontTasks
 from slos_serve.vllm_plugin.live.feed import LIVE_KEY, WATCHED
 from slos_serve.vllm_plugin.live.state import LiveState, Watch
 from slos_serve.vllm_plugin.metrics import EngineLabels
 from slos_serve.vllm_plugin.publish import TICKETS_KEY
-from slos_serve.vllm_plugin.seal import Seal, seal_of
 from slos_serve.vllm_plugin.slo_args import SloArgs, from_extra_args
 
 POLL_MS = 200
@@ -88,14 +87,15 @@ class FrontDesk:
         self._uniform = uniform
         self.max_model_len = max_model_len
         self._indices = {slo_class.name: index for index, slo_class in enumerate(config.classes)}
+        self._asking = Asking(config, max_model_len, self._indices, lambda: self.version.trust)
         self._mirror = EngineMirror(len(self._indices) + 2, config.planner.fairness)
         # Not taken over by the mirror yet, with the tickets that were named since.
         self._received: tuple[Publication, frozenset[int]] | None = None
         self._tickets = itertools.count(1)
         self._newest: Publication | None = None
         self._told: OrderedDict[str, Verdict] = OrderedDict()
+        self._open = OpenPromises()
         self._tasks = FrontTasks(config)
-        self._seal: Seal | None = None
         self._gauges_s = -math.inf
         self.load: dict[str, float] = {}
         self.ready = False
@@ -117,11 +117,6 @@ class FrontDesk:
         """Margins and profile, and the classes that the server started with."""
         return self._config
 
-    @property
-    def _model(self) -> BatchTimeModel:
-        assert self._config.profile is not None
-        return self._config.profile.model
-
     def _standard(self) -> dict[str, RoutingRequest]:
         """A request of each class that promises something: what is typical until real ones have come."""
         if self._config.profile is None:
@@ -129,7 +124,7 @@ class FrontDesk:
         params = SimpleNamespace(max_tokens=STANDARD_ANSWER_TOKENS)
         return {
             slo_class.name: self._tasks.with_task(
-                slo_class, SloArgs(), self._asked(slo_class, SloArgs(), None, STANDARD_PROMPT_TOKENS, params, 0.0)
+                slo_class, SloArgs(), self._asking.of(slo_class, SloArgs(), None, STANDARD_PROMPT_TOKENS, params, 0.0)
             )[0]
             for slo_class in self.version.classes
             if not slo_class.best_effort
@@ -155,22 +150,25 @@ class FrontDesk:
         promises = (None,) if judged.slo_class is None else judged.slo_class.promises
         ticket = next(self._tickets)
         several = [
-            replace(self._asked(one, args, prompt, tokens, params, now_s), ticket=ticket, binding=True)
+            replace(self._asking.of(one, args, prompt, tokens, params, now_s), ticket=ticket, binding=True)
             for one in promises
         ]
         several[0], judged.call = self._tasks.with_task(judged.slo_class, args, several[0], begins=True)
         count = max(int(getattr(params, "n", 1) or 1), 1)
         answer = max((self._mirror.answer(now_s, several[0], several[1:]) for _ in range(count)), key=_severity)
         asked = several[answer.rank]
+        margin_s = self._config.planner.ttft_margin_s
+        judged.targets_s = [one.ttft_due_s + margin_s - one.arrival_s for one in several]
         if judged.answer is None or _severity(answer) > _severity(judged.answer):
-            judged.answer, judged.given = answer, promises[answer.rank]
+            give(judged, answer)
         judged.arrival_s = min(judged.arrival_s, asked.arrival_s)
-        if math.isfinite(asked.ttft_due_s):
-            judged.ttft_target_s = asked.ttft_due_s + self._config.planner.ttft_margin_s - asked.arrival_s
         name = judged.slo_class.name if judged.slo_class is not None and asked.has_slo else None
-        self.metrics.answered(name, answer.verdict, answer.reason)
-        if self.live is not None:
-            self.live.told(name, answer.verdict, answer.reason, answer.ttft_s, judged.ttft_target_s)
+        judged.late_rank = max(judged.late_rank, answer.rank)
+        if name is not None and answer.verdict is Verdict.BEST_EFFORT:
+            self._open.add(judged, ticket, request_id, alone=count == 1)
+            judged.uncounted += 1
+        else:
+            self._count(name, answer, judged.ttft_target_s)
         if answer.verdict is Verdict.REJECTED and judged.slo_class is not None:
             judged.refusal = self._refusal(judged.slo_class, asked, now_s)
             self._tasks.refused(judged.call)
@@ -181,9 +179,27 @@ class FrontDesk:
         judged.tickets.append(ticket)
         return HandedOver(ticket, answer.rank if answer.verdict in (Verdict.ADMITTED, Verdict.SECOND_BEST) else None)
 
+    async def settled(self, judged: Judged) -> None:
+        """Until nothing better can be said to its client, see :mod:`slos_serve.vllm_plugin.front.open_promises`."""
+        await self._open.wait(judged, self._clock_s())
+
+    def said(self, judged: Judged) -> None:
+        """Its client is being told what became of it."""
+        self._open.close(judged)
+        count, judged.uncounted = judged.uncounted, 0
+        for _ in range(count):
+            assert judged.slo_class is not None and judged.answer is not None
+            self._count(judged.slo_class.name, judged.answer, judged.ttft_target_s)
+
+    def _count(self, name: str | None, answer: Answer, target_s: float) -> None:
+        self.metrics.answered(name, answer.verdict, answer.reason)
+        if self.live is not None:
+            self.live.told(name, answer.verdict, answer.reason, answer.ttft_s, target_s)
+
     def ended(self, judged: Judged) -> None:
         """The exchange of an HTTP request is over; what its engine never had of it is reserved no more."""
         try:
+            self.said(judged)
             for ticket in judged.tickets:
                 self._mirror.withdraw(ticket)
         except Exception:
@@ -202,7 +218,7 @@ class FrontDesk:
         params = SimpleNamespace(max_tokens=max_tokens)
         applied = self.applied(args)
         now_s, promises = self._clock_s(), (None,) if applied is None else applied.promises
-        several = [self._asked(one, args, None, tokens, params, now_s) for one in promises]
+        several = [self._asking.of(one, args, None, tokens, params, now_s) for one in promises]
         several[0], _ = self._tasks.with_task(applied, args, several[0])
         if not self.ready or not self._hear():
             return None
@@ -233,39 +249,6 @@ class FrontDesk:
         if received is not None:
             self._mirror.update(*received)
         return self._mirror.newest is not None
-
-    def _asked(
-        self, slo_class: SLOClass | None, args: SloArgs, prompt: object, tokens: int, params: Any, now_s: float
-    ) -> RoutingRequest:
-        if slo_class is not None and slo_class.best_effort:
-            slo_class = None
-        stamp = prompt.get("arrival_time") if isinstance(prompt, dict) else None
-        waited_s = min(max(time.time() - stamp, 0.0), 60.0) if isinstance(stamp, float) else 0.0
-        arrival_s, room = now_s - waited_s, max(self.max_model_len - tokens, 1)
-        ttft_s = math.inf if slo_class is None else slo_class.slo.ttft_s(self._model.zero_load_s(tokens))
-        index, margin_s = len(self._indices) + 1, self._config.planner.ttft_margin_s
-        if slo_class is not None:
-            index = self._indices.get(slo_class.name, len(self._indices))
-        return RoutingRequest(
-            arrival_s=arrival_s,
-            prompt_tokens=tokens,
-            max_tokens=max(min(getattr(params, "max_tokens", None) or room, room), 1),
-            ttft_due_s=arrival_s + ttft_s - margin_s,
-            tpot_s=math.inf if slo_class is None else slo_class.slo.tpot_s,
-            answer_due_s=math.inf if slo_class is None else arrival_s + slo_class.slo.e2e_s - margin_s,
-            class_index=index,
-            share=self._share(index, args),
-            weight=1.0 if slo_class is None else max(slo_class.weight, 1e-6),
-            hint_tokens=args.expected_tokens or 0,
-            reject_when_full=slo_class is not None and slo_class.when_full is not WhenFull.BEST_EFFORT,
-        )
-
-    def _share(self, class_index: int, args: SloArgs) -> int:
-        trust = self.version.trust
-        if self._seal is None and trust.knows_tenants:
-            self._seal = seal_of(os.environ)
-        tenant = None if self._seal is None else self._seal.opened(args.tenant)
-        return share_of(class_index, len(self._indices) + 2, trust.place(tenant))
 
     def _refusal(self, slo_class: SLOClass, asked: RoutingRequest, now_s: float) -> tuple[int, int]:
         least_s = self._mirror.retry_after_s(now_s, asked)
@@ -332,7 +315,9 @@ class FrontDesk:
                 self._published(json.loads(payload))
                 return
             found = json.loads(payload)
-            if LIVE_KEY not in found:
+            if PROMISED_KEY in found:
+                self._open.made(found[PROMISED_KEY], self._told.__setitem__)
+            elif LIVE_KEY not in found:
                 self._ended_with(found)
             elif self.live is not None:
                 self.live.heard(found[LIVE_KEY])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 
 from slos_serve.core.slo import SLOClass
@@ -42,6 +43,7 @@ async def judged_exchange(
             raise
     finally:
         CURRENT.reset(token)
+        await answer.wait_no_more()
         front.ended(answer.judged)
     await answer.refuse_if_due()
 
@@ -56,17 +58,19 @@ class _Answer:
         self._send = send
         self._streams = False
         self._refused = False
+        # Sends the head while it waits, see `open_promises`.
+        self._sender: asyncio.Task[None] | None = None
 
     async def send(self, message: Message) -> None:
         """What the application says; dropped once the request is refused."""
         if self.judged.refusal is not None:
             await self.refuse_if_due()
         elif message["type"] == "http.response.start":
-            await self._send(self._head(message))
-        elif message["type"] == "http.response.body" and self._streams and message.get("body"):
-            await self._send(self._part(message))
+            await self._begin(message)
         else:
-            await self._send(message)
+            await self.wait_no_more()
+            is_part = message["type"] == "http.response.body" and self._streams and message.get("body")
+            await self._send(self._part(message) if is_part else message)
 
     async def refuse_if_due(self) -> None:
         """Send the refusal, once."""
@@ -77,11 +81,31 @@ class _Answer:
         await self._send({"type": "http.response.start", "status": status, "headers": headers})
         await self._send({"type": "http.response.body", "body": body})
 
-    def _head(self, message: Message) -> Message:
-        headers = list(message.get("headers", ()))
+    async def wait_no_more(self) -> None:
+        """Send the head now if it waits; returns when it is out."""
+        self.judged.decided.set()
+        if self._sender is not None:
+            sender, self._sender = self._sender, None
+            await sender
+
+    async def _begin(self, message: Message) -> None:
+        headers = message.get("headers", ())
         self._streams = any(
             name.lower() == b"content-type" and value.startswith(b"text/event-stream") for name, value in headers
         )
+        if self._streams and self.judged.open and message["status"] < 400:
+            self._sender = asyncio.create_task(self._send_later(message))
+        else:
+            self._front.said(self.judged)
+            await self._send(self._head(message))
+
+    async def _send_later(self, message: Message) -> None:
+        await self._front.settled(self.judged)
+        self._front.said(self.judged)
+        await self._send(self._head(message))
+
+    def _head(self, message: Message) -> Message:
+        headers = message.get("headers", ())
         if message["status"] >= 400:
             return message
         return {**message, "headers": [*headers, *self._announced, *verdict_headers(self.judged)]}

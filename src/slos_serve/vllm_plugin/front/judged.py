@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import dataclass, field, replace
 
@@ -23,10 +24,15 @@ class Judged:
         answer: the verdict; ``None`` while, or where, it is not judged. Of several prompts the worst.
         given: the class with the promise that it was given, or that it asked for; ``None`` while it is not judged.
         ttft_target_s: promised seconds to the first token; ``inf`` without.
+        targets_s: the same for each promise that its class names, in order.
         refusal: status and seconds to wait, for a request that is refused.
         first_s, last_s: when the first and the newest part of the answer were sent.
         call: the call of a task that it is; ``None`` for none.
         tickets: of its requests to the engine.
+        open: of those that were promised nothing as they came: ticket -> vLLM's id; empty once the client is told.
+        late_rank: largest rank among the promises that it was given.
+        decided: set when it has made one to each.
+        uncounted: requests whose verdict is not in the metrics yet.
     """
 
     slo_class: SLOClass | None
@@ -35,11 +41,16 @@ class Judged:
     answer: Answer | None = None
     given: SLOClass | None = None
     ttft_target_s: float = math.inf
+    targets_s: list[float] = field(default_factory=list)
     refusal: tuple[int, int] | None = None
     first_s: float | None = None
     last_s: float | None = None
     call: CallDue | None = None
     tickets: list[int] = field(default_factory=list)
+    open: dict[int, str] = field(default_factory=dict)
+    late_rank: int = 0
+    decided: asyncio.Event = field(default_factory=asyncio.Event)
+    uncounted: int = 0
 
     def told(self) -> Told:
         """What its client is told."""

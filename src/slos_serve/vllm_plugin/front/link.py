@@ -26,6 +26,8 @@ MAX_SOCKET_PATH = 100
 MOST_OUTCOMES = 10_000
 RECONNECT_MS = 500
 MAX_MESSAGE_BYTES = 16 * 1024 * 1024
+# Key of an outcome message: (ticket, rank) of each promise that has just been made to a client who was told none.
+PROMISED_KEY = "promised"
 _logger = logging.getLogger("vllm.slos_serve")
 
 
@@ -52,7 +54,7 @@ def front_process(vllm_config: Any) -> int | None:
 
 
 class OutcomeLink:
-    """The engine's end for outcomes; used by the telemetry thread.
+    """The engine's end for outcomes; each thread that writes has its own.
 
     Args:
         process: the API process.

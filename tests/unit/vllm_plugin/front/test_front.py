@@ -188,7 +188,7 @@ async def test_a_fault_of_ours_costs_the_verdict_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = Server(desk(tmp_path, loaded(0)))
-    monkeypatch.setattr(server.front, "_asked", lambda *_: 1 / 0)
+    monkeypatch.setattr(server.front._asking, "of", lambda *_: 1 / 0)
     for _ in range(2):
         status, headers, body = await server.ask("chat")
         assert status == 200 and "x-slo-verdict" not in headers and b"[DONE]" in body
