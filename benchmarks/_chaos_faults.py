@@ -16,19 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import vllm
-
-from slos_serve.files.engine_identity import model_label
-from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.launch.cpu_engine import cpu_engine_args
 from slos_serve.launch.cpu_model import resolve_model
 from slos_serve.launch.endpoint import Endpoint, free_port
 from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.launch.server import ServerProcess
-from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.routing.settings import Order
 from slos_serve.vllm_plugin.config import PluginConfig
-from slos_serve.vllm_plugin.identity import device_name
+from tests.cpu_profile import save_rough_profile
 from tests.ray.processes import below, titled
 
 ENGINES = "ServeReplica:slos-serve:SLOServer"
@@ -38,8 +33,6 @@ FAULT_S = 5.0
 UPDATED_WITHIN_S = 600.0
 # A replica's name is in the name of the file that its engine core writes events to.
 _EVENTS_NAME = re.compile(r"events-([0-9a-z]+)\.jsonl")
-# Roughly this engine on two cores; what is checked does not hang on it.
-ROUGH_MODEL = BatchTimeModel(k_c_s=0.002, b_c_s=0.02, k_m_s=0.0005, b_m_s=0.04, k_seq_s=0.005)
 
 
 @dataclass(slots=True)
@@ -67,11 +60,7 @@ class Fleet:
     def started(cls, folder: Path, model: str, classes: str) -> Iterator[Fleet]:
         """Start it; entered when it answers."""
         source = resolve_model("smollm2")
-        profile = Profile(
-            *(model_label(source), device_name(), "vllm", vllm.__version__, "2026-01-01T00:00:00+00:00"),
-            *(cpu_engine_args()[1], 1, 40_000, 128, 2048, ROUGH_MODEL),
-        )
-        save_profile(profile, folder / "profile.json")
+        save_rough_profile(source, folder)
         (folder / "classes.yaml").write_text(classes, encoding="utf-8")
         config = ServeConfig(
             model=source,

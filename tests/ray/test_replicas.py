@@ -26,16 +26,13 @@ vllm = pytest.importorskip("vllm")
 from openai import AsyncOpenAI, BadRequestError, OpenAI, RateLimitError
 from prometheus_client.parser import text_string_to_metric_families
 
-from slos_serve.files.engine_identity import model_label
-from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.launch.cpu_engine import cpu_engine_args
 from slos_serve.launch.endpoint import Endpoint, free_port
 from slos_serve.launch.serve_config import ServeConfig
 from slos_serve.launch.server import ServerProcess
-from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.routing.settings import Order
 from slos_serve.vllm_plugin.config import PluginConfig
-from slos_serve.vllm_plugin.identity import device_name
+from tests.cpu_profile import save_rough_profile
 from tests.ray.processes import titled
 
 pytestmark = [pytest.mark.ray, pytest.mark.engine, pytest.mark.long]
@@ -63,20 +60,7 @@ classes:
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> ServeConfig:
     folder = tmp_path_factory.mktemp("replicas")
-    profile = Profile(
-        model_name=model_label(cpu_model),
-        device=device_name(),
-        engine="vllm",
-        engine_version=vllm.__version__,
-        created="2026-01-01T00:00:00+00:00",
-        dtype=cpu_engine_args()[1],
-        tensor_parallel=1,
-        kv_capacity_tokens=40_000,
-        block_size=128,
-        max_num_batched_tokens=2048,
-        model=BatchTimeModel(k_c_s=0.002, b_c_s=0.02, k_m_s=0.0005, b_m_s=0.04, k_seq_s=0.005),
-    )
-    save_profile(profile, folder / "profile.json")
+    save_rough_profile(cpu_model, folder)
     (folder / "classes.yaml").write_text(CLASSES, encoding="utf-8")
     return ServeConfig(
         model=cpu_model,

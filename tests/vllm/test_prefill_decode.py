@@ -13,17 +13,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-import vllm
 from prometheus_client.parser import text_string_to_metric_families
 
 from examples.prefill_decode import PROMPT
-from slos_serve.files.engine_identity import model_label
-from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.launch.cpu_engine import CPU_ENVIRONMENT, cpu_engine_args
 from slos_serve.launch.server import ServerProcess
-from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.vllm_plugin.config import PluginConfig
-from slos_serve.vllm_plugin.identity import device_name
+from tests.cpu_profile import save_rough_profile
 
 pytest.importorskip("vllm.distributed.kv_transfer.kv_connector.v1.example_connector")
 
@@ -38,20 +34,7 @@ ROLES = {"prefill": "kv_producer", "decode": "kv_consumer"}
 def servers(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> Iterator[dict[str, ServerProcess]]:
     """One server of each role, with the plug-in, and vLLM's connector that keeps KV in a folder."""
     folder = tmp_path_factory.mktemp("prefill-decode")
-    profile = Profile(
-        model_name=model_label(cpu_model),
-        device=device_name(),
-        engine="vllm",
-        engine_version=vllm.__version__,
-        created="2026-01-01T00:00:00+00:00",
-        dtype=cpu_engine_args()[1],
-        tensor_parallel=1,
-        kv_capacity_tokens=40_000,
-        block_size=128,
-        max_num_batched_tokens=2048,
-        model=BatchTimeModel(k_c_s=0.002, b_c_s=0.02, k_m_s=0.0005, b_m_s=0.04, k_seq_s=0.005),
-    )
-    save_profile(profile, folder / "profile.json")
+    save_rough_profile(cpu_model, folder)
     with ExitStack() as stack:
         running = {}
         for name, role in ROLES.items():

@@ -20,13 +20,10 @@ from openai import BadRequestError, OpenAI
 from packaging.version import Version
 from prometheus_client.parser import text_string_to_metric_families
 
-from slos_serve.files.engine_identity import model_label
-from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.launch.cpu_engine import CPU_ENVIRONMENT, cpu_engine_args
 from slos_serve.launch.server import ServerProcess
-from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.vllm_plugin.config import PluginConfig
-from slos_serve.vllm_plugin.identity import device_name
+from tests.cpu_profile import save_rough_profile
 from tests.vllm.at_once import ask, ask_at_once, come_back, headroom_at_rest, outcomes
 from tests.vllm.hostile import MODEL, Hostile, hostile_requests
 
@@ -44,20 +41,7 @@ STRICT = f"  strict: {{ttft_ms: {1000 * STRICT_TTFT_S:g}, tpot_ms: 2000, when_fu
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("server")
-    profile = Profile(
-        model_name=model_label(cpu_model),
-        device=device_name(),
-        engine="vllm",
-        engine_version=vllm.__version__,
-        created="2026-01-01T00:00:00+00:00",
-        dtype=cpu_engine_args()[1],
-        tensor_parallel=1,
-        kv_capacity_tokens=40_000,
-        block_size=128,
-        max_num_batched_tokens=2048,
-        model=BatchTimeModel(k_c_s=0.002, b_c_s=0.02, k_m_s=0.0005, b_m_s=0.04, k_seq_s=0.005),
-    )
-    save_profile(profile, folder / "profile.json")
+    save_rough_profile(cpu_model, folder)
     classes = (ROOT / "examples" / "classes.yaml").read_text(encoding="utf-8")
     (folder / "classes.yaml").write_text(classes + STRICT, encoding="utf-8")
     plugin = PluginConfig(

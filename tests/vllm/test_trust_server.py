@@ -11,13 +11,10 @@ import pytest
 
 vllm = pytest.importorskip("vllm")
 
-from slos_serve.files.engine_identity import model_label
-from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.launch.cpu_engine import CPU_ENVIRONMENT, cpu_engine_args
 from slos_serve.launch.server import ServerProcess
-from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.vllm_plugin.config import PluginConfig
-from slos_serve.vllm_plugin.identity import device_name
+from tests.cpu_profile import save_rough_profile
 
 pytestmark = [pytest.mark.engine, pytest.mark.long]
 TRUST = """
@@ -30,20 +27,7 @@ trust:
 
 
 def test_the_engine_promises_a_tenant_what_the_front_end_lets_in(cpu_model: str, tmp_path: Path) -> None:
-    profile = Profile(
-        model_name=model_label(cpu_model),
-        device=device_name(),
-        engine="vllm",
-        engine_version=vllm.__version__,
-        created="2026-01-01T00:00:00+00:00",
-        dtype=cpu_engine_args()[1],
-        tensor_parallel=1,
-        kv_capacity_tokens=40_000,
-        block_size=128,
-        max_num_batched_tokens=2048,
-        model=BatchTimeModel(k_c_s=0.002, b_c_s=0.02, k_m_s=0.0005, b_m_s=0.04, k_seq_s=0.005),
-    )
-    save_profile(profile, tmp_path / "profile.json")
+    save_rough_profile(cpu_model, tmp_path)
     (tmp_path / "classes.yaml").write_text(TRUST, encoding="utf-8")
     plugin = PluginConfig(
         classes_path=tmp_path / "classes.yaml",
