@@ -52,12 +52,14 @@ class Question(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """A question put to Algorithm 1 and its answer."""
+    """A question put to Algorithm 1 and its answer; ``to_come`` (float64 [2, SIZES]) is what open requests were
+    charged for, see :func:`slos_serve.planning.demand.build_demand`."""
 
     demand: Demand
     supply: Supply
     admitted: Admitted
     tiers: Tiers
+    to_come: FloatArray
 
 
 @njit(cache=True)
@@ -122,4 +124,4 @@ def admission_of(state: State, asking: SlotArray, question: Question) -> Asked:
         first_due_s = demand.due_s[0] if len(demand.slots) > 0 else supply.start_s
         supply.lent_tokens[:] = lend(state, supply, tpot_s, survival, first_due_s)
     admitted = admit(demand, supply, MOST_WORK)
-    return Asked(demand, supply, admitted, question.tiers)
+    return Asked(demand, supply, admitted, question.tiers, load)

@@ -37,6 +37,7 @@ class MirrorArrays(NamedTuple):
         draft_s, max_step_tokens, margin, max_implied_ttft_s: float64 [R].
         total_blocks, block_size: int64 [R].
         moments_s, lent_tokens, seats: float64 [R, M], see ``Publication``.
+        to_come: float64 [R, 2, SIZES], see ``Publication``.
         forecast_tokens: float64 [R, C, 1]; boost: float64 [R, NUM_SHARES].
         idle_rate: float64 [R], prefill tokens a second of the replica when nothing decodes.
         num_unpromised: int64 [R].
@@ -71,6 +72,7 @@ class MirrorArrays(NamedTuple):
     moments_s: FloatArray
     lent_tokens: FloatArray
     seats: FloatArray
+    to_come: FloatArray
     forecast_tokens: FloatArray
     boost: FloatArray
     idle_rate: FloatArray

@@ -28,6 +28,8 @@ PACK, SPREAD = 0, 1
 # Answers of a mirror: not attainable; attainable in the place of one that has not begun; beside all that is promised.
 NO, INSTEAD, BESIDE = 0, 1, 2
 NOBODY = -1
+# To come, for a promise that is made already.
+NOTHING = np.zeros((2, SIZES))
 
 
 @in_place
@@ -97,11 +99,15 @@ def state_of_one(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int)
 
 
 @njit(cache=True)
-def demand(m: MirrorArrays, k: int, state: State) -> tuple[float, float, int, float, FloatArray]:
-    """What the request of a state asks of replica ``k``: due time, cost, tier, extra seconds, memory [K]."""
+def demand(m: MirrorArrays, k: int, state: State, to_come: FloatArray) -> tuple[float, float, int, float, FloatArray]:
+    """What the request of a state asks of replica ``k``: due time, cost, tier, extra seconds, memory [K].
+
+    Args:
+        to_come: float64 [2, SIZES], what an open request is charged for: the mirror's, or ``NOTHING``.
+    """
     row = state.rows
     tier = _tier_for(m, k, row["tpot_s"][0])
-    found = build_demand(state, state.waiting, m.pace_s[k], m.max_implied_ttft_s[k], 0.0, np.zeros((2, SIZES)))
+    found = build_demand(state, state.waiting, m.pace_s[k], m.max_implied_ttft_s[k], 0.0, to_come)
     context = row["prompt_tokens"][0] + 0.5 * (row["output_tokens"][0] + row["expected_tokens"][0])
     memory = np.full(m.memory_left.shape[1], float(peak_blocks(row, 0, m.block_size[k])))
     return found.due_s[0], found.tokens[0], tier, decode_s(m.coefficients[k], 0.0, context), memory
@@ -203,7 +209,7 @@ def ask(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> tuple
     state = state_of_one(m, k, row, cached_tokens)
     if is_lost(state, 0):
         return NO, -1
-    due_s, cost, tier, extra_s, memory = demand(m, k, state)
+    due_s, cost, tier, extra_s, memory = demand(m, k, state, m.to_come[k])
     weight = weight_of(state, 0)
     at = _place(m, k, due_s)
     asked = _with(m, k, at, due_s, cost, tier)
@@ -276,7 +282,7 @@ def enter(m: MirrorArrays, k: int, row: RequestArray, cached_tokens: int) -> Non
     if given_up >= 0:
         give_up(m, k, given_up)
     state = state_of_one(m, k, row, cached_tokens)
-    due_s, cost, tier, extra_s, memory = demand(m, k, state)
+    due_s, cost, tier, extra_s, memory = demand(m, k, state, NOTHING if told else m.to_come[k])
     m.extra_s_each[k, tier] += (extra_s - m.extra_s_each[k, tier]) / (m.in_tier[k, tier] + 1.0)
     m.in_tier[k, tier] += 1.0
     at = m.first[k] + _place(m, k, due_s)

@@ -16,6 +16,7 @@ import numpy as np
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.request import NUM_SHARES, RequestArray
 from slos_serve.perf.formula import NUM_COEFFICIENTS
+from slos_serve.planning.demand import SIZES
 from slos_serve.planning.supply import MOMENT_TOKENS
 from slos_serve.routing.mirror_arrays import TIERS, MirrorArrays, rate_beside
 from slos_serve.routing.mirror_kernel import BoolArray, enter
@@ -275,6 +276,7 @@ class Mirrors:
         for name in ("margin", "max_implied_ttft_s"):
             getattr(m, name)[k] = getattr(given, name)
         m.moments_s[k], m.lent_tokens[k], m.seats[k] = given.moments_s + offset_s, given.lent_tokens, given.seats
+        m.to_come[k] = given.to_come.reshape(2, SIZES)
         m.total_blocks[k], m.block_size[k] = given.total_blocks, given.block_size
         classes = min(len(given.forecast_tokens), self._num_classes)
         m.forecast_tokens[k, :classes, 0] = given.forecast_tokens[:classes]
@@ -326,6 +328,7 @@ def _arrays(replicas: int, places: int, checkpoints: int, classes: int) -> Mirro
     shapes |= dict.fromkeys(by_tier, (replicas, TIERS))
     shapes |= dict.fromkeys(("moments_s", "lent_tokens", "seats"), (replicas, len(MOMENT_TOKENS)))
     shapes["memory_left"] = (replicas, checkpoints)
+    shapes["to_come"] = (replicas, 2, SIZES)
     shapes["coefficients"] = (replicas, NUM_COEFFICIENTS)
     shapes["forecast_tokens"], shapes["boost"] = (replicas, classes, 1), (replicas, NUM_SHARES)
     whole = {"first", "num_owed", "tier", "begun", "num_tiers", "total_blocks", "block_size", "num_unpromised"}

@@ -62,7 +62,7 @@ def predicted(
     state = kernel.state_of_one(m, k, row_of(asked), min(asked.cached.get(name, 0), asked.prompt_tokens - 1))
     if is_lost(state, 0):
         return None
-    due_s, cost, tier, _, memory = kernel.demand(m, k, state)
+    due_s, cost, tier, _, memory = kernel.demand(m, k, state, kernel.NOTHING)
     counts = m.counts[k].copy()
     rate = rate_beside(m, k, counts)
     counts[tier] += 1.0

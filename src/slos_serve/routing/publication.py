@@ -15,10 +15,11 @@ import numpy as np
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.request import NUM_SHARES
 from slos_serve.perf.formula import NUM_COEFFICIENTS
+from slos_serve.planning.demand import SIZES
 from slos_serve.planning.state import FloatArray, IntArray
 from slos_serve.planning.supply import MOMENT_TOKENS
 
-FORMAT = "slos-serve-publication/8"
+FORMAT = "slos-serve-publication/9"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +54,8 @@ class Publication:
         lent_tokens: float64 [M], prefill tokens that running decodes lend until each of these moments.
         seats: float64 [M], of those that need one, requests that can have a seat (``max_num_seqs``) by each of these
             moments.
+        to_come: float64 [2 * SIZES], what an open request is charged for cheaper ones that are to come, see
+            :func:`slos_serve.planning.demand.build_demand`.
         num_requests: unfinished requests of any kind.
         num_unpromised: of them, best effort and those passed over.
         queued_shares: int64 [q], shares with a request of those that has no token yet.
@@ -93,6 +96,7 @@ class Publication:
     moments_s: FloatArray
     lent_tokens: FloatArray
     seats: FloatArray
+    to_come: FloatArray
     num_requests: int
     num_unpromised: int
     queued_shares: IntArray
@@ -164,7 +168,7 @@ def _sizes(publication: Publication) -> list[tuple[str, int]]:
     by_moment = ("moments_s", "lent_tokens", "seats")
     by_share, queued = ("boosted", "boost"), ("queued_shares", "queued_tokens")
     sizes = [(by_tier, tiers), (by_prompt, owed), (by_moment, len(MOMENT_TOKENS)), (by_share, len(publication.boost))]
-    sizes.append((queued, len(publication.queued_tokens)))
+    sizes += [(queued, len(publication.queued_tokens)), (("to_come",), 2 * SIZES)]
     return [(name, size) for names, size in sizes for name in names]
 
 

@@ -124,6 +124,7 @@ def publication_of(
         margin=settings.margin,
         max_implied_ttft_s=settings.max_implied_ttft_s,
         **_promised_of(asked, view),
+        to_come=asked.to_come.ravel(),
         total_blocks=view.total_blocks,
         free_blocks=view.free_blocks,
         block_size=view.block_size,
