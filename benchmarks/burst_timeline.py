@@ -12,15 +12,18 @@ import json
 from pathlib import Path
 
 from benchmarks._sim_commands import options, run_command
+from slos_serve.sim.seeds import check_test
 
 POLICIES = ("vllm:token_budget=8192", "sarathi:chunk_tokens=512", "scorpio", "edf", "qoserve", "slos-serve")
 # Requests/s of ``coding`` that one replica carries at 90 % attainment, Poisson arrivals: about the best baseline's.
 CAPACITY_RPS = 3.0
+SEED = 30
 CALM_PART, BURST_PART, TOTAL_S, BURST_SHARE = 0.5, 10.0, 100.0, 0.2
 
 
 def main() -> None:
     """The same requests through each policy, drawn over each other."""
+    check_test([SEED])
     given = options(__doc__, replicas=4, rate=6.0, requests=1500, scenarios=("coding",))
     mean = given.replicas * CAPACITY_RPS * (CALM_PART * (1.0 - BURST_SHARE) + BURST_PART * BURST_SHARE)
     runs = {
@@ -33,7 +36,7 @@ def main() -> None:
             router = "slo" if policy == "slos-serve" else "least-loaded"
             common = ["--scenario", given.scenario[0], "--arrivals", arrivals, "--rate", f"{rate:g}"]
             common += ["--policy", policy, "--replicas", str(given.replicas), "--router", router]
-            run_command("simulate", *common, "--requests", str(requests), "--json", str(file))
+            run_command("simulate", *common, "--requests", str(requests), "--seed", str(SEED), "--json", str(file))
         run_command("report", *map(str, files), "--output", str(given.output / f"{name}.html"))
         together(files, given.output / f"{name}.json")
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from slos_serve.core.plan import StepPlan
 from slos_serve.core.request import Status
 from slos_serve.core.verdict import Verdict
+from slos_serve.planning.demand import SIZES
 from slos_serve.planning.planner import Planner
 from slos_serve.routing.mirror_arrays import advance, rate_beside
+from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.projection import after_step
-from slos_serve.routing.publisher import own_admission
+from slos_serve.routing.publisher import own_admission, publication_of
 from slos_serve.routing.router import RouterSettings, route, verdicts
 from tests.builders import OPT_13B_A100, EngineBuilder
 from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, request
@@ -51,6 +55,47 @@ def test_knows_the_time_that_decodes_ahead_of_their_deadlines_leave() -> None:
     found = np.array([_verdicts(seed, most_ahead_s=2.0) for seed in range(200)])
     # A mirror does not know that the asking prompt may end first: what decodes lend is not quite the replica's own.
     assert np.mean(found[:, 0] == found[:, 1]) >= 0.98
+
+
+def _planner_in_a_crowd(rng: np.random.Generator) -> Planner:
+    """One that has seen short prompts come, more than there are now."""
+    planner = Planner(OPT_13B_A100, 1)
+    load = np.zeros((2, SIZES))
+    load[0, int(rng.integers(5, 9))] = float(rng.uniform(0.0, 3000.0))
+    planner._memory = planner._memory._replace(arrivals=planner._memory.arrivals._replace(load=load))
+    return planner
+
+
+def test_charges_for_cheaper_requests_to_come_as_the_replica_does() -> None:
+    found = []
+    for seed in range(100):
+        rng = np.random.default_rng(seed)
+        engine, planner = loaded(int(rng.integers(0, 40))), _planner_in_a_crowd(rng)
+        mirrors = Mirrors(["a"])
+        assert mirrors.update(publication_of(planner, OPT_13B_A100, 1.0, engine.view(), NOW_S, replica="a"))
+        prompt, due_in_s = int(rng.integers(400, 4000)), float(rng.uniform(0.5, 2.0))
+        mirror = verdicts(NOW_S, request(prompt, due_in_s=due_in_s), mirrors)["a"]
+        free = verdicts(NOW_S, request(prompt, due_in_s=due_in_s), mirrors_of(a=engine))["a"]
+        slot = engine.wait(prompt, due_in_s=due_in_s)
+        coefficients = OPT_13B_A100.coefficients * (1.0 + planner.settings.margin)
+        own = own_admission(planner, coefficients, engine.view(), NOW_S)
+        found.append((mirror, bool(own.admitted.taken[own.demand.slots == slot].any()), free))
+    mirror_says, replica_says, uncharged = np.array(found).T
+    assert (mirror_says == replica_says).all()
+    assert replica_says.sum() < uncharged.sum() - 10, "the charge is what decides some of them"
+
+
+def test_a_promise_that_is_made_is_charged_for_nobody() -> None:
+    planner = _planner_in_a_crowd(np.random.default_rng(1))
+    mirrors = Mirrors(["a"])
+    mirrors.update(publication_of(planner, OPT_13B_A100, 1.0, loaded(5).view(), NOW_S, replica="a"))
+    asked = request(1000, due_in_s=1.5)
+    costs = []
+    for binding in (False, True):
+        route(NOW_S, replace(asked, binding=binding), mirrors)
+        costs.append(float(mirrors.arrays.cost_tokens[0, : mirrors.arrays.num_owed[0]].sum()))
+        mirrors.withdraw("a", mirrors.newest("a"))
+    assert costs[1] == pytest.approx(1000, rel=0.1) and costs[0] > costs[1] + 100
 
 
 def test_knows_how_many_seats_are_left() -> None:
