@@ -117,7 +117,7 @@ class ToldLoad:
         """The engine made promises to requests whose clients were told none: heads that still wait say so."""
         for ticket, rank in made:
             key, judged = self._by_ticket[ticket]
-            if self.engine.now_s < judged.arrival_s + min(judged.ttft_target_s, MOST_HELD_S):
+            if self.engine.now_s < judged.arrival_s + min(max(judged.targets_s), MOST_HELD_S):
                 self.front.heard(json.dumps({PROMISED_KEY: [(ticket, rank)]}).encode(), is_state=False)
                 assert judged.answer is not None
                 self.told[key] = judged.answer.verdict

@@ -185,11 +185,14 @@ class FrontDesk:
 
     def said(self, judged: Judged) -> None:
         """Its client is being told what became of it."""
-        self._open.close(judged)
-        count, judged.uncounted = judged.uncounted, 0
-        for _ in range(count):
-            assert judged.slo_class is not None and judged.answer is not None
-            self._count(judged.slo_class.name, judged.answer, judged.ttft_target_s)
+        try:
+            self._open.close(judged)
+            count, judged.uncounted = judged.uncounted, 0
+            for _ in range(count):
+                assert judged.slo_class is not None and judged.answer is not None
+                self._count(judged.slo_class.name, judged.answer, judged.ttft_target_s)
+        except Exception:
+            self._log_once("failed to count a verdict")
 
     def _count(self, name: str | None, answer: Answer, target_s: float) -> None:
         self.metrics.answered(name, answer.verdict, answer.reason)
@@ -198,14 +201,12 @@ class FrontDesk:
 
     def ended(self, judged: Judged) -> None:
         """The exchange of an HTTP request is over; what its engine never had of it is reserved no more."""
+        self.said(judged)
         try:
-            self.said(judged)
             for ticket in judged.tickets:
                 self._mirror.withdraw(ticket)
         except Exception:
-            if not self._failed:
-                self._failed = True
-                _logger.exception("slos-serve: failed to give back the room of a request (said once).")
+            self._log_once("failed to give back the room of a request")
 
     def look(self, args: SloArgs, tokens: int, max_tokens: int | None) -> tuple[list[RoutingRequest], Looked] | None:
         """What would be said now of a request that is not there, and what it asks for, the first promise first.
@@ -322,9 +323,13 @@ class FrontDesk:
             elif self.live is not None:
                 self.live.heard(found[LIVE_KEY])
         except Exception:
-            if not self._failed:
-                self._failed = True
-                _logger.exception("slos-serve: failed to use a message of the engine core (said once).")
+            self._log_once("failed to use a message of the engine core")
+
+    def _log_once(self, what: str) -> None:
+        """Log the exception that is being handled, if it is the first one of this process."""
+        if not self._failed:
+            self._failed = True
+            _logger.exception("slos-serve: %s (said once).", what)
 
     def _published(self, found: dict[str, Any]) -> None:
         named = frozenset(found.get(TICKETS_KEY, ()))

@@ -41,8 +41,8 @@ class OpenPromises:
         judged.open.clear()
 
     async def wait(self, judged: Judged, now_s: float) -> None:
-        """Until all of it is promised, the promise would be late, or ``MOST_HELD_S`` have passed."""
-        left_s = min(judged.ttft_target_s, MOST_HELD_S) - (now_s - judged.arrival_s)
+        """Until all of it is promised, its last promise would be late, or ``MOST_HELD_S`` have passed."""
+        left_s = min(max(judged.targets_s, default=0.0), MOST_HELD_S) - (now_s - judged.arrival_s)
         if judged.open and left_s > 0.0:
             with_timeout = asyncio.wait_for(judged.decided.wait(), left_s)
             await asyncio.gather(with_timeout, return_exceptions=True)

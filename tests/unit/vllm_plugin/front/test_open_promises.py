@@ -132,3 +132,14 @@ async def test_of_several_answers_to_a_prompt_none_is_waited_for(tmp_path: Path)
     promises.made([(1, 0)], lambda *_: pytest.fail("one of several was taken for all"))
     await asyncio.sleep(0.01)
     assert judged.answer is None
+
+
+async def test_a_fault_while_a_verdict_is_counted_harms_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = Server(desk(tmp_path, crowded()))
+    monkeypatch.setattr(server.front.metrics, "answered", lambda *_: 1 / 0)
+    asked = await waiting(server)
+    server.client.goes_on.set()
+    status, headers, body = await asked
+    assert status == 200 and headers["x-slo-verdict"] == "best-effort" and body.endswith(b"data: [DONE]\n\n")
