@@ -43,8 +43,8 @@ async def judged_exchange(
             raise
     finally:
         CURRENT.reset(token)
+        front.ended(answer.judged)  # first: whatever becomes of the head, room is given back
         await answer.wait_no_more()
-        front.ended(answer.judged)
     await answer.refuse_if_due()
 
 

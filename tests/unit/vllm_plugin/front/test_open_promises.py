@@ -5,12 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from slos_serve.vllm_plugin.asgi import Message, Send
 from slos_serve.vllm_plugin.front import open_promises
 from slos_serve.vllm_plugin.front.desk import FrontDesk
+from slos_serve.vllm_plugin.front.exchange import judged_exchange
+from slos_serve.vllm_plugin.front.mirror import ENGINE
 from slos_serve.vllm_plugin.front.open_promises import OpenPromises
 from tests.builders import EngineBuilder
 from tests.unit.routing.fleet import loaded
@@ -143,3 +147,22 @@ async def test_a_fault_while_a_verdict_is_counted_harms_no_answer(
     server.client.goes_on.set()
     status, headers, body = await asked
     assert status == 200 and headers["x-slo-verdict"] == "best-effort" and body.endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_head_that_cannot_be_sent_leaves_no_room_taken(tmp_path: Path) -> None:
+    front = desk(tmp_path, crowded())
+
+    async def broken(_: Message) -> None:
+        raise ConnectionError("the client is gone")
+
+    async def serve(send: Send) -> None:
+        params = SimpleNamespace(extra_args={"slo_class": "chat"}, max_tokens=100, n=1)
+        server.client.generate({"type": "token", "prompt_token_ids": [1] * PROMPT_TOKENS}, params, "cmpl-1-0")
+        assert front._mirror._mirrors.in_flight(ENGINE) == 1
+        head = [(b"content-type", b"text/event-stream")]
+        await send({"type": "http.response.start", "status": 200, "headers": head})
+
+    server = Server(front)
+    with pytest.raises(ConnectionError):
+        await judged_exchange(front, front.version.classes.classes["chat"], [], serve, broken)
+    assert front._mirror._mirrors.in_flight(ENGINE) == 0
