@@ -28,7 +28,7 @@ from slos_serve.planning.planner import Planner
 from slos_serve.policies.base import IntArray, Policy
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.routing.mirrors import Mirrors
-from slos_serve.routing.publisher import own_admission, publication_of
+from slos_serve.routing.publisher import own_admission, publication_of, snapshot_of
 from slos_serve.routing.router import RouterSettings, RoutingDecision, RoutingRequest, route, verdicts
 from slos_serve.routing.settings import Order
 from slos_serve.sim.cluster import Cluster
@@ -83,7 +83,7 @@ def time_route(order: Order, pending: int, hopeless: bool) -> dict[str, float]:
     for k in range(REPLICAS):
         view = engine(rng, pending).view()
         start_s = time.perf_counter()
-        publications.append(publication_of(planner, OPT_13B_A100, 1.0, view, NOW_S, replica=str(k)))
+        publications.append(publication_of(planner, OPT_13B_A100, snapshot_of(view, NOW_S), replica=str(k)))
         made.append(time.perf_counter() - start_s)
     sequence = 0
     for done in range(-BETWEEN_UPDATES, DECISIONS):

@@ -3,8 +3,9 @@
 Both servers plan with the same scheduler. One has the middleware, headers both ways, metrics and the live page, which
 a client looks at each second while ``/metrics`` is scraped every five. The other has none of it, and gets its
 SLOs in the body. They get the same bursts by turns, another seed each round; the order changes from round to round.
-Prints the ratio of tokens/s with its bootstrap interval; exits 1 when the ratio is under 0.99. Wants a machine that
-does nothing else, and the demo's model and profile in the cache (``slos-serve demo`` makes both).
+Prints the ratio of tokens/s with its bootstrap interval, and the promises kept, the steps and the milliseconds a step
+of both. Exits 1 when the ratio is under 0.99. Wants a machine that does nothing else, and the demo's model and profile
+in the cache (``slos-serve demo`` makes both).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import numpy as np
 
 LEAST_RATIO = 0.99
 WITH, WITHOUT = "with", "without"
+STEPS_METRIC = "vllm:iteration_tokens_total_count"
 QUIET_CLS = "benchmarks._quiet.QuietScheduler"
 LOOK_EVERY_S, SCRAPE_EVERY = 1.0, 5
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +49,34 @@ class Settings:
     burst_s: float
     seed: int
     model: str
+
+
+@dataclass(frozen=True)
+class Done:
+    """One burst on one side.
+
+    Attributes:
+        tokens_per_s: output tokens over the time until the last answer ended.
+        kept: requests that attained.
+        steps: of the engine.
+        wall_s: seconds.
+    """
+
+    tokens_per_s: float
+    kept: int
+    steps: int
+    wall_s: float
+
+    def __str__(self) -> str:
+        each_ms = 1000.0 * self.wall_s / max(self.steps, 1)
+        return f"{self.tokens_per_s:.1f} tokens/s, {self.kept} kept, {self.steps} steps of {each_ms:.1f} ms"
+
+
+def steps_of(url: str) -> int:
+    """Steps that a server's engine has made."""
+    text = httpx.get(f"{url}/metrics", timeout=60.0).text
+    lines = [line for line in text.splitlines() if line.startswith(STEPS_METRIC)]
+    return sum(int(float(line.rpartition(" ")[2])) for line in lines)
 
 
 def interval(ratios: Sequence[float], draws: int = 5000) -> tuple[float, float, float]:
@@ -84,6 +114,7 @@ async def alternate(urls: dict[str, str], settings: Settings) -> list[float]:
     """Ratios of tokens/s, one a round."""
     from slos_serve.bench.client import ClientSettings, LoadClient
     from slos_serve.bench.demo_plan import DemoSettings, plan_demo
+    from slos_serve.bench.scoring import score_responses
     from slos_serve.files.profile_file import load_profile
 
     model = load_profile(_profile(settings.model)).model
@@ -96,23 +127,25 @@ async def alternate(urls: dict[str, str], settings: Settings) -> list[float]:
         for number in range(settings.rounds):
             plan = plan_demo(model, DemoSettings(seed=settings.seed + number, burst_s=settings.burst_s))
             order = (WITH, WITHOUT) if number % 2 == 0 else (WITHOUT, WITH)
-            speeds: dict[str, float] = {}
+            done: dict[str, Done] = {}
             for side in order:
                 if number == 0:
                     await clients[side].run(plan.warm_up)
+                before = steps_of(urls[side])
                 load = await clients[side].run(plan.burst)
                 failed = [response for response in load.responses if response.status != 200]
                 if failed:
                     raise SystemExit(f"{side}: {len(failed)} requests failed, the first with {failed[0].error!r}")
                 if side == WITH and any(response.verdict is None for response in load.responses):
                     raise SystemExit("with: an answer had no verdict")
-                speeds[side] = sum(response.output_tokens for response in load.responses) / load.wall_s
-            ratios.append(speeds[WITH] / speeds[WITHOUT])
-            print(
-                f"round {number + 1}: {len(plan.burst)} requests, {speeds[WITH]:.1f} tokens/s with, "
-                f"{speeds[WITHOUT]:.1f} without, ratio {ratios[-1]:.3f}",
-                flush=True,
-            )
+                tokens = sum(response.output_tokens for response in load.responses)
+                kept = sum(score.attained for score in score_responses(load.responses, plan.classes, model))
+                steps = steps_of(urls[side]) - before
+                done[side] = Done(tokens / load.wall_s, kept, steps, load.wall_s)
+            ratios.append(done[WITH].tokens_per_s / done[WITHOUT].tokens_per_s)
+            print(f"round {number + 1}, {len(plan.burst)} requests: ratio {ratios[-1]:.3f}", flush=True)
+            for side in (WITH, WITHOUT):
+                print(f"  {side}: {done[side]}", flush=True)
     return ratios
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from slos_serve.core.verdict import Verdict
 from slos_serve.files.profile_file import load_profile, save_profile
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.testing.dry_engine import DryEngine
+from slos_serve.vllm_plugin.slo_args import TICKET_KEY
 from tests.vllm.dry_load import Start, events, prompt
 from tests.vllm.told_load import ToldLoad
 
@@ -68,6 +70,26 @@ def test_a_told_promise_that_is_lost_before_its_prompt_begins_is_a_broken_promis
     verdicts(start, tmp_path, {"slo_told": 0}, front=1, chat="{ttft_ms: 1}", kept=False)
     (told,) = (event for event in events(tmp_path, "request") if event["request_id"] == "long")
     assert (told["verdict"], told["ttft_ok"]) == ("admitted", False)
+
+
+@pytest.mark.parametrize("bitmask", [True, False], ids=["bitmask asked for", "not asked for"])
+def test_nobody_is_told_before_the_batch_is_with_the_workers(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bitmask: bool
+) -> None:
+    load = dry_load(start, tmp_path, f"classes:\n  chat: {WEAKER}\n")
+    scheduler, publisher = load.engine.scheduler, load.engine.scheduler._slo.publisher
+    told: list[float | str] = []
+    monkeypatch.setattr(publisher, "deliver", lambda publication: told.append(publication.time_s))
+    monkeypatch.setattr(scheduler._slo, "front", SimpleNamespace(write=lambda fields: told.append(*fields), close=int))
+    load.engine.add("a", prompt(np.random.default_rng(0), 200), 4, {"slo_class": "chat", TICKET_KEY: 7})
+    output = scheduler.schedule()
+    assert output.num_scheduled_tokens and told == []
+    if bitmask:
+        scheduler.get_grammar_bitmask(output)
+        assert told == ["promised", 0.0]
+    result = load.engine.device.execute(output)[1]
+    scheduler.update_from_output(output, result)
+    assert told == ["promised", 0.0]
 
 
 def dry_load(start: Start, folder: Path, classes: str, max_num_seqs: int = 64) -> ToldLoad:

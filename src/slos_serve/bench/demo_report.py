@@ -186,7 +186,7 @@ def demo_table(result: Mapping[str, Any]) -> Table:
             table.add_row(phase, name, *cells)
         cells = [cell for side in (STOCK, OURS) for cell in _cells(result[side][phase])]
         table.add_row(phase, "all with an SLO", *cells, style="bold")
-        kinds = {"every token in time": _strict, "output tokens/s": _speed, "told at once": _told}
+        kinds = {"every token in time": _strict, "output tokens/s": _speed, "verdict told": _told}
         if result[OURS][phase]["second_best"]["given"]:
             kinds["weaker promise"] = _weaker
         for name, kind in {**kinds, "best effort": _left}.items():

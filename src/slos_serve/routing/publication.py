@@ -174,18 +174,19 @@ def _sizes(publication: Publication) -> list[tuple[str, int]]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.ravel().tolist()]
+        items = value.ravel().tolist()
+        return items if np.isfinite(value).all() else [_plain(item) for item in items]
     if isinstance(value, float) and not np.isfinite(value):
         return str(value)
     return value.item() if isinstance(value, np.generic) else value
 
 
 def _floats(value: Any) -> FloatArray:
-    return np.array([float(item) for item in value], dtype=np.float64)
+    return np.fromiter(map(float, value), dtype=np.float64)
 
 
 def _ints(value: Any) -> IntArray:
-    return np.array([int(item) for item in value], dtype=np.int64)
+    return np.fromiter(map(int, value), dtype=np.int64)
 
 
 _KINDS: dict[str, Any] = {"str": str, "int": int, "float": float, "FloatArray": _floats, "IntArray": _ints}

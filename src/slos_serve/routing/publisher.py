@@ -1,12 +1,14 @@
 """When a replica publishes and what: its planner's own admission inputs, summed up.
 
-Runs where the planner runs, right after a plan, and shows the state that the next plan will start from, at the end of
-the planned step. The sums come from the planner's own functions; nothing here has a theory of its own.
+Runs where the planner runs and shows the state that the next plan will start from, at the end of the planned step. What
+is needed of a step is copied right after its plan (:func:`snapshot_of`); summing up can wait until the step runs. The
+sums come from the planner's own functions; nothing here has a theory of its own.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,46 @@ from slos_serve.routing.projection import after_step, view_copy
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.queued import queued_by_share
 from slos_serve.routing.settings import PUBLISH_EVERY_S
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """A replica's requests as its next plan will find them; later steps change nothing of it.
+
+    Attributes:
+        now_s: when it was taken.
+        ready_s: when the next plan is made.
+        seen_until_s: requests that came by then are in ``view``.
+        correction: factor between observed and modelled batch times.
+        view: the engine at ``ready_s``.
+    """
+
+    now_s: float
+    ready_s: float
+    seen_until_s: float
+    correction: float
+    view: EngineView
+
+
+def snapshot_of(
+    view: EngineView,
+    now_s: float,
+    plan: StepPlan | None = None,
+    correction: float = 1.0,
+    seen_until_s: float | None = None,
+) -> Snapshot:
+    """A snapshot after the step of ``plan``, or of now without one; ``view`` is only read.
+
+    Args:
+        view: what was planned from.
+        now_s: when the step begins.
+        plan: of the step.
+        correction: factor between observed and modelled batch times.
+        seen_until_s: requests that came by then are in ``view``; ``None`` for ``now_s``.
+    """
+    ready_s = now_s if plan is None else now_s + plan.predicted_s
+    after = view_copy(view) if plan is None else after_step(view, plan, ready_s)
+    return Snapshot(now_s, ready_s, now_s if seen_until_s is None else seen_until_s, correction, after)
 
 
 class Publisher:
@@ -41,44 +83,15 @@ class Publisher:
         self._sequence = 0
         self._last_s = -math.inf
 
-    def after_plan(
-        self, now_s: float, view: EngineView, plan: StepPlan, factor: float = 1.0, seen_until_s: float | None = None
-    ) -> Publication | None:
-        """A publication when waiting for the next plan would make the last one too old, else ``None``.
+    def due(self, next_s: float) -> bool:
+        """Whether the last publication would be too old by ``next_s``, when there is another chance to publish."""
+        return next_s - self._last_s >= self.every_s
 
-        Args:
-            now_s: when the step begins.
-            view: what was planned from.
-            plan: the plan.
-            factor: online correction of the batch-time model.
-            seen_until_s: requests that came by then are in ``view``; ``None`` for ``now_s``.
-        """
-        if now_s + plan.predicted_s - self._last_s < self.every_s:
-            return None
-        return self.publish(now_s, view, plan, factor, seen_until_s)
-
-    def publish(
-        self,
-        now_s: float,
-        view: EngineView,
-        plan: StepPlan | None = None,
-        factor: float = 1.0,
-        seen_until_s: float | None = None,
-    ) -> Publication:
-        """A publication now; arguments as of :meth:`after_plan`. An idle replica publishes its empty view."""
+    def publish(self, snapshot: Snapshot) -> Publication:
+        """A publication of ``snapshot``."""
         self._sequence += 1
-        self._last_s = now_s
-        return publication_of(
-            self._planner,
-            self._model,
-            factor,
-            view,
-            now_s,
-            plan,
-            replica=self._replica,
-            sequence=self._sequence,
-            seen_until_s=seen_until_s,
-        )
+        self._last_s = snapshot.now_s
+        return publication_of(self._planner, self._model, snapshot, replica=self._replica, sequence=self._sequence)
 
 
 def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, now_s: float) -> Asked:
@@ -87,27 +100,21 @@ def own_admission(planner: Planner, coefficients: FloatArray, view: EngineView, 
 
 
 def publication_of(
-    planner: Planner,
-    model: BatchTimeModel,
-    factor: float,
-    view: EngineView,
-    now_s: float,
-    plan: StepPlan | None = None,
-    *,
-    replica: str,
-    sequence: int = 0,
-    seen_until_s: float | None = None,
+    planner: Planner, model: BatchTimeModel, snapshot: Snapshot, *, replica: str, sequence: int = 0
 ) -> Publication:
-    """Sum up what the planner would admit when it plans next: after ``plan``, or at once without one.
+    """Sum up what the planner would admit when it plans next.
 
     Prompts that the planner would take count as owed, whether they have begun or not; what it passes over does not.
-    ``view`` is only read.
+
+    Args:
+        planner: of the replica.
+        model: its batch-time model, uncorrected.
+        snapshot: of its requests; of these only ``expected_tokens`` is written.
+        replica, sequence: see :class:`Publication`.
     """
-    settings = planner.settings
-    coefficients = model.coefficients * (factor * (1.0 + planner.step_margin))
-    ready_s = now_s if plan is None else now_s + plan.predicted_s
-    view = view_copy(view) if plan is None else after_step(view, plan, ready_s)
-    asked = own_admission(planner, coefficients, view, ready_s)
+    settings, view = planner.settings, snapshot.view
+    coefficients = model.coefficients * (snapshot.correction * (1.0 + planner.step_margin))
+    asked = own_admission(planner, coefficients, view, snapshot.ready_s)
     taken = asked.demand.slots[asked.admitted.taken]
     promised = int(asked.supply.counts.sum()) + len(taken)
     num_requests = len(view.running) + len(view.waiting)
@@ -116,10 +123,10 @@ def publication_of(
     return Publication(
         replica=replica,
         sequence=sequence,
-        time_s=now_s,
-        ready_s=ready_s,
-        seen_until_s=now_s if seen_until_s is None else seen_until_s,
-        correction=factor,
+        time_s=snapshot.now_s,
+        ready_s=snapshot.ready_s,
+        seen_until_s=snapshot.seen_until_s,
+        correction=snapshot.correction,
         coefficients=coefficients,
         margin=settings.margin,
         max_implied_ttft_s=settings.max_implied_ttft_s,

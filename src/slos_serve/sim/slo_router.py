@@ -21,7 +21,7 @@ from slos_serve.policies.base import IntArray, Policy
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publication import Publication
-from slos_serve.routing.publisher import Publisher
+from slos_serve.routing.publisher import Publisher, snapshot_of
 from slos_serve.routing.router import RouterSettings, RoutingDecision, RoutingRequest
 from slos_serve.routing.sessions import Sessions
 from slos_serve.routing.settings import PUBLISH_EVERY_S, Order
@@ -81,9 +81,8 @@ class Published:
         # The first plan is made of an idle engine and sees everything.
         seen_s = self._planned_s if self._plan_ahead and self._planned_s is not None else now_s
         factor = self._policy.correction.factor
-        publication = self._publisher.after_plan(now_s, view, plan, factor, seen_s)
-        if publication is not None:
-            self._deliver(publication)
+        if self._publisher.due(now_s + plan.predicted_s):
+            self._deliver(self._publisher.publish(snapshot_of(view, now_s, plan, factor, seen_s)))
         self._planned_s = now_s
         return plan
 
@@ -93,8 +92,8 @@ class Published:
 
     def idle(self, now_s: float, view: EngineView) -> None:
         """Publish that nothing is left."""
-        empty = view.without_requests()
-        self._deliver(self._publisher.publish(now_s, empty, None, self._policy.correction.factor))
+        factor = self._policy.correction.factor
+        self._deliver(self._publisher.publish(snapshot_of(view.without_requests(), now_s, correction=factor)))
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
         """Passed on."""

@@ -121,6 +121,8 @@ class StepController:
         self._fallback: str | None = None
         self._owes_stock_step = False
         self._passed_over: set[str] = set()
+        # Tickets and ranks of promises that the API process has not heard of.
+        self._promised: list[tuple[int, int]] = []
         self._steps = 0
 
     def now_s(self) -> float:
@@ -293,8 +295,7 @@ class StepController:
     def _commit_plan(self, proposal: Proposal, ran: SlotArray) -> None:
         """Make the promises of a plan, for what really ran."""
         made = self.book.note(proposal.plan, ran)
-        if made and self.front is not None:
-            self.guard.run("publish", self.front.write, {PROMISED_KEY: made})
+        self._promised += made
         self.policy.commit(proposal.plan, proposal.view, ran)
         self.book.fall_back(proposal.plan.demoted, proposal.end_s)
 
@@ -344,6 +345,14 @@ class StepController:
         self.loads.forget(tracked)
 
     # Beside steps ---------------------------------------------------------------------------------------------
+
+    def tell(self) -> None:
+        """Tell the API process and routers what a step brought: its batch is with the workers."""
+        promised, self._promised = self._promised, []
+        if promised and self.front is not None:
+            self.front.write({PROMISED_KEY: promised})
+        if self.publisher is not None:
+            self.publisher.send()
 
     def _publish_when_due(self) -> None:
         """Steps without a plan publish too, when it is time."""

@@ -4,19 +4,21 @@ The transport is one ZeroMQ PUSH socket that keeps only the newest message. Send
 gone or not there yet costs the engine nothing and finds the newest publication when it comes. Whatever goes wrong here
 is logged once and costs publications, never a step.
 
+Between a step's tokens and the next step's batch the workers wait for the engine core. So a plan only leaves a snapshot
+behind; it is summed up and sent once its batch is with the workers (:meth:`EnginePublisher.send`).
+
 ``SLOS_SERVE_PUBLISH`` holds the address that the reader listens on (:mod:`slos_serve.vllm_plugin.config`).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import zmq
 
@@ -25,7 +27,7 @@ from slos_serve.core.request import REQUEST_DTYPE
 from slos_serve.policies.slos_serve import SLOsServePolicy
 from slos_serve.routing.projection import carry_out
 from slos_serve.routing.publication import Publication
-from slos_serve.routing.publisher import Publisher
+from slos_serve.routing.publisher import Publisher, Snapshot, snapshot_of
 from slos_serve.routing.settings import PUBLISH_EVERY_S
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.link import RECONNECT_MS, socket_path
@@ -58,7 +60,8 @@ class EnginePublisher:
     def __init__(self, address: str, policy: SLOsServePolicy, every_s: float = PUBLISH_EVERY_S) -> None:
         self._policy = policy
         self._publisher = Publisher(_UNNAMED, policy.planner, policy.model, every_s)
-        self._last_s = -np.inf
+        self._unsent: Snapshot | None = None
+        self._taken_s = -np.inf
         self._steps_done = 0
         self._tickets: deque[tuple[float, int]] = deque(maxlen=MOST_NAMED)
         self._failed = False
@@ -73,7 +76,7 @@ class EnginePublisher:
 
     def due(self, now_s: float) -> bool:
         """Whether the last publication is as old as it may become."""
-        return now_s - self._last_s >= self._publisher.every_s
+        return now_s - self._taken_s >= self._publisher.every_s
 
     def step_done(self) -> None:
         """A step has finished; its replica's health is judged by how many have."""
@@ -84,19 +87,30 @@ class EnginePublisher:
         self._tickets.append((now_s, ticket))
 
     def after_plan(self, now_s: float, view: EngineView, plan: StepPlan, seen_until_s: float) -> None:
-        """Publish if the next plan would come too late for it; see :meth:`Publisher.after_plan`."""
-        self._send(
-            now_s,
-            lambda: self._publisher.after_plan(now_s, view, plan, self._policy.correction.factor, seen_until_s),
-        )
+        """Take what is to be published of a step if the next plan would come too late for it."""
+        if self.due(now_s + plan.predicted_s):
+            self._take(snapshot_of(view, now_s, plan, self._policy.correction.factor, seen_until_s))
 
     def unplanned(self, now_s: float, view: EngineView) -> None:
-        """Publish the state as it is: a step that is not planned is about to run."""
-        self._send(now_s, lambda: self._publisher.publish(now_s, view, None, self._policy.correction.factor))
+        """Take the state as it is: a step that is not planned is about to run."""
+        self._take(snapshot_of(view, now_s, correction=self._policy.correction.factor))
 
     def idle(self, now_s: float, engine: EngineView) -> None:
-        """Publish that no request is left in the engine; ``engine`` gives its sizes."""
+        """Publish at once that no request is left in the engine; ``engine`` gives its sizes."""
         self.unplanned(now_s, engine.without_requests())
+        self.send()
+
+    def send(self) -> None:
+        """Publish what was taken last, if it is not out yet."""
+        snapshot, self._unsent = self._unsent, None
+        if snapshot is None:
+            return
+        try:
+            self.deliver(self._publisher.publish(snapshot))
+        except Exception:
+            if not self._failed:
+                self._failed = True
+                _logger.exception("slos-serve: a publication failed; routers count this replica as full meanwhile.")
 
     def deliver(self, publication: Publication) -> None:
         """Hand it to the transport, which keeps the newest."""
@@ -105,24 +119,15 @@ class EnginePublisher:
             while self._tickets and self._tickets[0][0] < publication.time_s - NAMED_FOR_S:
                 self._tickets.popleft()
             named = {TICKETS_KEY: [ticket for _, ticket in self._tickets]}
-            self._socket.send(json.dumps(publication.as_dict() | counted | named).encode("ascii"), zmq.NOBLOCK)
+            self._socket.send(msgspec.json.encode(publication.as_dict() | counted | named), zmq.NOBLOCK)
 
     def close(self) -> None:
         """Send no more."""
         self._socket.close()
         self._context.term()
 
-    def _send(self, now_s: float, make: Callable[[], Publication | None]) -> None:
-        try:
-            publication = make()
-            if publication is None:
-                return
-            self._last_s = now_s
-            self.deliver(publication)
-        except Exception:
-            if not self._failed:
-                self._failed = True
-                _logger.exception("slos-serve: a publication failed; routers count this replica as full meanwhile.")
+    def _take(self, snapshot: Snapshot) -> None:
+        self._unsent, self._taken_s = snapshot, snapshot.now_s
 
 
 class FrontPublisher(EnginePublisher):
@@ -150,11 +155,11 @@ class FrontPublisher(EnginePublisher):
             return
         only_decodes = len(view.waiting) == 0 and bool(view.table.rows["output_tokens"][view.running].all())
         decodes = len(view.running) if only_decodes else -1
-        last_s = self._last_s
-        if only_decodes and decodes == self._told_decodes and now_s - last_s < DECODES_EVERY_S:
+        taken_s = self._taken_s
+        if only_decodes and decodes == self._told_decodes and now_s - taken_s < DECODES_EVERY_S:
             return
         super().after_plan(now_s, view, plan, seen_until_s)
-        if self._last_s != last_s:
+        if self._taken_s != taken_s:
             self._told_decodes = decodes
 
     def _is_heard(self) -> bool:

@@ -174,6 +174,13 @@ class Steered(Scheduler):
         stock = super().schedule
         return self._slo.schedule(lambda: stock(*args, **kwargs), throttle_prefills)
 
+    def get_grammar_bitmask(self, *args: Any, **kwargs: Any) -> Any:
+        """vLLM asks for it once a batch is with the workers: the time for what others are to be told."""
+        bitmask = super().get_grammar_bitmask(*args, **kwargs)
+        if self._slo is not None:
+            self._slo.guard.run("publish", self._slo.tell)
+        return bitmask
+
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: Any, *args: Any, **kwargs: Any
     ) -> Any:
@@ -184,6 +191,7 @@ class Steered(Scheduler):
         control.guard.run("drafts", control.learner.verified, scheduler_output, model_runner_output)
         result = super().update_from_output(scheduler_output, model_runner_output, *args, **kwargs)
         control.guard.run("update", control.done, scheduler_output)
+        control.guard.run("publish", control.tell)  # where no bitmask was asked for
         if control.book.sessions:
             control.guard.run("update", self._slo_desk.turns_begun)
         return result

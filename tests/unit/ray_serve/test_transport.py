@@ -77,6 +77,7 @@ def test_the_newest_publication_is_what_arrives(relay: Relay, inbox: Inbox, publ
     inbox.listen("r1", relay.address)
     assert publisher.due(NOW_S)
     publisher.unplanned(NOW_S, loaded(7).view())
+    publisher.send()
     assert not publisher.due(NOW_S + 0.05) and publisher.due(NOW_S + 0.11)
     while relay.latest() is None:
         threading.Event().wait(0.01)
@@ -138,6 +139,7 @@ def test_the_relay_survives_any_publication(relay: Relay, publisher: EnginePubli
             garbage.send(payload)
             threading.Event().wait(0.02)
     publisher.unplanned(NOW_S, loaded(7).view())
+    publisher.send()
     for _ in range(PATIENCE):
         if relay.latest() is not None:
             break
@@ -149,6 +151,7 @@ def test_an_engine_without_a_reader_is_not_held_up() -> None:
     publisher = EnginePublisher("ipc:///nonexistent/engine", SLOsServePolicy(OPT_13B_A100, 1), every_s=0.0)
     for _ in range(100):
         publisher.unplanned(NOW_S, loaded(1).view())
+        publisher.send()
     publisher.close()
 
 
@@ -156,7 +159,9 @@ def test_a_failing_publication_costs_no_step(caplog: pytest.LogCaptureFixture, p
     broken = loaded(1).view()
     broken.block_size = 0
     publisher.unplanned(NOW_S, broken)
+    publisher.send()
     publisher.unplanned(NOW_S, broken)
+    publisher.send()
     assert len([record for record in caplog.records if "publication failed" in record.message]) == 1
 
 
@@ -164,6 +169,7 @@ def test_an_engine_that_counts_its_steps_is_judged_by_them(publisher: EnginePubl
     publisher.step_done()
     publisher.step_done()
     publisher.unplanned(NOW_S, loaded(7).view())
+    publisher.send()
     for _ in range(PATIENCE):
         if relay._last is not None:
             break
@@ -175,6 +181,7 @@ def test_requests_that_came_lately_are_named(publisher: EnginePublisher, relay: 
     publisher.entered(NOW_S - NAMED_FOR_S - 1.0, 11)
     publisher.entered(NOW_S - 0.5, 22)
     publisher.unplanned(NOW_S, loaded(7).view())
+    publisher.send()
     for _ in range(PATIENCE):
         if relay._last is not None:
             break

@@ -6,7 +6,7 @@ from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publication import Publication
-from slos_serve.routing.publisher import publication_of
+from slos_serve.routing.publisher import publication_of, snapshot_of
 from slos_serve.routing.router import RoutingRequest
 from tests.builders import OPT_13B_A100, EngineBuilder
 
@@ -16,7 +16,7 @@ NOW_S = EngineBuilder.now_s
 def published(engine: EngineBuilder, replica: str = "a", sequence: int = 0, time_s: float = NOW_S) -> Publication:
     """What an engine publishes."""
     planner = Planner(OPT_13B_A100, 1, PlannerSettings())
-    return publication_of(planner, OPT_13B_A100, 1.0, engine.view(), time_s, replica=replica, sequence=sequence)
+    return publication_of(planner, OPT_13B_A100, snapshot_of(engine.view(), time_s), replica=replica, sequence=sequence)
 
 
 def mirrors_of(**engines: EngineBuilder) -> Mirrors:

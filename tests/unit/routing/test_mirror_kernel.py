@@ -15,7 +15,7 @@ from slos_serve.planning.planner import Planner
 from slos_serve.routing.mirror_arrays import advance, rate_beside
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.projection import after_step
-from slos_serve.routing.publisher import own_admission, publication_of
+from slos_serve.routing.publisher import own_admission, publication_of, snapshot_of
 from slos_serve.routing.router import RouterSettings, route, verdicts
 from tests.builders import OPT_13B_A100, EngineBuilder
 from tests.unit.routing.fleet import NOW_S, loaded, mirrors_of, request
@@ -72,7 +72,7 @@ def test_charges_for_cheaper_requests_to_come_as_the_replica_does() -> None:
         rng = np.random.default_rng(seed)
         engine, planner = loaded(int(rng.integers(0, 40))), _planner_in_a_crowd(rng)
         mirrors = Mirrors(["a"])
-        assert mirrors.update(publication_of(planner, OPT_13B_A100, 1.0, engine.view(), NOW_S, replica="a"))
+        assert mirrors.update(publication_of(planner, OPT_13B_A100, snapshot_of(engine.view(), NOW_S), replica="a"))
         prompt, due_in_s = int(rng.integers(400, 4000)), float(rng.uniform(0.5, 2.0))
         mirror = verdicts(NOW_S, request(prompt, due_in_s=due_in_s), mirrors)["a"]
         free = verdicts(NOW_S, request(prompt, due_in_s=due_in_s), mirrors_of(a=engine))["a"]
@@ -88,7 +88,7 @@ def test_charges_for_cheaper_requests_to_come_as_the_replica_does() -> None:
 def test_a_promise_that_is_made_is_charged_for_nobody() -> None:
     planner = _planner_in_a_crowd(np.random.default_rng(1))
     mirrors = Mirrors(["a"])
-    mirrors.update(publication_of(planner, OPT_13B_A100, 1.0, loaded(5).view(), NOW_S, replica="a"))
+    mirrors.update(publication_of(planner, OPT_13B_A100, snapshot_of(loaded(5).view(), NOW_S), replica="a"))
     asked = request(1000, due_in_s=1.5)
     costs = []
     for binding in (False, True):

@@ -13,7 +13,7 @@ from slos_serve.core.plan import EngineView, StepPlan
 from slos_serve.core.request import Status
 from slos_serve.planning.planner import Planner
 from slos_serve.routing.publication import Publication
-from slos_serve.routing.publisher import Publisher, own_admission, publication_of
+from slos_serve.routing.publisher import Publisher, Snapshot, own_admission, publication_of, snapshot_of
 from tests.builders import OPT_13B_A100, EngineBuilder
 from tests.unit.routing.fleet import NOW_S, loaded, published
 
@@ -79,7 +79,7 @@ def test_decodes_that_are_ahead_lend_though_nobody_asks_yet() -> None:
 def test_owed_is_what_the_planner_takes() -> None:
     engine = _mixed()
     planner = Planner(OPT_13B_A100, 1)
-    found = publication_of(planner, OPT_13B_A100, 1.0, engine.view(), NOW_S, replica="a")
+    found = publication_of(planner, OPT_13B_A100, snapshot_of(engine.view(), NOW_S), replica="a")
     own = own_admission(planner, planner.coefficients, engine.view(), NOW_S)
     assert len(found.due_s) == own.admitted.taken.sum() == 2
 
@@ -132,7 +132,9 @@ def test_publishes_before_the_last_one_is_too_old() -> None:
     view = loaded(3).view()
 
     def at(now_s: float, step_s: float) -> Publication | None:
-        return publisher.after_plan(now_s, view, StepPlan(predicted_s=step_s))
+        if not publisher.due(now_s + step_s):
+            return None
+        return publisher.publish(snapshot_of(view, now_s, StepPlan(predicted_s=step_s)))
 
     first = at(NOW_S, 0.04)
     assert first is not None and first.ready_s == NOW_S + 0.04
@@ -144,11 +146,26 @@ def test_publishes_before_the_last_one_is_too_old() -> None:
     assert third is not None and third.seen_until_s == NOW_S + 0.12
 
 
+def test_a_snapshot_keeps_what_was_then() -> None:
+    engine = _mixed()
+    view = engine.view()
+    plan = Planner(OPT_13B_A100, 1).plan(NOW_S, view)
+
+    def summed_up(snapshot: Snapshot) -> dict[str, object]:
+        return publication_of(Planner(OPT_13B_A100, 1), OPT_13B_A100, snapshot, replica="a").as_dict()
+
+    taken = snapshot_of(view, NOW_S, plan)
+    at_once = summed_up(snapshot_of(view, NOW_S, plan))
+    view.table.rows["output_tokens"] += 5  # what the steps after it do
+    view.table.rows["status"] = 0
+    assert summed_up(taken) == at_once != summed_up(snapshot_of(view, NOW_S, plan))
+
+
 def test_the_correction_slows_what_is_published() -> None:
     planner = Planner(OPT_13B_A100, 1)
     view: EngineView = loaded(3).view()
-    slow = publication_of(planner, OPT_13B_A100, 2.0, view, NOW_S, replica="a")
-    plain = publication_of(planner, OPT_13B_A100, 1.0, view, NOW_S, replica="a")
+    slow = publication_of(planner, OPT_13B_A100, snapshot_of(view, NOW_S, correction=2.0), replica="a")
+    plain = publication_of(planner, OPT_13B_A100, snapshot_of(view, NOW_S), replica="a")
     np.testing.assert_allclose(slow.coefficients, 2.0 * plain.coefficients)
     assert slow.correction == 2.0
     assert replace(slow, correction=1.0).correction == 1.0

@@ -30,6 +30,7 @@ def heard(
     for step, engine in enumerate(engines):
         now_s, view = NOW_S + step * step_s, engine.view()
         publisher.after_plan(now_s, view, replace(policy.plan(now_s, view), predicted_s=step_s), now_s)
+        publisher.send()
     publisher.close()
     return [round(publication.time_s - NOW_S, 6) for publication in sent]
 

@@ -8,7 +8,6 @@ requests are not judged: answers then have no verdict, and nothing is refused.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import math
 import os
@@ -23,6 +22,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import zmq
 
 from slos_serve.core.slo import SLOClass, WhenFull
@@ -39,7 +39,7 @@ from slos_serve.vllm_plugin.front.link import PROMISED_KEY, FrontSockets, socket
 from slos_serve.vllm_plugin.front.load_report import LEAST_HEADROOM, STANDARD_TTFT
 from slos_serve.vllm_plugin.front.metrics import FrontMetrics
 from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror, Looked
-from slos_serve.vllm_plugin.front.open_promises import OpenPromises, give
+from slos_serve.vllm_plugin.front.open_promises import PASSED_OVER, OpenPromises, give, may_wait, with_binding
 from slos_serve.vllm_plugin.front.reload import ClassFileWatch
 from slos_serve.vllm_plugin.front.tasks import FrontTasks
 from slos_serve.vllm_plugin.live.feed import LIVE_KEY, WATCHED
@@ -149,16 +149,18 @@ class FrontDesk:
         now_s = self._clock_s()
         promises = (None,) if judged.slo_class is None else judged.slo_class.promises
         ticket = next(self._tickets)
-        several = [
-            replace(self._asking.of(one, args, prompt, tokens, params, now_s), ticket=ticket, binding=True)
-            for one in promises
-        ]
+        asking = (self._asking.of(one, args, prompt, tokens, params, now_s) for one in promises)
+        several = [replace(one, ticket=ticket) for one in asking]
         several[0], judged.call = self._tasks.with_task(judged.slo_class, args, several[0], begins=True)
-        count = max(int(getattr(params, "n", 1) or 1), 1)
-        answer = max((self._mirror.answer(now_s, several[0], several[1:]) for _ in range(count)), key=_severity)
-        asked = several[answer.rank]
         margin_s = self._config.planner.ttft_margin_s
         judged.targets_s = [one.ttft_due_s + margin_s - one.arrival_s for one in several]
+        count = max(int(getattr(params, "n", 1) or 1), 1)
+        several = with_binding(several, told_at_once=count > 1 or not may_wait(params, judged.targets_s[0]))
+        hoped = max((self._mirror.answer(now_s, several[0], several[1:]) for _ in range(count)), key=_severity)
+        asked, promised = several[hoped.rank], hoped.verdict in (Verdict.ADMITTED, Verdict.SECOND_BEST)
+        answer = hoped if asked.binding or not promised else PASSED_OVER
+        if judged.hoped is None or _severity(hoped) > _severity(judged.hoped):
+            judged.hoped = hoped
         if judged.answer is None or _severity(answer) > _severity(judged.answer):
             give(judged, answer)
         judged.arrival_s = min(judged.arrival_s, asked.arrival_s)
@@ -177,7 +179,7 @@ class FrontDesk:
             self._remember(request_id, answer.verdict, name, several[0])
         self._tasks.sent(request_id, judged.call, last=args.last_round)
         judged.tickets.append(ticket)
-        return HandedOver(ticket, answer.rank if answer.verdict in (Verdict.ADMITTED, Verdict.SECOND_BEST) else None)
+        return HandedOver(ticket, answer.rank if answer is hoped and promised else None)
 
     async def settled(self, judged: Judged) -> None:
         """Until nothing better can be said to its client, see :mod:`slos_serve.vllm_plugin.front.open_promises`."""
@@ -223,6 +225,8 @@ class FrontDesk:
         several[0], _ = self._tasks.with_task(applied, args, several[0])
         if not self.ready or not self._hear():
             return None
+        target_s = several[0].ttft_due_s + self._config.planner.ttft_margin_s - several[0].arrival_s
+        several = with_binding(several, told_at_once=not may_wait(params, target_s))
         return several, self._mirror.look(now_s, several[0], several[1:])
 
     def applied(self, args: SloArgs) -> SLOClass | None:
@@ -313,9 +317,9 @@ class FrontDesk:
         """Take in a message of the engine."""
         try:
             if is_state:
-                self._published(json.loads(payload))
+                self._published(msgspec.json.decode(payload))
                 return
-            found = json.loads(payload)
+            found = msgspec.json.decode(payload)
             if PROMISED_KEY in found:
                 self._open.made(found[PROMISED_KEY], self._told.__setitem__)
             elif LIVE_KEY not in found:

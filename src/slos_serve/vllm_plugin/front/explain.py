@@ -22,7 +22,7 @@ from slos_serve.core.slo import SLOClass, WhenFull
 from slos_serve.core.verdict import SENTENCES, Verdict
 from slos_serve.files.profile_file import Profile
 from slos_serve.planning.planner import Planner
-from slos_serve.routing.publisher import publication_of
+from slos_serve.routing.publisher import publication_of, snapshot_of
 from slos_serve.routing.router import RoutingRequest
 from slos_serve.vllm_plugin.api_keys import KeyDigests, bearer_key
 from slos_serve.vllm_plugin.asgi import Scope, Send
@@ -184,7 +184,7 @@ def loaded_desk(config: PluginConfig, load: Load, max_model_len: int) -> FrontDe
     desk = FrontDesk(config, EngineLabels("", "0"), max_model_len, clock_s=lambda: LOAD_NOW_S)
     planner = Planner(config.profile.model, len(config.classes) + 2, config.planner)
     view = view_of(config, load, config.profile)
-    state = publication_of(planner, config.profile.model, 1.0, view, LOAD_NOW_S, replica=ENGINE)
+    state = publication_of(planner, config.profile.model, snapshot_of(view, LOAD_NOW_S), replica=ENGINE)
     desk.heard(json.dumps(state.as_dict()).encode("ascii"), is_state=True)
     desk.ready = True
     return desk

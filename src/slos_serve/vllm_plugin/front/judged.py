@@ -29,7 +29,8 @@ class Judged:
         first_s, last_s: when the first and the newest part of the answer were sent.
         call: the call of a task that it is; ``None`` for none.
         tickets: of its requests to the engine.
-        open: of those that were promised nothing as they came: ticket -> vLLM's id; empty once the client is told.
+        open: of those that the engine decides on: ticket -> vLLM's id; empty once the client is told.
+        hoped: the worst of what the mirror said of its requests; ``answer`` counts nothing that the engine decides on.
         late_rank: largest rank among the promises that it was given.
         decided: set when it has made one to each.
         uncounted: requests whose verdict is not in the metrics yet.
@@ -48,6 +49,7 @@ class Judged:
     call: CallDue | None = None
     tickets: list[int] = field(default_factory=list)
     open: dict[int, str] = field(default_factory=dict)
+    hoped: Answer | None = None
     late_rank: int = 0
     decided: asyncio.Event = field(default_factory=asyncio.Event)
     uncounted: int = 0

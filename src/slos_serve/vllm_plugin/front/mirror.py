@@ -156,7 +156,7 @@ class EngineMirror:
         room for a second one like it, which the other tenant finds when it asks.
         """
         newest = self._newest
-        if newest is None or asked.share is None or not asked.has_slo:
+        if newest is None or asked.share is None or not (asked.has_slo and asked.binding):
             return False
         num_classes = len(newest.forecast_tokens)
         if asked.reject_when_full:

@@ -1,22 +1,49 @@
-"""Answers whose heads wait: no promise fitted when their requests came, and the engine may still make one.
+"""Answers whose heads wait until the engine has made their promises, or can make none.
 
-What ends early leaves room, and the engine asks again with each plan. Until a first token would be late, or the answer
-begins, nothing is lost by a head that says how that went. The engine tells of such a promise when it makes it.
+The engine asks anew with each plan: what ends early leaves room, and until a prompt begins a cheaper one may take its
+place. Until a first token would be late, or the answer begins, nothing is lost by a head that says how that went. The
+engine tells of a promise when it makes it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 from slos_serve.core.verdict import Verdict, Why
+from slos_serve.routing.router import RoutingRequest
 from slos_serve.vllm_plugin.front.judged import Judged
 from slos_serve.vllm_plugin.front.mirror import Answer
 
 # No head waits longer, whatever is promised: clients and proxies may not be patient.
 MOST_HELD_S = 5.0
+# Of a request that fitted as it came, while the engine has not promised it anything.
+PASSED_OVER = Answer(Verdict.BEST_EFFORT, Why.PASSED_OVER)
+
+
+def may_wait(params: Any, target_s: float) -> bool:
+    """Whether the engine decides before the head of an answer goes out.
+
+    Args:
+        params: vLLM's sampling parameters; they say whether the answer is sent in one piece at its end.
+        target_s: seconds that the first token has.
+    """
+    kind = getattr(params, "output_kind", None)
+    return getattr(kind, "name", None) == "FINAL_ONLY" or target_s <= MOST_HELD_S
+
+
+def with_binding(several: Sequence[RoutingRequest], told_at_once: bool) -> list[RoutingRequest]:
+    """A request's promises, in order; those are binding that are told before the engine has made them.
+
+    A refusable request that is let in has its room. A weaker promise is told as soon as it is found: the engine would
+    ask for it only once the first one is lost.
+    """
+    at_once = told_at_once or several[0].reject_when_full
+    return [replace(one, binding=at_once or rank > 0) for rank, one in enumerate(several)]
 
 
 class OpenPromises:
@@ -27,7 +54,7 @@ class OpenPromises:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def add(self, judged: Judged, ticket: int, request_id: str, *, alone: bool) -> None:
-        """A request was promised nothing as it came; where several answers to it were asked for, none will be."""
+        """A request that the engine decides on; where several answers to it were asked for, it tells of none."""
         judged.open[ticket] = request_id
         if alone:
             self._by_ticket[ticket] = judged
@@ -68,7 +95,7 @@ class OpenPromises:
             note(judged.open.pop(ticket), _verdict(rank))
             judged.late_rank = max(judged.late_rank, rank)
             if not judged.open:
-                give(judged, Answer(_verdict(judged.late_rank), Why.FITS, rank=judged.late_rank))
+                give(judged, _promised(judged))
                 judged.decided.set()
 
 
@@ -77,6 +104,14 @@ def give(judged: Judged, answer: Answer) -> None:
     judged.answer = answer
     judged.given = None if judged.slo_class is None else judged.slo_class.promises[answer.rank]
     judged.ttft_target_s = judged.targets_s[answer.rank] if judged.targets_s else math.inf
+
+
+def _promised(judged: Judged) -> Answer:
+    """What the engine promised; with the mirror's reason and predictions, where it hoped for the same."""
+    rank, hoped = judged.late_rank, judged.hoped
+    if hoped is not None and (hoped.verdict, hoped.rank) == (_verdict(rank), rank):
+        return hoped
+    return Answer(_verdict(rank), Why.FITS, rank=rank)
 
 
 def _verdict(rank: int) -> Verdict:

@@ -9,13 +9,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from slos_serve.core.verdict import Verdict
 from slos_serve.files.profile_file import Profile, save_profile
 from slos_serve.vllm_plugin.asgi import Message, Send
 from slos_serve.vllm_plugin.config import PluginConfig
-from slos_serve.vllm_plugin.front.client import attach
+from slos_serve.vllm_plugin.front.client import CURRENT, attach
 from slos_serve.vllm_plugin.front.desk import FrontDesk
 from slos_serve.vllm_plugin.front.exchange import judged_exchange
+from slos_serve.vllm_plugin.front.link import PROMISED_KEY
 from slos_serve.vllm_plugin.metrics import EngineLabels
+from slos_serve.vllm_plugin.slo_args import TICKET_KEY, TOLD_KEY
 from tests.builders import OPT_13B_A100, EngineBuilder
 from tests.unit.routing.fleet import NOW_S, published
 
@@ -25,6 +28,7 @@ classes:
   strict: {ttft_ms: 1000, tpot_ms: 100, when_full: reject}
   spare: {ttft_ms: 1000, tpot_ms: 100, when_full: reject_503}
   patient: {ttft_ms: 1000, tpot_ms: 100, otherwise: [{ttft_ms: 9000, tpot_ms: 150}]}
+  slow: {ttft_ms: 6000, tpot_ms: 100}
   batch: {}
 """
 
@@ -64,9 +68,11 @@ Told = tuple[int, dict[str, str], bytes]
 
 
 class Client:
-    """Stands for vLLM's engine client."""
+    """Stands for vLLM's engine client, and for an engine that makes the promises that the mirror hoped for, or none."""
 
-    def __init__(self) -> None:
+    def __init__(self, front: FrontDesk, promises: bool) -> None:
+        self._front = front
+        self._promises = promises
         self.taken: list[str] = []
         self.extra_args: dict[str, dict[str, object]] = {}
         self.goes_on = asyncio.Event()
@@ -74,21 +80,27 @@ class Client:
 
     def generate(self, prompt: object, sampling_params: Any, request_id: str) -> AsyncIterator[int]:
         self.taken.append(request_id)
-        self.extra_args[request_id] = dict(sampling_params.extra_args or {})
+        told = self.extra_args[request_id] = dict(sampling_params.extra_args or {})
+        judged = CURRENT.get()
+        hoped = None if judged is None else judged.hoped
+        if self._promises and TOLD_KEY not in told and hoped is not None and hoped.verdict is Verdict.ADMITTED:
+            made = {PROMISED_KEY: [(told[TICKET_KEY], hoped.rank)]}
+            self._front.heard(json.dumps(made).encode(), is_state=False)
         return self._tokens()
 
     async def _tokens(self) -> AsyncIterator[int]:
         await self.goes_on.wait()
+        await asyncio.sleep(0.0)  # until the event loop has heard of the promise
         for token in range(3):
             yield token
 
 
 class Server:
-    """The application and what a client of it sees."""
+    """The application and what a client of it sees; ``promises`` as of :class:`Client`."""
 
-    def __init__(self, front: FrontDesk) -> None:
+    def __init__(self, front: FrontDesk, *, promises: bool = True) -> None:
         self.front = front
-        self.client = Client()
+        self.client = Client(front, promises)
         self._sent = 0
         attach(self.client, front)
 

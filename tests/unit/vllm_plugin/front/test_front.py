@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +18,13 @@ from slos_serve.vllm_plugin.front.judged import prompt_tokens
 from tests.builders import OPT_13B_A100
 from tests.unit.routing.fleet import NOW_S, loaded, published, request
 from tests.unit.vllm_plugin.front.builders import Server, desk
+
+
+class RequestKind(Enum):
+    """As vLLM says whether an answer is streamed."""
+
+    DELTA = 1
+    FINAL_ONLY = 2
 
 
 def count(front: FrontDesk, name: str, **labels: str) -> float | None:
@@ -108,9 +117,41 @@ async def test_the_engine_is_told_what_the_client_was(tmp_path: Path) -> None:
     await server.ask_at_once(40, "patient", prompt_tokens=2000)
     told = list(server.client.extra_args.values())
     words = [one.get("slo_told") for one in told]
-    assert set(words) == {0, 1, None} and words[0] == 0, "by rank; nothing of those that are promised nothing"
+    assert set(words) == {1, None}, "its rank; nothing of those that it decides on"
     assert sorted(int(str(one["slo_ticket"])) for one in told) == list(range(1, 41))
     assert all(one["slo_class"] == "patient" for one in told)
+
+
+@pytest.mark.parametrize(
+    ("slo_class", "given", "told"),
+    [
+        ("chat", {}, None),
+        ("chat", {"output_kind": RequestKind.FINAL_ONLY}, None),
+        ("slow", {}, 0),
+        ("slow", {"output_kind": RequestKind.DELTA}, 0),
+        ("slow", {"output_kind": RequestKind.FINAL_ONLY}, None),
+        ("strict", {}, 0),
+        ("strict", {"output_kind": RequestKind.FINAL_ONLY}, 0),
+    ],
+)
+async def test_the_engine_is_bound_by_what_is_said_before_it_decides(
+    tmp_path: Path, slo_class: str, given: dict[str, Any], told: int | None
+) -> None:
+    server = Server(desk(tmp_path, loaded(0)))
+    _, headers, _ = await server.ask(slo_class, **given)
+    assert headers["x-slo-verdict"] == "admitted" and headers["x-slo-reason"] == "fits"
+    assert server.client.extra_args["cmpl-1-0"].get("slo_told") == told
+
+
+async def test_who_fitted_and_was_passed_over_is_told_so(tmp_path: Path) -> None:
+    server = Server(desk(tmp_path, loaded(0)), promises=False)
+    _, headers, body = await server.ask("chat")
+    assert (headers["x-slo-verdict"], headers["x-slo-reason"]) == ("best-effort", "passed_over")
+    assert "x-slo-predicted-ttft-ms" not in headers and b'"verdict":"best-effort"' in body
+    assert count(server.front, "answers_total", slo_class="chat", verdict="best-effort", reason="passed_over") == 1.0
+    outcome = {"request_id": "cmpl-1-0", "verdict": Verdict.BEST_EFFORT, "finished": "stop"}
+    server.front.heard(json.dumps(outcome).encode(), is_state=False)
+    assert count(server.front, "verdict_agreement_total", told="best-effort", did="best-effort") == 1.0
 
 
 async def test_a_request_keeps_its_room_until_its_engine_names_it(tmp_path: Path) -> None:

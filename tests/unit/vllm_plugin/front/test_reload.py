@@ -49,7 +49,7 @@ def count(front: FrontDesk, result: str) -> float | None:
 
 def handed_over(front: FrontDesk, extra_args: dict[str, object] | None) -> dict[str, object]:
     """Extra arguments as the engine gets them, of a request that nobody judges."""
-    client, params = Client(), SimpleNamespace(extra_args=extra_args)
+    client, params = Client(front, promises=False), SimpleNamespace(extra_args=extra_args)
     attach(client, front)
     client.generate({}, params, "r")
     return client.extra_args["r"]
