@@ -1,11 +1,11 @@
 """What verdicts, metrics and the live page cost: tokens/s of the demo's burst with all of it, over the same without.
 
 Both servers plan with the same scheduler. One has the middleware, headers both ways, metrics and the live page, which
-a client looks at each second while ``/metrics`` is scraped every five. The other has none of it, and gets its
-SLOs in the body. They get the same bursts by turns, another seed each round; the order changes from round to round.
-Prints the ratio of tokens/s with its bootstrap interval, and the promises kept, the steps and the milliseconds a step
-of both. Exits 1 when the ratio is under 0.99. Wants a machine that does nothing else, and the demo's model and profile
-in the cache (``slos-serve demo`` makes both).
+a client looks at each second. The other has none of it, and gets its SLOs in the body. ``/metrics`` of both, which has
+vLLM's own, is scraped every five seconds. They get the same bursts by turns, another seed each round; the order changes
+from round to round. Prints the ratio of tokens/s with its bootstrap interval, and the promises kept, the steps and the
+milliseconds a step of both. Exits 1 when the ratio is under 0.99. Wants a machine that does nothing else, and the
+demo's model and profile in the cache (``slos-serve demo`` makes both).
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Done:
 
     Attributes:
         tokens_per_s: output tokens over the time until the last answer ended.
-        kept: requests that attained.
+        kept: promises that were kept.
         steps: of the engine.
         wall_s: seconds.
     """
@@ -87,17 +87,17 @@ def interval(ratios: Sequence[float], draws: int = 5000) -> tuple[float, float, 
 
 
 @contextmanager
-def looked_at(url: str) -> Iterator[None]:
-    """Somebody watches the page meanwhile, and Prometheus scrapes."""
+def looked_at(urls: dict[str, str]) -> Iterator[None]:
+    """Somebody watches the page of one side meanwhile, and Prometheus scrapes both."""
     ended = threading.Event()
 
     def look() -> None:
-        with httpx.Client(base_url=url, timeout=10.0) as client:
+        with httpx.Client(timeout=10.0) as client:
             for number in count():
                 with suppress(httpx.TransportError):
-                    client.get("/slo/state")
-                    if number % SCRAPE_EVERY == 0:
-                        client.get("/metrics")
+                    client.get(f"{urls[WITH]}/slo/state")
+                    for url in urls.values() if number % SCRAPE_EVERY == 0 else ():
+                        client.get(f"{url}/metrics")
                 if ended.wait(LOOK_EVERY_S):
                     return
 
@@ -139,7 +139,8 @@ async def alternate(urls: dict[str, str], settings: Settings) -> list[float]:
                 if side == WITH and any(response.verdict is None for response in load.responses):
                     raise SystemExit("with: an answer had no verdict")
                 tokens = sum(response.output_tokens for response in load.responses)
-                kept = sum(score.attained for score in score_responses(load.responses, plan.classes, model))
+                scored = score_responses(load.responses, plan.classes, model)
+                kept = sum(score.has_slo and score.attained for score in scored)
                 steps = steps_of(urls[side]) - before
                 done[side] = Done(tokens / load.wall_s, kept, steps, load.wall_s)
             ratios.append(done[WITH].tokens_per_s / done[WITHOUT].tokens_per_s)
@@ -199,7 +200,7 @@ def run(settings: Settings, folder: Path) -> list[float]:
     with all_ready(servers):
         urls = {side: server.base_url for side, server in servers.items()}
         wait_for_verdicts(urls[WITH])
-        with looked_at(urls[WITH]):
+        with looked_at(urls):
             return asyncio.run(alternate(urls, settings))
 
 

@@ -179,6 +179,7 @@ class Steered(Scheduler):
         bitmask = super().get_grammar_bitmask(*args, **kwargs)
         if self._slo is not None:
             self._slo.guard.run("publish", self._slo.tell)
+            self._slo.telemetry.now()
         return bitmask
 
     def update_from_output(

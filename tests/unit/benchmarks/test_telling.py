@@ -51,7 +51,7 @@ async def test_sides_take_turns_with_the_same_bursts(
     monkeypatch.setattr(telling, "steps_of", lambda url: STEPS[sides[url]])
     monkeypatch.setattr(
         "slos_serve.bench.scoring.score_responses",
-        lambda responses, *_: [SimpleNamespace(attained=n < 4) for n in range(len(responses))],
+        lambda responses, *_: [SimpleNamespace(has_slo=n > 0, attained=n < 5) for n in range(len(responses))],
     )
     SEEN.clear()
     ratios = await alternate({WITH: "http://a", WITHOUT: "http://b"}, Settings(2, 1.0, 100, "m"))

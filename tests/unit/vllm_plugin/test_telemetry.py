@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from slos_serve.vllm_plugin.events import EventLog
-from slos_serve.vllm_plugin.telemetry import Telemetry
+from slos_serve.vllm_plugin.telemetry import EVERY_S, Telemetry
 
 
 def test_calls_are_carried_out_in_order() -> None:
@@ -20,6 +22,24 @@ def test_calls_are_carried_out_in_order() -> None:
     telemetry.close()
     assert seen == list(range(100))
     assert telemetry.dropped == telemetry.failed == 0
+
+
+def test_rounds_come_when_the_scheduler_waits_and_not_too_often() -> None:
+    began_s = time.monotonic()
+    telemetry, rounds = Telemetry(), list[int]()
+    telemetry.each_round = lambda: rounds.append(1)
+    while len(rounds) < 5:
+        telemetry.now()
+        time.sleep(0.001)
+    telemetry.close()
+    assert len(rounds) <= 2 + (time.monotonic() - began_s) / EVERY_S
+
+
+def test_without_steps_calls_are_carried_out_too() -> None:
+    telemetry, done = Telemetry(), threading.Event()
+    telemetry.post(done.set)
+    assert done.wait(60.0)
+    telemetry.close()
 
 
 def test_a_full_queue_drops_and_counts() -> None:
