@@ -55,7 +55,7 @@ def main(model: str, out: Path, side: str) -> None:
         max_num_batched_tokens=256,
         enforce_eager=True,
         block_size=32,
-        num_gpu_blocks_override=150,
+        num_gpu_blocks_override=100 if side == "drafts" else 150,
         **plugin,
     )
     sampling = [

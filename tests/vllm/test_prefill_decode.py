@@ -69,10 +69,26 @@ def _told(server: ServerProcess, name: str, at_least: float) -> float:
     return _sum(server, name)
 
 
+def _wait_for_verdicts(server: ServerProcess) -> None:
+    """Return once the front end judges requests: its kernels are loaded then."""
+    body = {"model": MODEL, "prompt": "Bread, salt and maps of the winter. " * 20, "max_tokens": 1}  # whole blocks
+    until_s = time.monotonic() + 180.0
+    while time.monotonic() < until_s:
+        answer = httpx.post(
+            f"{server.base_url}/v1/completions", json=body, headers={"x-slo-class": "none"}, timeout=60.0
+        )
+        if "x-slo-verdict" in answer.headers:
+            return
+        time.sleep(1.0)
+    raise AssertionError("no verdict within three minutes")
+
+
 def test_a_request_through_both_is_answered_as_by_one_and_both_keep_their_promise(
     servers: dict[str, ServerProcess],
 ) -> None:
     prefill, decode = servers["prefill"], servers["decode"]
+    for server in (prefill, decode):
+        _wait_for_verdicts(server)
     ran = subprocess.run(
         [sys.executable, "examples/prefill_decode.py"],
         cwd=ROOT,

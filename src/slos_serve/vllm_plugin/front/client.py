@@ -45,6 +45,8 @@ def open_front(app: Any, environment: Mapping[str, str] = os.environ) -> FrontDe
         model = vllm_config.model_config
         labels = EngineLabels(str(model.served_model_name or model.model))
         front = FrontDesk(config, labels, int(model.max_model_len))
+        # While a connector is asked for a prompt's KV, vLLM's own order may begin it, which promises nothing.
+        front.tells_at_once = vllm_config.kv_transfer_config is not None
         attach(client, front)
         front.start()
     except Exception:

@@ -70,6 +70,7 @@ class FrontDesk:
     Attributes:
         max_model_len: see above.
         ready: True once the routing kernels are loaded; nothing is judged before.
+        tells_at_once: every promise is told as soon as the mirror finds room, and binds the engine.
         load: what balancers are told of this server, by name; empty until it is known.
         live, watch: what the live page shows, ``None`` without one, and whether somebody looks.
     """
@@ -99,6 +100,7 @@ class FrontDesk:
         self._gauges_s = -math.inf
         self.load: dict[str, float] = {}
         self.ready = False
+        self.tells_at_once = False
         self._ended = threading.Event()
         self._failed = False
         self.metrics = FrontMetrics(self._indices, labels)
@@ -155,7 +157,8 @@ class FrontDesk:
         margin_s = self._config.planner.ttft_margin_s
         judged.targets_s = [one.ttft_due_s + margin_s - one.arrival_s for one in several]
         count = max(int(getattr(params, "n", 1) or 1), 1)
-        several = with_binding(several, told_at_once=count > 1 or not may_wait(params, judged.targets_s[0]))
+        at_once = self.tells_at_once or count > 1 or not may_wait(params, judged.targets_s[0])
+        several = with_binding(several, told_at_once=at_once)
         hoped = max((self._mirror.answer(now_s, several[0], several[1:]) for _ in range(count)), key=_severity)
         asked, promised = several[hoped.rank], hoped.verdict in (Verdict.ADMITTED, Verdict.SECOND_BEST)
         answer = hoped if asked.binding or not promised else PASSED_OVER
@@ -226,7 +229,7 @@ class FrontDesk:
         if not self.ready or not self._hear():
             return None
         target_s = several[0].ttft_due_s + self._config.planner.ttft_margin_s - several[0].arrival_s
-        several = with_binding(several, told_at_once=not may_wait(params, target_s))
+        several = with_binding(several, told_at_once=self.tells_at_once or not may_wait(params, target_s))
         return several, self._mirror.look(now_s, several[0], several[1:])
 
     def applied(self, args: SloArgs) -> SLOClass | None:
