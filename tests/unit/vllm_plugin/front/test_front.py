@@ -143,6 +143,13 @@ async def test_the_engine_is_bound_by_what_is_said_before_it_decides(
     assert server.client.extra_args["cmpl-1-0"].get("slo_told") == told
 
 
+async def test_where_the_engine_may_begin_prompts_unplanned_everybody_is_told_at_once(tmp_path: Path) -> None:
+    server = Server(desk(tmp_path, loaded(0)), promises=False)
+    server.front.tells_at_once = True
+    _, headers, _ = await server.ask("chat")
+    assert headers["x-slo-verdict"] == "admitted" and server.client.extra_args["cmpl-1-0"]["slo_told"] == 0
+
+
 async def test_who_fitted_and_was_passed_over_is_told_so(tmp_path: Path) -> None:
     server = Server(desk(tmp_path, loaded(0)), promises=False)
     _, headers, body = await server.ask("chat")
