@@ -188,6 +188,10 @@ class FrontDesk:
         """Until nothing better can be said to its client, see :mod:`slos_serve.vllm_plugin.front.open_promises`."""
         await self._open.wait(judged, self._clock_s())
 
+    async def last_word(self, judged: Judged) -> None:
+        """Before the head of an answer that begins goes out; returns soon."""
+        await self._open.last_word(judged)
+
     def said(self, judged: Judged) -> None:
         """Its client is being told what became of it."""
         try:

@@ -68,7 +68,9 @@ class _Answer:
         elif message["type"] == "http.response.start":
             await self._begin(message)
         else:
-            await self.wait_no_more()
+            if self._sender is not None:
+                await self._front.last_word(self.judged)
+                await self.wait_no_more()
             is_part = message["type"] == "http.response.body" and self._streams and message.get("body")
             await self._send(self._part(message) if is_part else message)
 
@@ -96,6 +98,7 @@ class _Answer:
         if self._streams and self.judged.open and message["status"] < 400:
             self._sender = asyncio.create_task(self._send_later(message))
         else:
+            await self._front.last_word(self.judged)
             self._front.said(self.judged)
             await self._send(self._head(message))
 

@@ -21,6 +21,8 @@ from slos_serve.vllm_plugin.front.mirror import Answer
 
 # No head waits longer, whatever is promised: clients and proxies may not be patient.
 MOST_HELD_S = 5.0
+# A promise leaves the engine a step before the first token, and another thread of this process takes it in.
+LAST_WORD_S = 0.01
 # Of a request that fitted as it came, while the engine has not promised it anything.
 PASSED_OVER = Answer(Verdict.BEST_EFFORT, Why.PASSED_OVER)
 
@@ -71,8 +73,13 @@ class OpenPromises:
         """Until all of it is promised, its last promise would be late, or ``MOST_HELD_S`` have passed."""
         left_s = min(max(judged.targets_s, default=0.0), MOST_HELD_S) - (now_s - judged.arrival_s)
         if judged.open and left_s > 0.0:
-            with_timeout = asyncio.wait_for(judged.decided.wait(), left_s)
-            await asyncio.gather(with_timeout, return_exceptions=True)
+            await _decided(judged, left_s)
+
+    async def last_word(self, judged: Judged) -> None:
+        """The answer begins: a promise that the mirror hoped for is in this process by now, or was not made."""
+        hoped = judged.hoped
+        if judged.open and hoped is not None and hoped.verdict in (Verdict.ADMITTED, Verdict.SECOND_BEST):
+            await _decided(judged, LAST_WORD_S)
 
     def made(self, promised: Iterable[tuple[int, int]], note: Callable[[str, Verdict], None]) -> None:
         """The engine made promises; called by any thread.
@@ -97,6 +104,11 @@ class OpenPromises:
             if not judged.open:
                 give(judged, _promised(judged))
                 judged.decided.set()
+
+
+async def _decided(judged: Judged, most_s: float) -> None:
+    with_timeout = asyncio.wait_for(judged.decided.wait(), most_s)
+    await asyncio.gather(with_timeout, return_exceptions=True)
 
 
 def give(judged: Judged, answer: Answer) -> None:
