@@ -19,9 +19,8 @@ logger = init_logger("vllm.slos_serve")
 
 P = ParamSpec("P")
 MOST_CALLS = 20_000
+# Between two rounds; without a good moment the next one comes then.
 EVERY_S = 0.05
-# Without a step, calls wait no longer.
-MOST_S = 0.2
 
 
 class Telemetry:
@@ -73,7 +72,7 @@ class Telemetry:
 
     def _work(self) -> None:
         while not self._ended:
-            self._due.wait(MOST_S)
+            self._due.wait(EVERY_S)
             self._due.clear()
             self._last_s = time.monotonic()
             self.flush()
