@@ -89,11 +89,11 @@ class EnginePublisher:
     def after_plan(self, now_s: float, view: EngineView, plan: StepPlan, seen_until_s: float) -> None:
         """Take what is to be published of a step if the next plan would come too late for it."""
         if self.due(now_s + plan.predicted_s):
-            self._take(snapshot_of(view, now_s, plan, self._policy.correction.factor, seen_until_s))
+            self._take(now_s, view, plan, seen_until_s)
 
     def unplanned(self, now_s: float, view: EngineView) -> None:
         """Take the state as it is: a step that is not planned is about to run."""
-        self._take(snapshot_of(view, now_s, correction=self._policy.correction.factor))
+        self._take(now_s, view)
 
     def idle(self, now_s: float, engine: EngineView) -> None:
         """Publish at once that no request is left in the engine; ``engine`` gives its sizes."""
@@ -108,9 +108,7 @@ class EnginePublisher:
         try:
             self.deliver(self._publisher.publish(snapshot))
         except Exception:
-            if not self._failed:
-                self._failed = True
-                _logger.exception("slos-serve: a publication failed; routers count this replica as full meanwhile.")
+            self._log_once()
 
     def deliver(self, publication: Publication) -> None:
         """Hand it to the transport, which keeps the newest."""
@@ -126,8 +124,20 @@ class EnginePublisher:
         self._socket.close()
         self._context.term()
 
-    def _take(self, snapshot: Snapshot) -> None:
-        self._unsent, self._taken_s = snapshot, snapshot.now_s
+    def _take(
+        self, now_s: float, view: EngineView, plan: StepPlan | None = None, seen_until_s: float | None = None
+    ) -> None:
+        self._taken_s = now_s
+        try:
+            self._unsent = snapshot_of(view, now_s, plan, self._policy.correction.factor, seen_until_s)
+        except Exception:
+            self._log_once()
+
+    def _log_once(self) -> None:
+        """Log the exception that is being handled, if it is the first one."""
+        if not self._failed:
+            self._failed = True
+            _logger.exception("slos-serve: a publication failed; routers count this replica as full meanwhile.")
 
 
 class FrontPublisher(EnginePublisher):

@@ -51,6 +51,17 @@ def test_who_leaves_waits_or_has_a_prompt_left_is_told_at_once(monkeypatch: pyte
         assert times_s[-1] == pytest.approx(3 * STEP_S)
 
 
+def test_a_snapshot_that_fails_costs_no_step(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise ValueError("no copy")
+
+    monkeypatch.setattr("slos_serve.vllm_plugin.publish.snapshot_of", fails)
+    assert heard([loaded(3)] * 20, monkeypatch, tmp_path) == []
+    assert caplog.text.count("a publication failed") == 1
+
+
 def test_with_short_steps_a_change_is_told_as_soon_as_it_may_be(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
