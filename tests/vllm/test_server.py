@@ -26,11 +26,13 @@ from slos_serve.vllm_plugin.config import PluginConfig
 from tests.cpu_profile import save_rough_profile
 from tests.vllm.at_once import ask, ask_at_once, come_back, headroom_at_rest, outcomes
 from tests.vllm.hostile import MODEL, Hostile, hostile_requests
+from tests.vllm.otlp_sink import SpanSink
 
 pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).parents[2]
 EVENTS: dict[str, Path] = {}
+SPANS: dict[str, SpanSink] = {}
 NUM_HOSTILE, NUM_STOPPED = 300, 50
 CONCURRENCY = 8
 BEFORE_0_29 = Version(vllm.__version__) < Version("0.29")
@@ -49,10 +51,12 @@ def server(tmp_path_factory: pytest.TempPathFactory, cpu_model: str) -> Iterator
         profile_path=folder / "profile.json",
         events_path=folder / "events.jsonl",
     )
-    vllm_args = (*cpu_engine_args(), "--served-model-name", MODEL)
-    with ServerProcess(cpu_model, vllm_args, plugin=plugin, environment=CPU_ENVIRONMENT) as running:
-        EVENTS[running.base_url] = folder / "events.jsonl"
-        yield running
+    with SpanSink() as sink:
+        vllm_args = (*cpu_engine_args(), "--served-model-name", MODEL, "--otlp-traces-endpoint", sink.url)
+        environment = {**CPU_ENVIRONMENT, **sink.environment}
+        with ServerProcess(cpu_model, vllm_args, plugin=plugin, environment=environment) as running:
+            EVENTS[running.base_url], SPANS[running.base_url] = folder / "events.jsonl", sink
+            yield running
 
 
 @pytest.fixture(scope="module")
@@ -402,6 +406,24 @@ def judging(server: ServerProcess) -> ServerProcess:
         assert time.monotonic() < until_s, "no answer has a verdict"
         time.sleep(1.0)
     return server
+
+
+def test_a_trace_has_the_verdict_and_vllms_own_span_under_it(judging: ServerProcess) -> None:
+    trace, caller = "0123456789abcdef" * 2, "0123456789abcdef"
+    headers = {"x-slo-class": "chat", "traceparent": f"00-{trace}-{caller}-01"}
+    answer = complete(judging, headers)
+    assert answer.status_code == 200
+    found: dict[str, dict[str, Any]] = {}
+    for _ in range(200):
+        found = {span["name"]: span for span in SPANS[judging.base_url].spans if span["trace"] == trace}
+        if {"slo_request", "llm_request"} <= found.keys():
+            break
+        time.sleep(0.05)
+    ours, vllms = found["slo_request"], found["llm_request"]
+    assert (ours["parent"], vllms["parent"]) == (caller, ours["id"])
+    told = {f"slo.{name}": answer.headers[f"x-slo-{name}"] for name in ("class", "verdict", "reason")}
+    assert told.items() <= ours["attributes"].items() and told["slo.class"] == "chat"
+    assert f"{ours['attributes']['slo.target_ttft_ms']:.0f}" == answer.headers["x-slo-target-ttft-ms"]
 
 
 def test_an_answer_says_what_was_decided_before_its_first_byte(judging: ServerProcess) -> None:

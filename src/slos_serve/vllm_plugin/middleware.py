@@ -143,9 +143,9 @@ class SLOMiddleware:
         from slos_serve.vllm_plugin.front.exchange import judged_exchange  # noqa: PLC0415 - loads the routing kernels
 
         send = reporting(send, wanted_format(scope["headers"]), self._front.load)
-        await judged_exchange(
-            self._front, granted.slo_class, announced, lambda out: self._app(scope, receive, out), send, version
-        )
+        judged = self._front.begin(granted.slo_class, version)
+        with self._front.traced(judged, scope) as inner:
+            await judged_exchange(self._front, judged, announced, lambda out: self._app(inner, receive, out), send)
 
     async def _answered_here(self, scope: Scope, send: Send) -> bool:
         """Answer the plug-in's own pages; False for any other request."""

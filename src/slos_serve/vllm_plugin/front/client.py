@@ -20,6 +20,7 @@ from slos_serve.vllm_plugin.class_versions import VERSION_KEY, ClassVersion
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.desk import FrontDesk
 from slos_serve.vllm_plugin.front.judged import HandedOver, Judged
+from slos_serve.vllm_plugin.front.tracing import open_spans
 from slos_serve.vllm_plugin.metrics import EngineLabels
 from slos_serve.vllm_plugin.slo_args import TICKET_KEY, TOLD_KEY
 
@@ -47,6 +48,7 @@ def open_front(app: Any, environment: Mapping[str, str] = os.environ) -> FrontDe
         front = FrontDesk(config, labels, int(model.max_model_len))
         # While a connector is asked for a prompt's KV, vLLM's own order may begin it, which promises nothing.
         front.tells_at_once = vllm_config.kv_transfer_config is not None
+        front.spans = open_spans(vllm_config)
         attach(client, front)
         front.start()
     except Exception:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from slos_serve.routing.headroom import MOST, STANDARD_PROMPT_TOKENS, headroom, 
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.router import RoutingRequest
 from slos_serve.routing.warm_up import warm_up_routing
+from slos_serve.vllm_plugin.asgi import Scope
 from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.asking import Asking
@@ -42,6 +44,7 @@ from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror, Lo
 from slos_serve.vllm_plugin.front.open_promises import PASSED_OVER, OpenPromises, give, may_wait, with_binding
 from slos_serve.vllm_plugin.front.reload import ClassFileWatch
 from slos_serve.vllm_plugin.front.tasks import FrontTasks
+from slos_serve.vllm_plugin.front.tracing import RequestSpans
 from slos_serve.vllm_plugin.live.feed import LIVE_KEY, WATCHED
 from slos_serve.vllm_plugin.live.state import LiveState, Watch
 from slos_serve.vllm_plugin.metrics import EngineLabels
@@ -71,6 +74,7 @@ class FrontDesk:
         max_model_len: see above.
         ready: True once the routing kernels are loaded; nothing is judged before.
         tells_at_once: every promise is told as soon as the mirror finds room, and binds the engine.
+        spans: of requests, where vLLM traces.
         load: what balancers are told of this server, by name; empty until it is known.
         live, watch: what the live page shows, ``None`` without one, and whether somebody looks.
     """
@@ -101,6 +105,7 @@ class FrontDesk:
         self.load: dict[str, float] = {}
         self.ready = False
         self.tells_at_once = False
+        self.spans: RequestSpans | None = None
         self._ended = threading.Event()
         self._failed = False
         self.metrics = FrontMetrics(self._indices, labels)
@@ -137,6 +142,10 @@ class FrontDesk:
     def begin(self, applied: SLOClass | None, version: ClassVersion | None = None) -> Judged:
         """An HTTP request came; ``applied`` is its class, of that ``version`` of the class file or of the newest."""
         return Judged(applied, self._clock_s(), version or self.version)
+
+    def traced(self, judged: Judged, scope: Scope) -> AbstractContextManager[Scope]:
+        """Where vLLM traces, a span around a request; gives the scope to serve it with."""
+        return nullcontext(scope) if self.spans is None else self.spans.around(judged, scope)
 
     def entered(self, judged: Judged, prompt: object, params: Any, request_id: str) -> HandedOver | None:
         """vLLM is about to hand a request to its engine: judge it. Sets ``judged.refusal`` where it is refused.

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 
-from slos_serve.core.slo import SLOClass
 from slos_serve.vllm_plugin.asgi import Message, Send
-from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.front.answers import refusal, verdict_headers, with_measured
 from slos_serve.vllm_plugin.front.client import CURRENT, RefusedError
 from slos_serve.vllm_plugin.front.desk import FrontDesk
@@ -18,32 +16,30 @@ Serve = Callable[[Send], Awaitable[None]]
 
 async def judged_exchange(
     front: FrontDesk,
-    applied: SLOClass | None,
+    judged: Judged,
     announced: Iterable[tuple[bytes, bytes]],
     serve: Serve,
     send: Send,
-    version: ClassVersion | None = None,
 ) -> None:
     """Serve one request and tell its client what was decided.
 
     Args:
         front: judges it when vLLM hands it to the engine.
-        applied: its class.
+        judged: what ``front`` began for it.
         announced: headers of an answer, before the verdict.
         serve: runs the application with the ``send`` it is given.
         send: of the connection.
-        version: of the class file that ``applied`` is of; ``None`` for the newest.
     """
-    answer = _Answer(front, front.begin(applied, version), list(announced), send)
-    token = CURRENT.set(answer.judged)
+    answer = _Answer(front, judged, list(announced), send)
+    token = CURRENT.set(judged)
     try:
         await serve(answer.send)
     except RefusedError:
-        if answer.judged.refusal is None:
+        if judged.refusal is None:
             raise
     finally:
         CURRENT.reset(token)
-        front.ended(answer.judged)  # first: whatever becomes of the head, room is given back
+        front.ended(judged)  # first: whatever becomes of the head, room is given back
         await answer.wait_no_more()
     await answer.refuse_if_due()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from slos_serve.core.verdict import Verdict
 from slos_serve.files.profile_file import Profile, save_profile
-from slos_serve.vllm_plugin.asgi import Message, Send
+from slos_serve.vllm_plugin.asgi import Message, RawHeaders, Scope, Send
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.client import CURRENT, attach
 from slos_serve.vllm_plugin.front.desk import FrontDesk
@@ -103,11 +103,16 @@ class Client:
 
 
 class Server:
-    """The application and what a client of it sees; ``promises`` as of :class:`Client`."""
+    """The application and what a client of it sees; ``promises`` as of :class:`Client`.
+
+    ``headers`` are those of each request, ``scopes`` what each was served with.
+    """
 
     def __init__(self, front: FrontDesk, *, promises: bool = True) -> None:
         self.front = front
         self.client = Client(front, promises)
+        self.headers: RawHeaders = []
+        self.scopes: list[Scope] = []
         self._sent = 0
         attach(self.client, front)
 
@@ -124,7 +129,10 @@ class Server:
         params = SimpleNamespace(extra_args=xargs, max_tokens=max_tokens, n=1, **given)
         prompt = {"type": "token", "prompt_token_ids": [1] * prompt_tokens}
         name = f"cmpl-{self._sent}-0"
-        await judged_exchange(self.front, applied, [], lambda out: self._serve(out, prompt, params, name), send)
+        judged = self.front.begin(applied)
+        with self.front.traced(judged, {"type": "http", "headers": self.headers}) as scope:
+            self.scopes.append(scope)
+            await judged_exchange(self.front, judged, [], lambda out: self._serve(out, prompt, params, name), send)
         headers = {key.decode(): value.decode() for key, value in messages[0]["headers"]}
         return int(messages[0]["status"]), headers, b"".join(part.get("body", b"") for part in messages[1:])
 

@@ -164,5 +164,5 @@ async def test_a_head_that_cannot_be_sent_leaves_no_room_taken(tmp_path: Path) -
 
     server = Server(front)
     with pytest.raises(ConnectionError):
-        await judged_exchange(front, front.version.classes.classes["chat"], [], serve, broken)
+        await judged_exchange(front, front.begin(front.version.classes.classes["chat"]), [], serve, broken)
     assert front._mirror._mirrors.in_flight(ENGINE) == 0
