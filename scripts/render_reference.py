@@ -135,8 +135,8 @@ RESPONSE_HEADERS = {
     "of what is left over.",
     "x-llm-d-request-dropped-reason": "`rejected-saturated` on a refusal, for llm-d's gateway.",
     "endpoint-load-metrics": "Load report (ORCA), where the request asks for it with "
-    "`endpoint-load-metrics-format: TEXT` or `JSON`: `slos_serve_least_headroom_requests` and "
-    "`slos_serve_standard_ttft_seconds` beside vLLM's own numbers, on streams too.",
+    "`endpoint-load-metrics-format: TEXT` or `JSON`: `slos_serve_least_headroom_requests`, "
+    "`slos_serve_standard_ttft_seconds` and `slos_serve_next_tpot_seconds` beside vLLM's own numbers, on streams too.",
 }
 
 

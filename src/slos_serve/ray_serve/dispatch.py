@@ -20,6 +20,7 @@ from slos_serve.core.verdict import Verdict, Why
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import Envelope, Notes
 from slos_serve.routing.clock_offset import ClockOffset
+from slos_serve.routing.headroom import together
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.predicted import predicted
 from slos_serve.routing.retry_after import RetryTimes
@@ -28,7 +29,7 @@ from slos_serve.routing.sessions import Sessions
 from slos_serve.routing.settings import STALE_AFTER_S, Order
 from slos_serve.routing.shards import Share, route_shared
 from slos_serve.routing.starts import Starts
-from slos_serve.vllm_plugin.front.load_report import LEAST_HEADROOM, STANDARD_TTFT
+from slos_serve.vllm_plugin.front.load_report import load_of
 
 TRANSIT_S = 0.05
 # A router is made with the first request that comes. It has heard of nobody then, though replicas publish every 100 ms.
@@ -197,12 +198,10 @@ class Dispatcher:
         return Share.of(self.mirrors, tuple({self._mailbox.name}.union(*heard)), self._mailbox.name)
 
     def _load(self, now_s: float) -> dict[str, float]:
-        """Headroom of all replicas that were heard lately, and the soonest that one of them would begin to answer."""
+        """The room of all replicas that were heard lately, by name; empty while none has told it."""
         since_s = now_s - self._settings.stale_after_s
-        heard = [notes for at_s, notes in self._heard.values() if at_s >= since_s]
-        rooms = [notes.least_headroom for notes in heard if notes.least_headroom is not None]
-        ttfts = [notes.standard_ttft_s for notes in heard if notes.standard_ttft_s is not None]
-        return {LEAST_HEADROOM: sum(rooms), STANDARD_TTFT: min(ttfts)} if rooms and ttfts else {}
+        rooms = [notes.room for at_s, notes in self._heard.values() if at_s >= since_s and notes.room is not None]
+        return load_of(together(rooms)) if rooms else {}
 
     def _later(self) -> float:
         """The present time; never before an earlier one."""

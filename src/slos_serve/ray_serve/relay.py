@@ -21,6 +21,7 @@ from slos_serve.ray_serve.curve import CurveKeys, Doorkeeper, RefusalCount
 from slos_serve.ray_serve.ports import PortRange
 from slos_serve.ray_serve.pulse import Pulse
 from slos_serve.ray_serve.wire import MOST_NAME_CHARS, MOST_ROUTERS, ROUTER_TOPIC, Envelope, Notes
+from slos_serve.routing.headroom import Room
 from slos_serve.routing.publication import Publication
 
 _logger = logging.getLogger("slos_serve.ray_serve")
@@ -90,9 +91,9 @@ class Relay:
         payload = self._last
         return None if payload is None else Envelope(0.0, False, payload).publication("")
 
-    def tell_load(self, least_headroom: float, standard_ttft_s: float) -> None:
-        """What every publication says of the replica's load from now on."""
-        self._notes = replace(self._notes, least_headroom=least_headroom, standard_ttft_s=standard_ttft_s)
+    def tell_room(self, room: Room) -> None:
+        """What every publication says of the replica's room from now on."""
+        self._notes = replace(self._notes, room=room)
 
     def close(self) -> None:
         """End the thread and free the addresses."""

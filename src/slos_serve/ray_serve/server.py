@@ -29,7 +29,7 @@ from slos_serve.ray_serve.replica_gauges import ReplicaGauges, least_headroom
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import ADDRESS_KEY
 from slos_serve.routing.demand import Demand
-from slos_serve.routing.headroom import standard_ttft_s
+from slos_serve.routing.headroom import room_of
 from slos_serve.vllm_plugin.config import EVENTS_ENV, PUBLISH_ENV, PluginConfig
 from slos_serve.vllm_plugin.handed import with_told
 from slos_serve.vllm_plugin.metrics import MULTIPROC_ENV
@@ -113,12 +113,11 @@ class SLOServer(LLMServer):
         while True:
             await asyncio.sleep(METRICS_EVERY_S)
             try:
-                latest = self._relay.latest()
-                ttft_s = None if latest is None else await asyncio.to_thread(standard_ttft_s, latest, time.monotonic())
-                stats = await self.record_autoscaling_stats()
-                gauges.set(stats, ttft_s, self._relay.refused_peers)
-                if ttft_s is not None:
-                    self._relay.tell_load(least_headroom(stats), ttft_s)
+                stats, latest, room = await self.record_autoscaling_stats(), self._relay.latest(), None
+                if latest is not None:
+                    room = await asyncio.to_thread(room_of, latest, least_headroom(stats), time.monotonic())
+                    self._relay.tell_room(room)
+                gauges.set(stats, room, self._relay.refused_peers)
             except Exception:
                 _logger.exception("slos-serve: headroom cannot be told")
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import check_number
+from slos_serve.routing.headroom import Room
 from slos_serve.routing.publication import Publication
 from slos_serve.vllm_plugin.publish import STEPS_KEY, TICKETS_KEY
 
@@ -30,14 +31,11 @@ class Notes:
 
     Attributes:
         routers: names of the routers that hear the replica now, sorted.
-        least_headroom: typical requests of the class with least room that it could still promise; ``None`` before its
-            first publication.
-        standard_ttft_s: until the first token of a standard prompt that came now; ``None`` likewise.
+        room: what it could still promise; ``None`` before its first publication.
     """
 
     routers: tuple[str, ...] = ()
-    least_headroom: float | None = None
-    standard_ttft_s: float | None = None
+    room: Room | None = None
 
     @classmethod
     def of_json(cls, text: bytes) -> Notes:
@@ -48,6 +46,7 @@ class Notes:
         """
         try:
             found = cls(**json.loads(text))
+            room = None if found.room is None else Room(**found.room)  # type: ignore[arg-type]
         except (ValueError, TypeError, RecursionError) as fault:
             raise InvalidFieldError("publication notes", str(fault)[:200], "JSON of known fields") from fault
         names = found.routers
@@ -55,11 +54,9 @@ class Notes:
             raise InvalidFieldError("routers", type(names).__name__, f"a list of at most {MOST_ROUTERS} names")
         if not all(isinstance(name, str) and len(name) <= MOST_NAME_CHARS for name in names):
             raise InvalidFieldError("routers", "other values", f"names of at most {MOST_NAME_CHARS} characters")
-        for field in ("least_headroom", "standard_ttft_s"):
-            value = getattr(found, field)
-            if value is not None:
-                check_number(field, value, low=0.0, high=1e9, low_included=True)
-        return replace(found, routers=tuple(names))
+        for field, value in {} if room is None else asdict(room).items():
+            check_number(field, value, low=0.0, high=1e9, low_included=True)
+        return cls(tuple(names), room)
 
 
 @dataclass(frozen=True, slots=True)

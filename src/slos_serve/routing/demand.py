@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from slos_serve.routing.headroom import fullness, headroom, promises, with_attention
+from slos_serve.routing.headroom import fullness, headroom, headroom_prefill_tokens, promises, with_attention
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.router import RoutingRequest
 
 FULLNESS = "slos_serve_fullness"
-HEADROOM = "slos_serve_headroom_"
+HEADROOM, PREFILL_HEADROOM = "slos_serve_headroom_", "slos_serve_prefill_headroom_"
 # Replicas are scaled so that their mean fullness is this: below 1 there is room for what comes while one starts.
 TARGET_FULLNESS = 0.7
 FORGET_S = 300.0
@@ -75,17 +75,22 @@ class Demand:
         self._unpromised.discard(number)
 
     def stats(self, publication: Publication | None, now_s: float) -> dict[str, float]:
-        """Fullness, and headroom of each class that was asked for lately; a replica that never published is full."""
+        """Fullness, and what each class that was asked for lately could be promised.
+
+        A replica that never published is full.
+        """
         if publication is None:
             return {FULLNESS: 1.0}
-        found, asked_tokens_per_s = {}, 0.0
+        found: dict[str, float] = {}
+        asked_tokens_per_s = 0.0
         for name, asked in list(self._classes.items()):
             if now_s - asked.last_s > FORGET_S:
                 del self._classes[name]
                 continue
-            prompt, most = max(round(asked.prompt_tokens), 1), max(round(asked.max_tokens), 1)
-            typical = replace(asked.typical, prompt_tokens=prompt, max_tokens=most)
-            found[name] = headroom(publication, typical, now_s, most=max(LEAST_ASKED, promises(publication)))
+            prompt = max(round(asked.prompt_tokens), 1)
+            typical = replace(asked.typical, prompt_tokens=prompt, max_tokens=max(round(asked.max_tokens), 1))
+            most = max(LEAST_ASKED, promises(publication))
+            found[HEADROOM + name] = headroom(publication, typical, now_s, most=most)
+            found[PREFILL_HEADROOM + name] = headroom_prefill_tokens(publication, typical, now_s)
             asked_tokens_per_s += asked.tokens_per_s(now_s) * with_attention(publication, prompt)
-        stats: dict[str, float] = {HEADROOM + name: float(count) for name, count in found.items()}
-        return {FULLNESS: fullness(publication, asked_tokens_per_s, len(self._unpromised)), **stats}
+        return {FULLNESS: fullness(publication, asked_tokens_per_s, len(self._unpromised)), **found}

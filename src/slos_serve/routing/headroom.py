@@ -1,29 +1,62 @@
-"""How many more typical requests of a class a replica could promise right now, and how full it is.
+"""What a replica could promise right now: requests of a class, prompt tokens, a pace; and how full it is.
 
-The first is asked of a mirror, as routing does, again and again until it says no: it counts requests that come all at
-once. Nothing of it is sent: the mirror is one of this module's own. The second is about requests that keep coming:
-prompt tokens a second over what the replica computes beside its decodes.
+The room is asked of a mirror, as routing does, until it says no: it counts what comes all at once. Nothing of it is
+sent: the mirror is one of this module's own. Fullness is about requests that keep coming: prompt tokens a second over
+what the replica computes beside its decodes.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from slos_serve.core.verdict import Verdict, Why
-from slos_serve.perf.step_time import per_token_s, request_s
+from slos_serve.perf.step_time import per_token_s, request_s, roofline_s
+from slos_serve.routing import mirror_kernel as kernel
 from slos_serve.routing.mirror_arrays import advance, rate_beside
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.publication import Publication
-from slos_serve.routing.router import RouterSettings, RoutingRequest, route
+from slos_serve.routing.router import RouterSettings, RoutingRequest, route, row_of
 from slos_serve.routing.settings import Order
 
 MOST = 32
 STANDARD_PROMPT_TOKENS = 512
 LONGEST_TTFT_S = 600.0
 MOST_BUSY = 2.0
+# Prompt tokens are searched to this share of what is found.
+_NEAR = 1.02
 _ONLY_BESIDE = frozenset({Why.FITS, Why.FITS_AT_PREFIX})
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What a replica tells the routers of others: one number of each kind, whatever its classes.
+
+    Attributes:
+        least_headroom: requests of the class with least :func:`headroom`.
+        standard_ttft_s: see :func:`standard_ttft_s`.
+        next_tpot_s: see :func:`next_tpot_s`.
+    """
+
+    least_headroom: float
+    standard_ttft_s: float
+    next_tpot_s: float
+
+
+def together(rooms: Sequence[Room]) -> Room:
+    """The room of several replicas, one at least: all headroom, and the best times that one of them has."""
+    return Room(
+        sum(room.least_headroom for room in rooms),
+        min(room.standard_ttft_s for room in rooms),
+        min(room.next_tpot_s for room in rooms),
+    )
+
+
+def room_of(publication: Publication, least_headroom: float, now_s: float) -> Room:
+    """What a replica tells; arguments as of :func:`standard_ttft_s`."""
+    return Room(float(least_headroom), standard_ttft_s(publication, now_s), next_tpot_s(publication))
 
 
 def _mirror_of(publication: Publication) -> Mirrors:
@@ -43,14 +76,55 @@ def headroom(publication: Publication, typical: RoutingRequest, now_s: float, mo
     """
     mirrors = _mirror_of(publication)
     settings = RouterSettings(Order.SPREAD, stale_after_s=3600.0)
-    asked = replace(
-        typical, arrival_s=now_s, ttft_due_s=now_s + (typical.ttft_due_s - typical.arrival_s), reject_when_full=True
-    )
+    asked = replace(_coming(typical, now_s), reject_when_full=True)
     for count in range(most):
         decision = route(now_s, asked, mirrors, settings)
         if decision.verdict is not Verdict.ADMITTED or decision.reason not in _ONLY_BESIDE:
             return count
     return most
+
+
+def _coming(typical: RoutingRequest, now_s: float) -> RoutingRequest:
+    """The same request, arriving now."""
+    later_s = now_s - typical.arrival_s
+    return replace(
+        typical,
+        arrival_s=now_s,
+        ttft_due_s=typical.ttft_due_s + later_s,
+        answer_due_s=typical.answer_due_s + later_s,
+    )
+
+
+def headroom_prefill_tokens(publication: Publication, typical: RoutingRequest, now_s: float) -> int:
+    """Tokens of the longest prompt that the replica could promise now, to a request that is else like ``typical``.
+
+    Its deadlines are those of ``typical``, also where a class allows longer prompts more time. Arguments as of
+    :func:`headroom`.
+    """
+    mirrors = _mirror_of(publication)
+    k, m = mirrors.position(publication.replica), mirrors.arrays
+    advance(m, k, max(now_s, float(m.ready_s[k])))
+    row = row_of(_coming(typical, now_s))
+
+    def fits(tokens: int) -> bool:
+        row["prompt_tokens"] = tokens
+        return bool(kernel.ask(m, k, row, 0)[0] == kernel.BESIDE)
+
+    if not typical.has_slo or not fits(1):
+        return 0
+    fitting, too_many = 1, publication.total_blocks * publication.block_size + 1
+    while too_many - fitting > 1 and too_many > _NEAR * fitting:
+        middle = (fitting + too_many) // 2
+        fitting, too_many = (middle, too_many) if fits(middle) else (fitting, middle)
+    return fitting
+
+
+def next_tpot_s(publication: Publication) -> float:
+    """Seconds per output token of one more stream: of a batch of the promised decodes and it."""
+    mirrors = _mirror_of(publication)
+    k, m = mirrors.position(publication.replica), mirrors.arrays
+    own_s = float((m.counts[k] * m.extra_s_each[k]).sum() + m.extra_s_each[k].max())
+    return float(roofline_s(m.coefficients[k], m.counts[k].sum() + 1.0)) + own_s
 
 
 def standard_ttft_s(publication: Publication, now_s: float, prompt_tokens: int = STANDARD_PROMPT_TOKENS) -> float:

@@ -11,6 +11,8 @@ from slos_serve.core.verdict import Verdict, Why
 from slos_serve.ray_serve.dispatch import Dispatcher
 from slos_serve.ray_serve.ticket import Ticket
 from slos_serve.ray_serve.wire import Envelope, Notes
+from slos_serve.routing.headroom import Room
+from slos_serve.vllm_plugin.front.load_report import load_of
 from tests.unit.ray_serve.routers import AHEAD_S, Clock, Postman, ticket, two_routers
 from tests.unit.routing.fleet import NOW_S, loaded
 
@@ -276,11 +278,11 @@ def test_a_router_that_is_gone_leaves_its_share(clock: Clock) -> None:
 
 
 def test_the_load_of_all_replicas_goes_with_a_ticket_that_wants_it(dispatcher: Dispatcher, postman: Postman) -> None:
-    postman.bring("a", loaded(0), notes=Notes(least_headroom=3.0, standard_ttft_s=0.5))
-    postman.bring("b", loaded(0), notes=Notes(least_headroom=4.0, standard_ttft_s=0.2))
+    postman.bring("a", loaded(0), notes=Notes(room=Room(3.0, 0.5, 0.04)))
+    postman.bring("b", loaded(0), notes=Notes(room=Room(4.0, 0.2, 0.05)))
     silent, wanting = ticket(), ticket()
     wanting.wants_load = True
     for each in (silent, wanting):
         dispatcher.decide(each)
     assert silent.load == {}
-    assert wanting.load == {"slos_serve_least_headroom_requests": 7.0, "slos_serve_standard_ttft_seconds": 0.2}
+    assert wanting.load == load_of(Room(7.0, 0.2, 0.04))

@@ -18,6 +18,7 @@ from slos_serve.ray_serve.inbox import Inbox
 from slos_serve.ray_serve.pulse import Pulse
 from slos_serve.ray_serve.relay import Relay
 from slos_serve.ray_serve.wire import MOST_ROUTERS, Envelope, Notes
+from slos_serve.routing.headroom import Room
 from slos_serve.vllm_plugin.publish import NAMED_FOR_S, EnginePublisher
 from tests.builders import OPT_13B_A100
 from tests.unit.ray_serve.ports import PORTS
@@ -202,7 +203,7 @@ def test_steps_are_read_where_they_are_told(payload: bytes, steps: int | None) -
 
 
 def test_an_envelope_is_read_back() -> None:
-    envelope = Envelope(1.25, True, b"{}", 3.0, Notes(("a", "b"), 3.0, 0.25))
+    envelope = Envelope(1.25, True, b"{}", 3.0, Notes(("a", "b"), Room(3.0, 0.25, 0.04)))
     assert Envelope.of_parts(envelope.parts(), 3.0) == envelope
 
 
@@ -232,9 +233,11 @@ def test_other_payloads_are_refused(payload: bytes) -> None:
         b'{"routers": [1]}',
         json.dumps({"routers": ["x" * 65]}).encode(),
         json.dumps({"routers": ["x"] * (MOST_ROUTERS + 1)}).encode(),
-        b'{"routers": [], "least_headroom": -1}',
-        b'{"routers": [], "standard_ttft_s": NaN}',
-        b'{"routers": [], "standard_ttft_s": "soon"}',
+        b'{"room": [1, 2, 3]}',
+        b'{"room": {"least_headroom": 1}}',
+        b'{"room": {"least_headroom": -1, "standard_ttft_s": 1, "next_tpot_s": 1}}',
+        b'{"room": {"least_headroom": 1, "standard_ttft_s": NaN, "next_tpot_s": 1}}',
+        b'{"room": {"least_headroom": 1, "standard_ttft_s": 1, "next_tpot_s": "soon"}}',
     ],
 )
 def test_other_notes_are_refused(notes: bytes) -> None:
@@ -244,13 +247,14 @@ def test_other_notes_are_refused(notes: bytes) -> None:
 
 def test_replicas_tell_each_router_who_hears_them(relay: Relay, inbox: Inbox, publisher: EnginePublisher) -> None:
     publisher.idle(NOW_S, loaded(3).view())
-    relay.tell_load(5.0, 0.25)
+    room = Room(5.0, 0.25, 0.04)
+    relay.tell_room(room)
     other = Inbox(lambda: KEYS)
     try:
         for each in (inbox, other):
             each.listen("r1", relay.address)
         both = notes_with(inbox, 2)
-        assert both == Notes(tuple(sorted((inbox.name, other.name))), 5.0, 0.25)
+        assert both == Notes(tuple(sorted((inbox.name, other.name))), room)
     finally:
         other.close()
     assert notes_with(inbox, 1).routers == (inbox.name,)

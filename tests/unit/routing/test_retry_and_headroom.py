@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,15 @@ from slos_serve.routing.headroom import (
     LONGEST_TTFT_S,
     MOST,
     MOST_BUSY,
+    Room,
     busy,
     fullness,
     headroom,
+    headroom_prefill_tokens,
+    next_tpot_s,
     promises,
     standard_ttft_s,
+    together,
     with_attention,
 )
 from slos_serve.routing.mirrors import Mirrors
@@ -116,6 +121,31 @@ def test_headroom_shrinks_with_load_and_reserves_nothing() -> None:
     assert headroom(idle, request(), NOW_S, most=200) == first
     assert headroom(idle, request(), NOW_S) == MOST
     assert headroom(idle, request(9000, due_in_s=0.1), NOW_S) == 0
+
+
+def test_the_longest_prompt_is_the_longest_that_routing_says_yes_to() -> None:
+    for engine in (loaded(0), loaded(40), owing(1500, 1500)):
+        publication, asked = published(engine), request(due_in_s=2.0)
+        longest = headroom_prefill_tokens(publication, asked, NOW_S)
+        assert longest > 500
+        assert headroom(publication, replace(asked, prompt_tokens=longest), NOW_S) > 0
+        assert headroom(publication, replace(asked, prompt_tokens=round(1.05 * longest)), NOW_S) == 0
+    assert headroom_prefill_tokens(published(loaded(0)), request(due_in_s=0.001), NOW_S) == 0
+
+
+def test_where_kv_is_short_it_bounds_the_longest_prompt() -> None:
+    asked = request(due_in_s=30.0)
+    found = [headroom_prefill_tokens(published(loaded(0, total_blocks=blocks)), asked, NOW_S) for blocks in (200, 400)]
+    assert 0 < found[0] < 200 * 16 and found[0] < found[1] < 400 * 16
+
+
+def test_one_more_stream_goes_at_the_pace_of_the_batch_that_it_joins() -> None:
+    idle, busy = (next_tpot_s(published(loaded(count))) for count in (0, 60))
+    assert 0.0 < OPT_13B_A100.zero_load_s(1) <= idle < busy
+
+
+def test_the_room_of_a_fleet_is_all_headroom_and_the_best_times() -> None:
+    assert together([Room(3.0, 0.5, 0.04), Room(4.0, 0.2, 0.05)]) == Room(7.0, 0.2, 0.04)
 
 
 def test_a_replica_is_as_full_as_its_time_or_its_kv() -> None:

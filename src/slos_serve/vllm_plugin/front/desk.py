@@ -28,7 +28,7 @@ import zmq
 
 from slos_serve.core.slo import SLOClass, WhenFull
 from slos_serve.core.verdict import Verdict
-from slos_serve.routing.headroom import MOST, STANDARD_PROMPT_TOKENS, headroom, standard_ttft_s
+from slos_serve.routing.headroom import MOST, STANDARD_PROMPT_TOKENS, headroom, headroom_prefill_tokens, room_of
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.router import RoutingRequest
 from slos_serve.routing.warm_up import warm_up_routing
@@ -38,7 +38,7 @@ from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.asking import Asking
 from slos_serve.vllm_plugin.front.judged import HandedOver, Judged, prompt_tokens
 from slos_serve.vllm_plugin.front.link import PROMISED_KEY, FrontSockets, socket_path
-from slos_serve.vllm_plugin.front.load_report import LEAST_HEADROOM, STANDARD_TTFT
+from slos_serve.vllm_plugin.front.load_report import load_of
 from slos_serve.vllm_plugin.front.metrics import FrontMetrics
 from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror, Looked
 from slos_serve.vllm_plugin.front.open_promises import PASSED_OVER, OpenPromises, give, may_wait, with_binding
@@ -325,7 +325,7 @@ class FrontDesk:
             return
         before, self._typical = self._typical, self._standard()
         for name in before.keys() - self._typical.keys():
-            self.metrics.headroom(name, 0)
+            self.metrics.headroom(name, 0, 0)
         if self.live is not None:
             self.live.classes_changed(self.version.classes)
 
@@ -380,14 +380,15 @@ class FrontDesk:
         used = newest.total_blocks - newest.free_blocks
         peak = newest.total_blocks - int(newest.memory_left.min())
         self.metrics.kv(newest.total_blocks, used, peak)
-        rooms = {name: headroom(newest, asked, newest.ready_s) for name, asked in list(self._typical.items())}
-        for name, room in rooms.items():
-            self.metrics.headroom(name, room)
+        rooms: dict[str, int] = {}
+        for name, asked in list(self._typical.items()):
+            rooms[name] = headroom(newest, asked, newest.ready_s)
+            self.metrics.headroom(name, rooms[name], headroom_prefill_tokens(newest, asked, newest.ready_s))
         if self.live is not None:
             self.live.gauges({"total": newest.total_blocks, "used": used, "forecast_peak": peak}, rooms)
-        least, ttft_s = min(rooms.values(), default=MOST), standard_ttft_s(newest, newest.ready_s)
-        self.metrics.to_routers(least, ttft_s)
-        self.load = {LEAST_HEADROOM: float(least), STANDARD_TTFT: ttft_s}
+        room = room_of(newest, min(rooms.values(), default=MOST), newest.ready_s)
+        self.metrics.to_routers(room)
+        self.load = load_of(room)
 
 
 def load_kernels() -> None:

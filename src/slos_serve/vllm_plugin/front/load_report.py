@@ -2,21 +2,33 @@
 
 A balancer asks with ``endpoint-load-metrics-format: TEXT`` or ``JSON``. vLLM answers with its KV use and its queue, on
 answers that are no streams. Ours says on streams too what a balancer would have to guess from those: how many more
-requests could be promised, and when a standard prompt would have its first token.
+requests could be promised, when a standard prompt would have its first token, and the pace of one more stream.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from slos_serve.vllm_plugin.asgi import Message, Send
+
+if TYPE_CHECKING:
+    from slos_serve.routing.headroom import Room
 
 Headers = list[tuple[bytes, bytes]]
 FORMAT_HEADER, HEADER = b"endpoint-load-metrics-format", b"endpoint-load-metrics"
 TEXT, JSON = "TEXT", "JSON"
 NAMED = "named_metrics"
-LEAST_HEADROOM, STANDARD_TTFT = "slos_serve_least_headroom_requests", "slos_serve_standard_ttft_seconds"
+
+
+def load_of(room: Room) -> dict[str, float]:
+    """What a report says, by name."""
+    return {
+        "slos_serve_least_headroom_requests": room.least_headroom,
+        "slos_serve_standard_ttft_seconds": room.standard_ttft_s,
+        "slos_serve_next_tpot_seconds": room.next_tpot_s,
+    }
 
 
 def wanted_format(headers: Iterable[tuple[bytes, bytes]]) -> str | None:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from slos_serve.core.slo import NO_SLO_CLASS
 from slos_serve.core.verdict import Verdict, Why
 from slos_serve.files.class_file import CUSTOM_CLASS
+from slos_serve.routing.headroom import Room
 from slos_serve.vllm_plugin.metrics import COMMON, PREDICTION_BUCKETS, EngineLabels
 
 RELOADS = ("taken", "kept_old")
@@ -50,17 +51,21 @@ class FrontMetrics:
         mode = "livesum"
         text = "Requests of the class's mean length that could be promised now."
         self._headroom = self._made(Gauge, "headroom_requests", text, "slo_class", multiprocess_mode=mode)
+        text = "Tokens of the longest prompt of the class that could be promised now."
+        self._prefill = self._made(Gauge, "headroom_prefill_tokens", text, "slo_class", multiprocess_mode=mode)
         text = "The smallest headroom of any class."
         self._least = self._made(Gauge, "least_headroom_requests", text, multiprocess_mode=mode).labels(*self._names)
         text = "Predicted time to first token of a 512-token prompt that comes now."
         self._standard = self._made(Gauge, "standard_ttft_seconds", text, multiprocess_mode=mode).labels(*self._names)
+        text = "Predicted time per output token of one more stream."
+        self._next = self._made(Gauge, "next_tpot_seconds", text, multiprocess_mode=mode).labels(*self._names)
         text = "KV blocks: in all, used now, and at the forecast peak of what is promised."
         self._kv = self._made(Gauge, "kv_blocks", text, "kind", multiprocess_mode=mode)
         self.kv(0, 0, 0)
         for name in self._classes:
             if name != NO_SLO_CLASS:
                 self._answers.labels(*self._names, name, Verdict.ADMITTED, Why.FITS)
-                self.headroom(name, 0)
+                self.headroom(name, 0, 0)
         words = (Verdict.ADMITTED, Verdict.SECOND_BEST, Verdict.BEST_EFFORT)
         for told in words:
             for did in words:
@@ -83,14 +88,16 @@ class FrontMetrics:
         if predicted_s > 0.0:
             self._ttft.observe(measured_s / predicted_s)
 
-    def headroom(self, slo_class: str, requests: int) -> None:
-        """So many typical requests of a class could be promised now."""
+    def headroom(self, slo_class: str, requests: int, prefill_tokens: int) -> None:
+        """So many typical requests of a class, or one with so long a prompt, could be promised now."""
         self._headroom.labels(*self._names, slo_class).set(requests)
+        self._prefill.labels(*self._names, slo_class).set(prefill_tokens)
 
-    def to_routers(self, least_headroom: int, ttft_s: float) -> None:
+    def to_routers(self, room: Room) -> None:
         """What routers of others score servers by: one series each, without a class."""
-        self._least.set(least_headroom)
-        self._standard.set(ttft_s)
+        self._least.set(room.least_headroom)
+        self._standard.set(room.standard_ttft_s)
+        self._next.set(room.next_tpot_s)
 
     def kv(self, total: int, used: int, forecast_peak: int) -> None:
         """KV blocks of the engine."""

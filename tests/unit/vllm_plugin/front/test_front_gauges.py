@@ -25,6 +25,9 @@ def test_room_is_shown_before_anybody_has_asked(tmp_path: Path) -> None:
     assert 0 < shown(idle, "least_headroom_requests") <= MOST
     assert shown(busy, "least_headroom_requests") < shown(idle, "least_headroom_requests")
     assert shown(busy, "standard_ttft_seconds") > shown(idle, "standard_ttft_seconds") > 0.0
+    assert shown(busy, "next_tpot_seconds") > shown(idle, "next_tpot_seconds") > 0.0
+    longest = [shown(front, "headroom_prefill_tokens", slo_class="chat") for front in (busy, idle)]
+    assert 0 < longest[0] < longest[1]
 
 
 async def test_the_class_with_least_room_counts_and_real_requests_replace_the_standard_one(tmp_path: Path) -> None:
