@@ -7,6 +7,7 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -62,7 +63,19 @@ def doctor(
     raise typer.Exit(1 if any(finding.level == "error" for finding in findings) else 0)
 
 
-def environment_findings(environment: Mapping[str, str], *, serves: bool = False) -> Iterator[Finding]:
+def this_device() -> str | None:
+    """The accelerator that vLLM would use here, as profiles name it; ``None`` where that cannot be known."""
+    try:
+        from slos_serve.vllm_plugin.identity import device_name
+
+        return device_name()
+    except Exception:  # vLLM, or its driver, is not here or broken
+        return None
+
+
+def environment_findings(
+    environment: Mapping[str, str], *, serves: bool = False, device: Callable[[], str | None] = this_device
+) -> Iterator[Finding]:
     """What the variables and packages of this environment are.
 
     A server that ``serves`` with planned steps got its variables at its start, perhaps from another shell or on another
@@ -70,12 +83,20 @@ def environment_findings(environment: Mapping[str, str], *, serves: bool = False
     """
     if not serves or _vllm_version() is not None:
         yield _vllm()
-    yield from (found for found in _variables(environment) if not (serves and found.level == "warning"))
+    if serves:
+        yield from (found for found in _variables(environment, _unknown) if found.level != "warning")
+    else:
+        yield from _variables(environment, device)
 
 
-def _variables(environment: Mapping[str, str]) -> Iterator[Finding]:
+def _unknown() -> None:
+    """The device of a server elsewhere."""
+
+
+def _variables(environment: Mapping[str, str], device: Callable[[], str | None]) -> Iterator[Finding]:
     yield from _file(environment, CLASSES_ENV, load_class_file, "Requests then have no classes to name")
     yield from _file(environment, PROFILE_ENV, load_profile, "Every step then runs in stock order")
+    yield from _device(environment, device)
     yield _metrics_folder(environment)
     try:
         PluginConfig.from_environment(without_file_variables(environment))
@@ -115,6 +136,20 @@ def _file(environment: Mapping[str, str], name: str, load: Callable[[Path], obje
         yield Finding("error", f"{name}: {error}", "Correct the file or the variable")
     else:
         yield Finding("ok", f"{name}={given}")
+
+
+def _device(environment: Mapping[str, str], device: Callable[[], str | None]) -> Iterator[Finding]:
+    """Whether the profile was measured on what is in this machine."""
+    given, here = environment.get(PROFILE_ENV), None
+    with suppress(SlosServeError):
+        there = None if not given else load_profile(Path(given)).identity.device
+        here = None if there is None else device()
+    if here is not None and here != there:
+        yield Finding(
+            "error",
+            f"{PROFILE_ENV}={given} was measured on {there!r}, and this machine has {here!r}",
+            "Measure here: slos-serve profile MODEL",
+        )
 
 
 def _metrics_folder(environment: Mapping[str, str]) -> Finding:
@@ -172,6 +207,14 @@ def _counted(found: Mapping[str, list[float]], *, fleet: bool) -> Iterator[Findi
     if not 1.0 / FAR_FROM_ONE <= correction <= FAR_FROM_ONE:
         mend = "End what else uses the device; if nothing does, measure again: slos-serve profile MODEL"
         yield Finding("warning", f"steps take {correction:.2f} times what the profile says", mend)
+    if max(found.get("slos_serve:profile_mismatch", [0.0])) > 0.0:
+        mend = "Its log says in what. Measure on this engine: slos-serve profile MODEL"
+        yield Finding("warning", "the profile was measured on something else", mend)
+    if min(found.get("slos_serve:async_scheduling", [1.0])) < 1.0:
+        mend = (
+            "Start it without --no-async-scheduling; where vLLM turns it off by itself, its log says for which feature"
+        )
+        yield Finding("warning", "asynchronous scheduling is off: the device waits while a step is planned", mend)
     if "slos_serve:answers_total" not in found and not fleet:
         mend = (
             "Add --middleware slos_serve.vllm_plugin.SLOMiddleware. With data parallel or several API servers no "

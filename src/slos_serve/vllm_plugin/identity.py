@@ -58,17 +58,21 @@ def engine_labels(vllm_config: Any) -> EngineLabels:
     return EngineLabels(str(served or model.model), str(index))
 
 
-def check_profile(config: PluginConfig, vllm_config: Any) -> None:
+def check_profile(config: PluginConfig, vllm_config: Any) -> bool:
     """Compare the profile with the engine; log every difference that it is used in spite of.
+
+    Returns:
+        Whether it was measured on something else, and is used because the configuration says so.
 
     Raises:
         ProfileMismatchError: it was measured on something else, and the configuration does not allow that.
     """
     if config.profile is None:
-        return
+        return False
     found = config.profile.check_matches(identity_of(vllm_config), allow_mismatch=config.allow_profile_mismatch)
     if found:
         _logger.warning("slos-serve: %s", describe(found))
+    return any(one.far for one in found)
 
 
 def device_name() -> str:

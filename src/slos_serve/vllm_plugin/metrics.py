@@ -150,6 +150,11 @@ class SchedulerMetrics:
             )
         )
         self._armed.set(1)
+        text = "1 while the engine schedules one step ahead."
+        self._ahead = self._one(self._gauge("async_scheduling", text, "livemin"))
+        self._ahead.set(1)
+        text = "1 where the profile was measured on something else and is used in spite of it."
+        self._far = self._one(self._gauge("profile_mismatch", text, "livesum"))
         dropped = "Events and metric updates left out because the telemetry queue was full."
         self._dropped = self._one(self._gauge("telemetry_dropped", dropped, "livesum"))
         self._invalid = self._one(
@@ -184,6 +189,11 @@ class SchedulerMetrics:
     def armed(self, armed: bool) -> None:
         """Whether steps are planned."""
         self._armed.set(int(armed))
+
+    def engine(self, *, async_scheduling: bool, profile_mismatch: bool) -> None:
+        """What the engine is set to; see the texts of the two gauges."""
+        self._ahead.set(int(async_scheduling))
+        self._far.set(int(profile_mismatch))
 
     def telemetry_dropped(self, count: int) -> None:
         """Calls that the telemetry queue has dropped so far."""

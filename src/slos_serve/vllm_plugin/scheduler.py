@@ -103,7 +103,7 @@ class Steered(Scheduler):
     def _slo_start(self, settings: PluginConfig) -> None:
         profile = settings.profile
         assert profile is not None
-        check_profile(settings, self.vllm_config)
+        mismatch = check_profile(settings, self.vllm_config)
         num_classes = len(settings.classes) + 2  # custom numbers, and none
         drafts = min(compat.most_drafts(self), MAX_DRAFT_TOKENS)
         policy = SLOsServePolicy(profile.model, num_classes, replace(settings.planner, max_draft_tokens=drafts))
@@ -116,6 +116,8 @@ class Steered(Scheduler):
         labels = engine_labels(self.vllm_config)
         recorder = Recorder(settings.classes, settings.events_path, stop_strings, labels, link, live)
         self._slo_metrics = recorder.metrics
+        is_async = bool(self.vllm_config.scheduler_config.async_scheduling)
+        self._slo_metrics.engine(async_scheduling=is_async, profile_mismatch=mismatch)
         control = StepController(
             self,
             policy,

@@ -22,6 +22,7 @@ from slos_serve.cli.main import app
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.files.class_file import parse_class_file
 from slos_serve.files.class_schema import class_file_schema
+from slos_serve.files.profile_file import load_profile
 from slos_serve.launch.endpoint import free_port
 from slos_serve.vllm_plugin.metrics import EngineLabels, SchedulerMetrics
 from tests.unit.cli.http_page import serving
@@ -111,7 +112,8 @@ def test_no_text_breaks_the_reader(text: str) -> None:
 
 
 def findings(environment: dict[str, str]) -> dict[str, str]:
-    return {said.split("=")[0].split(" ")[0].rstrip(":"): level for level, said, _ in environment_findings(environment)}
+    found = environment_findings(environment, device=lambda: None)
+    return {said.split("=")[0].split(" ")[0].rstrip(":"): level for level, said, _ in found}
 
 
 def test_the_doctor_finds_what_the_environment_lacks(tmp_path: Path) -> None:
@@ -128,6 +130,21 @@ def test_the_doctor_finds_what_the_environment_lacks(tmp_path: Path) -> None:
     assert found["SLOS_SERVE_CLASSES"] == "error" and found["SLOS_SERVE_PLAN_LIMIT_MS"] == "error"
     assert found["PROMETHEUS_MULTIPROC_DIR"] == "warning"
     assert findings({})["PROMETHEUS_MULTIPROC_DIR"] == "warning"
+
+
+def test_a_profile_of_another_device_is_an_error_here(tmp_path: Path) -> None:
+    measured = load_profile(PROFILE).identity.device
+    environment = {"SLOS_SERVE_PROFILE": str(PROFILE)}
+
+    def said(device: str | None, **given: bool) -> list[str]:
+        found = environment_findings(environment, device=lambda: device, **given)
+        return [finding.said for finding in found if "this machine has" in finding.said and finding.level == "error"]
+
+    assert said(measured) == said(None) == said("another GPU", serves=True) == []
+    (found,) = said("another GPU")
+    assert "another GPU" in found and str(measured) in found
+    environment["SLOS_SERVE_PROFILE"] = str(tmp_path / "none.json")
+    assert said("another GPU") == [], "the missing file is the finding"
 
 
 def test_a_server_that_plans_steps_needs_no_variables_in_this_shell(
@@ -181,7 +198,9 @@ def test_the_doctor_reads_a_servers_metrics() -> None:
     metrics.armed(False)
     metrics.invalid_field()
     metrics.correction(2.0)
+    metrics.engine(async_scheduling=False, profile_mismatch=True)
     said = " ".join(text for _, text in server(metrics, verdicts))
+    assert "asynchronous scheduling is off" in said and "measured on something else" in said
     assert "not armed" in said and "2.00 times" in said and "1 requests came with unusable" in said
     without = list(server_findings("http://s:1", {"http://s:1/metrics": "up 1\n"}.__getitem__))
     assert [finding.level for finding in without] == ["error"] and "no slos_serve metrics" in without[0].said
