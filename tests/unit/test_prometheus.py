@@ -50,7 +50,7 @@ class Traffic:
         engine.held(1)
         engine.preempted("slo")
         engine.queue("running", 0, 3, 1)
-        front.headroom("chat", 4)
+        front.headroom("chat", 4, 900)
         front.kv(100, 40, 60)
         return generate_latest(self.registry)
 
