@@ -105,12 +105,15 @@ PANELS = (
         ),
     ),
     Panel(
-        "TTFT of a standard prompt",
-        "Predicted for a prompt of 512 tokens that comes now. The servers' spread says whether they are evenly loaded.",
+        "What a newcomer would get",
+        "Predicted TTFT of a prompt of 512 tokens that comes now, and time per output token of one more stream. The "
+        "servers' spread says whether they are evenly loaded.",
         "s",
         (
-            (f"min(slos_serve:standard_ttft_seconds{{{MODEL}}})", "best server"),
-            (f"max(slos_serve:standard_ttft_seconds{{{MODEL}}})", "worst server"),
+            (f"min(slos_serve:standard_ttft_seconds{{{MODEL}}})", "TTFT, best server"),
+            (f"max(slos_serve:standard_ttft_seconds{{{MODEL}}})", "TTFT, worst server"),
+            (f"min(slos_serve:next_tpot_seconds{{{MODEL}}})", "per output token, best server"),
+            (f"max(slos_serve:next_tpot_seconds{{{MODEL}}})", "per output token, worst server"),
         ),
     ),
     Panel(
@@ -182,6 +185,12 @@ PANELS = (
             )
             for where, said in (('verdict="admitted"', ", promised"), ('verdict!="aborted"', ", all"))
         ),
+    ),
+    Panel(
+        "Longest prompt that could be promised",
+        "Prompt tokens, by class, on the server with most room.",
+        "none",
+        ((f"max by (slo_class) (slos_serve:headroom_prefill_tokens{{{MODEL}}})", "{{slo_class}}"),),
     ),
 )
 
