@@ -164,10 +164,13 @@ PANELS = (
     ),
     Panel(
         "Health",
-        "Armed is 1 while steps are planned. The others are to stay at 0.",
+        "Armed is 1 while steps are planned, and is to stay there. Asynchronous scheduling is 1 where the next step is planned "
+        "while one runs. The others are to stay at 0.",
         "none",
         (
             (f"min(slos_serve:armed{{{MODEL}}})", "armed"),
+            (f"min(slos_serve:async_scheduling{{{MODEL}}})", "asynchronous scheduling"),
+            (f"sum(slos_serve:profile_mismatch{{{MODEL}}})", "servers with another engine's profile"),
             (f"sum(slos_serve:telemetry_dropped{{{MODEL}}})", "telemetry dropped"),
             (f"sum(slos_serve:invalid_slo_fields_total{{{MODEL}}})", "unusable SLO fields"),
             (f'sum(slos_serve:class_file_reloads_total{{{MODEL},result="kept_old"}})', "class files not taken"),
