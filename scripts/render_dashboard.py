@@ -164,8 +164,8 @@ PANELS = (
     ),
     Panel(
         "Health",
-        "Armed is 1 while steps are planned, and is to stay there. Asynchronous scheduling is 1 where the next step is planned "
-        "while one runs. The others are to stay at 0.",
+        "Armed is 1 while steps are planned, and is to stay there. Asynchronous scheduling is 1 where the next step is "
+        "planned while one runs. The others are to stay at 0.",
         "none",
         (
             (f"min(slos_serve:armed{{{MODEL}}})", "armed"),
