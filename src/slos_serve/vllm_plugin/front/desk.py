@@ -7,18 +7,17 @@ requests are not judged: answers then have no verdict, and nothing is refused.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import logging
 import math
 import os
 import random
-import subprocess
-import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -28,19 +27,20 @@ import zmq
 
 from slos_serve.core.slo import SLOClass, WhenFull
 from slos_serve.core.verdict import Verdict
+from slos_serve.perf.tasks import CallDue
 from slos_serve.routing.headroom import MOST, STANDARD_PROMPT_TOKENS, headroom, headroom_prefill_tokens, room_of
 from slos_serve.routing.publication import Publication
 from slos_serve.routing.router import RoutingRequest
-from slos_serve.routing.warm_up import warm_up_routing
 from slos_serve.vllm_plugin.asgi import Scope
 from slos_serve.vllm_plugin.class_versions import ClassVersion
 from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.front.asking import Asking
 from slos_serve.vllm_plugin.front.judged import HandedOver, Judged, prompt_tokens
+from slos_serve.vllm_plugin.front.kernels import load_kernels
 from slos_serve.vllm_plugin.front.link import PROMISED_KEY, FrontSockets, socket_path
 from slos_serve.vllm_plugin.front.load_report import load_of
 from slos_serve.vllm_plugin.front.metrics import FrontMetrics
-from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror, Looked
+from slos_serve.vllm_plugin.front.mirror import ENGINE, Answer, EngineMirror, Looked, severity
 from slos_serve.vllm_plugin.front.open_promises import PASSED_OVER, OpenPromises, give, may_wait, with_binding
 from slos_serve.vllm_plugin.front.reload import ClassFileWatch
 from slos_serve.vllm_plugin.front.tasks import FrontTasks
@@ -150,6 +150,10 @@ class FrontDesk:
     def entered(self, judged: Judged, prompt: object, params: Any, request_id: str) -> HandedOver | None:
         """vLLM is about to hand a request to its engine: judge it. Sets ``judged.refusal`` where it is refused.
 
+        An exchange may go on asking of which its client hears nothing: streams of ``/v1/responses`` begin before the
+        engine is asked, others end before; a tool's result is another prompt; beam search asks for each token. Such
+        requests are counted in the mirror, and neither refused nor told.
+
         Returns:
             What the engine core is to know of it; ``None`` where it is refused or cannot be judged.
         """
@@ -162,24 +166,29 @@ class FrontDesk:
         ticket = next(self._tickets)
         asking = (self._asking.of(one, args, prompt, tokens, params, now_s) for one in promises)
         several = [replace(one, ticket=ticket) for one in asking]
-        several[0], judged.call = self._tasks.with_task(judged.slo_class, args, several[0], begins=True)
+        several[0], call = self._tasks.with_task(judged.slo_class, args, several[0], begins=True)
+        if judged.late:
+            unsaid = [replace(one, reject_when_full=False, binding=False) for one in several]
+            self._mirror.answer(now_s, unsaid[0], unsaid[1:])
+            return self._handed(judged, ticket, request_id, call, last=args.last_round)
+        judged.call = call
         margin_s = self._config.planner.ttft_margin_s
         judged.targets_s = [one.ttft_due_s + margin_s - one.arrival_s for one in several]
         count = max(int(getattr(params, "n", 1) or 1), 1)
         at_once = self.tells_at_once or count > 1 or not may_wait(params, judged.targets_s[0])
         several = with_binding(several, told_at_once=at_once)
-        hoped = max((self._mirror.answer(now_s, several[0], several[1:]) for _ in range(count)), key=_severity)
+        hoped = max((self._mirror.answer(now_s, several[0], several[1:]) for _ in range(count)), key=severity)
         asked, promised = several[hoped.rank], hoped.verdict in (Verdict.ADMITTED, Verdict.SECOND_BEST)
         answer = hoped if asked.binding or not promised else PASSED_OVER
-        if judged.hoped is None or _severity(hoped) > _severity(judged.hoped):
+        if judged.hoped is None or severity(hoped) > severity(judged.hoped):
             judged.hoped = hoped
-        if judged.answer is None or _severity(answer) > _severity(judged.answer):
+        if judged.answer is None or severity(answer) > severity(judged.answer):
             give(judged, answer)
         judged.arrival_s = min(judged.arrival_s, asked.arrival_s)
         name = judged.slo_class.name if judged.slo_class is not None and asked.has_slo else None
         judged.late_rank = max(judged.late_rank, answer.rank)
-        if name is not None and answer.verdict is Verdict.BEST_EFFORT:
-            self._open.add(judged, ticket, request_id, alone=count == 1)
+        if name is not None and answer.verdict is Verdict.BEST_EFFORT and count == 1:
+            self._open.add(judged, ticket, request_id)
             judged.uncounted += 1
         else:
             self._count(name, answer, judged.ttft_target_s)
@@ -189,9 +198,17 @@ class FrontDesk:
             return None
         if name is not None:
             self._remember(request_id, answer.verdict, name, several[0])
-        self._tasks.sent(request_id, judged.call, last=args.last_round)
-        judged.tickets.append(ticket)
-        return HandedOver(ticket, answer.rank if answer is hoped and promised else None)
+        with suppress(RuntimeError):  # no event loop
+            asyncio.get_running_loop().call_soon(judged.runs)
+        told = answer.rank if answer is hoped and promised else None
+        return self._handed(judged, ticket, request_id, call, last=args.last_round, told=told)
+
+    def _handed(
+        self, judged: Judged, ticket: int, name: str, call: CallDue | None, *, last: bool, told: int | None = None
+    ) -> HandedOver:
+        self._tasks.sent(name, call, last=last)
+        judged.tickets[ticket] = name
+        return HandedOver(ticket, told)
 
     async def settled(self, judged: Judged) -> None:
         """Until nothing better can be said to its client, see :mod:`slos_serve.vllm_plugin.front.open_promises`."""
@@ -203,6 +220,7 @@ class FrontDesk:
 
     def said(self, judged: Judged) -> None:
         """Its client is being told what became of it."""
+        judged.late = True
         try:
             self._open.close(judged)
             count, judged.uncounted = judged.uncounted, 0
@@ -223,6 +241,7 @@ class FrontDesk:
         try:
             for ticket in judged.tickets:
                 self._mirror.withdraw(ticket)
+            self._tasks.over(judged.tickets.values(), self._clock_s())
         except Exception:
             self._log_once("failed to give back the room of a request")
 
@@ -307,13 +326,19 @@ class FrontDesk:
             while not self._ended.is_set():
                 for socket, _ in poller.poll(POLL_MS):
                     self.heard(socket.recv(), socket is sockets.state)
-                self._post_gauges()
-                self.look_at_file(time.monotonic())
-                self.watch.rest()
+                self.turn(time.monotonic())
         finally:
             self.ready = False
             self.watch.close()
             sockets.close()
+
+    def turn(self, now_s: float) -> None:
+        """Gauges, class file and live page; a fault in one of them ends nothing."""
+        for does in (self._post_gauges, lambda: self.look_at_file(now_s), self.watch.rest):
+            try:
+                does()
+            except Exception:
+                self._log_once("failed to show gauges, read the class file or serve the live page")
 
     def read_file_again(self) -> None:
         """Take the class file soon, whether it has changed or not; for a signal handler."""
@@ -389,20 +414,3 @@ class FrontDesk:
         room = room_of(newest, min(rooms.values(), default=MOST), newest.ready_s)
         self.metrics.to_routers(room)
         self.load = load_of(room)
-
-
-def load_kernels() -> None:
-    """Load the routing kernels; where they are not in their cache yet, another process compiles them first.
-
-    Compiling takes a minute and holds the interpreter, which would stop the server's event loop.
-    """
-    code = "from slos_serve.routing.warm_up import warm_up_routing; warm_up_routing()"
-    subprocess.run([sys.executable, "-c", code], check=False, stdin=subprocess.DEVNULL)
-    warm_up_routing()
-
-
-_ORDER = (Verdict.NO_SLO, Verdict.ADMITTED, Verdict.SECOND_BEST, Verdict.BEST_EFFORT, Verdict.REJECTED)
-
-
-def _severity(answer: Answer) -> tuple[int, int]:
-    return _ORDER.index(answer.verdict), answer.rank

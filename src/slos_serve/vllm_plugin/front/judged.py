@@ -28,12 +28,13 @@ class Judged:
         refusal: status and seconds to wait, for a request that is refused.
         first_s, last_s: when the first and the newest part of the answer were sent.
         call: the call of a task that it is; ``None`` for none.
-        tickets: of its requests to the engine.
+        tickets: of its requests to the engine: ticket -> vLLM's id.
         open: of those that the engine decides on: ticket -> vLLM's id; empty once the client is told.
         hoped: the worst of what the mirror said of its requests; ``answer`` counts nothing that the engine decides on.
         late_rank: largest rank among the promises that it was given.
         decided: set when it has made one to each.
         uncounted: requests whose verdict is not in the metrics yet.
+        late: its client hears nothing of further requests: its head is out, it is over, or the first of them run.
     """
 
     slo_class: SLOClass | None
@@ -47,12 +48,17 @@ class Judged:
     first_s: float | None = None
     last_s: float | None = None
     call: CallDue | None = None
-    tickets: list[int] = field(default_factory=list)
+    tickets: dict[int, str] = field(default_factory=dict)
     open: dict[int, str] = field(default_factory=dict)
     hoped: Answer | None = None
     late_rank: int = 0
     decided: asyncio.Event = field(default_factory=asyncio.Event)
     uncounted: int = 0
+    late: bool = False
+
+    def runs(self) -> None:
+        """What it asked of the engine at once is there: it is neither refused nor told anything else from now on."""
+        self.late = True
 
     def told(self) -> Told:
         """What its client is told."""

@@ -28,6 +28,7 @@ ENGINE = "engine"
 # From the hand-over in the API process to the scheduler's queue.
 TRANSIT_S = 0.01
 _SETTINGS = RouterSettings(Order.SPREAD, STALE_AFTER_S)
+_BEST_FIRST = (Verdict.NO_SLO, Verdict.ADMITTED, Verdict.SECOND_BEST, Verdict.BEST_EFFORT, Verdict.REJECTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ class Answer:
     tpot_s: float | None = None
     rank: int = 0
     start_s: float | None = None
+
+
+def severity(answer: Answer) -> tuple[int, int]:
+    """Of several answers the largest counts."""
+    return _BEST_FIRST.index(answer.verdict), answer.rank
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,11 +55,10 @@ class OpenPromises:
         self._by_ticket: dict[int, Judged] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
 
-    def add(self, judged: Judged, ticket: int, request_id: str, *, alone: bool) -> None:
-        """A request that the engine decides on; where several answers to it were asked for, it tells of none."""
+    def add(self, judged: Judged, ticket: int, request_id: str) -> None:
+        """A request that the engine decides on."""
         judged.open[ticket] = request_id
-        if alone:
-            self._by_ticket[ticket] = judged
+        self._by_ticket[ticket] = judged
         with suppress(RuntimeError):
             self._loop = asyncio.get_running_loop()
 

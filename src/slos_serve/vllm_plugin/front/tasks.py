@@ -7,7 +7,7 @@ next question. The engine core's own book decides and counts; this one tells cli
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,8 @@ from slos_serve.vllm_plugin.config import PluginConfig
 from slos_serve.vllm_plugin.slo_args import SloArgs
 
 MOST_CALLS = 100_000
+# The engine's word on a call that it had comes sooner after the end of its answer.
+WORD_WITHIN_S = 5.0
 # Ends with a whole answer.
 _FINISHED = ("stop", "length", "repetition")
 
@@ -36,6 +38,7 @@ class FrontTasks:
         self._book = self._new_book()
         self._calls: OrderedDict[str, tuple[CallDue, bool]] = OrderedDict()
         self._left: deque[tuple[str, Mapping[str, Any], float]] = deque(maxlen=MOST_CALLS)
+        self._over: deque[tuple[str, float]] = deque(maxlen=MOST_CALLS)
 
     def _new_book(self) -> TaskBook:
         return TaskBook(self._zero_load_s)
@@ -66,6 +69,8 @@ class FrontTasks:
         if begins:
             while self._left:
                 self._ended(*self._left.popleft())
+            while self._over and self._over[0][1] < asked.arrival_s - WORD_WITHIN_S:
+                self._withdraw(self._over.popleft()[0])
             call, _ = self._book.begin(key, wanted)
         else:
             call = self._new_book().due(key, wanted)
@@ -87,6 +92,15 @@ class FrontTasks:
     def left(self, request_id: str, outcome: Mapping[str, Any], now_s: float) -> None:
         """A request left the engine at ``now_s``. May be called from any thread."""
         self._left.append((request_id, outcome, now_s))
+
+    def over(self, request_ids: Iterable[str], now_s: float) -> None:
+        """An answer ended at ``now_s``. Of a call that vLLM did not take, as one with a bad field, no engine tells."""
+        self._over.extend((request_id, now_s) for request_id in request_ids if request_id in self._calls)
+
+    def _withdraw(self, request_id: str) -> None:
+        found = self._calls.pop(request_id, None)
+        if found is not None:
+            self._book.withdraw(found[0])
 
     def _ended(self, request_id: str, outcome: Mapping[str, Any], now_s: float) -> None:
         found = self._calls.pop(request_id, None)

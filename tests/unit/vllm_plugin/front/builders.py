@@ -126,7 +126,7 @@ class Server:
             messages.append(message)
 
         xargs = {} if slo_class is None else {"slo_class": slo_class}
-        params = SimpleNamespace(extra_args=xargs, max_tokens=max_tokens, n=1, **given)
+        params = SimpleNamespace(**{"extra_args": xargs, "max_tokens": max_tokens, "n": 1, **given})
         prompt = {"type": "token", "prompt_token_ids": [1] * prompt_tokens}
         name = f"cmpl-{self._sent}-0"
         judged = self.front.begin(applied)

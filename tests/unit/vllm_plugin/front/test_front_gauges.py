@@ -41,3 +41,16 @@ async def test_the_class_with_least_room_counts_and_real_requests_replace_the_st
 
 def test_nothing_is_shown_of_a_server_that_has_not_published(tmp_path: Path) -> None:
     assert shown(desk(tmp_path), "least_headroom_requests") == pytest.approx(0.0)
+
+
+def test_a_fault_beside_the_messages_ends_no_hearing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    front = desk(tmp_path, loaded(0))
+    looked: list[float] = []
+    monkeypatch.setattr(front, "look_at_file", looked.append)
+    monkeypatch.setattr("slos_serve.vllm_plugin.front.desk.headroom", lambda *_: 1 / 0)
+    for now_s in (1.0, 2.0):
+        front._gauges_s = -1e9
+        front.turn(now_s)
+    assert looked == [1.0, 2.0] and caplog.text.count("said once") == 1

@@ -15,6 +15,7 @@ from slos_serve.vllm_plugin.front.answers import verdict_headers
 from slos_serve.vllm_plugin.front.desk import FrontDesk
 from slos_serve.vllm_plugin.front.explain import explain
 from slos_serve.vllm_plugin.front.judged import Judged
+from slos_serve.vllm_plugin.front.tasks import WORD_WITHIN_S
 from slos_serve.vllm_plugin.slo_args import SloArgs
 from tests.unit.routing.fleet import NOW_S, loaded
 from tests.unit.vllm_plugin.front.builders import CLASSES, desk
@@ -63,6 +64,21 @@ def test_a_refused_call_is_not_one_of_the_task(tmp_path: Path) -> None:
     after = enter(front, "cmpl-1")
     assert after.call is not None
     assert after.call.number == 1
+
+
+def test_a_call_that_no_engine_had_is_not_under_way_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM looks at some fields only after the front end has judged: it answers 400, and its engine hears nothing."""
+    front = desk(tmp_path, loaded(5))
+    refused = enter(front, "cmpl-0")
+    front.ended(refused)
+    monkeypatch.setattr(front, "_clock_s", lambda: NOW_S + WORD_WITHIN_S + 1.0)
+    after = enter(front, "cmpl-1")
+    assert after.call is not None
+    assert (after.call.number, after.call.task_due_s) == (1, NOW_S + WORD_WITHIN_S + 61.0), "it takes none of the time"
+    front.ended(after)
+    end(front, "cmpl-1")
+    again = enter(front, "cmpl-2")
+    assert again.call is not None and again.call.number == 2, "the engine told of that one"
 
 
 def test_the_first_call_of_a_task_can_be_asked_about(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ async def test_all_prompts_of_a_request_must_be_promised(tmp_path: Path) -> None
     judged = front.begin(front.version.classes.classes["chat"])
     promises = OpenPromises()
     for ticket in (1, 2, 3):
-        promises.add(judged, ticket, f"r{ticket}", alone=True)
+        promises.add(judged, ticket, f"r{ticket}")
     said: list[str] = []
     promises.made([(1, 0), (9, 0), (2, 0)], lambda key, verdict: said.append(f"{key} {verdict}"))
     await asyncio.sleep(0.01)
@@ -129,13 +129,17 @@ async def test_all_prompts_of_a_request_must_be_promised(tmp_path: Path) -> None
     assert judged.decided.is_set() and judged.answer is not None and judged.answer.verdict == "admitted"
 
 
-async def test_of_several_answers_to_a_prompt_none_is_waited_for(tmp_path: Path) -> None:
-    front = desk(tmp_path, crowded())
-    judged, promises = front.begin(front.version.classes.classes["chat"]), OpenPromises()
-    promises.add(judged, 1, "r1", alone=False)
-    promises.made([(1, 0)], lambda *_: pytest.fail("one of several was taken for all"))
+async def test_of_several_answers_to_a_prompt_the_engine_tells_none_so_no_head_waits(tmp_path: Path) -> None:
+    server = Server(desk(tmp_path, crowded()))
+    server.client.goes_on.clear()
+    asked = asyncio.ensure_future(server.ask("chat", prompt_tokens=PROMPT_TOKENS, n=2))
+    for _ in range(3):
+        await asyncio.sleep(0.0)
+    assert answered(server.front, "best-effort", "ttft_too_late") == 1.0, "told before the answer begins"
+    promised(server.front, (1, 0))
     await asyncio.sleep(0.01)
-    assert judged.answer is None
+    server.client.goes_on.set()
+    assert (await asked)[1]["x-slo-verdict"] == "best-effort", "one of several is not taken for all"
 
 
 async def test_a_fault_while_a_verdict_is_counted_harms_no_answer(
