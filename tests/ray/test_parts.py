@@ -382,6 +382,59 @@ async def test_a_long_prompt_is_counted_beside_the_event_loop() -> None:
     ingress._tokenizers.shutdown()
 
 
+@pytest.mark.parametrize("end", [ValueError("bad"), None])
+async def test_a_call_that_fails_or_whose_client_leaves_before_it_begins_is_not_under_way_for_ever(
+    end: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call that stayed under way would take all time of its task, and keep those of its tenant from ending."""
+
+    class Silent(Handle):
+        async def _answer(self, parts: list[Any]) -> AsyncIterator[Any]:
+            if end is not None:
+                raise end
+            await asyncio.Event().wait()
+            yield parts
+
+    ingress, left = ingress_of(Silent([])), list[Ticket]()
+    monkeypatch.setattr(ingress, "_left", left.append, raising=False)
+    body, ticket = SimpleNamespace(model="m", vllm_xargs=None), a_ticket(session="s")
+    request = Request({"type": "http", "headers": []})
+    asked = asyncio.create_task(ingress._answered(body, "completions", request, ticket))
+    for _ in range(5):
+        await asyncio.sleep(0.0)
+    asked.cancel()
+    with pytest.raises((ValueError, asyncio.CancelledError)):
+        await asked
+    assert left == [ticket]
+
+
+async def test_a_call_whose_client_leaves_while_its_prompt_is_counted_has_not_come() -> None:
+    counting, go_on, done = threading.Event(), threading.Event(), threading.Event()
+    made, withdrawn = a_ticket(session="s"), list[Ticket]()
+
+    def slow(*_: object) -> Ticket:
+        counting.set()
+        assert go_on.wait(30.0)
+        return made
+
+    def refused(ticket: Ticket) -> None:
+        withdrawn.append(ticket)
+        done.set()
+
+    ingress: Any = SLOIngress.__new__(SLOIngress)
+    ingress._office = SimpleNamespace(now_s=lambda: 0.0, ticket=slow, tasks=SimpleNamespace(refused=refused))
+    ingress._tokenizers = ThreadPoolExecutor(1)
+    waiting = asyncio.create_task(ingress._ticket(SimpleNamespace(), "s"))
+    while not counting.is_set():
+        await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    go_on.set()
+    assert await asyncio.to_thread(done.wait, 30.0) and withdrawn == [made]
+    ingress._tokenizers.shutdown()
+
+
 async def test_not_for_ever() -> None:
     handle, ticket = Handle(*[[ActorDiedError()]] * MAX_ATTEMPTS), a_ticket()
     with pytest.raises(ActorDiedError):

@@ -9,7 +9,7 @@ import logging
 import os
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from fastapi import Request
@@ -159,6 +159,9 @@ class SLOIngress(OpenAiIngress):
                 fault = type(error).__name__
                 headers = {**answer_headers(ticket), **retry_after(UNAVAILABLE_RETRY_S)}
                 return error_response(503, lost_message(ticket, fault), LOST, headers=headers)
+            except BaseException:  # its client has left, or Ray failed it
+                self._left(ticket)
+                raise
         self._count(ticket)
         if isinstance(first, compat.ErrorResponse):
             self._left(ticket)
@@ -194,8 +197,16 @@ class SLOIngress(OpenAiIngress):
     async def _ticket(self, body: Any, session: str | None) -> Ticket:
         """Made in a thread; the time that it takes counts against the request's promise."""
         arrival_s = self._office.now_s()
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._tokenizers, self._office.ticket, body, session, arrival_s)
+        making = self._tokenizers.submit(self._office.ticket, body, session, arrival_s)
+        try:
+            return await asyncio.wrap_future(making)
+        except asyncio.CancelledError:  # its client has left; the thread may finish it all the same
+            making.add_done_callback(self._given_up)
+            raise
+
+    def _given_up(self, making: Future[Ticket]) -> None:
+        if not making.cancelled() and making.exception() is None:
+            self._office.tasks.refused(making.result())
 
     def _count(self, ticket: Ticket) -> None:
         if self._live is not None:

@@ -44,8 +44,9 @@ LOOK_EVERY_S = 1.0
 # Beside a publication's own fields: steps that the engine has finished. Left out by an engine that does not count them.
 STEPS_KEY = "steps_done"
 # And the tickets of requests that came within the last seconds: a router keeps a request's room until it is named here.
+# One that is never named holds it twice, beside the request itself, so a burst must not crowd out names.
 TICKETS_KEY = "tickets"
-NAMED_FOR_S, MOST_NAMED = 2.0, 1024
+NAMED_FOR_S, MOST_NAMED = 2.0, 1 << 15
 
 
 class EnginePublisher:
@@ -114,10 +115,11 @@ class EnginePublisher:
         """Hand it to the transport, which keeps the newest."""
         with suppress(zmq.Again):
             counted = {STEPS_KEY: self._steps_done} if self._steps_done else {}
-            while self._tickets and self._tickets[0][0] < publication.time_s - NAMED_FOR_S:
-                self._tickets.popleft()
             named = {TICKETS_KEY: [ticket for _, ticket in self._tickets]}
             self._socket.send(msgspec.json.encode(publication.as_dict() | counted | named), zmq.NOBLOCK)
+            # Afterwards: each is named once at least, also after an engine that paused for long.
+            while self._tickets and self._tickets[0][0] < publication.time_s - NAMED_FOR_S:
+                self._tickets.popleft()
 
     def close(self) -> None:
         """Send no more."""

@@ -181,13 +181,27 @@ def test_an_engine_that_counts_its_steps_is_judged_by_them(publisher: EnginePubl
 def test_requests_that_came_lately_are_named(publisher: EnginePublisher, relay: Relay) -> None:
     publisher.entered(NOW_S - NAMED_FOR_S - 1.0, 11)
     publisher.entered(NOW_S - 0.5, 22)
+    assert named(publisher, relay) == {11, 22}, "one that came before a long pause too, once"
+    assert named(publisher, relay) == {22}
+
+
+def test_a_burst_crowds_out_no_name(publisher: EnginePublisher, relay: Relay) -> None:
+    for ticket in range(10_000):
+        publisher.entered(NOW_S, ticket)
+    assert named(publisher, relay) == set(range(10_000))
+
+
+def named(publisher: EnginePublisher, relay: Relay) -> set[int]:
+    """Tickets in the next publication."""
+    before = relay._last
     publisher.unplanned(NOW_S, loaded(7).view())
     publisher.send()
     for _ in range(PATIENCE):
-        if relay._last is not None:
+        if relay._last is not before:
             break
         threading.Event().wait(0.05)
-    assert relay._last is not None and Envelope(0.0, False, relay._last).tickets() == frozenset({22})
+    assert relay._last is not None and relay._last is not before
+    return set(Envelope(0.0, False, relay._last).tickets() or ())
 
 
 @pytest.mark.parametrize("payload", [b'{"tickets": 5}', b'{"tickets": ["a"]}'])
