@@ -16,6 +16,8 @@ pytest.importorskip("vllm")
 import slos_serve
 from slos_serve.testing.dry_engine import DryEngine
 from slos_serve.vllm_plugin.config import PLAN_LIMIT_ENV
+from slos_serve.vllm_plugin.publish import EnginePublisher
+from slos_serve.vllm_plugin.queues import Queues
 from tests.vllm.dry_load import Start, prompt
 
 PLUGIN = str(Path(slos_serve.__file__).parent / "vllm_plugin")
@@ -64,3 +66,41 @@ def test_calls_of_a_step_do_not_grow_with_the_running_requests(start: Start) -> 
             del calls[name]
     assert sum(few.values()) / STEPS < 260, few.most_common(12)
     assert sum(many.values()) <= 1.1 * sum(few.values()), (many - few).most_common(12)
+
+
+def queueing(start: Start, waiting: int) -> DryEngine:
+    """A full engine that publishes before every step; nobody has a promise."""
+    engine = start(num_blocks=20_000, max_num_seqs=16)
+    control = engine.scheduler._slo
+    control.publisher = EnginePublisher("ipc:///nonexistent/engine", control.policy, every_s=0.0)
+    rng = np.random.default_rng(2)
+    for number in range(16 + waiting):
+        engine.add(f"r{number}", prompt(rng, 40), 200)
+    for _ in range(10):
+        engine.step()
+    return engine
+
+
+def test_without_a_promise_publishing_costs_no_more_calls_in_a_deep_queue(start: Start) -> None:
+    few, many = (calls_in_the_plugin(queueing(start, waiting)) for waiting in (600, 3000))
+    assert sum(many.values()) <= 1.1 * sum(few.values()), (many - few).most_common(12)
+
+
+def test_what_stock_steps_do_to_the_queues_is_known_without_a_scan(start: Start) -> None:
+    engine = start(num_blocks=80, max_num_seqs=16)
+    control, rng = engine.scheduler._slo, np.random.default_rng(3)
+    preempted = 0
+    for step in range(400):
+        if step % 3 == 0:
+            engine.add(f"r{step}", prompt(rng, 100), int(rng.integers(1, 160)))
+        if step % 20 == 7:
+            engine.abort(f"r{3 * int(rng.integers(0, 1 + step // 3))}")
+        engine.step()
+        control.queues.look()
+        anew = Queues(engine.scheduler, control.book)
+        anew.look()
+        assert (control.queues.startable, control.queues.blocked) == (anew.startable, anew.blocked)
+        assert control.queues._slots is not None
+        assert sorted(control.queues._slots.tolist()) == sorted(anew.startable)
+        preempted = max(preempted, sum(request.num_preemptions for request in engine.scheduler.requests.values()))
+    assert preempted > 0 and control.queues.scans < 100, "some steps preempt, and are looked at anew"

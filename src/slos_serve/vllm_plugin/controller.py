@@ -151,12 +151,28 @@ class StepController:
                 self._look_anew()  # what was written down of the step may be half of it
         elif self.publisher is not None:
             self.guard.run("publish", self._publish_when_due)
-        if proposal is None:
+        if proposal is None and not self.guard.run("look", self._stock_step_made, output):
             self._look_anew()
         return output
 
+    def _stock_step_made(self, output: SchedulerOutput) -> bool:
+        """Take in what vLLM's own step did to its queues; False where they are to be scanned anew.
+
+        Without that each publication would scan them, though nobody has a promise: they may hold ten thousand requests.
+        """
+        if self._fallback in ("propose", "steer") or self.book.sessions or self.scheduler.connector is not None:
+            return False
+        if output.preempted_req_ids:
+            return False
+        self.book.read_anew()
+        began = (*(new.req_id for new in output.scheduled_new_reqs), *output.scheduled_cached_reqs.resumed_req_ids)
+        for tracked in (self.book.by_id[key] for key in began if key in self.book.by_id):
+            self.queues.left(tracked)
+            self.hits.forget(tracked)
+        return True
+
     def _look_anew(self) -> None:
-        """A step was vLLM's own, or it is not known what it was."""
+        """It is not known what a step was."""
         self.queues.changed()
         self.book.read_anew()
 

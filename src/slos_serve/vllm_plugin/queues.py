@@ -6,7 +6,8 @@ one is ready only while it scans the queues with budget left. :meth:`Queues.look
 so that a ready request is planned like any other.
 
 The queues may be deep, so they are not scanned at every step: requests that come, start, are preempted or leave are
-told. After a step in stock order, or when the lengths do not agree, the queues are scanned anew.
+told, after steps in stock order too. The queues are scanned anew when such a step preempted somebody, and when the
+lengths do not agree.
 """
 
 from __future__ import annotations
