@@ -134,8 +134,31 @@ async def test_the_replica_that_took_the_request_is_named(router: SLORequestRout
 
 async def test_a_request_that_is_given_up_leaves_nothing_behind(router: SLORequestRouter) -> None:
     await router._choose_replica_for_request(pending(a_ticket(session="s")))
+    await asyncio.sleep(0.0)
     gc.collect()
     assert not len(router._tickets)
+
+
+async def test_a_client_that_leaves_while_its_request_waits_for_a_replica_holds_no_room(
+    router: SLORequestRouter,
+) -> None:
+    class Full(Replica):
+        async def get_queue_len(self, *, deadline_s: float) -> int:
+            return self.max_ongoing_requests
+
+    replicas = [Full("c"), Full("d")]
+    router.update_replicas(replicas)
+    for replica in replicas:
+        router.on_new_queue_len_info(replica.replica_id, replica.max_ongoing_requests)
+    waiting = asyncio.create_task(router._choose_replica_for_request(pending(a_ticket())))
+    mirrors = router._dispatcher.mirrors
+    while not any(map(mirrors.in_flight, mirrors)):
+        await asyncio.sleep(0.01)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    await asyncio.sleep(0.1)
+    assert [mirrors.in_flight(name) for name in mirrors] == [0, 0]
 
 
 async def test_a_request_that_ended_leaves_nothing_behind(router: SLORequestRouter) -> None:

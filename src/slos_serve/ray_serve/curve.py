@@ -144,6 +144,7 @@ class RefusalCount:
     def close(self) -> None:
         """Watch no longer."""
         self._guarded.disable_monitor()
+        self.socket.close(linger=0)
 
 
 def _z85(key: bytes) -> str:

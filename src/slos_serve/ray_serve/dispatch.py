@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from slos_serve.core.told import known
 from slos_serve.core.verdict import Verdict, Why
@@ -213,6 +213,11 @@ class Dispatcher:
         held, ticket.reservation = ticket.reservation, None
         if held is not None:
             self.mirrors.withdraw(*held)
+
+    def given_up(self, ticket: Ticket, waits: asyncio.Future[Any]) -> None:
+        """Its ``waits`` for a replica is over; where its client has left meanwhile, it goes to none."""
+        if waits.cancelled():
+            self._withdraw(ticket)
 
     def ended(self, ticket: Ticket, replica: str) -> None:
         """A request is over at a replica: it holds no room there. Its session's next round finds its answer cached."""

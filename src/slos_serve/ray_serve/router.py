@@ -68,7 +68,10 @@ class SLORequestRouter(RequestRouter):
                 pending_request.future.set_exception(RequestRefusedError(decision.reason, ticket.retry_after_s))
             self._remove_pending_request_from_indices(pending_request)
             return [candidate_replicas]
-        self._tickets[pending_request.metadata.internal_request_id] = ticket
+        name = pending_request.metadata.internal_request_id
+        if name not in self._tickets:  # asked again and again while every replica is full
+            pending_request.future.add_done_callback(lambda found: self._dispatcher.given_up(ticket, found))
+        self._tickets[name] = ticket
         chosen = [replica for replica in candidate_replicas if replica.replica_id.unique_id == decision.replica]
         others = [replica for replica in candidate_replicas if replica.replica_id.unique_id != decision.replica]
         if chosen and self.replica_queue_len_cache.get(chosen[0].replica_id) is None:
