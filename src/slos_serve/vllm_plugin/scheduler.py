@@ -211,7 +211,8 @@ class Steered(Scheduler):
         if self._slo is not None:
             self._slo.guard.run("leave", self._slo_desk.leaving, request)
         freed = super()._free_request(request, *args, **kwargs)
-        if self._slo is not None and not self.requests:
+        # A connector may keep a finished request's blocks, and vLLM the request: the book has those that go on.
+        if self._slo is not None and not (self.requests and self._slo.book.by_id):
             self._slo.guard.run("publish", self._slo.publish_idle)
             self._slo.guard.run("publish", self._slo.post_gauges)
         return freed
