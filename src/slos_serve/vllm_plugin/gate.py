@@ -211,8 +211,9 @@ class Gate:
         try:
             return allowed_class(self._trust, classes, asked, tenant)
         except InvalidFieldError as error:
-            in_header = any(name.lower() == b"x-slo-class" for name, _ in raw)
-            raise InvalidFieldError("x-slo-class" if in_header else error.field, error.given, error.allowed) from None
+            if error.field == "slo_class" and any(name.lower() == b"x-slo-class" for name, _ in raw):
+                raise InvalidFieldError("x-slo-class", error.given, error.allowed) from None
+            raise
 
     # Who asks --------------------------------------------------------------------------------------------------
 

@@ -105,7 +105,7 @@ class SloArgs:
         named = classes.resolve(self.slo_class) if self.last_round else found
         applied = task_applied(found, named, self.task_ms, self.task_calls)
         if task_of(applied) is not None and self.session_id is None:
-            allowed = f"the task that this call belongs to, 1 to {MAX_SESSION_CHARS} characters, beside task_ms"
+            allowed = f"the task of this call (or header x-session-id), 1 to {MAX_SESSION_CHARS} characters"
             raise InvalidFieldError(SESSION_KEY, None, allowed)
         return applied
 

@@ -93,6 +93,8 @@ ATTACKS: list[tuple[str, list[tuple[str, str]], bytes, int, str]] = [
     ("numbers, where only classes are allowed", [B, ("x-slo-ttft-ms", "1")], b"{}", 403, "slo_ttft_ms"),
     ("a task of its own", [B, ("x-slo-task-ms", "1"), ("x-session-id", "s")], b"{}", 403, "slo_ttft_ms"),
     ("a task without a session", [A, ("x-slo-task-ms", "60000")], b"{}", 400, "session_id"),
+    ("the same beside a class in a header", [A, GOLD, ("x-slo-task-ms", "60000")], b"{}", 400, "session_id"),
+    ("calls of no task", [A, GOLD, ("x-slo-task-calls", "3")], b"{}", 400, "slo_task_calls"),
     (
         "a task that is over before it begins",
         [A, ("x-slo-task-ms", "0"), ("x-session-id", "s")],
