@@ -171,7 +171,7 @@ class FrontDesk:
             unsaid = [replace(one, reject_when_full=False, binding=False) for one in several]
             self._mirror.answer(now_s, unsaid[0], unsaid[1:])
             return self._handed(judged, ticket, request_id, call, last=args.last_round)
-        judged.call = call
+        judged.call, judged.call_came_s = call, several[0].arrival_s
         margin_s = self._config.planner.ttft_margin_s
         judged.targets_s = [one.ttft_due_s + margin_s - one.arrival_s for one in several]
         count = max(int(getattr(params, "n", 1) or 1), 1)

@@ -27,7 +27,7 @@ class Judged:
         targets_s: the same for each promise that its class names, in order.
         refusal: status and seconds to wait, for a request that is refused.
         first_s, last_s: when the first and the newest part of the answer were sent.
-        call: the call of a task that it is; ``None`` for none.
+        call, call_came_s: the call of a task that it is, ``None`` for none; its times count from vLLM's stamp.
         tickets: of its requests to the engine: ticket -> vLLM's id.
         open: of those that the engine decides on: ticket -> vLLM's id; empty once the client is told.
         hoped: the worst of what the mirror said of its requests; ``answer`` counts nothing that the engine decides on.
@@ -48,6 +48,7 @@ class Judged:
     first_s: float | None = None
     last_s: float | None = None
     call: CallDue | None = None
+    call_came_s: float = 0.0
     tickets: dict[int, str] = field(default_factory=dict)
     open: dict[int, str] = field(default_factory=dict)
     hoped: Answer | None = None
@@ -67,8 +68,8 @@ class Judged:
             None if self.slo_class is None else self.slo_class.name,
             target_ttft_s=self.ttft_target_s,
             target_tpot_s=math.inf if held_to is None else held_to.slo.tpot_s,
-            target_e2e_s=math.inf if call is None else call.due_s - self.arrival_s,
-            task_left_s=math.inf if call is None else call.task_due_s - self.arrival_s,
+            target_e2e_s=math.inf if call is None else call.due_s - self.call_came_s,
+            task_left_s=math.inf if call is None else call.task_due_s - self.call_came_s,
         )
         if answer is None:
             return found

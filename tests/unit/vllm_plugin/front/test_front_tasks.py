@@ -53,6 +53,16 @@ def test_a_call_is_told_its_share_and_what_is_left(tmp_path: Path) -> None:
     assert again.call.number == 1, "the last call ended the task"
 
 
+def test_what_is_left_counts_from_the_stamp_that_the_task_counts_from(tmp_path: Path) -> None:
+    front = desk(tmp_path, loaded(5))
+    judged = front.begin(CODER)
+    judged.arrival_s = NOW_S - 0.002  # the middleware saw the request before vLLM stamped it
+    params = SimpleNamespace(extra_args={"slo_class": "coder", "session_id": "s"}, max_tokens=50, n=1)
+    front.entered(judged, {"prompt_token_ids": [1] * 200}, params, "cmpl-0")
+    headers = dict(verdict_headers(judged))
+    assert (headers[b"x-slo-target-e2e-ms"], headers[b"x-slo-task-left-ms"]) == (b"20000", b"60000")
+
+
 def test_a_refused_call_is_not_one_of_the_task(tmp_path: Path) -> None:
     front = desk(tmp_path, loaded(0))
     strict = with_task(single_stage("strict", SLO(ttft_ms=1.0)), TaskPromise(60_000.0))
