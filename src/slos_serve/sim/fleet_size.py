@@ -182,7 +182,8 @@ def _scaled(asked: Asked, mean_rps: float, tried: Callable[[str, float, Trial], 
         seconds = SCALED_STRETCHES * asked.seconds
         first = max(math.ceil(rate / mean_rps / TARGET_FULLNESS), 1)
         pool = max(min(POOL * first, asked.most), first)
-        scaling = Scaling(first, settle_s=0.5 * seconds)
+        workload = asked.traffic.at(rate, seconds)
+        scaling = Scaling(first, settle_s=_settle_s(float(workload.request_arrivals_s.max()), asked.seconds))
         routers: list[ScaledRouter] = []
 
         def make(
@@ -196,7 +197,6 @@ def _scaled(asked: Asked, mean_rps: float, tried: Callable[[str, float, Trial], 
             return routers[-1]
 
         fleet = replace(asked.settings(OURS), replicas=pool)
-        workload = asked.traffic.at(rate, seconds)
         model, limits = asked.profile.model, limits_of(asked.profile)
         recording = simulate(workload, model, limits, fleet, make_slo_router=make)
         router = routers[0]
@@ -204,6 +204,15 @@ def _scaled(asked: Asked, mean_rps: float, tried: Callable[[str, float, Trial], 
         tried("by headroom", rate, trial)
         found.append(trial)
     return Size(f"{OURS}, by headroom", OURS, None, tuple(found), None)
+
+
+def _settle_s(last_s: float, stretch_s: float) -> float:
+    """How long a fleet may settle when the last request comes at ``last_s``.
+
+    Half of all stretches; half of the requests' time where a short trace would leave less than a stretch to count.
+    """
+    half_s = 0.5 * SCALED_STRETCHES * stretch_s
+    return half_s if last_s >= half_s + stretch_s else 0.5 * last_s
 
 
 # ------------------------------------------------------------------------------------------------------------- day

@@ -160,6 +160,13 @@ def test_after_it_settled_servers_come_late_and_go_later() -> None:
     assert small > 1.0 and trial.violations > sooner.violations
 
 
+def test_a_trace_shorter_than_the_time_to_settle_is_counted_all_the_same(tmp_path: Path) -> None:
+    short = TraceTraffic(write_trace(tmp_path / "short.csv", [200]), None, 10_000, peak_rps=4.0)
+    found = size_fleet(Asked(short, PROFILE, EXACT, violations=(0.05,)), [(OURS, None)], lambda *_: None)
+    scaled = next(size.peak for size in found.sizes if size.by == f"{OURS}, by headroom")
+    assert scaled.servers >= 1.0 and 0.0 <= scaled.violations <= 1.0
+
+
 # -------------------------------------------------------------------------------------------------------------- day
 
 
