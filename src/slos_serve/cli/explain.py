@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 
 from slos_serve.cli.printed import USAGE_ERROR, failure, output_file, stdout_console
 from slos_serve.core.errors import InvalidFieldError, SlosServeError
@@ -79,7 +80,8 @@ def explain(
                 answer_tokens=load_answer_tokens,
                 max_num_seqs=max_num_seqs,
             )
-            found = described(load, classes, profile, slo_class, prompt_tokens, max_tokens, expected_tokens)
+            with Console(stderr=True).status("asking the planner (the first run compiles it, which takes minutes)"):
+                found = described(load, classes, profile, slo_class, prompt_tokens, max_tokens, expected_tokens)
     except SlosServeError as error:
         failure(error)
         raise typer.Exit(USAGE_ERROR) from None

@@ -133,7 +133,7 @@ def _report(console: Console, run: ProfileRun, path: Path, chart: Path) -> None:
     console.print(
         f"{found.model_name} on {found.device}, vLLM {found.engine_version}, {found.dtype}, "
         f"TP {found.tensor_parallel}, async scheduling {scheduling}; {len(run.samples)} batches "
-        f"({run.num_disturbed} more left out: the machine was taken away meanwhile)",
+        f"({run.num_disturbed} more discarded: hypervisor steal)",
         highlight=False,
         markup=False,
     )

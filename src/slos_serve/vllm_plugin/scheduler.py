@@ -107,6 +107,7 @@ class Steered(Scheduler):
         num_classes = len(settings.classes) + 2  # custom numbers, and none
         drafts = min(compat.most_drafts(self), MAX_DRAFT_TOKENS)
         policy = SLOsServePolicy(profile.model, num_classes, replace(settings.planner, max_draft_tokens=drafts))
+        logger.info("slos-serve: loading the planner. The first start compiles it, which takes minutes.")
         warm_up(policy.planner)
         stop_strings = StopStrings(self.vllm_config.model_config)
         front = front_process(self.vllm_config) if settings.front_end else None

@@ -320,6 +320,7 @@ class FrontDesk:
         try:
             load_kernels()
             self.ready = True
+            _logger.info("slos-serve: answers have verdicts from now on.")
             poller = zmq.Poller()
             poller.register(sockets.state, zmq.POLLIN)
             poller.register(sockets.outcomes, zmq.POLLIN)

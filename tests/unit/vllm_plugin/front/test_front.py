@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import logging
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 from slos_serve.core.verdict import Verdict
 from slos_serve.routing.headroom import headroom
 from slos_serve.vllm_plugin.front import open_promises
+from slos_serve.vllm_plugin.front import desk as desk_module
 from slos_serve.vllm_plugin.front.desk import FrontDesk
 from slos_serve.vllm_plugin.front.judged import prompt_tokens
 from tests.builders import OPT_13B_A100
@@ -246,6 +248,18 @@ async def test_a_fault_of_ours_costs_the_verdict_only(
         assert status == 200 and "x-slo-verdict" not in headers and b"[DONE]" in body
     assert caplog.text.count("failed to judge") == 1
     server.front.heard(b"no JSON", is_state=True)
+
+
+def test_the_log_says_from_when_on_answers_have_verdicts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On the first start that is a minute after the server answers: its kernels are compiled beside it."""
+    front = desk(tmp_path, loaded(0))
+    monkeypatch.setattr(desk_module, "load_kernels", lambda: caplog.clear())
+    front.close()  # so that its loop ends at once
+    with caplog.at_level(logging.INFO):
+        front._run()
+    assert "answers have verdicts from now on" in caplog.text
 
 
 @pytest.mark.parametrize(
