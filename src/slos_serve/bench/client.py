@@ -260,24 +260,33 @@ class LoadClient:
     async def _find_server(self) -> ServerInfo:
         model = self._settings.model or await self._first_model()
         root = self._settings.api_url.removesuffix("/v1")
-        version = await self._get_json(root + "/version")
+        _, version = await self._get_json(root + "/version")
         found = version.get("version") if isinstance(version, dict) else None
         return ServerInfo(model, found if isinstance(found, str) else None)
 
     async def _first_model(self) -> str:
-        listed = await self._get_json(self._settings.api_url + "/models")
+        url = self._settings.api_url + "/models"
+        status, listed = await self._get_json(url)
+        if status >= 500:
+            raise ServerUnreachableError(f"{url} answers {status}; is the server still starting?")
+        if status in (401, 403):
+            raise NoModelError(f"{url} answers {status}; set OPENAI_API_KEY to a key of the server")
+        if status != 200:
+            raise NoModelError(f"{url} answers {status}; is the address right, or the server still starting?")
         try:
             return str(listed["data"][0]["id"])
         except (KeyError, IndexError, TypeError):
-            raise NoModelError(f"{self._settings.api_url}/models lists no model; name one with --model") from None
+            raise NoModelError(f"{url} lists no model; name one with --model") from None
 
-    async def _get_json(self, url: str) -> Any:
-        """The JSON at an address; ``None`` when the server has something else there."""
+    async def _get_json(self, url: str) -> tuple[int, Any]:
+        """The status and the JSON at an address; ``None`` when the server has something else there."""
+        status = 200
         try:
             async with asyncio.timeout(10.0), self._open_session.get(url) as http:
-                return await http.json(content_type=None) if http.status == 200 else None
+                status = http.status
+                return status, await http.json(content_type=None) if status == 200 else None
         except ValueError:
-            return None
+            return status, None
         except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
             reason = str(error) or type(error).__name__
             raise ServerUnreachableError(

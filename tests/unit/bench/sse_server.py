@@ -42,6 +42,7 @@ class SseServer:
 
     port: int = 0
     calls: list[Call] = field(default_factory=list)
+    statuses: list[str] = field(default_factory=list)  # of the next questions for the models, in place of 200
 
     @property
     def url(self) -> str:
@@ -94,6 +95,8 @@ async def _answer(
         known = {"/v1/models": {"data": [{"id": "tiny"}]}} | ({"/version": {"version": version}} if version else {})
         body = json.dumps(known.get(path, {})).encode()
         status = "200 OK" if path in known else "404 Not Found"
+        if path == "/v1/models" and server.statuses:
+            status = server.statuses.pop(0)
         writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
         await writer.drain()
         return

@@ -195,6 +195,32 @@ def test_responses_come_in_order_of_arrival_and_lag_is_known() -> None:
     assert all(response.lag_s >= 0.0 for response in result.responses)
 
 
+@pytest.mark.parametrize(
+    ("statuses", "says"),
+    [
+        (["401 Unauthorized"], "OPENAI_API_KEY"),
+        (["404 Not Found"], "answers 404"),
+        (["503 Service Unavailable", "503 Service Unavailable"], "still starting"),
+    ],
+)
+def test_a_server_that_does_not_list_its_models_says_why(
+    monkeypatch: pytest.MonkeyPatch, statuses: list[str], says: str
+) -> None:
+    monkeypatch.setattr("slos_serve.bench.client._LOOK_EVERY_S", 0.0)
+
+    async def look(wait_s: float) -> str:
+        async with sse_server({}) as server:
+            server.statuses = list(statuses)
+            settings = ClientSettings(server.url, model=None, wait_s=wait_s)
+            async with LoadClient(settings) as client:
+                return client.server.model
+
+    with pytest.raises(ServerUnreachableError, match=says):
+        asyncio.run(look(0.0))
+    if says == "still starting":
+        assert asyncio.run(look(30.0)) == "tiny"
+
+
 def test_no_server_is_one_clear_error() -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
