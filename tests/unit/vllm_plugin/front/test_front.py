@@ -14,7 +14,6 @@ import pytest
 
 from slos_serve.core.verdict import Verdict
 from slos_serve.routing.headroom import headroom
-from slos_serve.vllm_plugin.front import open_promises
 from slos_serve.vllm_plugin.front import desk as desk_module
 from slos_serve.vllm_plugin.front.desk import FrontDesk
 from slos_serve.vllm_plugin.front.judged import prompt_tokens
@@ -92,10 +91,7 @@ async def test_a_hundred_at_once_get_what_there_is_room_for(tmp_path: Path) -> N
     assert waits == sorted(waits) and waits[-1] > waits[0], "each refusal is told a later time"
 
 
-async def test_who_cannot_have_the_first_promise_is_told_the_next_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(open_promises, "LAST_WORD_S", 5.0)  # of a busy machine
+async def test_who_cannot_have_the_first_promise_is_told_the_next_one(tmp_path: Path) -> None:
     engine = loaded(0)
     for _ in range(2):
         engine.prefilling(1500, 100, due_in_s=1.0)

@@ -56,7 +56,7 @@ async def test_a_call_after_the_head_is_neither_refused_nor_waited_for(tmp_path:
         call(server, slo_class, "resp_1_0")
         await out({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
-    await judged_exchange(front, front.version.classes.classes[slo_class], [], serve, send)
+    await judged_exchange(front, front.begin(front.version.classes.classes[slo_class]), [], serve, send)
     assert [message["type"] for message in sent] == ["http.response.start", *["http.response.body"] * 2]
     assert b"".join(message["body"] for message in sent[1:]).endswith(b"data: [DONE]\n\n")
     assert server.client.taken == ["resp_1_0"] and counted(front, slo_class) == 0.0
@@ -79,7 +79,7 @@ async def test_a_call_after_the_exchange_leaves_nothing_behind(tmp_path: Path) -
         await out(start([(b"content-type", b"application/json")]))
         await out({"type": "http.response.body", "body": b"{}"})
 
-    await judged_exchange(front, front.version.classes.classes["chat"], [], serve, send)
+    await judged_exchange(front, front.begin(front.version.classes.classes["chat"]), [], serve, send)
     await asyncio.gather(*tasks)
     assert server.client.taken == ["resp_1_0"]
     assert not front._open._by_ticket and counted(front, "chat") == 0.0
@@ -103,7 +103,7 @@ async def test_of_an_exchange_whose_first_call_runs_no_later_one_is_told(tmp_pat
         await out(start([(b"content-type", b"application/json")]))
         await out({"type": "http.response.body", "body": b"{}"})
 
-    await judged_exchange(front, front.version.classes.classes["chat"], [], serve, send)
+    await judged_exchange(front, front.begin(front.version.classes.classes["chat"]), [], serve, send)
     assert len(server.client.taken) == 120 and counted(front, "chat") == 4.0
     assert front._mirror._mirrors.in_flight(ENGINE) == 0
 
@@ -124,7 +124,7 @@ async def test_what_was_let_in_is_not_refused_half_way(tmp_path: Path) -> None:
         await out(start([(b"content-type", b"application/json")]))
         await out({"type": "http.response.body", "body": b"{}"})
 
-    await judged_exchange(front, front.version.classes.classes["strict"], [], serve, send)
+    await judged_exchange(front, front.begin(front.version.classes.classes["strict"]), [], serve, send)
     assert sent[0]["status"] == 200 and server.client.taken == ["resp_1_0", "resp_1_1"]
     status, headers, _ = await server.ask("strict", prompt_tokens=PROMPT_TOKENS)
     assert (status, headers["x-slo-verdict"]) == (429, "rejected"), "a new one would have been"
