@@ -144,7 +144,7 @@ def _workload(
     acceptance: float,
 ) -> Workload:
     from slos_serve.files.class_file import load_classes
-    from slos_serve.workload.scenarios import make_workload, trace_workload
+    from slos_serve.workload.scenarios import MOST_RATE_SCALE, make_workload, trace_workload
 
     if (scenario is None) == (trace is None):
         raise InvalidFieldError("--scenario", scenario, "--scenario NAME or --trace FILE, one of them")
@@ -152,10 +152,13 @@ def _workload(
         found = trace_workload(trace, load_classes(classes) if classes else None, limit=requests)
         if rate is None:
             return found
-        span_s = float(found.calls["arrival_s"].max())
-        return trace_workload(
-            trace, load_classes(classes) if classes else None, rate * span_s / max(found.num_requests, 1), requests
-        )
+        span_s = float(found.request_arrivals_s.max())
+        if span_s <= 0.0:
+            raise InvalidFieldError("--rate", rate, f"none, because all requests of {trace} come at one time")
+        recorded = found.num_requests / span_s
+        if not 0.0 < rate / recorded <= MOST_RATE_SCALE:
+            raise InvalidFieldError("--rate", rate, f"a number in (0, {MOST_RATE_SCALE * recorded:g}]")
+        return trace_workload(trace, load_classes(classes) if classes else None, rate / recorded, requests)
     if rate is None:
         raise InvalidFieldError("--rate", rate, "requests a second, a number above 0")
     assert scenario is not None

@@ -11,6 +11,8 @@ import numpy as np
 from slos_serve.core.slo import check_number
 
 _BLOCK = 4096
+# Without a step for this many spells, only the last few of them are drawn: a trace may be silent for a thousand years.
+_SPELLS_APART, _SPELLS_BEFORE = 1_000_000, 100
 
 
 # However much is taken away, this part of the time stays: the clock must go on.
@@ -106,6 +108,9 @@ class Spells:
 
     def factor(self, start_s: float) -> float:
         """Multiple of a step that begins at ``start_s``; calls come in order of time."""
+        if start_s > self._end_s + _SPELLS_APART * (self._error.spell_every_s + self._error.spell_s):
+            # Exponential times have no memory: after so long a silence, spells may as well begin anew shortly before.
+            self._end_s = start_s - _SPELLS_BEFORE * (self._error.spell_every_s + self._error.spell_s)
         while start_s >= self._end_s:
             self._next()
         return self._error.spell_factor if start_s >= self._begin_s else 1.0

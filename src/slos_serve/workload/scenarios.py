@@ -30,6 +30,7 @@ TIGHT_SLOWDOWN, LOOSE_SLOWDOWN = 3.0, 5.0
 MAX_PROMPT_TOKENS = 16_000  # of one call; longer ones are cut, so that every engine can take them in one batch
 MAX_THINKING_TOKENS, MAX_ANSWER_TOKENS = 8192, 4096
 DEFAULT_ACCEPTANCE = 0.7
+MOST_RATE_SCALE = 1e6  # how many times as fast as recorded a trace may be replayed
 
 # Tool calling has no public table of lengths: means as published for ToolBench-like traffic (docs/workloads.md).
 TOOL_ROUNDS = (3, 4)
@@ -269,8 +270,8 @@ def trace_workload(
     Raises:
         InvalidFieldError: broken file, unknown class, or a scale out of range.
     """
-    if not 0.0 < rate_scale <= 1e6:
-        raise InvalidFieldError("rate_scale", rate_scale, "a number in (0, 1e6]")
+    if not 0.0 < rate_scale <= MOST_RATE_SCALE:
+        raise InvalidFieldError("rate_scale", rate_scale, f"a number in (0, {MOST_RATE_SCALE:g}]")
     return recorded_workload(read_trace(path, limit), path, classes, rate_scale)
 
 
@@ -332,7 +333,7 @@ def _class_of(request: TraceRequest, task_ms: float | None, classes: ClassSet, p
     try:
         found = classes.resolve(request.slo_class)
     except InvalidFieldError as fault:
-        raise InvalidFieldError(fault.field, fault.given, fault.allowed, str(path)) from fault
+        raise InvalidFieldError(fault.field, fault.given, fault.allowed, request.where or str(path)) from fault
     slo_class = found if found is not None else single_stage("none", SLO())
     if task_ms is None:
         return slo_class

@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -43,6 +43,7 @@ class TraceRequest:
         task_ms: promise of the whole session, if any.
         block_ids: hash of each block of :data:`MOONCAKE_BLOCK_TOKENS` prompt tokens and all before it (Mooncake): equal
             ids mean equal beginnings.
+        where: file and line, for errors that show only beside other requests.
     """
 
     arrival_s: float
@@ -56,6 +57,7 @@ class TraceRequest:
     pause_ms: float | None = None
     task_ms: float | None = None
     block_ids: tuple[int, ...] = ()
+    where: str | None = field(default=None, compare=False)
 
 
 def read_trace(path: Path, limit: int | None = None) -> list[TraceRequest]:
@@ -91,7 +93,10 @@ def _reader_of(path: Path) -> Callable[[Path], Iterator[TraceRequest]]:
         head = lines.readline().strip()
     if head.startswith("{"):
         return _read_mooncake
-    columns = [name.strip() for name in head.split(",")]
+    try:
+        columns = [name.strip() for name in next(csv.reader([head]), [])]
+    except csv.Error:
+        columns = []
     if all(name in columns for name in AZURE_COLUMNS):
         return lambda file: _read_csv(file, AZURE_COLUMNS, _azure_seconds)
     if all(name in columns for name in BURSTGPT_COLUMNS):
@@ -104,21 +109,29 @@ def _read_csv(
     path: Path, names: tuple[str, str, str], seconds_of: Callable[[str, str], float]
 ) -> Iterator[TraceRequest]:
     stamp, prompt, output = names
+    for fields, where in _csv_rows(path):
+        output_tokens = _count(output, fields.get(output), where, least=0)
+        if output_tokens == 0:
+            continue  # a failed request of the recorded service; it generated nothing
+        request = TraceRequest(
+            arrival_s=seconds_of(fields.get(stamp, ""), where),
+            prompt_tokens=_count(prompt, fields.get(prompt), where, least=1),
+            output_tokens=output_tokens,
+            session=fields.get("Session ID") or fields.get("session") or None,
+            where=where,
+        )
+        yield _with_promise(request, fields, where)
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[dict[str, str], str]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
-        for row in rows:
-            where = f"{path}:{rows.line_num}"
-            fields = {key.strip(): value for key, value in row.items() if key is not None and value is not None}
-            output_tokens = _count(output, fields.get(output), where, least=0)
-            if output_tokens == 0:
-                continue  # a failed request of the recorded service; it generated nothing
-            request = TraceRequest(
-                arrival_s=seconds_of(fields.get(stamp, ""), where),
-                prompt_tokens=_count(prompt, fields.get(prompt), where, least=1),
-                output_tokens=output_tokens,
-                session=fields.get("Session ID") or fields.get("session") or None,
-            )
-            yield _with_promise(request, fields, where)
+        try:
+            for row in rows:
+                fields = {key.strip(): value for key, value in row.items() if key is not None and value is not None}
+                yield fields, f"{path}:{rows.line_num}"
+        except csv.Error as fault:
+            raise InvalidFieldError("line", "", f"a line of CSV ({fault})", f"{path}:{rows.reader.line_num}") from fault
 
 
 def _read_mooncake(path: Path) -> Iterator[TraceRequest]:
@@ -139,8 +152,9 @@ def _read_mooncake(path: Path) -> Iterator[TraceRequest]:
             arrival_s=stamp + spread_s,
             prompt_tokens=prompt_tokens,
             output_tokens=_count("output_length", row.get("output_length"), where, least=1),
-            session=str(row["session_id"]) if "session_id" in row else None,
+            session=None if row.get("session_id") in (None, "") else str(row["session_id"]),
             block_ids=_block_ids(row.get("hash_ids"), where),
+            where=where,
         )
         yield _with_promise(request, row, where)
 
@@ -153,8 +167,9 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Mapping[str, object], str]]:
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as fault:
-                raise InvalidFieldError("line", line.strip(), f"a JSON object ({fault.msg})", where) from fault
+            except (ValueError, RecursionError) as fault:  # no JSON, a number of thousands of digits, endless nesting
+                why = fault.msg if isinstance(fault, json.JSONDecodeError) else str(fault)
+                raise InvalidFieldError("line", line.strip(), f"a JSON object ({why})", where) from fault
             if not isinstance(row, dict):
                 raise InvalidFieldError("line", row, "a JSON object", where)
             for key in MOONCAKE_KEYS:
@@ -211,7 +226,8 @@ def calls_before(requests: Sequence[TraceRequest]) -> list[int]:
     for index, request in enumerate(requests):
         waits_for = -1 if request.pause_ms is None else last.get(request.session or "", -1)
         if request.pause_ms is not None and waits_for < 0:
-            raise InvalidFieldError("pause_ms", request.pause_ms, f"a request before it in session {request.session!r}")
+            allowed = f"a request before it in session {request.session!r}"
+            raise InvalidFieldError("pause_ms", request.pause_ms, allowed, request.where)
         before.append(waits_for)
         if request.session:
             last[request.session] = index

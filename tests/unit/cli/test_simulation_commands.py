@@ -179,6 +179,20 @@ def test_broken_trace_lines_and_impossible_slos_carry_their_line(tmp_path: Path)
     assert "trace.csv:2: tpot_ms" in output
 
 
+def test_a_trace_takes_a_rate_where_it_has_one(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.csv"
+    command = ["simulate", "--trace", str(trace), "--policy", "vllm", "--rate"]
+    trace.write_text("Timestamp,Request tokens,Response tokens\n0,5,5\n0,5,5\n")
+    assert "--rate: got 2.0; allowed: none" in RUNNER.invoke(app, [*command, "2"]).output
+    trace.write_text("Timestamp,Request tokens,Response tokens,session,pause_ms\n0,5,5,a,\n1,9,5,a,10\n2,5,5,b,\n")
+    assert RUNNER.invoke(app, [*command, "2"]).exit_code == 0
+    for given in ("0", "-1", "nan", "1e300"):
+        assert (
+            f"--rate: got {float(given)}; allowed: a number in (0, 1e+06]"
+            in RUNNER.invoke(app, [*command, given]).output
+        )
+
+
 def test_all_leaves_out_what_the_engine_cannot_keep_and_a_name_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert _searchable(["chat", "users"], "opt-13b-a100", leave_out=True) == ["chat"]
     assert "users is left out" in capsys.readouterr().err

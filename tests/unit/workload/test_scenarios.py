@@ -115,7 +115,7 @@ def test_unknown_names_come_with_the_list(tmp_path: Path) -> None:
         make_workload("chatt", 1.0, 10)
     file = tmp_path / "t.csv"
     file.write_text("Timestamp,Request tokens,Response tokens,slo_class\n0,10,5,gold\n")
-    with pytest.raises(InvalidFieldError, match="gold"):
+    with pytest.raises(InvalidFieldError, match=r"t\.csv:2: slo_class: got 'gold'"):
         trace_workload(file)
 
 

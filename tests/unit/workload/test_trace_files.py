@@ -147,5 +147,41 @@ def test_a_call_of_a_task_needs_a_session(tmp_path: Path, name: str) -> None:
 def test_the_first_of_a_session_waits_for_no_answer(tmp_path: Path) -> None:
     file = tmp_path / "tasks.csv"
     file.write_text("Timestamp,Request tokens,Response tokens,session,pause_ms\n0,2,3,a,5\n")
-    with pytest.raises(InvalidFieldError, match=r"pause_ms: got 5.*session 'a'"):
+    with pytest.raises(InvalidFieldError, match=r"tasks\.csv:2: pause_ms: got 5.*session 'a'"):
         calls_before(read_trace(file))
+
+
+def test_a_quoted_header_is_a_header(tmp_path: Path) -> None:
+    file = tmp_path / "quoted.csv"
+    file.write_text('"Timestamp","Request tokens","Response tokens"\n"0","2","3"\n')
+    (request,) = read_trace(file)
+    assert (request.prompt_tokens, request.output_tokens) == (2, 3)
+
+
+@pytest.mark.parametrize("line", ["9" * 200_000 + ",2,3", '0,2,"' + "9" * 200_000])
+def test_a_field_that_no_csv_has_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "wide.csv"
+    file.write_text(f"Timestamp,Request tokens,Response tokens\n0,2,3\n{line}\n")
+    with pytest.raises(InvalidFieldError, match=r"wide\.csv:3: line: .*a line of CSV"):
+        read_trace(file)
+
+
+def test_a_header_that_no_csv_has_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "wide.csv"
+    file.write_text("9" * 200_000)
+    with pytest.raises(InvalidFieldError, match=r"wide\.csv:1: trace header"):
+        read_trace(file)
+
+
+@pytest.mark.parametrize("line", ['{"timestamp": ' + "9" * 5000 + "}", "[" * 100_000, '{"a":' * 100_000])
+def test_json_that_python_refuses_is_named(tmp_path: Path, line: str) -> None:
+    file = _mooncake(tmp_path / "m.jsonl", [{"timestamp": 0, "input_length": 9, "output_length": 2}])
+    file.write_text(file.read_text() + line + "\n")
+    with pytest.raises(InvalidFieldError, match=r"m\.jsonl:2: line: .*a JSON object"):
+        read_trace(file)
+
+
+def test_a_session_of_null_is_none(tmp_path: Path) -> None:
+    row: dict[str, object] = {"timestamp": 0, "input_length": 9, "output_length": 2}
+    file = _mooncake(tmp_path / "m.jsonl", [{**row, "session_id": None}, {**row, "session_id": ""}])
+    assert [one.session for one in read_trace(file)] == [None, None]
