@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from slos_serve.cli.printed import failure, progress_bar, warn
+from slos_serve.cli.printed import failure, output_file, progress_bar, warn
 from slos_serve.cli.sim_options import (
     Acceptance,
     Arrivals,
@@ -68,7 +68,10 @@ def capacity(
     exact: Exact = False,
     processes: Annotated[int, typer.Option(min=1, help="Simulations at once.")] = 2,
     cache_file: Annotated[
-        Path | None, typer.Option("--resume", help="Keep every simulation here (JSON lines) and reuse what is there.")
+        Path | None,
+        typer.Option(
+            "--resume", help="Keep every simulation here (JSON lines) and reuse what is there.", callback=output_file
+        ),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slos_serve.cli.printed import output_file, stdout_console
-from slos_serve.core.errors import InvalidFieldError
+from slos_serve.cli.printed import failure, output_file, stdout_console
+from slos_serve.core.errors import InvalidFieldError, SlosServeError
 from slos_serve.policies.registry import POLICIES, policy_entry
 from slos_serve.workload.scenarios import SCENARIOS, scenario_named
 
@@ -21,7 +21,7 @@ ProfileName = Annotated[str, typer.Option("--profile", help="Shipped profile (op
 Arrivals = Annotated[
     str, typer.Option(help="scenario (the scenario's own), poisson, azure-conv, azure-code, gamma:CV or burst:FACTOR.")
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of lengths and arrivals.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of lengths and arrivals.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write the result here.", callback=output_file)]
 Oracle = Annotated[
     bool, typer.Option("--oracle-lengths", help="Tell policies the true output lengths, to see what that would add.")
@@ -97,5 +97,8 @@ def policy_names() -> list[str]:
 def write_json(path: Path | None, value: object) -> None:
     """Write a result, when asked for."""
     if path is not None:
-        path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        try:
+            path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        except OSError as fault:
+            raise failure(SlosServeError(f"{path} cannot be written: {fault.strerror}")) from fault
         console.print(f"wrote {path}")

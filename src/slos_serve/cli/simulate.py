@@ -143,7 +143,9 @@ def _workload(
     arrivals: str,
     acceptance: float,
 ) -> Workload:
+    from slos_serve.core.slo import check_number
     from slos_serve.files.class_file import load_classes
+    from slos_serve.workload.arrivals import LEAST_RATE_RPS
     from slos_serve.workload.scenarios import MOST_RATE_SCALE, make_workload, trace_workload
 
     if (scenario is None) == (trace is None):
@@ -156,8 +158,7 @@ def _workload(
         if span_s <= 0.0:
             raise InvalidFieldError("--rate", rate, f"none, because all requests of {trace} come at one time")
         recorded = found.num_requests / span_s
-        if not 0.0 < rate / recorded <= MOST_RATE_SCALE:
-            raise InvalidFieldError("--rate", rate, f"a number in (0, {MOST_RATE_SCALE * recorded:g}]")
+        check_number("--rate", rate, low=LEAST_RATE_RPS, high=MOST_RATE_SCALE * recorded, low_included=True)
         return trace_workload(trace, load_classes(classes) if classes else None, rate / recorded, requests)
     if rate is None:
         raise InvalidFieldError("--rate", rate, "requests a second, a number above 0")

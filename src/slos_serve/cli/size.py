@@ -55,6 +55,7 @@ def size(
         allowed = violations or list(DEFAULT_VIOLATIONS)
         for value in allowed:
             check_number("violations", value, low=0.0, high=1.0, low_included=True)
+        power = power_of(measured, watts, idle_watts)
         traffic = _traffic(trace, mix, classes, requests, peak)
         asked = Asked(traffic, measured, conditions_of(exact), tuple(allowed), most, seconds)
         with progress_bar(counted=False) as bar:
@@ -67,7 +68,7 @@ def size(
             sized = size_fleet(asked, chosen, tried)
     except SlosServeError as fault:
         raise failure(fault) from fault
-    result = _result(asked, sized, profile, power_of(measured, watts, idle_watts))
+    result = _result(asked, sized, profile, power)
     _print(result)
     write_json(json_file, result)
     if plot is not None:

@@ -125,6 +125,8 @@ def parse_class_file(text: str, name: str) -> ClassFile:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         raise _syntax_error(error, name) from error
+    except RecursionError as error:
+        raise InvalidFieldError("class file", "endless nesting", "a few levels", name) from error
     return _FileReader(name).class_file(root)
 
 

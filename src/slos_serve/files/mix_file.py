@@ -80,6 +80,8 @@ def load_mix(path: Path) -> MixFile:
         raise InvalidFieldError("mix file", str(path), f"a readable UTF-8 file ({error})") from error
     except yaml.YAMLError as error:
         raise InvalidFieldError("mix file", str(path), f"YAML ({error})") from error
+    except RecursionError as error:
+        raise InvalidFieldError("mix file", "endless nesting", "a few levels", str(path)) from error
     if root is None:
         raise InvalidFieldError("mix file", "", "a mapping with the key 'mix'", f"{path}:1")
     return _MixReader(str(path)).mix_file(root)

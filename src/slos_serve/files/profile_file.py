@@ -244,7 +244,7 @@ def find_profile(engine: EngineIdentity) -> tuple[Path, Profile] | None:
 def _read_object(path: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidFieldError("profile file", str(path), f"a readable JSON file ({error})") from error
     if not isinstance(record, dict):
         raise InvalidFieldError("profile file", type(record).__name__, "a JSON object", str(path))
@@ -261,7 +261,7 @@ def _text(record: Mapping[str, Any], name: str, where: str) -> str:
 def _count(record: Mapping[str, Any], name: str, where: str) -> int:
     value = record.get(name)
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST_COUNT:
-        raise InvalidFieldError(name, value, "a whole number, 1 or more", where)
+        raise InvalidFieldError(name, value, f"a whole number from 1 to {_LARGEST_COUNT}", where)
     return value
 
 

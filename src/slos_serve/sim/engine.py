@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -211,5 +212,5 @@ def _check_split(settings: SimSettings) -> None:
     if not 1 <= settings.routers <= settings.replicas:
         raise InvalidFieldError("routers", settings.routers, f"1 to the number of replicas, {settings.replicas}")
     for at_s, replica in settings.deaths:
-        if at_s < 0.0 or not 0 <= replica < settings.replicas:
+        if not 0.0 <= at_s < math.inf or not 0 <= replica < settings.replicas:
             raise InvalidFieldError("deaths", (at_s, replica), f"seconds >= 0 and a replica below {settings.replicas}")

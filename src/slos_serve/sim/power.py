@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from slos_serve.core.slo import check_number
 from slos_serve.files.profile_file import Profile
 
 # Watts, by the maker's name of the product; PCIe cards have limits of their own.
@@ -37,7 +38,13 @@ def power_of(profile: Profile, watts: float | None = None, idle_watts: float | N
     Args:
         profile: names the device, and how many a server has.
         watts, idle_watts: of one device, instead of the table's.
+
+    Raises:
+        InvalidFieldError: watts below 0 or beyond any device's.
     """
+    for name, given in (("--watts", watts), ("--idle-watts", idle_watts)):
+        if given is not None:
+            check_number(name, given, low=0.0, high=1e6, low_included=True)
     limit_w = _limit_w(profile.device) if watts is None else watts
     if limit_w is None:
         return None

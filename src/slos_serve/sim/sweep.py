@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from slos_serve.core.errors import InvalidFieldError
 from slos_serve.sim.question import Answer, Question, answer
 
 Result = TypeVar("Result")
@@ -62,14 +63,25 @@ def source_digest(policy: str = OUR_POLICY) -> str:
 
 
 class AnswerFile:
-    """Answers by question, appended to a JSON-lines file as they come, so that a search can be resumed."""
+    """Answers by question, appended to a JSON-lines file as they come, so that a search can be resumed.
+
+    Raises:
+        InvalidFieldError: the file cannot be read, or holds something else.
+    """
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
         self._known: dict[tuple[str, str], Answer] = {}
-        if path is not None and path.is_file():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                self._read(line)
+        if path is None or not path.exists():
+            return
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as fault:
+            raise InvalidFieldError("--resume", str(path), f"a readable file ({fault})") from fault
+        for line in lines:
+            self._read(line)
+        if len(lines) > 1 and not self._known:  # appending would spoil it; a single line may be half written
+            raise InvalidFieldError("--resume", str(path), "a file that --resume began, or a new one")
 
     def _read(self, line: str) -> None:
         try:

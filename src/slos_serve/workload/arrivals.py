@@ -25,6 +25,7 @@ from slos_serve.workload.lengths import PROBABILITIES, load_table
 Floats = NDArray[np.float64]
 DRIFT_STEP_S = 1.0
 BURSTS_A_RUN = 8
+LEAST_RATE_RPS = 1e-9  # with less, so much time passes that a step is lost in its rounding
 ARRIVAL_NAMES = ("poisson", "azure-conv", "azure-code", "gamma:CV", "burst:FACTOR", "day")
 # Where in a run of ``burst:FACTOR`` the burst begins and ends, as parts of its time.
 BURST_FROM, BURST_TO = 0.4, 0.6
@@ -42,7 +43,7 @@ def arrival_times(name: str, rate_rps: float, count: int, random: Generator) -> 
     Raises:
         InvalidFieldError: unknown process, or a rate or CV out of range.
     """
-    check_number("rate", rate_rps, low=0.0, high=1e6)
+    check_number("rate", rate_rps, low=LEAST_RATE_RPS, high=1e6, low_included=True)
     if count <= 0:
         return np.empty(0)
     times = _process(name)(count + 1, random)

@@ -161,6 +161,14 @@ def test_size_prints_writes_and_draws_every_way(tmp_path: Path) -> None:
         (["size", "--trace", "nowhere.csv"], "nowhere.csv"),
         (["size", "--mix", "nowhere.yaml"], "nowhere.yaml"),
         (["size"], "one of the two"),
+        (["size", "--trace", "nowhere.csv", "--watts", "-1"], "--watts"),
+        (["size", "--trace", "nowhere.csv", "--idle-watts", "nan"], "--idle-watts"),
+        (["simulate", "--scenario", "chat", "--rate", "1e-308"], "rate: got 1e-308"),
+        (["simulate", "--scenario", "chat", "--rate", "1", "--seed", "9" * 23], "--seed"),
+        (["simulate", "--scenario", "chat", "--rate", "1", "--policy", "vllm", "--kill", "inf:0"], "deaths"),
+        (["simulate", "--scenario", "chat", "--rate", "1", "--policy", "vllm", "--kill", "nan:0"], "deaths"),
+        (["capacity", "--scenario", "chat", "--policy", "vllm", "--resume", "examples"], "cannot be written"),
+        (["capacity", "--scenario", "chat", "--policy", "vllm", "--resume", "README.md"], "a file that --resume began"),
         (["size", "--mix", "examples/mix.yaml"], "class file"),
     ],
 )
@@ -179,6 +187,30 @@ def test_broken_trace_lines_and_impossible_slos_carry_their_line(tmp_path: Path)
     assert "trace.csv:2: tpot_ms" in output
 
 
+def test_a_full_disk_is_named() -> None:
+    command = ["simulate", "--scenario", "chat", "--rate", "2", "--requests", "5", "--policy", "vllm"]
+    result = RUNNER.invoke(app, [*command, "--json", "/dev/full"])
+    assert result.exit_code == 1
+    assert "/dev/full cannot be written: No space left on device" in result.output
+
+
+@pytest.mark.parametrize(
+    ("option", "suffix", "text"),
+    [
+        ("--classes", "yaml", "classes: " + "[" * 5000),
+        ("--mix", "yaml", "mix: " + "[" * 5000),
+        ("--profile", "json", "[" * 100_000),
+    ],
+)
+def test_endless_nesting_is_named(tmp_path: Path, option: str, suffix: str, text: str) -> None:
+    deep = tmp_path / f"deep.{suffix}"
+    deep.write_text(text)
+    whole = {"--mix": "examples/mix.yaml", "--classes": "examples/classes.yaml"} | {option: str(deep)}
+    result = RUNNER.invoke(app, ["size", *(part for pair in whole.items() for part in pair)])
+    assert result.exit_code == 2
+    assert deep.name in result.output.replace("\n", "")
+
+
 def test_a_trace_takes_a_rate_where_it_has_one(tmp_path: Path) -> None:
     trace = tmp_path / "trace.csv"
     command = ["simulate", "--trace", str(trace), "--policy", "vllm", "--rate"]
@@ -186,9 +218,9 @@ def test_a_trace_takes_a_rate_where_it_has_one(tmp_path: Path) -> None:
     assert "--rate: got 2.0; allowed: none" in RUNNER.invoke(app, [*command, "2"]).output
     trace.write_text("Timestamp,Request tokens,Response tokens,session,pause_ms\n0,5,5,a,\n1,9,5,a,10\n2,5,5,b,\n")
     assert RUNNER.invoke(app, [*command, "2"]).exit_code == 0
-    for given in ("0", "-1", "nan", "1e300"):
+    for given in ("0", "-1", "nan", "1e300", "1e-300"):
         assert (
-            f"--rate: got {float(given)}; allowed: a number in (0, 1e+06]"
+            f"--rate: got {float(given)}; allowed: a number in [1e-09, 1e+06]"
             in RUNNER.invoke(app, [*command, given]).output
         )
 
