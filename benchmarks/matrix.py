@@ -280,7 +280,11 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--scenario", action="append", choices=list(SCENARIOS), help="default: the seven")
     parser.add_argument("--arrivals", action="append", help=f"default: {', '.join(ARRIVALS)}")
     parser.add_argument(
-        "--policy", action="append", help="rival; default: all of the registry that know no true lengths"
+        "--policy",
+        action="append",
+        choices=list(POLICIES),
+        metavar="POLICY",
+        help="rival; default: all of the registry that know no true lengths",
     )
     parser.add_argument("--requests", type=int, default=0, help="of each simulation")
     parser.add_argument("--seeds", type=int, default=0, help="default: 3, or 5 where arrivals are bursty")
