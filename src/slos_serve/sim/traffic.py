@@ -29,6 +29,8 @@ LEAST_REQUESTS = 1000
 WINDOW_S = 3600.0
 # A trace shorter than this has no course of a day of its own.
 LEAST_COURSE_S = 6 * WINDOW_S
+# A longer one has a stamp that is wrong, as a rule, and windows without end.
+MOST_COURSE_S = 10 * 366 * 24 * WINDOW_S
 MAX_OUTPUT_TOKENS = 8192
 LIKE = tuple(name for name, known in SCENARIOS.items() if len(known.classes) == 1 and known.share is None)
 
@@ -147,7 +149,7 @@ class TraceTraffic:
         peak_rps: instead of its busiest hour's rate.
 
     Raises:
-        InvalidFieldError: the file or a class in it cannot be used.
+        InvalidFieldError: the file or a class in it cannot be used, or it takes more than ten years.
     """
 
     def __init__(self, path: Path, classes: ClassSet | None, limit: int, peak_rps: float | None = None) -> None:
@@ -156,6 +158,10 @@ class TraceTraffic:
         self.name, self._path, self._classes = path.name, path, classes
         first_s = _session_starts_s(requests)
         span_s = max(requests[-1].arrival_s, 1.0)
+        if span_s > MOST_COURSE_S:
+            raise InvalidFieldError(
+                "timestamp", f"{span_s:g} s", "within ten years of the first one", requests[-1].where
+            )
         windows = int(span_s // WINDOW_S) if span_s >= LEAST_COURSE_S else 1
         width_s = WINDOW_S if windows > 1 else span_s
         window = (first_s // width_s).astype(np.int64) if windows > 1 else np.zeros(len(first_s), dtype=np.int64)

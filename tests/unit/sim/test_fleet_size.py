@@ -87,6 +87,13 @@ def test_a_long_trace_gives_the_course_and_its_busiest_hour(tmp_path: Path) -> N
     assert at.calls["arrival_s"][-1] == pytest.approx(60.0, rel=0.05)
 
 
+def test_a_trace_of_ages_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "ages.csv"
+    file.write_text("Timestamp,Request tokens,Response tokens\n0,2,3\n1e12,2,3\n")
+    with pytest.raises(InvalidFieldError, match=r"ages\.csv:3: timestamp: got '1e\+12 s'.*ten years"):
+        TraceTraffic(file, None, 10)
+
+
 def test_a_short_trace_is_the_busiest_time_of_a_recorded_day(tmp_path: Path) -> None:
     found = TraceTraffic(write_trace(tmp_path / "hour.csv", [200]), None, 10_000, peak_rps=3.0)
     assert found.peak_rps == 3.0 and found.course.hours == 24.0 and len(found.course.relative) == 144
