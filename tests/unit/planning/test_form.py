@@ -22,6 +22,23 @@ def test_prefill_runs_in_deadline_order_not_in_arrival_order() -> None:
     assert late not in plan.slots[:-1]
 
 
+def test_nobody_due_later_takes_the_time_of_a_prompt_that_waits_for_the_next_step() -> None:
+    """A running prompt that is to be cut cannot stand behind one that starts, and would be passed for ever."""
+    engine = EngineBuilder()
+    engine.decode(ahead_s=0.09)
+    starts = engine.wait(100, due_in_s=0.3)
+    passed = engine.prefilling(3000, 400, due_in_s=0.9)
+    later = [engine.wait(300, due_in_s=2.0), engine.prefilling(400, 300, due_in_s=2.5)]
+    plan = planned(engine)
+    assert starts in plan.slots and not set(later) & set(plan.slots.tolist())
+    assert {passed, later[1]} <= set(plan.held.tolist())
+    engine.waiting.remove(starts)
+    engine.running.append(starts)
+    engine.table.rows["running"][starts], engine.table.rows["computed_tokens"][starts] = 1, 100
+    engine.table.rows["output_tokens"][starts] = 1
+    assert passed in planned(engine).slots, "in the next step it runs"
+
+
 def test_a_decode_ahead_of_its_deadlines_is_held_while_there_is_prefill() -> None:
     engine = EngineBuilder()
     due = engine.decode(ahead_s=0.06)
