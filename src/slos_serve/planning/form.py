@@ -122,16 +122,13 @@ def must_leave_room(step: Step, slot: int, due_s: float) -> bool:
 
 
 @in_place
-def add_prompts(step: Step, work: Work, limit_s: float, sure: float) -> tuple[float, bool]:
+def add_prompts(step: Step, work: Work, limit_s: float, sure: float) -> float:
     """Run promised prompts by deadline; one that ends brings the step's end forward, so that it is in time all the same
     when this step is a slow one (``sure``, see :class:`Rules`).
 
     An engine starts a request only when its whole prompt fits into memory. A running prompt that is to be cut cannot
     stand behind a request that starts: it waits for the next step, which begins the sooner because nothing that is due
     later is put into this one.
-
-    Returns:
-        When the step is to end, and whether a prompt waits so.
     """
     rows, waits = step.state.rows, False
     for j in range(len(work.prefills)):
@@ -155,7 +152,7 @@ def add_prompts(step: Step, work: Work, limit_s: float, sure: float) -> tuple[fl
         run_chunk(step, slot, chunk, cut, PREFILL_DEADLINE)
         if chunk == tokens_left(rows, slot):
             limit_s = min(limit_s, max(sure * (work.prefill_due_s[j] - step.state.now_s), seconds(step)))
-    return limit_s, waits
+    return limit_s
 
 
 @in_place
@@ -250,7 +247,7 @@ def form(state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, pla
     limit_s = max(limit_s, seconds(step))
     if rules.turn != NOBODY:
         give_turn(step, rules.turn, limit_s)
-    limit_s, waits = add_prompts(step, work, limit_s, rules.sure)
+    limit_s = add_prompts(step, work, limit_s, rules.sure)
     add_early_decodes(step, work, drafts, first, limit_s)
     prompts = ahead_enough(state.rows, work.decodes, work.decode_due_s, state.now_s)
     add_others(step, work, plan, lengths, prompts, limit_s)
