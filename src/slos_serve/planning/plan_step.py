@@ -134,8 +134,9 @@ def ask_now(state: State, known: Known, memory: Memory) -> Asked:
 
 @njit(cache=True)
 def starting_order(state: State, shares: FloatArray) -> SlotArray:
-    """Waiting slots that may use what is left over: those passed over by deadline (they may still make it), then best
-    effort in the order of fair shares, as many as can have a seat beside the blocked ones and whoever has the turn."""
+    """Waiting slots that may use what is left over: those passed over by deadline (they may still make it), then streams
+    that lost their KV, the oldest first, then best effort in the order of fair shares: as many as can have a seat beside
+    the blocked ones and whoever has the turn."""
     waiting = state.waiting
     status = state.status[waiting]
     seats = state.max_num_seqs - len(state.running)
@@ -143,7 +144,11 @@ def starting_order(state: State, shares: FloatArray) -> SlotArray:
         seats += 1 + int(state.rows["blocked"][waiting].sum())
     passed = waiting[status == UNDECIDED]
     passed = passed[np.argsort(state.rows["ttft_due_s"][passed], kind="mergesort")]
-    return np.concatenate((passed, in_fair_order(state, waiting[status == BEST_EFFORT], shares, seats)))
+    others = waiting[status == BEST_EFFORT]
+    streams = state.rows["output_tokens"][others] > 0
+    cut_off = others[streams]
+    cut_off = cut_off[np.argsort(state.rows["order"][cut_off], kind="mergesort")]
+    return np.concatenate((passed, cut_off, in_fair_order(state, others[~streams], shares, seats)))
 
 
 @njit(cache=True)

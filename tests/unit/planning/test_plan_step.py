@@ -62,3 +62,13 @@ def test_passed_over_requests_start_by_deadline_and_then_best_effort_in_order() 
     first, second = engine.wait(), engine.wait()
     engine.table.rows["status"][[first, second]] = Status.BEST_EFFORT
     assert starting_order(engine.state(), np.zeros(NUM_SHARES)).tolist() == [soon, late, first, second]
+
+
+def test_a_stream_that_lost_its_kv_starts_before_others_begin() -> None:
+    engine = EngineBuilder()
+    older, passed = engine.best_effort(), engine.wait(500)
+    cut_off = [engine.best_effort(prompt_tokens) for prompt_tokens in (3000, 300)]
+    for slot in (older, *cut_off):
+        engine.table.rows["status"][slot] = Status.BEST_EFFORT
+    engine.table.rows["output_tokens"][cut_off] = 5
+    assert starting_order(engine.state(), np.zeros(NUM_SHARES)).tolist() == [passed, *cut_off, older]
