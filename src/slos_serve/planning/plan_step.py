@@ -134,9 +134,9 @@ def ask_now(state: State, known: Known, memory: Memory) -> Asked:
 
 @njit(cache=True)
 def starting_order(state: State, shares: FloatArray) -> SlotArray:
-    """Waiting slots that may use what is left over: those passed over by deadline (they may still make it), then streams
-    that lost their KV, the oldest first, then best effort in the order of fair shares: as many as can have a seat beside
-    the blocked ones and whoever has the turn."""
+    """Waiting slots that may use what is left over: those passed over by deadline (they may still make it), then
+    streams that lost their KV, the oldest first, then best effort in the order of fair shares: as many as can have a
+    seat beside the blocked ones and whoever has the turn."""
     waiting = state.waiting
     status = state.status[waiting]
     seats = state.max_num_seqs - len(state.running)
