@@ -54,6 +54,14 @@ class SLO:
         if self.ttft_slowdown is not None:
             check_number("ttft_slowdown", self.ttft_slowdown, low=1.0, high=10_000.0, low_included=True)
 
+    def implies(self, other: SLO) -> bool:
+        """Whether whoever keeps this promise keeps ``other``, whatever the prompt and the answer."""
+        ttft = other.ttft_ms is None and other.ttft_slowdown is None
+        ttft = ttft or _at_most(self.ttft_ms, other.ttft_ms)
+        ttft = ttft or (_at_most(self.ttft_slowdown, other.ttft_slowdown) and self.ttft_floor_ms <= other.ttft_floor_ms)
+        tpot = other.tpot_ms is None or _at_most(self.tpot_ms, other.tpot_ms)
+        return ttft and tpot and (other.e2e_ms is None or _at_most(self.e2e_ms, other.e2e_ms))
+
     @property
     def best_effort(self) -> bool:
         """True when nothing is promised."""
@@ -77,6 +85,10 @@ class SLO:
     def e2e_s(self) -> float:
         """Promised seconds from arrival to the last token, ``inf`` when none."""
         return math.inf if self.e2e_ms is None else self.e2e_ms / 1000.0
+
+
+def _at_most(value: float | None, bound: float | None) -> bool:
+    return value is not None and bound is not None and value <= bound
 
 
 class WhenFull(StrEnum):
@@ -146,6 +158,10 @@ class SLOClass:
         if self.otherwise and (self.best_effort or any(slo.best_effort for slo in self.otherwise)):
             allowed = "promises, weaker than those of a class that promises something"
             raise InvalidFieldError(f"classes.{self.name}.otherwise", "no promise", allowed)
+        for index, (weaker, before) in enumerate(zip(self.otherwise, (self.slo, *self.otherwise), strict=False)):
+            if weaker.implies(before):
+                field = f"classes.{self.name}.otherwise[{index}]"
+                raise InvalidFieldError(field, "at least as strict", "a promise weaker than the one before it")
 
     @property
     def slo(self) -> SLO:

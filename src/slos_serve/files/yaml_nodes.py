@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import yaml
@@ -10,6 +11,7 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.slo import check_number
 
 MOST_WHOLE = 10_000_000
+_SCIENTIFIC = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 
 
 class NodeReader:
@@ -65,14 +67,19 @@ class NodeReader:
         return value
 
     def _scalar(self, node: yaml.Node) -> object:
-        """The node's value as YAML types it; what it is called when it is no scalar or not what its tag says."""
+        """The node's value as YAML types it; what it is called when it is no scalar or not what its tag says.
+
+        Two surprises of YAML 1.1 are left out: ``1e3`` is a number, and ``12:30`` is none.
+        """
         if not isinstance(node, yaml.ScalarNode):
             return shown(node)
         try:
             value: object = self._scalars.construct_object(node)
         except (yaml.YAMLError, ValueError):
             return node.value
-        return value
+        if node.style is None and _SCIENTIFIC.fullmatch(node.value):
+            return float(node.value)
+        return node.value if isinstance(value, int | float) and ":" in node.value else value
 
     def _name_of(self, node: yaml.Node, field: str) -> str:
         """Text of a name as written: a class may be called ``no`` or ``7b`` without quotes."""

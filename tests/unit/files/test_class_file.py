@@ -181,9 +181,37 @@ def test_weaker_promises_in_order() -> None:
         ("chat:\n    tpot_ms: 5\n    otherwise:\n      - {weight: 9}", 5, "key of classes.chat.otherwise[0]"),
         ("chat:\n    tpot_ms: 5\n    otherwise: [{tpot_ms: 9}, {tpot_ms: -1}]", 4, "classes.chat.otherwise[1].tpot_ms"),
         ("chat:\n    otherwise: [{tpot_ms: 9}]", 3, "classes.chat.otherwise"),
+        ("chat:\n    tpot_ms: 5\n    otherwise: [{tpot_ms: 5}]", 3, "classes.chat.otherwise[0]"),
+        ("chat:\n    tpot_ms: 5\n    otherwise: [{tpot_ms: 9}, {tpot_ms: 8}]", 3, "classes.chat.otherwise[1]"),
+        (
+            "chat:\n    ttft_slowdown: 5\n    otherwise: [{ttft_slowdown: 4, tpot_ms: 8}]",
+            3,
+            "classes.chat.otherwise[0]",
+        ),
     ],
 )
 def test_a_weaker_promise_that_cannot_be_used_names_its_line(text: str, line: int, field: str) -> None:
     with pytest.raises(InvalidFieldError) as caught:
         parse_classes(f"classes:\n  {text}", "c.yaml")
     assert (caught.value.where, caught.value.field) == (f"c.yaml:{line}", field)
+
+
+def test_numbers_are_what_people_write() -> None:
+    found = parse_class_file("classes:\n  chat: {ttft_ms: 1e3, tpot_ms: 5.5E+1}\n", "f").classes.classes["chat"]
+    assert found.slo == SLO(ttft_ms=1000.0, tpot_ms=55.0)
+    for given in ("12:30:00", "1:30", "'1e3'"):
+        with pytest.raises(InvalidFieldError, match="ttft_ms"):
+            parse_class_file(f"classes:\n  chat: {{ttft_ms: {given}}}\n", "f")
+
+
+@pytest.mark.parametrize(
+    ("strict", "loose"),
+    [
+        (SLO(ttft_ms=900.0, tpot_ms=50.0), SLO(tpot_ms=50.0)),
+        (SLO(ttft_slowdown=3.0), SLO(ttft_slowdown=3.0, ttft_floor_ms=900.0)),
+        (SLO(e2e_ms=900.0, tpot_ms=1.0), SLO(e2e_ms=900.0)),
+    ],
+)
+def test_a_promise_implies_a_looser_one_of_its_kind(strict: SLO, loose: SLO) -> None:
+    assert strict.implies(loose) and strict.implies(strict) and not loose.implies(strict)
+    assert not strict.implies(SLO(ttft_ms=1.0)) and not SLO(ttft_ms=1.0).implies(SLO(ttft_slowdown=100.0))
