@@ -54,6 +54,7 @@ CONSTANTS = (
     Constant("KV_SHORT_FROM", ("supply",), (0.35, 0.89)),
     Constant("AHEAD_TOKENS", ("state", "tiers")),
     Constant("FIRST_LEAD", ("state",)),
+    Constant("ROOM_FOR", ("form",)),
     Constant("CUT_SHORT", ("admission",)),
     Constant("TO_COME", ("admission",)),
     Constant("MOST_WORK", ("admission",)),

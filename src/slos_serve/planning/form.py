@@ -48,7 +48,7 @@ from slos_serve.planning.step import (
     seconds,
     seconds_with,
 )
-from slos_serve.planning.supply import KV_SHORT, KV_SHORT_FROM
+from slos_serve.planning.supply import KV_SHORT_FROM
 from slos_serve.planning.work import Rules, Work, any_prefill, split_by_promise, step_length_s
 
 DECODE_DUE, PREFILL_DEADLINE = int(Reason.DECODE_DUE), int(Reason.PREFILL_DEADLINE)
@@ -58,6 +58,8 @@ HELD_AHEAD = int(Reason.HELD_AHEAD)
 CROWDED_SHARE = 0.75
 # A promised prompt waits for KV, rather than take it from best effort, while more than this share of its TTFT is left.
 WAIT_SHARE = 0.5
+# Best effort starts only where KV is left for so many requests like the promised ones; for half of the KV at most.
+ROOM_FOR, MOST_LEFT_FREE = 4.0, 0.5
 _EPSILON_S = 1e-9
 
 
@@ -198,15 +200,19 @@ def add_others(step: Step, work: Work, plan: DraftPlan, lengths: IntArray, promp
 def start_others(step: Step, starting: SlotArray, turn: int, limit_s: float) -> None:
     """Start waiting requests without a promise while everybody's forecast peak fits into memory.
 
-    Best effort leaves free what is short: promises to come would take it back, and what was computed with it be lost.
-    The first that does not fit ends it, so that a long one is not passed for ever.
+    Best effort leaves room for some requests like the promised ones: promises to come would take it back, and what was
+    computed with it be lost. The first that does not fit ends it, so that a long one is not passed for ever.
     """
     state, rows, room = step.state, step.state.rows, step.state.total_blocks
-    left_free = (1.0 - KV_SHORT) * room
+    promised, their_blocks = 0, 0
     for slot in state.running:
         if not step.gone[slot]:
-            held = held_blocks(rows, slot, state.block_size)
-            room -= max(peak_blocks(rows, slot, state.block_size), held)
+            blocks = max(peak_blocks(rows, slot, state.block_size), held_blocks(rows, slot, state.block_size))
+            room -= blocks
+            if state.status[slot] == ADMITTED:
+                promised += 1
+                their_blocks += blocks
+    left_free = min(ROOM_FOR * their_blocks / max(promised, 1), MOST_LEFT_FREE * state.total_blocks)
     for slot in starting:
         if slot == turn or rows["blocked"][slot] == 1:
             continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 
@@ -22,8 +24,10 @@ from slos_serve.planning.best_effort import (
     shares_now,
     tokens_to_begin,
 )
+from slos_serve.planning.form import MOST_LEFT_FREE, ROOM_FOR
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
+from slos_serve.planning.state import peak_blocks
 from slos_serve.sim.limits import EngineLimits
 from slos_serve.sim.model_error import ModelError
 from slos_serve.sim.outcome import score
@@ -36,6 +40,25 @@ FREE = single_stage("free", SLO())
 LOW = single_stage("low", SLO(ttft_ms=4000.0, tpot_ms=100.0), weight=0.01)
 CHAT = single_stage("chat", SLO(ttft_ms=1000.0, tpot_ms=100.0))
 AGING_S = 5.0
+
+
+def starts_beside(prompt_tokens: Sequence[int], total_blocks: int) -> tuple[bool, float, float]:
+    """Whether a request without a promise starts beside promised decodes with such prompts; the KV blocks that all of
+    them come to hold, and the mean of the decodes."""
+    engine = EngineBuilder(total_blocks=total_blocks)
+    decodes = [engine.decode(prompt_tokens=tokens, ahead_s=1.5) for tokens in prompt_tokens]
+    slot = engine.best_effort(320)
+    engine.table.rows["status"][slot] = Status.BEST_EFFORT
+    plan = carried_out(Planner(OPT_13B_A100, 2), engine.now_s, engine.view())
+    *theirs, own = (peak_blocks(engine.table.rows, each, engine.block_size) for each in (*decodes, slot))
+    return slot in plan.slots, sum(theirs) + own, float(np.mean(theirs))
+
+
+@pytest.mark.parametrize("prompt_tokens", [(320,), (160,) * 8, (40, 600), (20_000,)])
+def test_a_start_leaves_kv_for_requests_like_the_promised_ones(prompt_tokens: tuple[int, ...]) -> None:
+    for total_blocks in range(40, 4000, 37):
+        starts, held, each = starts_beside(prompt_tokens, total_blocks)
+        assert starts is (total_blocks - held >= min(ROOM_FOR * each, MOST_LEFT_FREE * total_blocks))
 
 
 def full_engine() -> EngineBuilder:
