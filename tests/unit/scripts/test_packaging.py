@@ -14,7 +14,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Import name -> distribution, where they differ.
 DISTRIBUTIONS = {"yaml": "pyyaml", "zmq": "pyzmq"}
 # vLLM's own requirements, without which it does not start.
-WITH_VLLM = {"torch", "transformers"}
+WITH_VLLM = {"opentelemetry", "torch", "transformers"}
 # What Ray Serve LLM imports and `ray[serve]` does not bring.
 FOR_RAY_LLM = {"fsspec", "hf_transfer", "jsonref", "pandas", "pyarrow"}
 
