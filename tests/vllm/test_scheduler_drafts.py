@@ -15,7 +15,7 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("num_blocks", [270, 4000])
+@pytest.mark.parametrize("num_blocks", [250, 4000])
 def test_answers_stay_those_of_the_stock_scheduler_with_drafts(
     start: Start, tmp_path: Path, depth: int, num_blocks: int
 ) -> None:
