@@ -198,7 +198,7 @@ def test_an_interrupt_while_the_server_starts_ends_it(monkeypatch: pytest.Monkey
 
 
 FORWARDING = """
-import os, signal, sys
+import os, select, signal, sys
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 if sys.argv[1]:
     os.open(sys.argv[1], os.O_RDWR)  # becomes the terminal of the session
@@ -207,13 +207,17 @@ from slos_serve.cli.serve_run import _forwarded_signals
 class Server:
     def send_signal(self, number):
         print("got", number, flush=True)
+def line():
+    while not select.select([sys.stdin], [], [], 0.05)[0]:
+        pass  # a signal just before a read that blocks would not be handled before the next line
+    return sys.stdin.readline()
 came = []
 with _forwarded_signals(Server(), came) as reads_again:
     print("up", flush=True)
-    if sys.stdin.readline():
+    if line():
         reads_again.set()
         print("ready", flush=True)
-        sys.stdin.readline()
+        line()
 """
 
 
