@@ -9,6 +9,7 @@ from slos_serve.core.request import RequestTable
 from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.perf.class_shares import ClassShares
 from slos_serve.planning.planner import Planner
+from slos_serve.routing.headroom import headroom_prefill_tokens, room_of
 from slos_serve.routing.mirrors import Mirrors
 from slos_serve.routing.predicted import predicted
 from slos_serve.routing.publisher import publication_of, snapshot_of
@@ -32,9 +33,12 @@ def warm_up_routing() -> None:
         max_num_batched_tokens=2048,
     )
     mirrors = Mirrors(["warm-up"])
-    mirrors.update(publication_of(Planner(model, 1), model, snapshot_of(view, 0.0), replica="warm-up"))
+    publication = publication_of(Planner(model, 1), model, snapshot_of(view, 0.0), replica="warm-up")
+    mirrors.update(publication)
     for due_s, cached in ((9.0, {"warm-up": 16}), (1e-6, {}), (np.inf, {}), (9.0, {})):
         asked = RoutingRequest(0.0, 800, 64, ttft_due_s=due_s, tpot_s=0.1 if due_s < np.inf else due_s, cached=cached)
         route(0.0, asked, mirrors, RouterSettings())
     RetryTimes(mirrors).next_s(0.0, asked, 1.0)
     predicted(mirrors, "warm-up", 0.0, asked)
+    headroom_prefill_tokens(publication, asked, 0.0)
+    room_of(publication, 0.0, 0.0)
