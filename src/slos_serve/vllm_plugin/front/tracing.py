@@ -101,5 +101,7 @@ def _naming(span: Span, headers: RawHeaders) -> RawHeaders:
 
     named: dict[str, str] = {}
     _propagator().inject(named, set_span_in_context(span))
+    if not named:  # no tracer: the client's own stay
+        return headers
     kept = [(name, value) for name, value in headers if name.lower() not in _TRACE_HEADERS]
     return [*kept, *((name.encode("latin-1"), value.encode("latin-1")) for name, value in named.items())]

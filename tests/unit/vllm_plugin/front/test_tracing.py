@@ -14,6 +14,7 @@ pytest.importorskip("opentelemetry.sdk")
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.trace import NoOpTracer
 
 from slos_serve.vllm_plugin.front.tracing import RequestSpans, open_spans
 from tests.unit.routing.fleet import loaded
@@ -122,3 +123,11 @@ def test_only_where_vllm_traces(endpoint: str | None) -> None:
     config = SimpleNamespace(observability_config=SimpleNamespace(otlp_traces_endpoint=endpoint))
     assert (open_spans(config) is not None) is (endpoint is not None)
     assert open_spans(SimpleNamespace()) is None
+
+
+async def test_without_a_tracer_the_clients_headers_stay(tmp_path: Path) -> None:
+    traced = Traced(tmp_path, running=0)
+    traced.server.front.spans = RequestSpans(NoOpTracer())
+    traced.server.headers = [(b"host", b"x"), from_caller()]
+    status, _, _ = await traced.server.ask("chat")
+    assert status == 200 and from_caller()[1][:50] in traced.server.scopes[0]["headers"][-1][1]
