@@ -7,7 +7,6 @@ import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -15,10 +14,17 @@ from typing import Annotated, Literal, NamedTuple
 import typer
 from rich.console import Console
 
-from slos_serve.core.errors import SlosServeError
+from slos_serve.core.errors import ProfileMismatchError, SlosServeError
 from slos_serve.files.class_file import load_class_file
+from slos_serve.files.engine_identity import EngineIdentity
 from slos_serve.files.profile_file import load_profile
-from slos_serve.vllm_plugin.config import CLASSES_ENV, PROFILE_ENV, PluginConfig, without_file_variables
+from slos_serve.vllm_plugin.config import (
+    ALLOW_MISMATCH_ENV,
+    CLASSES_ENV,
+    PROFILE_ENV,
+    PluginConfig,
+    without_file_variables,
+)
 from slos_serve.vllm_plugin.metrics import MULTIPROC_ENV
 
 OLDEST_VLLM, NEWEST_VLLM = (0, 26), (0, 33)
@@ -140,16 +146,15 @@ def _file(environment: Mapping[str, str], name: str, load: Callable[[Path], obje
 
 def _device(environment: Mapping[str, str], device: Callable[[], str | None]) -> Iterator[Finding]:
     """Whether the profile was measured on what is in this machine."""
-    given, here = environment.get(PROFILE_ENV), None
-    with suppress(SlosServeError):
-        there = None if not given else load_profile(Path(given)).identity.device
-        here = None if there is None else device()
-    if here is not None and here != there:
-        yield Finding(
-            "error",
-            f"{PROFILE_ENV}={given} was measured on {there!r}, and this machine has {here!r}",
-            "Measure here: slos-serve profile MODEL",
-        )
+    given, allowed = environment.get(PROFILE_ENV), environment.get(ALLOW_MISMATCH_ENV) == "1"
+    if not given:
+        return
+    try:
+        load_profile(Path(given)).check_matches(EngineIdentity(device=device()))
+    except ProfileMismatchError as error:
+        yield Finding("warning" if allowed else "error", f"{PROFILE_ENV}: {error}")
+    except SlosServeError:
+        return  # found already: the file cannot be read
 
 
 def _metrics_folder(environment: Mapping[str, str]) -> Finding:

@@ -162,7 +162,8 @@ class StepController:
         """
         if self._fallback in ("propose", "steer") or self.book.sessions or self.scheduler.connector is not None:
             return False
-        if output.preempted_req_ids:
+        preempted = getattr(output, "preempted_req_ids", None)
+        if preempted is None or preempted:  # not told by every vLLM
             return False
         self.book.read_anew()
         began = (*(new.req_id for new in output.scheduled_new_reqs), *output.scheduled_cached_reqs.resumed_req_ids)
