@@ -150,7 +150,8 @@ def build_demand(
         length_weight: power of the prompt's length that weights are multiplied with.
         load: float64 [2, SIZES], see :class:`slos_serve.planning.arrivals.Arrivals`. A request that is not promised yet
             is charged for the cheaper ones that are to come and are due before its deadline: a promise made now would
-            take their time.
+            take their time. Who weighs less than 1 is charged as many times more, so that a promise worth little is
+            made only where even a crowd would leave room for it.
     """
     rows, most = state.rows, len(state.running) + len(asking)
     slots, tier = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
@@ -174,7 +175,8 @@ def build_demand(
             promised[n] = state.status[slot] == ADMITTED
             needs_seat[n] = 0.0 if promised[n] and rows["running"][slot] == 1 else 1.0
             if not promised[n]:
-                tokens[n] += due_before(load, size_of(tokens[n] / weight[n]), due_s[n] - state.now_s)
+                to_come = due_before(load, size_of(tokens[n] / weight[n]), due_s[n] - state.now_s)
+                tokens[n] += to_come / min(rows["weight"][slot], 1.0)
             n += 1
     order = np.argsort(due_s[:n], kind="mergesort")
     return Demand(

@@ -17,7 +17,6 @@ from slos_serve.planning.best_effort import NOBODY, TURN_TOKENS, ahead_enough
 from slos_serve.planning.drafting import DraftPlan, StepDrafts, cap_drafts, draft_of, step_drafts
 from slos_serve.planning.state import (
     ADMITTED,
-    BEST_EFFORT,
     IntArray,
     State,
     held_blocks,
@@ -58,7 +57,7 @@ HELD_AHEAD = int(Reason.HELD_AHEAD)
 CROWDED_SHARE = 0.75
 # A promised prompt waits for KV, rather than take it from best effort, while more than this share of its TTFT is left.
 WAIT_SHARE = 0.5
-# Best effort starts only where KV is left for so many requests like the promised ones; for half of the KV at most.
+# Starts without a promise leave KV for so many requests like the promised ones; half of the KV at most.
 ROOM_FOR, MOST_LEFT_FREE = 4.0, 0.5
 _EPSILON_S = 1e-9
 
@@ -200,8 +199,8 @@ def add_others(step: Step, work: Work, plan: DraftPlan, lengths: IntArray, promp
 def start_others(step: Step, starting: SlotArray, turn: int, limit_s: float) -> None:
     """Start waiting requests without a promise while everybody's forecast peak fits into memory.
 
-    Best effort leaves room for some requests like the promised ones: promises to come would take it back, and what was
-    computed with it be lost. The first that does not fit ends it, so that a long one is not passed for ever.
+    They leave room for some requests like the promised ones: promises to come would take it back, and what was computed
+    with it be lost. The first that does not fit ends it, so that a long one is not passed for ever.
     """
     state, rows, room = step.state, step.state.rows, step.state.total_blocks
     promised, their_blocks = 0, 0
@@ -220,9 +219,8 @@ def start_others(step: Step, starting: SlotArray, turn: int, limit_s: float) -> 
             return
         chunk, cut = chunk_within(step, slot, limit_s)
         peak = peak_blocks(rows, slot, state.block_size)
-        most = room - (left_free if state.status[slot] == BEST_EFFORT else 0.0)
         alone = step.counts[SEATS] == 0
-        if chunk == 0 or not has_room(step, slot, tokens_left(rows, slot)) or (peak > most and not alone):
+        if chunk == 0 or not has_room(step, slot, tokens_left(rows, slot)) or (peak > room - left_free and not alone):
             return
         room -= peak
         run_chunk(step, slot, chunk, cut, BEST_EFFORT_ROOM)

@@ -51,3 +51,18 @@ def test_only_cheaper_requests_to_come_are_charged_and_only_before_the_promise()
         found[promised] = dict(zip(demand.slots.tolist(), demand.tokens.tolist(), strict=True))
     assert found[False][long] == pytest.approx(found[True][long] + 450.0)
     assert found[False][short] == found[True][short] < 200.0
+
+
+@pytest.mark.parametrize(("weight", "times"), [(0.1, 10.0), (0.5, 2.0), (1.0, 1.0), (4.0, 1.0)])
+def test_who_weighs_less_is_charged_more_for_those_to_come(weight: float, times: float) -> None:
+    engine = EngineBuilder()
+    slot = engine.wait(20_000, due_in_s=2.0, weight=weight)
+    load = np.zeros((2, SIZES))
+    load[:, 9] = 300.0, 150.0
+    charged = []
+    for arrivals in (np.zeros((2, SIZES)), load):
+        state = engine.state()
+        demand = build_demand(state, state.waiting, tier_paces(state, state.waiting), 30.0, 0.0, arrivals)
+        assert demand.slots.tolist() == [slot]
+        charged.append(demand.tokens[0])
+    assert charged[1] - charged[0] == pytest.approx(times * 450.0)
