@@ -15,6 +15,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.request import MAX_DRAFT_TOKENS, RequestArray
 from slos_serve.core.slo import check_number
@@ -269,13 +270,15 @@ def checked_draft_tokens(draft_tokens: int) -> int:
     return int(check_number("draft_tokens", draft_tokens, low=0, high=MAX_DRAFT_TOKENS, low_included=True))
 
 
-def checked_tokens(name: str, tokens: int) -> int:
+def checked_tokens(name: str, tokens: float) -> int:
     """A token budget.
 
     Raises:
-        InvalidFieldError: out of range.
+        InvalidFieldError: out of range, or not a whole number.
     """
-    return int(check_number(name, tokens, low=1, high=1e6, low_included=True))
+    if check_number(name, tokens, low=1, high=1e6, low_included=True) % 1:
+        raise InvalidFieldError(name, tokens, "a whole number")
+    return int(tokens)
 
 
 def checked_watermark(watermark: float) -> float:

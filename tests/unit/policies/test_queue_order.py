@@ -159,5 +159,7 @@ def test_parameters_out_of_range_are_named() -> None:
         checked_draft_tokens(11)
     with pytest.raises(InvalidFieldError, match="chunk_tokens"):
         checked_tokens("chunk_tokens", 0)
+    with pytest.raises(InvalidFieldError, match=r"token_budget: got 1\.5; allowed: a whole number"):
+        checked_tokens("token_budget", 1.5)
     with pytest.raises(InvalidFieldError, match="watermark"):
         checked_watermark(1.0)
