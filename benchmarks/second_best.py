@@ -24,7 +24,8 @@ from slos_serve.sim.profiles import find_profile, kv_bytes_per_token, limits_of
 from slos_serve.sim.seeds import check_test
 from slos_serve.workload.scenarios import make_workload
 
-CELLS = (("opt-13b-a100", "chat"), ("opt-13b-a100", "mixed"), ("llama-2-7b-h100", "chat"), ("llama-2-7b-h100", "mixed"))
+ENGINES = ("opt-13b-a100", "llama-2-7b-h100", "opt-66b-a100-tp4", "llama-3.1-8b-h100")
+CELLS = tuple((engine, scenario) for engine in ENGINES for scenario in ("chat", "mixed"))
 WEAKER = (SLO(ttft_ms=8000.0, tpot_ms=150.0), SLO(e2e_ms=120_000.0))
 
 
