@@ -96,7 +96,8 @@ def _class_schema() -> dict[str, Any]:
                 "exclusiveMinimum": 0,
                 "maximum": MAX_WEIGHT,
                 "default": 1,
-                "description": "What a kept promise of this class is worth, relative to others.",
+                "description": "What a kept promise of this class is worth, relative to others. "
+                "Below 1 it also leaves more room for requests to come.",
             },
             "max_stall_ms": {**_MS, "default": DEFAULT_MAX_STALL_MS, "description": _STALL},
             "when_full": {
