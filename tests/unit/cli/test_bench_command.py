@@ -73,7 +73,7 @@ def test_a_trace_of_tasks_is_sent_call_by_call_and_scored_as_tasks(tmp_path: Pat
     trace, one_class, result_file = tmp_path / "trace.csv", tmp_path / "one.yaml", tmp_path / "result.json"
     trace.write_text(
         "Timestamp,Request tokens,Response tokens,session,pause_ms,task_ms\n"
-        "0,40,3,a,,60000\n0.01,50,2,b,,\n0.02,60,2,a,20,\n0.03,60,2,c,,1\n0.04,70,3,c,0,\n",
+        "0,40,3,a,,60000\n0.01,50,2,b,,\n0.02,60,2,a,20,\n0.03,60,2,c,,0.001\n0.04,70,3,c,0,\n",
         encoding="utf-8",
     )
     one_class.write_text("classes: {only: {ttft_ms: 60000}}\n", encoding="utf-8")
@@ -85,7 +85,7 @@ def test_a_trace_of_tasks_is_sent_call_by_call_and_scored_as_tasks(tmp_path: Pat
     result = json.loads(result_file.read_text(encoding="utf-8"))
     assert result["total"]["requests"] == 5
     assert sorted(filter(None, sessions)) == ["a", "a", "c", "c"]
-    assert sorted(filter(None, tasks_ms)) == ["1.0", "1.0", "60000.0", "60000.0"]
+    assert sorted(filter(None, tasks_ms)) == ["0.001", "0.001", "60000.0", "60000.0"]
     assert result["tasks"] == {"only": {"tasks": 2, "attained": 1}}
     assert "only: 1 of 2 tasks in time" in ran.output
 
