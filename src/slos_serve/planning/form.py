@@ -48,15 +48,13 @@ from slos_serve.planning.step import (
     seconds_with,
 )
 from slos_serve.planning.supply import KV_SHORT_FROM
-from slos_serve.planning.work import Rules, Work, any_prefill, split_by_promise, step_length_s
+from slos_serve.planning.work import WAIT_SHARE, Rules, Work, any_prefill, split_by_promise, step_lengths
 
 DECODE_DUE, PREFILL_DEADLINE = int(Reason.DECODE_DUE), int(Reason.PREFILL_DEADLINE)
 DECODE_EARLY, BEST_EFFORT_ROOM = int(Reason.DECODE_EARLY), int(Reason.BEST_EFFORT)
 HELD_AHEAD = int(Reason.HELD_AHEAD)
 # When the due decodes alone overfill a step, those not due within this share of the next one are postponed.
 CROWDED_SHARE = 0.75
-# A promised prompt waits for KV, rather than take it from best effort, while more than this share of its TTFT is left.
-WAIT_SHARE = 0.5
 # Starts without a promise leave KV for so many requests like the promised ones; half of the KV at most.
 ROOM_FOR, MOST_LEFT_FREE = 4.0, 0.5
 _EPSILON_S = 1e-9
@@ -173,15 +171,16 @@ def add_early_decodes(step: Step, work: Work, drafts: StepDrafts, first: int, li
 
 
 @in_place
-def add_others(step: Step, work: Work, plan: DraftPlan, lengths: IntArray, prompts: bool, limit_s: float) -> None:
-    """Fill the rest with running requests without a promise: decodes, then (``prompts``) prompts, oldest first."""
+def add_others(step: Step, work: Work, plan: DraftPlan, lengths: IntArray, limit_s: float, prompts_s: float) -> None:
+    """Fill the rest with running requests without a promise: decodes, then prompts (within ``prompts_s`` seconds; 0:
+    none), oldest first."""
     rows = step.state.rows
     for wants_decodes in (True, False):
         for slot in work.others:
             if is_decode(rows, slot) != wants_decodes or step.gone[slot]:
                 continue
-            chunk, cut = chunk_within(step, slot, limit_s)
-            if chunk == 0 or not (wants_decodes or prompts):
+            chunk, cut = chunk_within(step, slot, limit_s if wants_decodes else prompts_s)
+            if chunk == 0 or (prompts_s == 0.0 and not wants_decodes):
                 hold(step, slot, NO_ROOM)
                 continue
             if not has_room(step, slot, chunk):
@@ -240,9 +239,9 @@ def form(state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, pla
     step = empty_step(state, len(state.running) + len(chosen) + len(starting) + 1, victims[victims != rules.kept])
     lengths = plan.tokens if any_prefill(state, work) else plan.alone_tokens
     drafts = step_drafts(state, work.decodes, work.pace_s, plan, lengths)
-    limit_s, next_s = step_length_s(state, work, drafts, rules)
-    end_s = state.now_s + max(limit_s, 0.0)
-    hold_s = end_s + next_s if len(work.prefills) > 0 else np.inf
+    lengths_s = step_lengths(state, work, drafts, rules)
+    limit_s, end_s = lengths_s.limit_s, state.now_s + max(lengths_s.limit_s, 0.0)
+    hold_s = np.inf if lengths_s.prompts_wait else end_s + lengths_s.next_s
     pace_s = max(limit_s, work.pace_s)
     if len(lengths) > 0:
         due = np.searchsorted(work.decode_due_s, hold_s, side="right")
@@ -254,9 +253,10 @@ def form(state: State, chosen: SlotArray, starting: SlotArray, rules: Rules, pla
     limit_s = add_prompts(step, work, limit_s, rules.sure)
     add_early_decodes(step, work, drafts, first, limit_s)
     prompts = ahead_enough(state.rows, work.decodes, work.decode_due_s, state.now_s)
-    add_others(step, work, plan, lengths, prompts, limit_s)
+    others_s = min(limit_s, lengths_s.others_s)
+    add_others(step, work, plan, lengths, limit_s, others_s if prompts else 0.0)
     if prompts:
-        start_others(step, work.starting, rules.turn, limit_s)
+        start_others(step, work.starting, rules.turn, others_s)
     return step
 
 

@@ -9,9 +9,23 @@ from numba import njit
 
 from slos_serve.core.request import SlotArray
 from slos_serve.perf.jit import in_place
-from slos_serve.perf.step_time import batch_s, decode_s
+from slos_serve.perf.step_time import alone_s, batch_s, decode_s, roofline_s
 from slos_serve.planning.drafting import StepDrafts
-from slos_serve.planning.state import ADMITTED, FloatArray, State, is_decode, next_due_s, step_pace_s, tokens_left
+from slos_serve.planning.state import (
+    ADMITTED,
+    FloatArray,
+    State,
+    is_decode,
+    next_due_s,
+    step_pace_s,
+    tokens_done,
+    tokens_left,
+)
+
+# Promised prompts that take no more of the time until they are due stand behind decodes, and wait for KV.
+WAIT_SHARE = 0.5
+# A step with prompts that nobody is promised lasts this share of the longest one: whoever arrives waits for its end.
+OTHERS_SHARE = 0.5
 
 
 class Rules(NamedTuple):
@@ -113,12 +127,25 @@ def any_prefill(state: State, work: Work) -> bool:
     return found
 
 
-@in_place
-def step_length_s(state: State, work: Work, drafts: StepDrafts, rules: Rules) -> tuple[float, float]:
-    """How long the step may last, and how long the next one may: until the earliest due time, the longest step at most.
+class Lengths(NamedTuple):
+    """How long steps may last, in seconds.
 
-    A step is never shorter than what the decodes take that are due, so the next one may last as long as all decodes.
+    Attributes:
+        limit_s: this one: until the earliest due time, the longest step at most.
+        next_s: the next one. A step is never shorter than what the decodes take that are due, so all of them fit.
+        others_s: this one where a prompt without a promise is in it.
+        prompts_wait: promised prompts are in time although every decode runs in every step until then.
     """
+
+    limit_s: float
+    next_s: float
+    others_s: float
+    prompts_wait: bool
+
+
+@njit(cache=True)
+def step_lengths(state: State, work: Work, drafts: StepDrafts, rules: Rules) -> Lengths:
+    """The lengths of this step and the next one."""
     own_s, tokens, longest = 0.0, 0.0, 0
     for j in range(len(work.decodes)):
         own_s += decode_s(state.coefficients, drafts.lengths[j], state.rows["computed_tokens"][work.decodes[j]])
@@ -129,4 +156,24 @@ def step_length_s(state: State, work: Work, drafts: StepDrafts, rules: Rules) ->
     limit_s = min(most_s, max(drafts.longest_s, all_decodes_s))
     if len(work.decodes) > 0:
         limit_s = min(limit_s, work.decode_due_s[0] - state.now_s)
-    return limit_s, max(min(drafts.ahead_s, most_s), all_decodes_s)
+    full_s = min(rules.longest_s, roofline_s(state.coefficients, float(state.max_tokens))) + own_s
+    return Lengths(
+        limit_s,
+        max(min(drafts.ahead_s, most_s), all_decodes_s),
+        OTHERS_SHARE * rules.longest_s + own_s,
+        prompts_wait(state, work, full_s, full_s - all_decodes_s),
+    )
+
+
+@in_place
+def prompts_wait(state: State, work: Work, step_s: float, left_s: float) -> bool:
+    """Whether promised prompts take at most ``WAIT_SHARE`` of the time until they are due, when of each step of
+    ``step_s`` seconds ``left_s`` are theirs."""
+    asked_s, fixed_s = 0.0, roofline_s(state.coefficients, 0.0)
+    for j in range(len(work.prefills)):
+        left = float(max(tokens_left(state.rows, work.prefills[j]), 1))
+        asked_s += alone_s(state.coefficients, left, float(tokens_done(state.rows, work.prefills[j]))) - fixed_s
+        until_s = work.prefill_due_s[j] - state.now_s - step_s
+        if asked_s * step_s > WAIT_SHARE * until_s * left_s:
+            return False
+    return True

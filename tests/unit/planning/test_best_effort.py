@@ -167,13 +167,13 @@ def test_the_rule_can_be_switched_off() -> None:
     assert turns(engine, (0.0, 1e9), 0.0)[-1] == NO_TURN
 
 
-OVERLOAD_S = 90.0
+OVERLOAD_S = 120.0
 LIMITS = EngineLimits(kv_capacity_tokens=16 * 1000, max_num_batched_tokens=8192)
 
 
 def overload() -> Workload:
-    """Far more promised work than the engine can do, for a minute and a half; early on, one of each kind that loses."""
-    arrivals = np.sort(np.random.default_rng(0).uniform(0.0, OVERLOAD_S, 1300)).tolist()
+    """Far more promised work than the engine can do, for two minutes; early on, one of each kind that loses."""
+    arrivals = np.sort(np.random.default_rng(0).uniform(0.0, OVERLOAD_S, 1740)).tolist()
     count = len(arrivals)
     kinds = [0] * count
     kinds[20], kinds[30] = 1, 2

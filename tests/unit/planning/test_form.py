@@ -39,15 +39,37 @@ def test_nobody_due_later_takes_the_time_of_a_prompt_that_waits_for_the_next_ste
     assert passed in planned(engine).slots, "in the next step it runs"
 
 
-def test_a_decode_ahead_of_its_deadlines_is_held_while_there_is_prefill() -> None:
+def test_a_decode_ahead_of_its_deadlines_is_held_for_a_prompt_that_needs_the_time() -> None:
     engine = EngineBuilder()
     due = engine.decode(ahead_s=0.06)
     ahead = engine.decode(ahead_s=1.5)
-    engine.wait(3000, due_in_s=2.0)
+    engine.wait(3000, due_in_s=0.9)
     plan = planned(engine)
     assert reason_of(plan, due) is Reason.DECODE_DUE
     assert ahead in plan.held
     assert plan.held_reasons[plan.held == ahead].tolist() == [Reason.HELD_AHEAD]
+
+
+def test_every_decode_runs_before_a_prompt_that_has_time() -> None:
+    """Else answers take as long as they may, and their seats and KV with them."""
+    engine = EngineBuilder()
+    due = engine.decode(ahead_s=0.06)
+    ahead = engine.decode(ahead_s=1.5)
+    prompt = engine.wait(3000, due_in_s=2.0)
+    plan = planned(engine)
+    assert plan.slots.tolist() == [due, ahead, prompt]
+
+
+def test_prompts_without_a_promise_lengthen_a_step_by_half_of_what_promised_ones_may() -> None:
+    """Whoever arrives waits for its end. The tightest TTFT is that of a request that was passed over."""
+    lengths = []
+    for status in (Status.UNDECIDED, Status.BEST_EFFORT):
+        engine = EngineBuilder()
+        engine.best_effort(8000)
+        short = engine.wait(40, due_in_s=0.4)
+        engine.table.rows["status"][short] = status
+        lengths.append(planned(engine).predicted_s)
+    assert 0.07 < lengths[0] < 0.5 * 0.5 * 0.45 < 0.2 < lengths[1]
 
 
 def test_without_prefill_every_decode_runs() -> None:
