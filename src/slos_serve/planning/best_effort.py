@@ -17,7 +17,16 @@ from numba import njit
 
 from slos_serve.core.request import NUM_SHARES, RequestArray, SlotArray
 from slos_serve.perf.jit import in_place
-from slos_serve.planning.state import ADMITTED, BEST_EFFORT, FloatArray, State, is_decode, peak_blocks, tokens_left
+from slos_serve.planning.state import (
+    ADMITTED,
+    BEST_EFFORT,
+    UNDECIDED,
+    FloatArray,
+    State,
+    is_decode,
+    peak_blocks,
+    tokens_left,
+)
 
 NOBODY = -1
 # A turn computes no less than this of a prompt, however full the step.
@@ -30,7 +39,7 @@ LEAD_OF_PACE, LEAD_OF_STALL = 0.4, 0.9
 
 
 class Turn(NamedTuple):
-    """The oldest request without a promise, as of one plan.
+    """The oldest best-effort request, as of one plan.
 
     Attributes:
         order: its arrival order, -1 for nobody.
@@ -52,11 +61,15 @@ NO_TURN = Turn(-1, -1, -np.inf, NOBODY, False)
 
 @in_place
 def oldest_unpromised(state: State, order: int) -> int:
-    """The request of that arrival order if it still has no promise, else the oldest without one; -1 for none."""
+    """The request of that arrival order if it still has no promise, else the oldest without one; -1 for none.
+
+    One that waits for its promise is not among them: a long prompt with a loose TTFT may start late.
+    """
     oldest = -1
     for part in (state.running, state.waiting):
         for slot in part:
-            if state.status[slot] == ADMITTED or tokens_left(state.rows, slot) <= 0:
+            may_be_promised = state.status[slot] == UNDECIDED and state.rows["ttft_due_s"][slot] < np.inf
+            if state.status[slot] == ADMITTED or may_be_promised or tokens_left(state.rows, slot) <= 0:
                 continue
             if state.rows["order"][slot] == order:
                 return int(slot)

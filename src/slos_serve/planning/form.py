@@ -1,8 +1,8 @@
 """Which requests run in the next step, with how many tokens.
 
 Token k of a stage is due at its start + k * TPOT. In this order: decodes that would be late if they waited for the next
-step; the turn of the oldest request without a promise; promised prompts by deadline; decodes that could wait; requests
-without a promise. With nothing to prefill every decode runs. A promised request short of KV takes it from best effort.
+step, or every decode where promised prompts have time; the turn of the oldest best-effort request; promised prompts by
+deadline; decodes that could wait; requests without a promise. A promised request short of KV takes it from best effort.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class PlannerSettings:
             counts prompt tokens, so that long requests are not the first to be declined.
         fairness: requests weigh more while less of their class is promised than this part of the mean of all classes; 0
             leaves weights as they are given, 1 makes the classes' shares as even as weights can.
-        aging_s: longest time that the oldest request without a promise goes without progress; 0 for no such rule.
+        aging_s: longest time that the oldest best-effort request goes without progress; 0 for no such rule.
         max_draft_tokens: longest draft that may be planned, 0 to 10; 0 is no speculation. A server without a drafter
             sets 0.
         acceptance_confidence: standard deviations by which drafts are planned below their mean acceptance.

@@ -161,6 +161,17 @@ def test_a_turn_is_not_begun_before_its_peak_fits_beside_the_promises() -> None:
     assert turns(engine, (0.0, AGING_S))[-1].due
 
 
+def test_whoever_may_still_be_promised_has_no_turn() -> None:
+    """A long prompt that is due in minutes may start late: KV kept for it meanwhile is taken from others."""
+    engine = full_engine()
+    slot = engine.wait(5000, due_in_s=300.0)
+    other = engine.best_effort(500)
+    engine.table.rows["order"][slot] = engine.table.rows["order"][other] - 1
+    assert turns(engine, (0.0, AGING_S))[-1].kept == other
+    engine.table.rows["ttft_due_s"][slot] = np.inf  # it could wait for ever
+    assert turns(engine, (0.0, AGING_S))[-1].kept == slot
+
+
 def test_the_rule_can_be_switched_off() -> None:
     engine = full_engine()
     engine.best_effort(500)
