@@ -183,6 +183,13 @@ def published(rows: Rows) -> str:
     return table([*head, *(f"{label} / best" for label in COMPARED)], lines)
 
 
+def worlds(rows: Rows) -> str:
+    """The worlds in which ours is furthest behind, and a summary."""
+    from benchmarks.worlds import table as worlds_table
+
+    return worlds_table(rows)
+
+
 TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "capacity": ("matrix.json", capacity),
     "whole": ("whole.json", whole),
@@ -194,6 +201,7 @@ TABLES: dict[str, tuple[str, Callable[[Rows], str]]] = {
     "burst-azure": ("burst-azure.json", burst),
     "scale": ("scale.json", scale),
     "matrix": ("matrix.json", matrix),
+    "worlds": ("worlds.json", worlds),
     "published": ("published.json", published),
     "overload": ("overload-opt-13b-a100.json", overload),
 }
