@@ -24,7 +24,8 @@ from slos_serve.planning.state import (
 
 # Promised prompts that take no more of the time until they are due stand behind decodes, and wait for KV.
 WAIT_SHARE = 0.5
-# A step with prompts that nobody is promised lasts this share of the longest one: whoever arrives waits for its end.
+# With steps planned ahead a step with prompts that nobody is promised lasts this share of the longest one: whoever
+# arrives waits for two of them.
 OTHERS_SHARE = 0.5
 
 
@@ -160,7 +161,7 @@ def step_lengths(state: State, work: Work, drafts: StepDrafts, rules: Rules) -> 
     return Lengths(
         limit_s,
         max(min(drafts.ahead_s, most_s), all_decodes_s),
-        OTHERS_SHARE * rules.longest_s + own_s,
+        rules.longest_s * (OTHERS_SHARE if state.plan_ahead else 1.0) + own_s,
         prompts_wait(state, work, full_s, full_s - all_decodes_s),
     )
 

@@ -60,16 +60,17 @@ def test_every_decode_runs_before_a_prompt_that_has_time() -> None:
     assert plan.slots.tolist() == [due, ahead, prompt]
 
 
-def test_prompts_without_a_promise_lengthen_a_step_by_half_of_what_promised_ones_may() -> None:
-    """Whoever arrives waits for its end. The tightest TTFT is that of a request that was passed over."""
+def test_with_steps_planned_ahead_prompts_without_a_promise_lengthen_a_step_by_half_of_the_longest() -> None:
+    """Whoever arrives waits for two of them. The tightest TTFT is that of a request that was passed over."""
     lengths = []
-    for status in (Status.UNDECIDED, Status.BEST_EFFORT):
-        engine = EngineBuilder()
+    for plan_ahead, tightest_s in ((True, 0.8), (False, 0.4)):  # the longest step lasts 0.2 s in both
+        engine, planner = EngineBuilder(), Planner(OPT_13B_A100, 2)
         engine.best_effort(8000)
-        short = engine.wait(40, due_in_s=0.4)
-        engine.table.rows["status"][short] = status
-        lengths.append(planned(engine).predicted_s)
-    assert 0.07 < lengths[0] < 0.5 * 0.5 * 0.45 < 0.2 < lengths[1]
+        engine.wait(40, due_in_s=tightest_s)
+        view = engine.view()
+        view.plan_ahead = plan_ahead
+        lengths.append(planner.plan(engine.now_s, view).predicted_s)
+    assert 0.07 < lengths[0] < 0.11 < 0.15 < lengths[1] < 0.21
 
 
 def test_without_prefill_every_decode_runs() -> None:
