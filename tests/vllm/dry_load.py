@@ -132,7 +132,7 @@ def assert_all_served(engine: DryEngine, folder: Path, *, preempts: bool) -> Non
     """The answers are right, decodes were held, no plan failed, and nothing of :func:`mixed_load` is left behind."""
     assert_answers(engine)
     steps = events(folder, "step")
-    assert sum(step["held"] for step in steps) > 10  # few where KV is short: decodes come before prompts then
+    assert sum(step["held"] for step in steps) > 0  # few: decodes wait only for prompts that need the time
     assert all(step["fallback"] in (None, "empty_plan") for step in steps)
     assert engine.scheduler._slo.guard.counts == {}
     assert (sum(step["preempted"] for step in steps) > 0) is preempts

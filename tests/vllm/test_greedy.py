@@ -17,11 +17,11 @@ from slos_serve.perf.batch_time import BatchTimeModel
 pytestmark = pytest.mark.engine
 
 PROJECT = Path(__file__).resolve().parents[2]
-# Promises loose enough that decodes get ahead of them and are held while prompts come in.
+# TPOTs loose enough that decodes get ahead of them, and TTFTs for which prompts need the time: decodes are held for them.
 CLASSES = """
 classes:
-  near: {ttft_ms: 60000, tpot_ms: 1500}
-  far: {ttft_ms: 120000, tpot_ms: 4000, max_stall_ms: 60000}
+  near: {ttft_ms: 12000, tpot_ms: 1500}
+  far: {ttft_ms: 24000, tpot_ms: 4000, max_stall_ms: 60000}
 """
 # Roughly this engine on two cores; what is asserted does not hang on it.
 ROUGH_MODEL = BatchTimeModel(2e-3, 0.05, 2e-3, 0.05, 0.0, 0.0, 3e-3)

@@ -113,7 +113,7 @@ def test_room_is_kept_for_a_promise_while_its_kv_is_loaded(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A heavy class whose KV comes late, and a light one that takes the time it needs unless its load is planned."""
-    classes = "classes:\n  gold: {ttft_ms: 700, tpot_ms: 100, weight: 5}\n  chat: {ttft_ms: 950, tpot_ms: 100}\n"
+    classes = "classes:\n  gold: {ttft_ms: 700, tpot_ms: 100, weight: 5}\n  chat: {ttft_ms: 700, tpot_ms: 100}\n"
     (tmp_path / "classes.yaml").write_text(classes, encoding="utf-8")
 
     def first_s() -> float:
