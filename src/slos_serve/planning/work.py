@@ -22,7 +22,8 @@ from slos_serve.planning.state import (
     tokens_left,
 )
 
-# Promised prompts that take no more of the time until they are due stand behind decodes, and wait for KV.
+# Promised prompts stand behind all decodes while they take no more than this share of the time until they are due; one
+# waits for KV, rather than take it from best effort, while more than this share of its TTFT is left.
 WAIT_SHARE = 0.5
 # With steps planned ahead a step with prompts that nobody is promised lasts this share of the longest one: whoever
 # arrives waits for two of them.
