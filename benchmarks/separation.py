@@ -42,11 +42,12 @@ from slos_serve.policies.registry import POLICIES
 from slos_serve.sim.bisection import FINE_TOLERANCE, Bisection
 from slos_serve.sim.bounds import fluid_bound, work_of
 from slos_serve.sim.conditions import AS_SERVED
+from slos_serve.sim.early_stop import EarlyStop
 from slos_serve.sim.engine import SimSettings, simulate
 from slos_serve.sim.interval import ratio_interval, seed_interval
 from slos_serve.sim.outcome import Outcome, summarize_run
 from slos_serve.sim.profiles import find_profile, limits_of
-from slos_serve.sim.question import EarlyStop, measured_part
+from slos_serve.sim.question import measured_part
 from slos_serve.sim.seeds import table_seeds, tuning_seeds
 from slos_serve.sim.sweep import worker_pool
 from slos_serve.workload.arrivals import arrival_times
@@ -177,7 +178,7 @@ def run(case: Case, rate_rps: float, seed: int, stop: bool = False) -> Found:
             until = EarlyStop(measured, STOP_BELOW) if stop else None
             served = AS_SERVED.on(replace(settings, replicas=servers))
             recording = simulate(workload, profile.model, limits_of(profile), served, until)
-            bound = until.bound if until is not None and recording.stopped_early else 1.0
+            bound = until.attainment if until is not None and recording.stopped_early else 1.0
             outcomes.append((summarize_run(recording, measured), bound))
     return joined(outcomes)
 

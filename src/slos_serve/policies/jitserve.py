@@ -36,7 +36,7 @@ from slos_serve.policies.queue_order import (
     room_of,
     tokens_left_of,
 )
-from slos_serve.policies.slot_marks import SlotMarks
+from slos_serve.policies.slot_marks import SlotMarks, among
 
 FloatArray = NDArray[np.float64]
 WATERMARK = 0.01
@@ -91,7 +91,7 @@ class JitServe(StockPolicy):
         """Drop, choose the group where a frame begins, and run what of it fits."""
         rows = view.table.rows
         rejected = self._too_late(now_s, rows, view.waiting)
-        everyone = np.concatenate((view.running, view.waiting[~np.isin(view.waiting, rejected)]))
+        everyone = np.concatenate((view.running, view.waiting[~among(rows, view.waiting, rejected)]))
         forecast_lengths(rows, everyone, self._lengths.table())
         density = np.zeros(len(rows))
         density[everyone] = self.density(now_s, rows, everyone)
@@ -194,7 +194,7 @@ class JitServe(StockPolicy):
         first = waiting[:1]
         lacking = -(-int(_size(rows, first)[0]) // block_size)
         lacking += int(WATERMARK * view.total_blocks) + _owed_blocks(view, view.running) - view.free_blocks
-        outside = view.running[~np.isin(view.running, group)]
+        outside = view.running[~among(rows, view.running, group)]
         outside = outside[density[outside] < density[first[0]]]
         outside = outside[np.argsort(density[outside], kind="stable")]
         held = -(-rows["computed_tokens"][outside] // block_size)
@@ -204,8 +204,8 @@ class JitServe(StockPolicy):
     def _fill(self, view: EngineView, group: SlotArray, victims: SlotArray, batch: int) -> StepPlan:
         """Decodes of the group, then its prompts by density; what others hold or still need is not theirs to take."""
         rows = view.table.rows
-        active = view.running[np.isin(view.running, group)]
-        held = view.running[~np.isin(view.running, np.concatenate((group, victims)))]
+        active = view.running[among(rows, view.running, group)]
+        held = view.running[~among(rows, view.running, np.concatenate((group, victims)))]
         freed = int((-(-rows["computed_tokens"][victims] // view.block_size)).sum())
         room = room_of(view, self._token_budget, WATERMARK)
         room = room._replace(

@@ -20,14 +20,19 @@ nearly full cache is left out: a watermark keeps room instead.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 from slos_serve.core.plan import EngineView, Reason, StepPlan
 from slos_serve.core.request import RequestArray, SlotArray
 from slos_serve.core.slo import check_number
 from slos_serve.perf.batch_time import BatchShape, BatchTimeModel
-from slos_serve.perf.formula import features_s
+from slos_serve.perf.formula import K_CTX, K_Q, K_SEQ
+from slos_serve.perf.jit import in_place
+from slos_serve.perf.step_time import batch_s
 from slos_serve.policies.base import StockPolicy
 from slos_serve.policies.queue_order import (
     IntArray,
@@ -38,10 +43,9 @@ from slos_serve.policies.queue_order import (
     decodes_then,
     room_for,
     room_of,
-    tokens_done_of,
-    tokens_left_of,
+    tokens_left,
 )
-from slos_serve.policies.slot_marks import SlotMarks
+from slos_serve.policies.slot_marks import SlotMarks, among
 
 FloatArray = NDArray[np.float64]
 SMALLEST_STEP, GRID_STEP, LARGEST_STEP = 128, 256, 2552
@@ -89,6 +93,7 @@ class QoServe(StockPolicy):
         self._watermark = checked_watermark(watermark)
         self._draft_tokens = checked_draft_tokens(draft_tokens)
         self._answers = np.tile([1.0, PRIOR_OUTPUT_TOKENS, PRIOR_OUTPUT_TOKENS**2], (num_classes, 1))
+        self._likely = longest_likely(self._answers)
         self._relegated = SlotMarks()
         self._prefill_tokens = 0
         self._tokens_per_s = LARGEST_STEP / model.step_s(BatchShape(LARGEST_STEP))
@@ -96,26 +101,23 @@ class QoServe(StockPolicy):
     def plan(self, now_s: float, view: EngineView) -> StepPlan:
         """Relegate, order, and size the step."""
         rows = view.table.rows
-        decoding = tokens_left_of(rows, view.running) == 1
-        decodes, prompts = view.running[decoding], np.concatenate((view.running[~decoding], view.waiting))
-        due_s, left = self.first_due_s(rows, prompts), tokens_left_of(rows, prompts)
-        relegated = self._relegated.of(rows, prompts)
-        fresh = (rows["running"][prompts] == 0) & (rows["output_tokens"][prompts] == 0) & ~relegated
-        lost = fresh & np.isfinite(due_s) & (now_s + left / self._tokens_per_s > due_s)
-        key_s = due_s + self._alpha_s * left
-        ordered = prompts[np.lexsort((rows["order"][prompts], key_s, relegated | lost))]
-        size = self._step_tokens(now_s, rows, decodes, ordered)
+        relegated = self._relegated.orders(rows)
+        told = Told(self._coefficients, self._sizes, self._likely, relegated, self._draft_tokens)
+        size, ordered, lost, decodes = order_and_size(
+            rows, view.running, view.waiting, told, now_s, self._alpha_s, self._tokens_per_s, self._stretch
+        )
         out = room_for(view)
-        room = room_of(view, max(size, len(decodes) * (1 + self._draft_tokens)), self._watermark)
+        room = room_of(view, max(size, decodes * (1 + self._draft_tokens)), self._watermark)
         plan = batch_plan(out, decodes_then(rows, view.running, ordered, room, self._draft_tokens, out))
-        plan.reasons[:] = np.where(np.isin(plan.slots, decodes), int(Reason.DECODE_DUE), int(Reason.PREFILL_DEADLINE))
-        plan.demoted = prompts[lost]
+        plan.reasons[:] = Reason.PREFILL_DEADLINE
+        plan.reasons[:decodes] = Reason.DECODE_DUE
+        plan.demoted = lost
         return plan
 
     def commit(self, plan: StepPlan, view: EngineView, ran: SlotArray) -> None:
         """Remember who was relegated and how many prompt tokens run."""
         self._relegated.add(view.table.rows, plan.demoted)
-        prompts = (plan.reasons == Reason.PREFILL_DEADLINE) & np.isin(plan.slots, ran)
+        prompts = (plan.reasons == Reason.PREFILL_DEADLINE) & among(view.table.rows, plan.slots, ran)
         self._prefill_tokens = int(plan.tokens[prompts].sum())
 
     def on_step_done(self, shape: BatchShape, duration_s: float) -> None:
@@ -126,49 +128,137 @@ class QoServe(StockPolicy):
     def on_request_done(self, class_index: int, prompt_tokens: int, output_tokens: int) -> None:
         """Learn mean and spread of a class's answers."""
         self._answers[class_index] += (1.0, float(output_tokens), float(output_tokens) ** 2)
-
-    def _longest_likely(self, rows: RequestArray, slots: SlotArray) -> FloatArray:
-        """Tokens of an answer, class by class: mean and two standard deviations, as far as the client allows."""
-        count, total, squares = self._answers[rows["class_index"][slots]].T
-        spread = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0.0))
-        return np.asarray(np.minimum(total / count + 2.0 * spread, rows["max_tokens"][slots]))
+        self._likely = longest_likely(self._answers)
 
     def first_due_s(self, rows: RequestArray, slots: SlotArray) -> FloatArray:
         """When first tokens are due; of a non-interactive tier, so that the last one is in time."""
-        in_time_s = rows["answer_due_s"][slots] - self._longest_likely(rows, slots) * TIER_PACE_S
-        return np.asarray(np.minimum(rows["ttft_due_s"][slots], in_time_s))
+        return np.array([first_due_s(rows, slot, self._likely) for slot in slots])
 
-    def _next_due_s(self, rows: RequestArray, decodes: SlotArray) -> FloatArray:
-        """When the next token of each decode is due; inf for those that nothing is lost with."""
-        start_s, last_s = rows["stage_start_s"][decodes], rows["last_token_s"][decodes]
-        tokens, tpot_s = rows["stage_tokens"][decodes], rows["tpot_s"][decodes]
-        with np.errstate(invalid="ignore"):  # no token yet times no pace
-            paced_s = np.where(tokens > 0, start_s + tokens * tpot_s, last_s + tpot_s)
-        left = np.maximum(self._longest_likely(rows, decodes) - rows["output_tokens"][decodes], 1.0)
-        tier_s = rows["answer_due_s"][decodes] - left * TIER_PACE_S
-        counts = (rows["missed"][decodes] == 0) & ~self._relegated.of(rows, decodes)
-        return np.asarray(np.where(counts, np.minimum(paced_s, tier_s), np.inf))
 
-    def _step_tokens(self, now_s: float, rows: RequestArray, decodes: SlotArray, ordered: SlotArray) -> int:
-        """The largest step of the grid that the decodes' slack allows, at least the smallest."""
-        slack_s = float(self._next_due_s(rows, decodes).min(initial=np.inf)) - now_s
-        if not np.isfinite(slack_s):
-            return int(self._sizes[-1])
-        times_s = self._stretch * self._times_s(rows, decodes, ordered)
-        return int(self._sizes[max(int(np.searchsorted(times_s, slack_s, side="right")) - 1, 0)])
+def longest_likely(answers: FloatArray) -> FloatArray:
+    """float64 [classes]: mean and two standard deviations of the answers of each.
 
-    def _times_s(self, rows: RequestArray, decodes: SlotArray, ordered: SlotArray) -> FloatArray:
-        """float64 [sizes]: predicted time of the step of each size, not falling."""
-        count, drafts = len(decodes), self._draft_tokens
-        budgets = np.maximum(self._sizes - count * (1 + drafts), 0)
-        left = tokens_left_of(rows, ordered)
-        before = np.concatenate(([0], np.cumsum(left)))[:-1]
-        reached = int(np.searchsorted(before, budgets[-1]))
-        before, left, done = before[:reached], left[:reached], tokens_done_of(rows, ordered[:reached])
-        chunks = np.clip(budgets[:, None] - before, 0, left)
-        seqs = count + (chunks > 0).sum(axis=1)
-        tokens = count * (1 + drafts) + chunks.sum(axis=1)
-        context = rows["computed_tokens"][decodes].sum() + ((chunks > 0) * done).sum(axis=1)
-        units = (chunks * (chunks + 2 * done)).sum(axis=1)
-        times_s = features_s(self._coefficients, tokens, context, units, seqs + count * drafts, drafts)
-        return np.asarray(np.maximum.accumulate(times_s))
+    Args:
+        answers: float64 [classes, 3], how many, their sum, and the sum of their squares.
+    """
+    count, total, squares = answers.T
+    spread = np.sqrt(np.maximum(squares / count - (total / count) ** 2, 0.0))
+    return np.asarray(total / count + 2.0 * spread)
+
+
+class Told(NamedTuple):
+    """What the policy knows.
+
+    Attributes:
+        coefficients: float64 [8], batch times.
+        sizes: int64 [n], the grid, ascending.
+        likely: float64 [classes], see :func:`longest_likely`.
+        relegated: int64 [rows], see :meth:`slos_serve.policies.slot_marks.SlotMarks.orders`.
+        drafts: of every decode.
+    """
+
+    coefficients: FloatArray
+    sizes: IntArray
+    likely: FloatArray
+    relegated: IntArray
+    drafts: int
+
+
+@in_place
+def likely_tokens(rows: RequestArray, slot: int, likely: FloatArray) -> float:
+    """Tokens of an answer, as far as the client allows."""
+    return float(min(likely[rows["class_index"][slot]], rows["max_tokens"][slot]))
+
+
+@in_place
+def first_due_s(rows: RequestArray, slot: int, likely: FloatArray) -> float:
+    """When a first token is due; of a non-interactive tier, so that the last one is in time."""
+    in_time_s = rows["answer_due_s"][slot] - likely_tokens(rows, slot, likely) * TIER_PACE_S
+    return float(min(rows["ttft_due_s"][slot], in_time_s))
+
+
+@in_place
+def next_due_s(rows: RequestArray, slot: int, told: Told) -> float:
+    """When the next token of a decode is due; inf where nothing is lost with it."""
+    if rows["missed"][slot] != 0 or told.relegated[slot] == rows["order"][slot]:
+        return float(np.inf)
+    tokens, tpot_s = rows["stage_tokens"][slot], rows["tpot_s"][slot]
+    paced_s = rows["stage_start_s"][slot] + tokens * tpot_s if tokens > 0 else rows["last_token_s"][slot] + tpot_s
+    left = max(likely_tokens(rows, slot, told.likely) - rows["output_tokens"][slot], 1.0)
+    return float(min(paced_s, rows["answer_due_s"][slot] - left * TIER_PACE_S))
+
+
+@njit(cache=True)
+def order_and_size(
+    rows: RequestArray,
+    running: IntArray,
+    waiting: IntArray,
+    told: Told,
+    now_s: float,
+    alpha_s: float,
+    tokens_per_s: float,
+    stretch: float,
+) -> tuple[int, IntArray, IntArray, int]:
+    """The step's size, prompts in order, those of them relegated now, and the number of decodes."""
+    decodes, prompts = np.empty(len(running), dtype=np.int64), np.empty(len(running) + len(waiting), dtype=np.int64)
+    num_decodes, num_prompts, slack_s = 0, 0, np.inf
+    for slot in running:
+        if tokens_left(rows, slot) == 1:
+            decodes[num_decodes] = slot
+            num_decodes += 1
+            slack_s = min(slack_s, next_due_s(rows, slot, told) - now_s)
+        else:
+            prompts[num_prompts] = slot
+            num_prompts += 1
+    prompts[num_prompts : num_prompts + len(waiting)] = waiting
+    prompts = prompts[: num_prompts + len(waiting)]
+    key_s, last, lost = np.empty(len(prompts)), np.empty(len(prompts), dtype=np.bool_), np.empty_like(prompts)
+    num_lost = 0
+    for j in range(len(prompts)):
+        slot = prompts[j]
+        due_s, left = first_due_s(rows, slot, told.likely), tokens_left(rows, slot)
+        last[j] = told.relegated[slot] == rows["order"][slot]
+        fresh = rows["running"][slot] == 0 and rows["output_tokens"][slot] == 0 and not last[j]
+        if fresh and np.isfinite(due_s) and now_s + left / tokens_per_s > due_s:
+            last[j] = True
+            lost[num_lost] = slot
+            num_lost += 1
+        key_s[j] = due_s + alpha_s * left
+    order = np.argsort(rows["order"][prompts], kind="mergesort")
+    order = order[np.argsort(key_s[order], kind="mergesort")]
+    ordered = np.concatenate((prompts[order][~last[order]], prompts[order][last[order]]))
+    size = told.sizes[-1]
+    if slack_s < np.inf:
+        size = largest_size(rows, decodes[:num_decodes], ordered, told, slack_s, stretch)
+    return int(size), ordered, lost[:num_lost], num_decodes
+
+
+@njit(cache=True)
+def largest_size(
+    rows: RequestArray, decodes: IntArray, ordered: IntArray, told: Told, slack_s: float, stretch: float
+) -> int:
+    """The largest step of the grid that, ``stretch`` times as long as predicted, takes ``slack_s`` at most; at least
+    the smallest.
+
+    Args:
+        ordered: prompts, as they would fill the step beside the decodes.
+    """
+    drafts, count, found, context = told.drafts, float(len(decodes)), told.sizes[0], 0.0
+    for slot in decodes:
+        context += rows["computed_tokens"][slot]
+    for size in told.sizes:
+        left = max(size - len(decodes) * (1 + drafts), 0)
+        tokens, seqs, held, units = count * (1.0 + drafts), count, context, 0.0
+        for slot in ordered:
+            chunk = float(min(left, tokens_left(rows, slot)))
+            if chunk <= 0.0:
+                break
+            done = rows["prompt_tokens"][slot] + rows["output_tokens"][slot] - tokens_left(rows, slot)
+            left -= int(chunk)
+            tokens, seqs, held, units = tokens + chunk, seqs + 1.0, held + done, units + chunk * (chunk + 2.0 * done)
+        requests_s = told.coefficients[K_CTX] * held + told.coefficients[K_Q] * units
+        requests_s += told.coefficients[K_SEQ] * (seqs + count * drafts)
+        if stretch * batch_s(told.coefficients, tokens, requests_s, drafts) > slack_s:
+            break
+        found = size
+    return int(found)

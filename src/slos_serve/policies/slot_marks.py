@@ -10,6 +10,13 @@ from slos_serve.core.request import RequestArray, SlotArray
 _NOBODY = -1
 
 
+def among(rows: RequestArray, slots: SlotArray, others: SlotArray) -> NDArray[np.bool_]:
+    """bool [n]: which of ``slots`` are in ``others``."""
+    found = np.zeros(len(rows), dtype=np.bool_)
+    found[others] = True
+    return np.asarray(found[slots])
+
+
 class SlotMarks:
     """A set of requests. A request is told from a later one in its slot by its ``order``."""
 
@@ -21,12 +28,16 @@ class SlotMarks:
         known = slots < len(self._order)
         return np.asarray(known & (self._order[np.where(known, slots, 0)] == rows["order"][slots]))
 
-    def add(self, rows: RequestArray, slots: SlotArray) -> None:
-        """Mark ``slots``."""
+    def orders(self, rows: RequestArray) -> NDArray[np.int64]:
+        """int64 [rows or more]: a request is marked where its slot's value is its ``order``. For kernels."""
         if len(self._order) < len(rows):
             more = np.full(len(rows) - len(self._order), _NOBODY, dtype=np.int64)
             self._order = np.concatenate((self._order, more))
-        self._order[slots] = rows["order"][slots]
+        return self._order
+
+    def add(self, rows: RequestArray, slots: SlotArray) -> None:
+        """Mark ``slots``."""
+        self.orders(rows)[slots] = rows["order"][slots]
 
     def clear(self) -> None:
         """Nobody is marked any more."""

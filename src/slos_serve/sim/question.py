@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from slos_serve.sim.conditions import AS_SERVED, Conditions
 from slos_serve.sim.drafters import NO_DRAFTER, with_drafter
+from slos_serve.sim.early_stop import EarlyStop
 from slos_serve.sim.engine import KV_TRANSFER_BYTES_PER_S, SimSettings, simulate
 from slos_serve.sim.outcome import Outcome, summarize_run
 from slos_serve.sim.profiles import find_profile, kv_bytes_per_token, limits_of
@@ -46,6 +47,7 @@ class Question:
     drafter: str = NO_DRAFTER
     conditions: Conditions = AS_SERVED
     stop_below: float = 0.0
+    stop_metric: str = "attainment"
 
     def key(self) -> str:
         """Text that names the question."""
@@ -55,9 +57,9 @@ class Question:
         fields["rate_rps"] = f"{self.rate_rps:.9g}"
         return repr(sorted(fields.items()))
 
-    def at(self, rate_rps: float, seed: int, stop_below: float = 0.0) -> Question:
+    def at(self, rate_rps: float, seed: int, stop_below: float = 0.0, stop_metric: str = "attainment") -> Question:
         """The same question at another rate, with another seed."""
-        return replace(self, rate_rps=rate_rps, seed=seed, stop_below=stop_below)
+        return replace(self, rate_rps=rate_rps, seed=seed, stop_below=stop_below, stop_metric=stop_metric)
 
 
 @dataclass(frozen=True)
@@ -92,12 +94,12 @@ class Answer:
     stopped_early: bool = False
 
     @classmethod
-    def of(cls, outcome: Outcome, stopped_early: bool, bound: float = 1.0) -> Answer:
-        """From the summary of a run; ``bound`` is the attainment that was possible when it was cut short."""
+    def of(cls, outcome: Outcome, stop: EarlyStop | None = None) -> Answer:
+        """From the summary of a run, and from what cut it short, if anything did."""
         free = outcome.unpromised
         return cls(
-            attainment=min(outcome.attainment, bound) if stopped_early else outcome.attainment,
-            strict=min(outcome.strict, bound) if stopped_early else outcome.strict,
+            attainment=stop.attainment if stop is not None else outcome.attainment,
+            strict=stop.strict if stop is not None else outcome.strict,
             admitted_attained=outcome.admitted_attained / outcome.admitted if outcome.admitted else None,
             by_prompt_quartile=tuple(outcome.by_prompt_quartile),
             strict_by_prompt_quartile=tuple(outcome.strict_by_prompt_quartile),
@@ -109,7 +111,7 @@ class Answer:
             unpromised_ttft_ms=(free.ttft_ms.p50, free.ttft_ms.p99),
             unpromised_last_ms=(free.last_token_ms.p50, free.last_token_ms.p99),
             steps=outcome.steps,
-            stopped_early=stopped_early,
+            stopped_early=stop is not None,
         )
 
     @classmethod
@@ -159,32 +161,7 @@ def run_question(question: Question, stop: EarlyStop | None = None) -> Recording
 def answer(question: Question) -> Answer:
     """Run one simulation."""
     measured = measured_part(question.num_requests)
-    stop = EarlyStop(measured, question.stop_below) if question.stop_below else None
+    stop = EarlyStop(measured, question.stop_below, question.stop_metric) if question.stop_below else None
     recording = run_question(question, stop)
     outcome = summarize_run(recording, measured)
-    return Answer.of(outcome, recording.stopped_early, stop.bound if stop else 1.0)
-
-
-class EarlyStop:
-    """Ends a run once too many first tokens are late for the attainment to reach a level.
-
-    Attributes:
-        bound: attainment that was still possible when last asked.
-    """
-
-    def __init__(self, measured: NDArray[np.bool_], level: float) -> None:
-        self._measured = measured
-        self._level = level
-        self.bound = 1.0
-
-    def __call__(self, recording: Recording, now_s: float) -> bool:
-        """Whether the level is out of reach at ``now_s``."""
-        calls, sent_s = recording.workload.calls, recording.calls["arrival_s"]
-        first_s = recording.token_s[recording.token_start]
-        with np.errstate(invalid="ignore"):
-            waited_s = np.where(np.isnan(first_s), now_s - sent_s, first_s)
-            late = (waited_s > calls["ttft_s"] * (1.0 + 1e-6) + 1e-6) | recording.rejected
-        missed = np.zeros(len(self._measured), dtype=np.bool_)
-        missed[calls["session"][late]] = True
-        self.bound = 1.0 - float(missed[self._measured].mean())
-        return self.bound < self._level
+    return Answer.of(outcome, stop if recording.stopped_early else None)

@@ -2,8 +2,8 @@
 
 The same seeded requests come at every rate (common random numbers), so attainment falls smoothly with the rate. Each
 seed is bisected by itself until two rates 2 % apart bracket its crossing; the capacity is the mean of the seeds'
-crossings and the interval comes from their spread. Nothing is interpolated, so a run that ended early decides only on
-which side of the crossing its rate is. A second search does the same for requests with every token in time.
+crossings and the interval comes from their spread. Nothing is interpolated, so a run may end as soon as it is certain
+on which side of the crossing its rate is. A second search does the same for requests with every token in time.
 
 Parameters of a policy are compared on a tuning seed; the best of them is then searched on the seeds of the table.
 Searches are generators that ask for evaluations and get results: whoever drives them decides on processes, caching and
@@ -28,8 +28,6 @@ from slos_serve.sim.question import Answer, Question
 from slos_serve.sim.rate_bounds import bounds_of, too_short
 from slos_serve.sim.seeds import tuning_seeds
 
-# A run stops when this much below the target is certain: its exact value would not matter.
-STOP_MARGIN = 0.10
 # Fixed draft lengths that a policy without its own is tried with, on the best of its other parameters.
 FIXED_DRAFTS = (2, 4)
 COARSE_TOLERANCE = 0.08
@@ -49,7 +47,7 @@ class Capacity:
         fluid_bound_rps_per_gpu, fluid_bound_speculative_rps_per_gpu: no policy that serves all can carry more.
         fluid_bound_dropping_rps_per_gpu: when the costliest tenth of the requests is dropped for free.
         parameters: the best ones tried; tried: the capacity of each on the tuning seed, or what it did not reach.
-        curve: (rate per GPU, attainment) of the best on the first seed, rising rates.
+        curve: (rate per GPU, attainment) of the best on the first seed where runs went on to their end, rising rates.
         at_capacity: further means over the seeds at the rate of ``attainment``.
     """
 
@@ -140,9 +138,7 @@ def is_behind(
         rates = max((getattr(one, by_seed) for one in others), key=sum)
         if min(rates) <= 0.0:
             return False
-        asked = [
-            screened.best.at(rate * gpus, seed, target - STOP_MARGIN) for rate, seed in zip(rates, seeds, strict=True)
-        ]
+        asked = [screened.best.at(rate * gpus, seed, target, metric) for rate, seed in zip(rates, seeds, strict=True)]
         answers = yield asked
         if any(getattr(one, metric) >= target for one in answers):
             return False
@@ -191,7 +187,9 @@ def _result(
             }
             for one in tried
         ],
-        curve=[(rate / gpus, one.attainment) for rate, one in sorted(found[seeds[0]][1].items())],
+        curve=[
+            (rate / gpus, one.attainment) for rate, one in sorted(found[seeds[0]][1].items()) if not one.stopped_early
+        ],
         admitted_attained=mean_of([one.admitted_attained for one in at]),
         by_prompt_quartile=[float(x) for x in np.mean([one.by_prompt_quartile for one in at], axis=0)],
         strict=float(np.mean([one.strict for one in at])),
@@ -263,7 +261,7 @@ def screen(
         start, known = 0.6 * fluid * base.replicas, {}
         if hurdle > 0.0:
             above = hurdle * (1.0 + COARSE_TOLERANCE)
-            (asked,) = yield [candidate.at(above, seed, target - STOP_MARGIN)]
+            (asked,) = yield [candidate.at(above, seed, target)]
             if asked.attainment < target:
                 tried.append(Tried(above, candidate, at_most=True))
                 return
@@ -321,7 +319,7 @@ def _crossings(
         wanted = {seed: rate for seed, rate in rates.items() if rate and rate <= MOST_OVER_START * starts[seed]}
         if not wanted:
             break
-        answers = yield [base.at(rate, seed, target - STOP_MARGIN) for seed, rate in wanted.items()]
+        answers = yield [base.at(rate, seed, target, metric) for seed, rate in wanted.items()]
         for (seed, rate), one in zip(wanted.items(), answers, strict=True):
             found[seed][rate] = one
             searches[seed].tell(rate, getattr(one, metric) >= target)

@@ -13,9 +13,10 @@ from slos_serve.core.errors import InvalidFieldError
 from slos_serve.sim import sweep
 from slos_serve.sim.bisection import Bisection
 from slos_serve.sim.bounds import cheapest_share_bound, clairvoyant_attainment, fluid_bound, work_of
+from slos_serve.sim.early_stop import METRICS, EarlyStop
 from slos_serve.sim.outcome import summarize_run
 from slos_serve.sim.profiles import find_profile, limits_of, profile_names
-from slos_serve.sim.question import Answer, EarlyStop, Question, answer
+from slos_serve.sim.question import Answer, Question, answer
 from slos_serve.sim.rate_bounds import enough_for, fewest_requests
 from slos_serve.sim.recording import Recording
 from slos_serve.sim.search import Capacity, Screened, screen, search_capacity
@@ -156,7 +157,29 @@ def test_early_stop_only_when_out_of_reach() -> None:
     recording = Recording.of(load)
     recording.calls["arrival_s"] = load.calls["arrival_s"]
     assert not stop(recording, float(load.calls["ttft_s"].min()) / 2)
-    assert stop(recording, 1e6) and stop.bound == 0.0
+    assert stop(recording, 1e6) and stop.attainment == 0.0
+
+
+@pytest.mark.parametrize(
+    ("scenario", "policy", "rate_rps"),
+    [
+        ("chat", "vllm", 2.0),
+        ("reasoning", "edf", 0.5),
+        ("tool", "scorpio", 0.6),
+        ("answers", "vllm", 2.0),
+        ("agents", "edf", 0.2),
+    ],
+)
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_run_that_ended_early_had_missed_too_much(scenario: str, policy: str, rate_rps: float, metric: str) -> None:
+    """At every level it says of the level what the whole run says, and takes fewer steps where it is missed."""
+    whole = Question(scenario, policy, {}, "opt-13b-a100", "poisson", rate_rps, 60, 0)
+    full = answer(whole)
+    for level in (0.05, getattr(full, metric), min(getattr(full, metric) + 0.02, 1.0), 0.95):
+        cut = answer(whole.at(rate_rps, 0, level, metric))
+        assert (getattr(cut, metric) >= level) == (getattr(full, metric) >= level)
+        assert cut.attainment >= full.attainment and cut.strict >= full.strict
+        assert not cut.stopped_early or cut.steps < full.steps
 
 
 def test_no_capacity_is_searched_where_a_promise_cannot_be_kept_at_all() -> None:
