@@ -10,6 +10,7 @@ from numba import njit
 from slos_serve.core.request import SlotArray
 from slos_serve.perf.jit import in_place
 from slos_serve.perf.step_time import alone_s, batch_s, decode_s, roofline_s
+from slos_serve.planning.arrivals import LEAST_STEP_FIXED
 from slos_serve.planning.drafting import StepDrafts
 from slos_serve.planning.state import (
     ADMITTED,
@@ -21,6 +22,7 @@ from slos_serve.planning.state import (
     tokens_done,
     tokens_left,
 )
+from slos_serve.planning.step import MIN_CHUNK_TOKENS
 
 # Promised prompts stand behind all decodes while they take no more than this share of the time until they are due; one
 # waits for KV, rather than take it from best effort, while more than this share of its TTFT is left.
@@ -145,6 +147,21 @@ class Lengths(NamedTuple):
     prompts_wait: bool
 
 
+@in_place
+def least_step_s(state: State, work: Work) -> float:
+    """A step with prompts lasts this long at least: several times the fixed cost that one with the longest context has,
+    and so long that half of it holds a chunk. Else that prompt would never run, with nobody else there either."""
+    done = 0
+    for part in (work.prefills, work.others, work.starting[:1]):
+        for slot in part:
+            if not is_decode(state.rows, slot):
+                done = max(done, tokens_done(state.rows, slot))
+    fixed_s = alone_s(state.coefficients, 1.0, float(done))
+    return max(
+        LEAST_STEP_FIXED * fixed_s, alone_s(state.coefficients, float(MIN_CHUNK_TOKENS), float(done)) / OTHERS_SHARE
+    )
+
+
 @njit(cache=True)
 def step_lengths(state: State, work: Work, drafts: StepDrafts, rules: Rules) -> Lengths:
     """The lengths of this step and the next one."""
@@ -154,15 +171,16 @@ def step_lengths(state: State, work: Work, drafts: StepDrafts, rules: Rules) -> 
         tokens += 1.0 + drafts.lengths[j]
         longest = max(longest, drafts.lengths[j])
     all_decodes_s = batch_s(state.coefficients, tokens, own_s, longest)
-    most_s = rules.longest_s + own_s
+    longest_s = max(rules.longest_s, least_step_s(state, work))
+    most_s = longest_s + own_s
     limit_s = min(most_s, max(drafts.longest_s, all_decodes_s))
     if len(work.decodes) > 0:
         limit_s = min(limit_s, work.decode_due_s[0] - state.now_s)
-    full_s = min(rules.longest_s, roofline_s(state.coefficients, float(state.max_tokens))) + own_s
+    full_s = min(longest_s, roofline_s(state.coefficients, float(state.max_tokens))) + own_s
     return Lengths(
         limit_s,
         max(min(drafts.ahead_s, most_s), all_decodes_s),
-        rules.longest_s * (OTHERS_SHARE if state.plan_ahead else 1.0) + own_s,
+        longest_s * (OTHERS_SHARE if state.plan_ahead else 1.0) + own_s,
         prompts_wait(state, work, full_s, full_s - all_decodes_s),
     )
 

@@ -7,6 +7,7 @@ import pytest
 
 from slos_serve.core.plan import Reason
 from slos_serve.core.request import Status
+from slos_serve.perf.batch_time import BatchTimeModel
 from slos_serve.planning.planner import Planner
 from slos_serve.planning.settings import PlannerSettings
 from tests.builders import OPT_13B_A100, EngineBuilder, carried_out, planned, reason_of
@@ -71,6 +72,34 @@ def test_with_steps_planned_ahead_prompts_without_a_promise_lengthen_a_step_by_h
         view.plan_ahead = plan_ahead
         lengths.append(planner.plan(engine.now_s, view).predicted_s)
     assert 0.07 < lengths[0] < 0.11 < 0.15 < lengths[1] < 0.21
+
+
+SLOW_TOKENS = BatchTimeModel(2e-3, 1e-3, 0.0, 1e-3, 6.3e-7, 7.1e-9)  # no fixed cost that a chunk could be small beside
+
+
+@pytest.mark.parametrize("plan_ahead", [False, True])
+@pytest.mark.parametrize("model", [OPT_13B_A100, SLOW_TOKENS])
+@pytest.mark.parametrize("done", [0, 4000, 97_000, 900_000])
+@pytest.mark.parametrize("kind", ["best effort", "cached", "promised", "undecided"])
+def test_a_prompt_runs_where_nothing_else_does(kind: str, done: int, model: BatchTimeModel, plan_ahead: bool) -> None:
+    """However long its context, and however soon what arrived a moment ago is due."""
+    engine, planner = EngineBuilder(total_blocks=100_000), Planner(model, 2, PlannerSettings(aging_s=0.0))
+    rows = engine.table.rows
+    engine.wait(4, due_in_s=0.06)
+    carried_out(planner, engine.now_s, engine.view())
+    assert planner.arrivals.tightest_s == pytest.approx(0.06)
+    engine.waiting.clear()
+    if kind == "cached":
+        slot = engine.best_effort(done + 10_000)
+        rows["cached_tokens"][slot] = done
+    else:
+        slot = engine.prefilling(done + 10_000, done, due_in_s=1e6)
+        status = {"best effort": Status.BEST_EFFORT, "undecided": Status.UNDECIDED, "promised": Status.ADMITTED}
+        rows["status"][slot] = status[kind]
+    view = engine.view()
+    view.plan_ahead = plan_ahead
+    plan = planner.plan(engine.now_s, view)
+    assert plan.slots.tolist() == [slot] and plan.tokens[0] >= 16
 
 
 def test_without_prefill_every_decode_runs() -> None:
