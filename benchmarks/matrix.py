@@ -9,6 +9,7 @@ searched on the seeds of tables. A parameter set or rival that one simulation sh
 is searched no further; on the seeds of tables one a seed and metric. Every simulation is kept in ``answers.jsonl``
 beside the result, so that a run goes on where it was interrupted, and a change of our planner leaves the rivals'
 answers as they are. Rows of finished cells are in ``matrix.json`` at any time; cells below 1.0 are printed first.
+Where nobody carries a twentieth of the bound, shares at half of it are compared instead (``benchmarks/flat_cells.py``).
 ``--quick`` takes 100 requests and two seeds: to see that it runs, not to publish.
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 
 from benchmarks import ideal
 from benchmarks._sim_commands import RESULTS
+from benchmarks.flat_cells import Shares, attained_shares, is_flat, row_of_shares, table_of_shares
 from slos_serve.bench.charts import Chart, Series, png_bytes
 from slos_serve.policies.registry import POLICIES
 from slos_serve.sim.conditions import AS_SERVED, EXACT
@@ -33,7 +35,7 @@ from slos_serve.sim.drafters import DRAFTERS, NO_DRAFTER
 from slos_serve.sim.interval import ratio_interval
 from slos_serve.sim.profiles import find_profile
 from slos_serve.sim.question import Answer, Question
-from slos_serve.sim.rate_bounds import enough_requests
+from slos_serve.sim.rate_bounds import bounds_of, enough_requests
 from slos_serve.sim.search import Capacity, Screened, is_behind, screen, search_seeds
 from slos_serve.sim.seeds import default_count, table_seeds
 from slos_serve.sim.sweep import AnswerFile, run_searches
@@ -83,7 +85,7 @@ class Cell:
         return max(REQUESTS.get(self.scenario, USUAL_REQUESTS), min(enough, MOST_REQUESTS))
 
 
-Found = tuple[Capacity, list[Capacity], dict[str, dict[str, Any]]]
+Found = tuple[Capacity, list[Capacity], dict[str, dict[str, Any]]] | Shares
 
 
 def search_cell(
@@ -117,6 +119,10 @@ def search_cell(
             conditions=EXACT if exact else AS_SERVED,
         )
 
+    bases = [base(policy) for policy in (OURS, *policies)]
+    bound_rps, _, _ = bounds_of(bases[0])
+    if (yield from is_flat(bases, bound_rps)):
+        return (yield from attained_shares(bases, bound_rps, seeds, FINALISTS))
     screened: list[Screened] = []
     for policy in policies:
         # Only the best few matter: one that does not reach the last of them is looked at no further.
@@ -146,6 +152,8 @@ def row_of(cell: Cell, found: Found, drafting: bool = False) -> Row:
 
     With drafts the bound is of all requests at full speed, and what an ideal engine would promise is not known.
     """
+    if isinstance(found, Shares):
+        return {"engine": cell.engine, "scenario": cell.scenario, "arrivals": cell.arrivals, **row_of_shares(found)}
     ours, rivals, each = found
     row: Row = {"engine": cell.engine, "scenario": cell.scenario, "arrivals": cell.arrivals, "screened": each}
     for metric, seeds_of in (("mean", "by_seed"), ("strict", "strict_by_seed")):
@@ -185,6 +193,7 @@ def geometric_mean(values: Sequence[float]) -> float:
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown, cells in which ours is behind by either metric first."""
+    flat, rows = [row for row in rows if row.get("flat")], [row for row in rows if not row.get("flat")]
     columns = ["engine", "scenario", "arrivals", "by mean", "rival", "every token", "rival"]
     columns += ["ours, req/s per GPU", "of the bound", "of the ideal"]
     head = "| " + " | ".join(columns) + " |"
@@ -211,12 +220,15 @@ def table(rows: Sequence[Row]) -> str:
             f"In the {len(ideal_over)} cells of which it is known, an ideal engine carries "
             f"{geometric_mean(ideal_over):.2f} times as much as the best rival by mean."
         )
+    if flat:
+        lines.append("\n" + table_of_shares(flat))
     return "\n".join(lines)
 
 
 def charts(rows: Sequence[Row]) -> list[Chart]:
     """Ours over the best rival of each cell, a chart an engine."""
     made = []
+    rows = [row for row in rows if not row.get("flat")]
     for engine in dict.fromkeys(row["engine"] for row in rows):
         own = [row for row in rows if row["engine"] == engine]
         names = [f"{row['scenario']}\n{row['arrivals']}" for row in own]

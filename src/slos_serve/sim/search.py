@@ -99,10 +99,10 @@ def search_capacity(base: Question, seeds: Sequence[int], target: float = 0.9, v
     """
     bounds = bounds_of(base)
     screened = Screened(base, 0.0, [])
-    if variants and (len(_candidates(base)) > 1 or base.drafter != NO_DRAFTER):
+    if variants and (len(candidates(base)) > 1 or base.drafter != NO_DRAFTER):
         screened = yield from screen(base, target)
     elif variants:
-        screened = Screened(_candidates(base)[0], 0.0, [])
+        screened = Screened(candidates(base)[0], 0.0, [])
     return (yield from search_seeds(screened, seeds, target, bounds))
 
 
@@ -271,7 +271,7 @@ def screen(
         )
         tried.append(Tried(crossings[seed][0], candidate))
 
-    for candidate in _candidates(base):
+    for candidate in candidates(base):
         yield from try_one(candidate)
     drafts = FIXED_DRAFTS if base.drafter != NO_DRAFTER and policy_entry(base.policy).fixed_drafts else ()
     plain = best().question
@@ -280,7 +280,8 @@ def screen(
     return Screened(best().question, best().rate_rps, tried)
 
 
-def _candidates(base: Question) -> list[Question]:
+def candidates(base: Question) -> list[Question]:
+    """A question with each parameter set of its policy, and each split of its replicas where they are apart."""
     entry = policy_entry(base.policy)
     splits = range(1, base.replicas) if entry.make_decode is not None else (base.prefill_replicas,)
     return [

@@ -80,6 +80,33 @@ def test_cells_behind_come_first(monkeypatch: pytest.MonkeyPatch) -> None:
     assert geometric_mean([2.0, 8.0]) == pytest.approx(4.0)
 
 
+def test_where_nobody_carries_a_twentieth_of_the_bound_shares_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search would go on to rates that differ tenfold by seed."""
+    shares = {
+        "slos-serve": (0.6, 0.6),
+        "edf": (0.5, 0.2),
+        "sarathi": (0.45, 0.3),
+        "vllm": (0.1, 0.1),
+        "qoserve": (0.0, 0.0),
+    }
+    asked: list[Question] = []
+
+    def of(question: Question) -> Answer:
+        asked.append(question)
+        return Answer(*shares[question.policy])
+
+    monkeypatch.setitem(globals(), "_answer", of)
+    row, _ = _run(CELL, ["vllm", "qoserve", "edf", "sarathi"])
+    assert row["flat"] and row["mean"]["rival"] == "edf" and row["strict"]["rival"] == "sarathi"
+    assert row["mean"]["over"] == pytest.approx(0.6 / 0.5) and row["strict"]["over"] == pytest.approx(0.6 / 0.3)
+    rates = sorted({one.rate_rps for one in asked})
+    assert len(rates) == 2 and rates[1] == pytest.approx(10.0 * rates[0])
+    assert {one.policy for one in asked if one.seed >= FIRST_TEST_SEED} == {"slos-serve", "edf", "sarathi", "vllm"}
+    lines = table([row]).splitlines()
+    assert lines[-1] == "| opt-13b-a100 | chat | poisson | 60.0% | 50.0% (edf) | 60.0% | 30.0% (sarathi) |"
+    assert matrix.charts([row]) == []
+
+
 def test_finished_cells_are_kept_and_not_simulated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     simulated: list[Question] = []
 
