@@ -130,10 +130,6 @@ class QoServe(StockPolicy):
         self._answers[class_index] += (1.0, float(output_tokens), float(output_tokens) ** 2)
         self._likely = longest_likely(self._answers)
 
-    def first_due_s(self, rows: RequestArray, slots: SlotArray) -> FloatArray:
-        """When first tokens are due; of a non-interactive tier, so that the last one is in time."""
-        return np.array([first_due_s(rows, slot, self._likely) for slot in slots])
-
 
 def longest_likely(answers: FloatArray) -> FloatArray:
     """float64 [classes]: mean and two standard deviations of the answers of each.

@@ -10,7 +10,7 @@ import pytest
 from slos_serve.core.errors import InvalidFieldError
 from slos_serve.core.plan import StepPlan
 from slos_serve.perf.batch_time import BatchShape
-from slos_serve.policies.qoserve import QoServe, step_sizes
+from slos_serve.policies.qoserve import QoServe, first_due_s, step_sizes
 from tests.builders import EngineBuilder
 from tests.sim_builders import PLAIN
 
@@ -177,7 +177,7 @@ def test_the_spread_of_answers_counts_twice() -> None:
     for tokens in (100, 500) * 500:
         chosen.on_request_done(1, 100, tokens)
     engine.table.rows["ttft_due_s"][batch] = np.inf
-    due_in_s = chosen.first_due_s(engine.table.rows, np.array([batch]))[0] - engine.now_s
+    due_in_s = first_due_s(engine.table.rows, batch, chosen._likely) - engine.now_s
     assert due_in_s == pytest.approx(100.0 - 0.05 * (300 + 2 * 200), abs=0.1)
 
 
