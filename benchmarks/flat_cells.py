@@ -11,7 +11,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slos_serve.sim.interval import ratio_interval
+from slos_serve.sim.interval import ratio_of_means
 from slos_serve.sim.profiles import find_profile
 from slos_serve.sim.question import Answer, Question
 from slos_serve.sim.search import candidates
@@ -79,7 +79,7 @@ def row_of_shares(found: Shares) -> Row:
             (policy, [float(getattr(one, name)) for one in answers]) for policy, answers in found.by_policy.items()
         )
         rival, best = max(rivals, key=lambda pair: sum(pair[1]))
-        over, low, high = ratio_interval(ours[1], best)
+        over, low, high = ratio_of_means(ours[1], best)
         means = {"ours": sum(ours[1]) / len(best), "best": sum(best) / len(best)}
         row[metric] = {"rival": rival, "over": over, "low": low, "high": high, **means}
     return row

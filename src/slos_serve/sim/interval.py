@@ -29,3 +29,18 @@ def ratio_interval(ours: Sequence[float], others: Sequence[float]) -> tuple[floa
     if len(logs) > 1:
         half = _T_95.get(len(logs) - 1, _T_MANY) * float(np.std(logs, ddof=1)) / math.sqrt(len(logs))
     return (math.exp(centre), math.exp(centre - half), math.exp(centre + half))
+
+
+def ratio_of_means(ours: Sequence[float], others: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of ours over mean of others and its 95 % interval, seed by seed: for shares, of which a seed may have none.
+
+    The interval is that of a ratio estimator, not below 0. All three are inf where others have none at all.
+    """
+    centre, mean = float(np.mean(ours)), float(np.mean(others))
+    if mean <= 0.0:
+        return (math.inf, math.inf, math.inf)
+    over, half = centre / mean, 0.0
+    if len(ours) > 1:
+        left = np.asarray(ours) - over * np.asarray(others)
+        half = _T_95.get(len(ours) - 1, _T_MANY) * float(np.std(left, ddof=1)) / math.sqrt(len(ours)) / mean
+    return (over, max(over - half, 0.0), over + half)
