@@ -32,7 +32,7 @@ from slos_serve.perf.jit import in_place
 from slos_serve.planning.demand import Demand
 from slos_serve.planning.feasible import TOLERANCE, first_missed, unseated
 from slos_serve.planning.greedy import greedy
-from slos_serve.planning.pruning import Bounds, bounds_of, cannot_win, could_fit
+from slos_serve.planning.pruning import Bounds, bounds_of, cannot_win
 from slos_serve.planning.state import BoolArray, FloatArray, IntArray
 from slos_serve.planning.supply import Supply, rate_beside
 
@@ -157,18 +157,13 @@ def program(demand: Demand, supply: Supply, first: BoolArray, most_work: int) ->
     """The recurrence, from the feasible set ``first`` on."""
     n, weight = len(first), demand.weight
     best_value, best_budget, best = weight[first].sum(), first_missed(first, demand, supply)[1], -1
-    open_ = could_fit(demand, supply)
-    if not (open_ & ~first).any():
-        return Admitted(first, best_value, best_budget, EXACT, 0)
-    bounds = bounds_of(demand, supply, open_)
+    bounds = bounds_of(demand, supply)
     end_s, lent_at_end = bounds.since_s[n - 1], bounds.lent[n - 1]
     labels = empty_labels(most_work // WORK_OF_A_STATE + 2, supply)
     heads = np.full(_HASHES, -1, dtype=np.int64)
     heads[0] = 0
     made, alive, work, status = 1, 0, 0, EXACT
     for i in range(n):  # line 2
-        if not open_[i]:
-            continue
         stop = made
         for parent in range(alive, stop):  # line 3
             work += 1

@@ -1,11 +1,13 @@
 """What requests without a promise get: room that promises do not need, and turns so that the oldest one ends.
 
-Three rules. They start in the order of fair shares: the tokens begun are counted for each class, and each tenant within
-it, and whoever has the fewest comes next; who has nobody waiting saves nothing up. Their prompts run only while
-promised decodes are ahead of schedule, because that lead is what the next burst of promised prompts is computed with.
-And the oldest of them gets a turn when it has made no progress for ``aging_s``: a step computes some of it first. From
-then on promises leave it the KV blocks of its peak and it is preempted for nobody until it ends. A turn computes only
-once that peak fits beside the promises made before: its tokens are computed once.
+Three rules. They start in the order of fair shares: the tokens begun are counted for each class, and each tenant
+within it, and whoever has the fewest comes next; who has nobody waiting saves nothing up. Within a share the next is
+the one that has waited longest for each token it asks for, so a short request does not wait as long as a long one.
+Their prompts run only while promised decodes are ahead of schedule, because that lead is what the next burst of
+promised prompts is computed with. And the oldest of them gets a turn when it has made no progress for ``aging_s``: a
+step computes some of it first. From then on promises leave it the KV blocks of its peak and it is preempted for
+nobody until it ends. A turn computes only once that peak fits beside the promises made before: its tokens are
+computed once.
 """
 
 from __future__ import annotations
@@ -150,17 +152,19 @@ def tokens_to_begin(rows: RequestArray, slot: int) -> float:
 
 @njit(cache=True)
 def in_fair_order(state: State, slots: SlotArray, shares: FloatArray, most: int) -> SlotArray:
-    """The first ``most`` waiting slots in the order of their shares' counts; within a share first come first.
+    """The first ``most`` waiting slots in the order of their shares' counts; within a share whoever has waited longest
+    for each of the tokens that it asks for.
 
     Args:
         shares: float64 [NUM_SHARES], see :func:`shares_now`.
-        most: no more of them can start. The others are not sorted.
+        most: no more of them can start.
     """
     if most <= 0 or len(slots) == 0:
         return slots[:0]
-    order = state.rows["order"][slots]
-    if (order[1:] < order[:-1]).any():
-        slots = slots[np.argsort(order, kind="mergesort")]
+    waited = np.empty(len(slots))
+    for j in range(len(slots)):
+        waited[j] = (state.now_s - state.rows["arrival_s"][slots[j]]) / tokens_to_begin(state.rows, slots[j])
+    slots = slots[np.argsort(-waited, kind="mergesort")]
     counted, at = shares.copy(), np.empty(len(slots))
     for j in range(len(slots)):
         share = state.rows["share"][slots[j]]

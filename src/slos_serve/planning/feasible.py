@@ -45,17 +45,12 @@ def unseated(demand: Demand, i: int, started: float, seats: FloatArray) -> bool:
 
 @njit(cache=True)
 def first_missed(taken: BoolArray, demand: Demand, supply: Supply) -> tuple[int, float]:
-    """Position of the first deadline that a set misses, -1 for none; and the budget left at the last deadline."""
-    return missed_with(taken, demand, supply, lent_until(demand, supply))
+    """Position of the first deadline that a set misses, -1 for none; and the budget left at the last deadline.
 
-
-@njit(cache=True)
-def missed_with(taken: BoolArray, demand: Demand, supply: Supply, lent: FloatArray) -> tuple[int, float]:
-    """:func:`first_missed` with :func:`lent_until` at hand.
-
-    Between two deadlines the budget grows by the prefill rate beside the decodes of then. Serving a request spends its
-    tokens and adds a decode.
+    Between two deadlines the budget grows by the prefill rate beside the decodes of then, and by what decodes lend.
+    Serving a request spends its tokens and adds a decode.
     """
+    lent = lent_until(demand, supply)
     counts = supply.counts.copy()
     rate, budget, last_s, last_lent = rate_beside(counts, supply), 0.0, supply.start_s, 0.0
     for i in range(len(taken)):
@@ -75,13 +70,9 @@ def missed_with(taken: BoolArray, demand: Demand, supply: Supply, lent: FloatArr
 
 
 @njit(cache=True)
-def first_unseated(taken: BoolArray, demand: Demand, seats: FloatArray) -> int:
-    """Position of the first of a set that finds no seat by when it must start, -1 for none.
-
-    Args:
-        seats: see :func:`seats_until`.
-    """
-    started = 0.0
+def first_unseated(taken: BoolArray, demand: Demand, supply: Supply) -> int:
+    """Position of the first of a set that finds no seat by when it must start, -1 for none."""
+    started, seats = 0.0, seats_until(demand, supply)
     for i in range(len(taken)):
         if taken[i]:
             started += demand.needs_seat[i]
@@ -103,14 +94,8 @@ def first_short(taken: BoolArray, demand: Demand, supply: Supply) -> int:
 
 
 @njit(cache=True)
-def fits_with(taken: BoolArray, demand: Demand, supply: Supply, lent: FloatArray, seats: FloatArray) -> bool:
-    """:func:`fits` with :func:`lent_until` and :func:`seats_until` at hand."""
-    if first_short(taken, demand, supply) >= 0 or first_unseated(taken, demand, seats) >= 0:
-        return False
-    return missed_with(taken, demand, supply, lent)[0] < 0
-
-
-@njit(cache=True)
 def fits(taken: BoolArray, demand: Demand, supply: Supply) -> bool:
     """Whether a set of requests can be served in time, seated and held in memory."""
-    return fits_with(taken, demand, supply, lent_until(demand, supply), seats_until(demand, supply))
+    if first_short(taken, demand, supply) >= 0 or first_unseated(taken, demand, supply) >= 0:
+        return False
+    return first_missed(taken, demand, supply)[0] < 0

@@ -1,7 +1,7 @@
 """A feasible set of requests found quickly: the first bound of Algorithm 1, and its answer beyond its budget of work.
 
 Moore and Hodgson's rule: walk the deadlines with everybody, and where one is missed drop the costliest request for its
-weight. One pass of swaps follows, for weights that differ.
+weight.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import numpy as np
 from numba import njit
 
 from slos_serve.planning.demand import Demand
-from slos_serve.planning.feasible import TOLERANCE, fits_with, lent_until, seats_until, unseated
+from slos_serve.planning.feasible import TOLERANCE, lent_until, seats_until, unseated
 from slos_serve.planning.state import BoolArray
 from slos_serve.planning.supply import Supply, rate_beside
-
-# Requests left out that the pass of swaps tries, cheapest first.
-MOST_SWAPS = 8
 
 
 @njit(cache=True)
@@ -84,37 +81,9 @@ def drop_for_time(demand: Demand, supply: Supply, taken: BoolArray) -> bool:
 
 
 @njit(cache=True)
-def swap_in(demand: Demand, supply: Supply, taken: BoolArray) -> None:
-    """One pass over the requests left out, cheapest first: add each that fits, or in the place of a dearer one."""
-    cost, lent, seats = demand.tokens / demand.weight, lent_until(demand, supply), seats_until(demand, supply)
-    tried = 0
-    for i in np.argsort(cost, kind="mergesort"):
-        if taken[i]:
-            continue
-        if tried == MOST_SWAPS:
-            return
-        tried += 1
-        taken[i] = True
-        if fits_with(taken, demand, supply, lent, seats):
-            continue
-        dearest = -1
-        for j in range(len(taken)):
-            may_go = taken[j] and not demand.promised[j] and demand.weight[j] < demand.weight[i]
-            if may_go and (dearest < 0 or cost[j] > cost[dearest]):
-                dearest = j
-        if dearest >= 0:
-            taken[dearest] = False
-            if fits_with(taken, demand, supply, lent, seats):
-                continue
-            taken[dearest] = True
-        taken[i] = False
-
-
-@njit(cache=True)
 def greedy(demand: Demand, supply: Supply) -> tuple[BoolArray, bool]:
     """A feasible set found quickly; False when the promised requests alone do not fit."""
     taken = np.ones(len(demand.slots), dtype=np.bool_)
     if not drop_for_memory(demand, supply, taken) or not drop_for_time(demand, supply, taken):
         return np.zeros(len(taken), dtype=np.bool_), False
-    swap_in(demand, supply, taken)
     return taken, True

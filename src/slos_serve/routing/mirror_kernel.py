@@ -17,7 +17,7 @@ from slos_serve.perf.step_time import decode_s, roofline_s
 from slos_serve.planning.admission import CUT_SHORT, CUT_SHORT_WITH_DRAFTS
 from slos_serve.planning.deadlines import pace_answer
 from slos_serve.planning.demand import SIZES, Demand, build_demand, is_lost
-from slos_serve.planning.feasible import TOLERANCE, first_missed, first_unseated, seats_until
+from slos_serve.planning.feasible import TOLERANCE, first_missed, first_unseated
 from slos_serve.planning.state import ADMITTED, UNDECIDED, FloatArray, IntArray, State, peak_blocks, weight_of
 from slos_serve.planning.supply import Supply
 from slos_serve.routing.mirror_arrays import MirrorArrays, advance, load_of, supply_of
@@ -183,7 +183,7 @@ def _missed(m: MirrorArrays, k: int, taken: BoolArray, asked: Demand, extras: Fl
         s.moments_s, s.lent_tokens, s.seats,
     )  # fmt: skip
     late, left = first_missed(taken, asked, supply)
-    unseated = first_unseated(taken, asked, seats_until(asked, supply))
+    unseated = first_unseated(taken, asked, supply)
     return (unseated if unseated >= 0 and (late < 0 or unseated < late) else late), left
 
 
@@ -192,7 +192,7 @@ def has_seat(m: MirrorArrays, k: int, due_s: float, cost: float) -> bool:
     """Whether a prompt of ``cost`` tokens that is due at ``due_s`` finds a seat in time, and all that are owed too."""
     asked = _with(m, k, _place(m, k, due_s), due_s, cost, 0)
     everybody = np.ones(len(asked.due_s), dtype=np.bool_)
-    return first_unseated(everybody, asked, seats_until(asked, supply_of(m, k, 0.0))) < 0
+    return first_unseated(everybody, asked, supply_of(m, k, 0.0)) < 0
 
 
 @njit(cache=True)

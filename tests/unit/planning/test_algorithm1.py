@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from slos_serve.planning.algorithm1 import EXACT, INFEASIBLE, MOST_WORK, STOPPED, admit
-from slos_serve.planning.pruning import could_fit
 from tests.unit.planning.instances import demand, supply
 
 
@@ -38,8 +37,3 @@ def test_promises_that_do_not_fit_are_said() -> None:
     found = admit(demand([1.0, 2.0], [5000.0, 1.0], promised=[True, False]), supply(), MOST_WORK)
     assert found.status == INFEASIBLE
     assert found.taken.tolist() == [True, False]
-
-
-def test_who_does_not_fit_beside_the_promised_ones_is_left_out_at_once() -> None:
-    asks = demand([1.0, 1.0, 1.0], [700.0, 400.0, 200.0], promised=[True, False, False])
-    assert could_fit(asks, supply()).tolist() == [True, False, True]

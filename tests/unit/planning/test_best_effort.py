@@ -292,18 +292,45 @@ def test_no_more_are_put_in_order_than_can_start() -> None:
         assert fair_order(engine, begun, most) == every[:most]
 
 
-def test_the_first_come_are_first_however_the_engine_lists_them() -> None:
-    engine = EngineBuilder()
-    slots = [of_share(engine, share) for share in (0, 0, 1, 1)]
-    state = engine.state()
-    found = in_fair_order(state, state.waiting[::-1].copy(), np.zeros(NUM_SHARES), 3)
-    assert found.tolist() == [slots[0], slots[2], slots[1]]
+def waited(engine: EngineBuilder, slot: int, seconds: float) -> int:
+    """The same request, having waited for so long."""
+    engine.table.rows["arrival_s"][slot] = engine.now_s - seconds
+    return slot
 
 
-def test_of_one_share_the_first_come_start_first() -> None:
+def test_of_one_share_and_size_the_first_come_start_first_however_the_engine_lists_them() -> None:
     engine = EngineBuilder()
-    slots = [of_share(engine, 3, tokens) for tokens in (500, 100, 300)]
-    assert fair_order(engine, np.zeros(NUM_SHARES)) == slots
+    slots = [waited(engine, of_share(engine, share), 9.0 - share) for share in (2, 1, 3)]
+    engine.table.rows["share"][slots] = 3
+    assert fair_order(engine, np.zeros(NUM_SHARES)) == [slots[1], slots[0], slots[2]]
+
+
+def test_of_one_share_whoever_waited_longest_for_what_it_asks_starts_first() -> None:
+    engine = EngineBuilder()
+    long, short, later = (of_share(engine, 3, tokens) for tokens in (5000, 500, 500))
+    rows = engine.state().rows
+    ratio = tokens_to_begin(rows, long) / tokens_to_begin(rows, short)
+    waited(engine, long, 10.0)
+    waited(engine, short, 10.1 / ratio)
+    waited(engine, later, 9.9 / ratio)
+    assert fair_order(engine, np.zeros(NUM_SHARES)) == [short, long, later]
+
+
+def test_no_flood_of_short_requests_keeps_a_long_one_waiting_for_ever() -> None:
+    """One of 4,000 tokens beside one of 100 that comes every second and is served every two: it is next in the end."""
+    engine = EngineBuilder()
+    long = waited(engine, of_share(engine, 0, 4000), 0.0)
+    for _ in range(5):
+        waited(engine, of_share(engine, 0, 100), 1.0)
+    for second in range(400):
+        waited(engine, of_share(engine, 0, 100), 0.0)
+        engine.now_s += 1.0
+        first = fair_order(engine, np.zeros(NUM_SHARES), 1)[0]
+        if first == long:
+            break
+        if second % 2:
+            engine.waiting.remove(first)
+    assert 10 < second < 400
 
 
 def test_a_crowd_of_one_share_does_not_keep_another_waiting() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from slos_serve.planning.feasible import first_missed, first_short, first_unseated, fits, lent_until, seats_until
+from slos_serve.planning.feasible import first_missed, first_short, first_unseated, fits, lent_until
 from tests.unit.planning.instances import demand, supply
 
 BOTH = np.array([True, True])
@@ -41,7 +41,7 @@ def test_a_seat_must_be_free_when_a_prompt_must_start() -> None:
     """Two seats by 0 s and four by 10 s: one more each five seconds."""
     every, few = np.ones(4, dtype=np.bool_), supply(seats=(2.0, 4.0))
     asks = demand([1.0, 1.1, 1.2, 7.0], [10.0] * 4)
-    assert first_unseated(every, asks, seats_until(asks, few)) == 2
+    assert first_unseated(every, asks, few) == 2
     assert not fits(every, asks, few)
     assert fits(np.array([True, True, False, True]), asks, few)
     assert fits(every, demand([1.0, 1.1, 1.2, 7.0], [10.0] * 4, needs_seat=[0.0, 1.0, 1.0, 1.0]), few)
