@@ -38,8 +38,8 @@ def capacity(rows: Rows) -> str:
     """The matrix' cells of OPT-13B/A100 with own arrivals: ours and the best rivals, then who is served at capacity."""
     lines, quartiles = [], []
     for row in rows:
-        if (row["engine"], row["arrivals"]) != ("opt-13b-a100", "scenario"):
-            continue
+        if (row["engine"], row["arrivals"]) != ("opt-13b-a100", "scenario") or row.get("flat"):
+            continue  # of a flat cell there are shares and no capacity
         ours, *rivals = row["capacities"]
         rivals.sort(key=lambda one: -float(one["capacity_rps_per_gpu"]))
         named = [f"{one['policy']} {_capacity_cell(one)}" for one in rivals]

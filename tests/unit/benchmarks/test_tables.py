@@ -18,7 +18,8 @@ def test_capacities_are_those_of_one_engine_with_own_arrivals_and_the_best_rival
 
     capacities = [found("slos-serve", 1.5), found("vllm", 0.5), found("edf", 1.2)]
     row = {"engine": "opt-13b-a100", "scenario": "chat", "arrivals": "scenario", "capacities": capacities}
-    told = capacity([row, {**row, "arrivals": "poisson"}, {**row, "engine": "llama-2-7b-h100"}])
+    flat = {"engine": "opt-13b-a100", "scenario": "tool", "arrivals": "scenario", "flat": True}
+    told = capacity([row, {**row, "arrivals": "poisson"}, {**row, "engine": "llama-2-7b-h100"}, flat])
     first = "| chat | 1.5 (1.4-1.6) / 0.75 | edf 1.2 (1.1-1.3) / 0.6 | vllm 0.5 (0.4-0.6) / 0.25 | - | 2 |"
     assert told.count("| chat |") == 2 and first in told
     assert told.endswith("| chat | 90 90 90 90 | edf 90 90 90 90 |")
