@@ -1,7 +1,8 @@
 """What recent arrivals ask for: how soon their first token, and how much of the engine's time their prompts take.
 
 Only requests that could still be promised count: one whose TTFT is hopeless changes nothing for the others. What is
-known fades with time, so a quiet engine forgets a crowd.
+known fades with time, so a quiet engine forgets a crowd. How tight TTFTs are is not forgotten while it is idle: with
+clumps of requests and long rests between them, the short prompts of each clump would come too late to a long step.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from slos_serve.perf.step_time import roofline_s
 from slos_serve.planning.demand import SIZES, prompt_tokens_left, size_of
 from slos_serve.planning.state import BEST_EFFORT, FloatArray, State, weight_of
 
-# The tightest TTFT known doubles within this time when nothing as tight arrives.
+# The tightest TTFT known doubles within this time of work when nothing as tight arrives.
 DOUBLES_S = 30.0
 # Prompt time asked for is averaged over this time.
 LOAD_OVER_S = 30.0
@@ -50,7 +51,8 @@ NO_ARRIVALS = Arrivals(-1, 0.0, float(np.inf), np.zeros((2, SIZES)))
 def count_arrivals(state: State, known: Arrivals) -> Arrivals:
     """``known`` moved on to now, with those among the waiting that are new counted."""
     passed_s = max(state.now_s - known.at_s, 0.0)
-    newest, tightest_s = known.newest, known.tightest_s * 2.0 ** (passed_s / DOUBLES_S)
+    was_idle = len(state.running) == 0 and (state.rows["order"][state.waiting] > known.newest).all()
+    newest, tightest_s = known.newest, known.tightest_s * 2.0 ** (0.0 if was_idle else passed_s / DOUBLES_S)
     load = known.load * np.exp(-passed_s / LOAD_OVER_S)
     for slot in state.waiting:
         order = state.rows["order"][slot]

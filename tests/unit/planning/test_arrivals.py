@@ -38,6 +38,18 @@ def test_what_is_known_fades() -> None:
     assert later.load.sum() == pytest.approx(known.load.sum() * np.exp(-DOUBLES_S / LOAD_OVER_S))
 
 
+@pytest.mark.parametrize("runs", [False, True])
+def test_after_a_rest_it_is_still_known_how_tight_a_ttft_may_be(runs: bool) -> None:
+    """Ten minutes later a long prompt comes first: beside it a short one with 0.5 s would be as early as before."""
+    engine = EngineBuilder()
+    known = NO_ARRIVALS._replace(newest=6, at_s=engine.now_s - 600.0, tightest_s=0.5)
+    engine.table.rows["order"][engine.wait(50_000, due_in_s=60.0)] = 7
+    if runs:
+        engine.table.rows["order"][engine.decode()] = 3
+    tightest_s = count_arrivals(engine.state(), known).tightest_s
+    assert tightest_s == pytest.approx(60.0 if runs else 0.5)
+
+
 def test_best_effort_asks_for_nothing() -> None:
     engine = EngineBuilder()
     slot = engine.wait(1000, due_in_s=2.0)
