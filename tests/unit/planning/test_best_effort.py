@@ -316,10 +316,11 @@ def test_of_one_share_whoever_waited_longest_for_what_it_asks_starts_first() -> 
     assert fair_order(engine, np.zeros(NUM_SHARES)) == [short, long, later]
 
 
-def test_no_flood_of_short_requests_keeps_a_long_one_waiting_for_ever() -> None:
-    """One of 4,000 tokens beside one of 100 that comes every second and is served every two: it is next in the end."""
+@pytest.mark.parametrize(("each_s", "is_next"), [(1, True), (2, False)])
+def test_a_long_request_is_next_once_short_ones_wait_no_longer_than_before(each_s: int, is_next: bool) -> None:
+    """A short one comes each second. Where one starts every two, their waits grow too: only turns help the long one."""
     engine = EngineBuilder()
-    long = waited(engine, of_share(engine, 0, 4000), 0.0)
+    long, first = waited(engine, of_share(engine, 0, 4000), 0.0), -1
     for _ in range(5):
         waited(engine, of_share(engine, 0, 100), 1.0)
     for second in range(400):
@@ -327,10 +328,11 @@ def test_no_flood_of_short_requests_keeps_a_long_one_waiting_for_ever() -> None:
         engine.now_s += 1.0
         first = fair_order(engine, np.zeros(NUM_SHARES), 1)[0]
         if first == long:
+            assert second > 10
             break
-        if second % 2:
+        if second % each_s == 0:
             engine.waiting.remove(first)
-    assert 10 < second < 400
+    assert (first == long) is is_next
 
 
 def test_a_crowd_of_one_share_does_not_keep_another_waiting() -> None:
